@@ -1,0 +1,1 @@
+"""What turns a photo into a video: one module an engine."""

@@ -1,0 +1,82 @@
+"""What every engine is asked for, and what it may ask of its surroundings."""
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from inference.errors import CancelRequested, I2VError
+from inference.progress import ProgressTracker
+from inference.task import GenerationRequest, Video
+
+T = TypeVar("T")
+
+STOP_GRACE_S = 10.0
+"""How long a cancelled engine's thread has to reach its next step before it counts as hung."""
+
+
+class Job:
+    """What an engine may ask of its surroundings, from any thread."""
+
+    def __init__(self, tracker: ProgressTracker | None = None) -> None:
+        self._tracker = tracker
+        self._cancelled: I2VError | None = None
+        self.hung = False  # a thread of the engine did not obey; this process should not generate again
+
+    def report(self, stage: str, done: float = 0, total: float = 1) -> None:
+        """Says how far a stage of the engine is: `done` of `total`."""
+        if self._tracker:
+            self._tracker.update(stage, done, total)
+
+    def cancel(self, reason: I2VError) -> None:
+        """Makes every later `raise_if_cancelled` raise `reason`; the first reason stays."""
+        self._cancelled = self._cancelled or reason
+
+    def raise_if_cancelled(self) -> None:
+        """To be called at every step and stage boundary. Raises whatever ended the job."""
+        if self._cancelled is not None:
+            raise self._cancelled
+
+
+class Engine(Protocol):
+    """Turns one photo into one video."""
+
+    name: str
+    stages: Mapping[str, float]  # what it reports to `job`, in order, with each stage's relative duration
+
+    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+        """Makes the video in `folder`, which is the lease's own and is removed afterwards.
+
+        One call at a time. A failed or cancelled call leaves the engine as good as new.
+        Raises InvalidRequest, InvalidPhoto, EncodeFailed, DiskFull, EngineFailed, EngineLost.
+        """
+        ...
+
+
+async def run_in_thread(job: Job, work: Callable[[], T], *, stop_grace_s: float = STOP_GRACE_S) -> T:
+    """Runs an engine's blocking work beside the event loop and stops it through its job.
+
+    A thread cannot be killed: when this call is cancelled, the job is cancelled, and the thread has `stop_grace_s`
+    to reach its next `raise_if_cancelled`. If it does not, `job.hung` is set and the thread is left behind.
+    """
+    started, finished = threading.Event(), threading.Event()
+
+    def guarded() -> T:
+        started.set()
+        try:
+            job.raise_if_cancelled()
+            return work()
+        finally:
+            finished.set()
+
+    try:
+        return await anyio.to_thread.run_sync(guarded, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        job.cancel(CancelRequested("the job was cancelled"))
+        if started.is_set():
+            with anyio.CancelScope(shield=True):
+                job.hung = not await anyio.to_thread.run_sync(finished.wait, stop_grace_s)
+        raise

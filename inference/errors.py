@@ -1,0 +1,163 @@
+"""Every error of this package.
+
+    I2VError
+    ├── SettingsError         configuration is missing or malformed
+    ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
+    ├── CancelRequested       a person cancelled the task
+    ├── InvalidTask           what the queue handed out is malformed; names the field
+    ├── QueueError
+    │   ├── QueueUnavailable  R  network, 429, 5xx; the request may have been carried out all the same
+    │   ├── QueueRefused         the queue calls our request wrong (400)
+    │   └── QueueAuthError       the queue does not accept the key (401)
+    ├── StorageError
+    │   ├── StorageUnavailable R network, 429, 5xx; an upload may have been stored all the same
+    │   ├── UrlExpired        R  presign again
+    │   ├── ObjectExists         something is at that path already and was not overwritten
+    │   ├── ObjectMissing        no such object
+    │   ├── ObjectTooLarge       over a byte limit, ours or the storage's
+    │   ├── StorageRefused       any other refusal: signature, media type
+    │   └── AddressRefused       the URL leads where a worker must not go
+    ├── MediaError
+    │   ├── InvalidPhoto         not a photo we can use; says why
+    │   └── EncodeFailed         ffmpeg ended badly
+    ├── DiskFull              H  no room for temporary files
+    └── EngineError
+        ├── InvalidRequest       outside what the engine can do; names the field
+        ├── EngineFailed      R  this attempt failed
+        ├── EngineHung           no end within the hard limit of an attempt
+        └── EngineLost        H  the engine cannot work here any more (GPU gone)
+
+R  another try here can help (`retryable`).
+H  the machine is at fault, not the task: hand the lease back instead of failing the task (`hand_back`).
+
+Adapters map every foreign exception to one of these at their edge; nothing above them catches foreign types.
+Messages are one line, say what to do where something can be done, and never hold a credential.
+"""
+
+from typing import ClassVar
+
+
+class I2VError(Exception):
+    """Root of the tree."""
+
+    retryable: ClassVar[bool] = False
+    hand_back: ClassVar[bool] = False
+
+
+class SettingsError(I2VError):
+    """Configuration is missing or malformed. The message has one line per problem, all problems at once."""
+
+
+class LeaseLost(I2VError):
+    """The lease is certainly not ours any more. Nothing may be uploaded or reported for it."""
+
+
+class CancelRequested(I2VError):
+    """A person cancelled the task while we held it."""
+
+
+class InvalidTask(I2VError):
+    """What the queue handed out is malformed.
+
+    `item_id` is set where the payload had a usable one, so that the task can be reported failed.
+    """
+
+    def __init__(self, message: str, *, item_id: str | None = None) -> None:
+        super().__init__(message)
+        self.item_id = item_id
+
+
+class QueueError(I2VError):
+    """The queue did not do what was asked."""
+
+
+class QueueUnavailable(QueueError):
+    """Network trouble, 429 or 5xx. Whether the request was carried out is unknown."""
+
+    retryable = True
+
+
+class QueueRefused(QueueError):
+    """The queue calls our request malformed (400), or answered outside its contract."""
+
+
+class QueueAuthError(QueueError):
+    """The queue does not accept the key (401)."""
+
+
+class StorageError(I2VError):
+    """An object could not be fetched or stored."""
+
+
+class StorageUnavailable(StorageError):
+    """Network trouble, 429 or 5xx. An upload may have been stored all the same."""
+
+    retryable = True
+
+
+class UrlExpired(StorageError):
+    """The presigned URL is past its time; ask for a new one."""
+
+    retryable = True
+
+
+class ObjectExists(StorageError):
+    """Something is stored at that path already, and was not overwritten."""
+
+
+class ObjectMissing(StorageError):
+    """No object at that path."""
+
+
+class ObjectTooLarge(StorageError):
+    """More bytes than a limit allows, ours or the storage's."""
+
+
+class StorageRefused(StorageError):
+    """The storage refused for a reason that repeating cannot cure."""
+
+
+class AddressRefused(StorageError):
+    """The URL, or a redirect of it, leads to an address a worker must not visit."""
+
+
+class MediaError(I2VError):
+    """A photo or video could not be read or written."""
+
+
+class InvalidPhoto(MediaError):
+    """Not a photo we can use."""
+
+
+class EncodeFailed(MediaError):
+    """ffmpeg did not produce the video."""
+
+
+class DiskFull(I2VError):
+    """No room left for temporary files on this machine."""
+
+    hand_back = True
+
+
+class EngineError(I2VError):
+    """No video came out of the engine."""
+
+
+class InvalidRequest(EngineError):
+    """The request is outside what the engine can do."""
+
+
+class EngineFailed(EngineError):
+    """This attempt failed; another may not."""
+
+    retryable = True
+
+
+class EngineHung(EngineError):
+    """The attempt did not end within its hard limit."""
+
+
+class EngineLost(EngineError):
+    """The engine cannot work on this machine any more."""
+
+    hand_back = True

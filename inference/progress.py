@@ -1,0 +1,91 @@
+"""How far a job is: stages and their weights, snapshots, and the tracker that makes them."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from inference.task import Value
+
+DELIVERY_STAGES: Mapping[str, float] = {"download": 2, "wait": 0, "generate": 90, "upload": 6, "report": 2}
+"""Stages of one lease and their share of the whole, in percent. An engine's own stages share `generate`."""
+
+
+class Progress(Value):
+    """A full snapshot, never a difference: whoever missed the last one lost nothing."""
+
+    stage: str
+    done: float  # of `total`, in whatever the stage counts
+    total: float
+    fraction: float  # of the whole job, 0..1; below 1 until the queue accepted the end
+
+
+Sink = Callable[[Progress], None]
+
+
+def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
+    """The stages of one lease with an engine's own in the place of `generate`, scaled to its share."""
+    scale = DELIVERY_STAGES["generate"] / sum(engine_stages.values())
+    stages: dict[str, float] = {}
+    for stage, weight in DELIVERY_STAGES.items():
+        if stage == "generate":
+            stages |= {name: own * scale for name, own in engine_stages.items()}
+        else:
+            stages[stage] = weight
+    return stages
+
+
+class ProgressTracker:
+    """Turns (stage, done, total) into snapshots whose fraction never falls and reaches 1 only by `finish`.
+
+    Stages it was not told of count time but move nothing. Safe to call from any thread; the sink is called in
+    the caller's thread.
+    """
+
+    CEILING = 0.99  # what is not accepted is not finished
+
+    def __init__(self, stages: Mapping[str, float], sink: Sink | None = None) -> None:
+        self._lock = threading.Lock()
+        self._sink = sink
+        whole = sum(stages.values())
+        self._span: dict[str, tuple[float, float]] = {}  # stage → (fraction before it, its share)
+        before = 0.0
+        for stage, weight in stages.items():
+            self._span[stage] = (before, weight / whole)
+            before += weight / whole
+        self._counted_at = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        self.latest: Progress | None = None
+
+    def update(self, stage: str, done: float = 0, total: float = 1) -> None:
+        """Says that `stage` is `done` of `total`; naming another stage ends the one before."""
+        with self._lock:
+            self._count_time()
+            last = self.latest.fraction if self.latest else 0.0
+            before, share = self._span.get(stage, (last, 0.0))
+            inside = min(max(done / total, 0.0), 1.0) if total > 0 else 0.0
+            fraction = max(last, min(before + share * inside, self.CEILING))
+            self.latest = Progress(stage=stage, done=done, total=total, fraction=fraction)
+            snapshot = self.latest
+        if self._sink:
+            self._sink(snapshot)
+
+    def finish(self) -> None:
+        """The end was accepted: 100 %."""
+        with self._lock:
+            self._count_time()
+            self.latest = Progress(stage="done", done=1, total=1, fraction=1.0)
+            snapshot = self.latest
+        if self._sink:
+            self._sink(snapshot)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Wall-clock seconds spent in each stage so far, in the order they were entered."""
+        with self._lock:
+            self._count_time()
+            return {stage: round(seconds, 3) for stage, seconds in self._seconds.items() if stage != "done"}
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        if self.latest is not None:
+            self._seconds[self.latest.stage] = self._seconds.get(self.latest.stage, 0.0) + now - self._counted_at
+        self._counted_at = now

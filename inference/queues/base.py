@@ -1,0 +1,66 @@
+"""What every queue of tasks can do, whatever its wire looks like."""
+
+from pathlib import Path
+from typing import Protocol
+
+from inference.progress import Progress
+from inference.task import Lease, Video
+
+
+class TaskQueue(Protocol):
+    """A place that hands out tasks and takes back one terminal outcome for each.
+
+    Every method is one try: it raises QueueUnavailable or StorageUnavailable when repeating may help, and the
+    runner decides whether and when to repeat. What belongs to one dialect alone (presigning, a 404 that needs
+    confirming, a duplicate upload) stays inside its adapter.
+
+    Raises, from any method: QueueUnavailable, QueueAuthError, QueueRefused.
+    """
+
+    async def lease(self) -> Lease | None:
+        """Takes the next task under a new worker_id, or None where there is nothing to do.
+
+        Raises InvalidTask when the queue handed out something malformed; it was reported failed where it could be.
+        """
+        ...
+
+    async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
+        """Renews the lease for `lease.length_s` from now.
+
+        Raises LeaseLost when it is certainly no longer ours, CancelRequested when a person cancelled the task
+        (the lease was renewed all the same).
+        """
+        ...
+
+    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
+        """Puts the task's photo into `folder` and returns its path. It is known to decode.
+
+        Raises StorageError, InvalidPhoto, DiskFull.
+        """
+        ...
+
+    async def deliver(self, lease: Lease, video: Video) -> str:
+        """Stores the video where the queue wants it, never over something that is there; returns its storage path.
+
+        Raises StorageError.
+        """
+        ...
+
+    async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
+        """Reports the delivered video. Doing it twice is doing it once. Raises LeaseLost."""
+        ...
+
+    async def fail(self, lease: Lease, message: str) -> None:
+        """Reports that no video will come of this lease.
+
+        Not safe to repeat blindly: after QueueUnavailable ask with `heartbeat`; LeaseLost means it had landed.
+        Raises LeaseLost.
+        """
+        ...
+
+    async def release(self, lease: Lease) -> None:
+        """Hands the task back so that another worker can take it at once; no failure is counted.
+
+        A task whose cancellation was requested ends cancelled instead. Raises LeaseLost.
+        """
+        ...

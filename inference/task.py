@@ -1,0 +1,125 @@
+"""The values that travel: what a queue hands out, what an engine is asked for, what comes of it.
+
+All are frozen, JSON-safe (`model_dump_json`, `model_validate_json`) and do no I/O: a Lease goes from the cron
+to a container as it is. Durations are seconds; an engine turns them into its own frames.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+QUEUE_FPS = 24
+"""Frames per second in which queues count `frame_num`, whatever the engine's own rate (Life-is-Short API)."""
+
+DEFAULT_FRAME_NUM = 121
+"""What a queue means by no `frame_num`: five seconds (Life-is-Short API)."""
+
+MAX_DURATION_S = 60.0
+"""A longer clip than any engine makes; bounds memory and money before an engine applies its own limit."""
+
+MAX_PROMPT_CHARS = 4000
+"""Far above what any text encoder reads (UMT5 in Wan2.2: 512 tokens); bounds logs and rows."""
+
+
+class Value(BaseModel):
+    """A frozen value that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:-]+$")]
+DurationS = Annotated[float, Field(gt=0, le=MAX_DURATION_S)]
+
+
+class Task(Value):
+    """One photo to turn into one video."""
+
+    item_id: Identifier  # the video item: one row of the queue
+    group_id: str  # the set of photos it was uploaded with
+    photo_id: str
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""  # may be empty: the engine has a default move
+    photo_storage_path: str  # where the queue's storage keeps the photo; relative, no `..`
+    duration_s: DurationS
+    provider: str | None = None  # the queue's hint at an engine: wan_local, gen4_turbo, veo3.1, …
+    extras: dict[str, Any] = {}  # fields of the wire this version does not know, kept as they came
+
+
+class Lease(Value):
+    """A task and the right to work on it for a while.
+
+    `worker_id` is unique to the lease, so it is also the fencing token: every write carries it. The deadline is
+    not here: it is monotonic time of whoever runs the lease, counted from before its last renewal was sent.
+    """
+
+    task: Task
+    worker_id: Identifier
+    length_s: Annotated[float, Field(ge=2, le=86_400)]  # how long each renewal lasts
+
+    @property
+    def token(self) -> str:
+        """The part of worker_id that is unique to this lease: short, safe in a file name."""
+        return self.worker_id.rsplit(".", 1)[-1]
+
+
+class GenerationRequest(Value):
+    """What an engine is asked for. None means the engine's own default."""
+
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    duration_s: DurationS
+    max_area_px: Annotated[int, Field(ge=64 * 64, le=3840 * 2160)] | None = None  # width x height of the video
+    steps: Annotated[int, Field(ge=1, le=200)] | None = None
+    guidance: Annotated[float, Field(ge=0, le=50)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+
+    @classmethod
+    def from_task(cls, task: Task) -> Self:
+        """The request a task stands for; everything it does not say is the engine's choice."""
+        return cls(prompt=task.prompt, duration_s=task.duration_s)
+
+
+class Video(Value):
+    """A finished mp4 in a local folder."""
+
+    path: Path
+    width: int  # pixels
+    height: int  # pixels
+    fps: float
+    frames: int
+    size_bytes: int
+    seed: int | None = None
+    external_ids: dict[str, str] = {}  # ids at a paid provider, by the name the queue's report knows them under
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the first frame to the end of the last."""
+        return self.frames / self.fps
+
+
+class Outcome(Value):
+    """How one lease ended, as its worker saw it.
+
+    completed   the queue accepted the video
+    failed      the queue accepted an error message
+    cancelled   a person cancelled the task; the lease was given up
+    lease_lost  somebody else has the task, or its lease could not be renewed in time; nothing was written
+    released    handed back for another worker: shutdown, preemption, a machine that cannot work
+    """
+
+    status: Literal["completed", "failed", "cancelled", "lease_lost", "released"]
+    item_id: str
+    error: str | None = None  # one line, for people
+    video: Video | None = None
+    storage_path: str | None = None
+    stage_seconds: dict[str, float] = {}  # where the time went
+    machine_at_fault: bool = False  # the same would happen to the next task here
+
+
+def explain(error: ValidationError) -> str:
+    """One line from pydantic's error: every field that is wrong, and what is wrong with it."""
+    problems = []
+    for problem in error.errors(include_url=False, include_input=False):
+        field = ".".join(str(part) for part in problem["loc"]) or "value"
+        problems.append(f"{field}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(problems)
