@@ -5,6 +5,10 @@
     ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
     ├── CancelRequested       a person cancelled the task
     ├── InvalidTask           what the queue handed out is malformed; names the field
+    ├── Refusal               a store of ours does not accept a write
+    │   ├── ItemMissing          no such item
+    │   ├── NotHolder            the writer does not hold the item's lease
+    │   └── WrongState           the item is not in a state that allows it
     ├── QueueError
     │   ├── QueueUnavailable  R  network, 429, 5xx; the request may have been carried out all the same
     │   ├── QueueRefused         the queue calls our request wrong (400)
@@ -65,6 +69,22 @@ class InvalidTask(I2VError):
     def __init__(self, message: str, *, item_id: str | None = None) -> None:
         super().__init__(message)
         self.item_id = item_id
+
+
+class Refusal(I2VError):
+    """A store of ours does not accept a write; nothing was changed."""
+
+
+class ItemMissing(Refusal):
+    """No item with that id."""
+
+
+class NotHolder(Refusal):
+    """The item's lease belongs to another worker_id, or to nobody."""
+
+
+class WrongState(Refusal):
+    """The item's status does not allow it: nothing to cancel, nothing to retry."""
 
 
 class QueueError(I2VError):

@@ -1,0 +1,95 @@
+"""One row of a queue that is ours, and the rules it lives by. The oracle and the SQL store both keep to them.
+
+    pending ──lease──▶ processing ──complete──▶ completed
+       ▲                │  │  │
+       │◀───release─────┘  │  └────────fail────▶ failed ──retry──▶ pending
+       │                   │
+       └──── lease ran out ┘   (MAX_CRASHES times: failed; cancel_requested: cancelled)
+
+    cancel: pending → cancelled at once; processing → cancel_requested, and cancelled as soon as the holder
+    writes, releases, or its lease runs out. retry: failed or cancelled → pending, counters at zero.
+
+Leasing takes the oldest item that is pending, or processing with a lease that ran out, with
+retry_count < MAX_FAILURES and no cancellation requested. Only the holder (same worker_id, status processing) can
+renew, complete, fail or release. A repeated end by the same holder changes nothing and is accepted.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from inference.task import DEFAULT_FRAME_NUM, QUEUE_FPS, Task, Value
+
+MAX_FAILURES = 3
+"""An item that failed this often is handed out no more (Life-is-Short API: `retry_count < 3`)."""
+
+MAX_CRASHES = 3
+"""An item whose workers went silent this often is dead: it may be what kills them."""
+
+RELEASE_S = 1
+"""A renewal this short hands the item back (Life-is-Short API: `extend_seconds: 1`)."""
+
+CRASHED = f"{MAX_CRASHES} workers went silent while they had this task; it was given up"
+
+Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
+Lane = Literal["wan", "runway"]
+
+
+class ItemProgress(Value):
+    """The last thing a holder said of its progress."""
+
+    stage: str
+    fraction: float
+
+
+class Item(Value):
+    """A video item: one row. Times are seconds since the epoch on the store's clock."""
+
+    id: str
+    group_id: str
+    photo_id: str
+    photo_storage_path: str
+    prompt: str = ""
+    frame_num: int | None = None  # at 24 fps, 24·seconds + 1; None means 121
+    inference_provider: str | None = None
+    status: Status = "pending"
+    worker_id: str | None = None  # the holder; kept after the end, so that a repeated report is recognised
+    leased_until: float | None = None
+    lease_seq: int = 0  # counts the leases of this item: a second fence beside worker_id
+    retry_count: int = 0  # failures reported
+    crash_count: int = 0  # leases that ran out
+    cancel_requested: bool = False
+    progress: ItemProgress | None = None
+    video_storage_path: str | None = None
+    error_message: str | None = None
+    external_ids: dict[str, str] = Field(default_factory=dict)  # runway_task_id, veo_operation_id
+    created_at: float
+    updated_at: float
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of video wanted."""
+        return duration_s(self.frame_num)
+
+    def to_task(self) -> Task:
+        """What a worker is handed."""
+        return Task(
+            item_id=self.id,
+            group_id=self.group_id,
+            photo_id=self.photo_id,
+            prompt=self.prompt,
+            photo_storage_path=self.photo_storage_path,
+            duration_s=self.duration_s,
+            provider=self.inference_provider,
+            extras={"lease_seq": self.lease_seq},
+        )
+
+
+def duration_s(frame_num: int | None) -> float:
+    """Seconds that a queue means by `frame_num`."""
+    return ((DEFAULT_FRAME_NUM if frame_num is None else frame_num) - 1) / QUEUE_FPS
+
+
+def lane(inference_provider: str | None) -> Lane:
+    """The kind of worker that an item waits for; no hint means Wan (Life-is-Short API: `worker_type`)."""
+    return "wan" if inference_provider in (None, "", "wan_local") else "runway"
