@@ -50,8 +50,9 @@ class Event:
 class MemoryStore:
     """The rows, the objects and a log of every write. One thread, one event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, counts_repeated_failures: bool = False) -> None:
         self._clock = clock
+        self._counts_repeated_failures = counts_repeated_failures  # as the real Life-is-Short server does
         self.items: dict[str, Item] = {}  # in the order they were added, which is the order they are handed out
         self.objects: dict[str, bytes] = {}
         self.log: list[Event] = []
@@ -151,6 +152,8 @@ class MemoryStore:
         """The holder gives up. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
         item = self._find(item_id)
         if (item.status, item.worker_id) == ("failed", worker_id):
+            if self._counts_repeated_failures:
+                return self._write("fail", item, worker_id, retry_count=item.retry_count + 1)
             return item
         item = self._held("fail", item_id, worker_id, lease_seq)
         if item.cancel_requested:
@@ -269,7 +272,7 @@ class MemoryQueue:
     extension_s: float = 300
     worker_type: Lane | None = None
     faults: Faults = field(default_factory=Faults)
-    random: Random = field(default_factory=lambda: Random(0))  # noqa: S311 - faults, not secrets
+    random: Random = field(default_factory=lambda: Random(0))
 
     async def lease(self) -> Lease | None:
         """See TaskQueue."""

@@ -1,0 +1,343 @@
+"""One lease, from its first heartbeat to its report.
+
+    beat → beside everything from here on: beats
+         → fetch photo → wait for the engine → generate → deliver → complete
+    any error → one Outcome, in `_settle`
+
+The order and the limits are reliability.md's: nothing is spent before the queue has confirmed the lease, work stops
+when the lease could not be renewed for two thirds of its length, and only the report may use the last third,
+because the queue itself refuses a report that comes too late.
+"""
+
+import random
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import structlog
+import tenacity
+
+from inference.engines.base import Engine, Job
+from inference.errors import (
+    CancelRequested,
+    DiskFull,
+    EngineHung,
+    EngineLost,
+    I2VError,
+    LeaseLost,
+    QueueError,
+    QueueUnavailable,
+)
+from inference.progress import ProgressTracker, Sink, plan
+from inference.queues.base import TaskQueue
+from inference.task import GenerationRequest, Lease, Outcome, Video
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+WORK_SHARE = 2 / 3
+"""The share of a lease, since its last renewal was sent, in which work may go on (reliability.md, rule 3)."""
+
+RELEASE_LIMIT_S = 6.0
+"""How long handing a lease back may take: less than what a container runtime leaves after SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a lease is kept and how often things are tried. Seconds."""
+
+    heartbeat_interval_s: float = 120  # Life-is-Short documents
+    second_beat_s: float = 4  # an overtaking update of the real server can land after the first beat
+    beat_timeout_s: float = 15
+    beat_retry_s: float = 10
+    attempt_limit_s: float = 1800  # a generation that takes longer is hung
+    attempts: int = 3  # per stage; Life-is-Short documents
+    retry_wait_s: float = 5  # between them; Life-is-Short documents
+    keep_temp: bool = False  # leave the folder of each lease for a look
+
+
+class Keeper:
+    """Keeps one lease renewed beside the work, and ends the work when it cannot be."""
+
+    def __init__(self, queue: TaskQueue, lease: Lease, policy: Policy, tracker: ProgressTracker) -> None:
+        self._queue, self._lease, self._tracker = queue, lease, tracker
+        length_s = lease.length_s
+        # Short leases get everything in proportion, so that a few beats can fail before work has to stop.
+        self._interval_s = min(policy.heartbeat_interval_s, 0.4 * length_s)
+        self._second_beat_s = min(policy.second_beat_s, 0.2 * length_s)
+        self._timeout_s = min(policy.beat_timeout_s, 0.2 * length_s)
+        self._retry_s = min(policy.beat_retry_s, length_s / 30)
+        self._renewed_at = anyio.current_time()
+        self._reporting = False
+        self.ended: I2VError | None = None
+
+    @property
+    def lease_ends_at(self) -> float:
+        """When, on this machine's monotonic clock, the queue may give the task to somebody else."""
+        return self._renewed_at + self._lease.length_s
+
+    @property
+    def work_ends_at(self) -> float:
+        """When work has to stop unless the lease is renewed before."""
+        return self._renewed_at + self._lease.length_s * (1 if self._reporting else WORK_SHARE)
+
+    def check(self) -> None:
+        """At every boundary: raises LeaseLost or CancelRequested if the lease ended.
+
+        Also where no beat has noticed yet: a process that was paused finds out here, before it writes.
+        """
+        if self.ended is None and anyio.current_time() >= self.work_ends_at:
+            self.ended = LeaseLost("the lease could not be renewed in time")
+        if self.ended is not None:
+            raise self.ended
+
+    def begin_report(self) -> None:
+        """From here on the report's own answer says whose the task is; beats only keep it ours."""
+        self.check()  # fence
+        self._reporting = True
+
+    async def first_beat(self) -> None:
+        """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueError."""
+        while True:
+            self.check()
+            try:
+                return await self._beat()
+            except QueueUnavailable as error:
+                await anyio.sleep_until(min(anyio.current_time() + self._told_retry_s(error), self.work_ends_at))
+
+    async def guard(self, work: Callable[[], Awaitable[T]], job: Job) -> T:
+        """Runs `work` with beats beside it. Raises what work raises, or LeaseLost or CancelRequested."""
+        result: T
+        failure: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                tasks.start_soon(self._keep, scope, job)
+                try:
+                    result = await work()
+                except Exception as error:  # noqa: BLE001 - raised again below, outside of the group
+                    failure = error
+            tasks.cancel_scope.cancel()
+        if self.ended is not None and (scope.cancelled_caught or failure is not None):
+            raise self.ended  # whatever else went wrong, went wrong because of this
+        if failure is not None:
+            raise failure
+        return result
+
+    async def _keep(self, scope: anyio.CancelScope, job: Job) -> None:
+        wait_s = self._second_beat_s
+        while True:
+            await anyio.sleep_until(min(anyio.current_time() + wait_s, self.work_ends_at))
+            try:
+                self.check()
+                await self._beat()
+                wait_s = self._interval_s
+            except (LeaseLost, CancelRequested) as error:
+                if self._reporting and self.ended is None:
+                    # A report that landed ends the lease, too: its answer decides, for as long as the lease lasts.
+                    wait_s = float("inf")
+                    continue
+                self.ended = error
+                job.cancel(error)
+                scope.cancel()
+                return
+            except QueueError as error:
+                wait_s = self._told_retry_s(error)
+
+    async def _beat(self) -> None:
+        sent_at = anyio.current_time()
+        try:
+            with anyio.fail_after(max(0.0, min(self._timeout_s, self.work_ends_at - sent_at))):
+                await self._queue.heartbeat(self._lease, self._tracker.latest)
+        except TimeoutError:
+            raise QueueUnavailable("the heartbeat was not answered in time") from None
+        # Not when the answer came: the queue counts from when it heard us, which was no earlier than this.
+        self._renewed_at = sent_at
+
+    def _told_retry_s(self, error: QueueError) -> float:
+        log.warning("heartbeat_failed", item_id=self._lease.task.item_id, error=str(error))
+        return self._retry_s * random.uniform(0.5, 1.5)
+
+
+class Runner:
+    """Runs leases, several at once, on one engine that generates for one of them at a time."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        engine: Engine,
+        *,
+        policy: Policy | None = None,
+        temp_dir: Path | None = None,
+        sink: Callable[[Lease], Sink] | None = None,
+    ) -> None:
+        self._queue, self._engine = queue, engine
+        self._policy = policy or Policy()
+        self._temp_dir = temp_dir
+        self._sink = sink
+        self._engine_lock = anyio.Lock()
+        self.engine_hung = False  # a thread of the engine did not stop: nothing may generate here any more
+
+    async def run(self, lease: Lease) -> Outcome:
+        """Runs one lease to its end. Never raises for what happens to it; when cancelled, hands it back first."""
+        bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
+        tracker = ProgressTracker(plan(self._engine.stages), self._sink(lease) if self._sink else None)
+        job = Job(tracker)
+        keeper = Keeper(self._queue, lease, self._policy, tracker)
+        log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
+        folder: Path | None = None
+        try:
+            folder = self._make_folder()
+            await keeper.first_beat()  # fence
+            outcome = await self._to_the_end(lease, keeper, job, tracker, folder)
+        except anyio.get_cancelled_exc_class():
+            await self._release(lease)
+            log.info("lease_ended", **bound, status="released", error="this worker is stopping")
+            raise
+        except Exception as error:  # noqa: BLE001 - the one place where errors become an outcome
+            outcome = await self._settle(lease, error, keeper)
+        finally:
+            if folder and not self._policy.keep_temp:
+                shutil.rmtree(folder, ignore_errors=True)
+        outcome = outcome.model_copy(
+            update={
+                "stage_seconds": tracker.stage_seconds(),
+                "machine_at_fault": outcome.machine_at_fault or job.hung,
+            }
+        )
+        facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
+        log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)
+        return outcome
+
+    async def _to_the_end(
+        self, lease: Lease, keeper: Keeper, job: Job, tracker: ProgressTracker, folder: Path
+    ) -> Outcome:
+        async def work() -> Outcome:
+            job.report("download")
+            photo = await self._repeat(lambda: self._queue.fetch_photo(lease, folder), keeper.check)
+            job.report("wait")
+            async with self._engine_lock:
+                video = await self._repeat(lambda: self._generate(lease, photo, folder, job), keeper.check)
+            job.report("upload")
+            storage_path = await self._repeat(lambda: self._queue.deliver(lease, video), keeper.check)
+            keeper.begin_report()
+            job.report("report")
+            await self._repeat(lambda: self._queue.complete(lease, storage_path, video), keeper.check)
+            tracker.finish()
+            return Outcome(status="completed", item_id=lease.task.item_id, video=video, storage_path=storage_path)
+
+        return await keeper.guard(work, job)
+
+    async def _generate(self, lease: Lease, photo: Path, folder: Path, job: Job) -> Video:
+        if self.engine_hung:
+            raise EngineLost("the engine of this worker is stuck")
+        limit_s = self._policy.attempt_limit_s
+        try:
+            with anyio.move_on_after(limit_s):
+                return await self._engine.generate(GenerationRequest.from_task(lease.task), photo, folder, job)
+        finally:
+            self.engine_hung = self.engine_hung or job.hung
+        raise EngineHung(f"the {self._engine.name} engine made no video within {limit_s:g} s")
+
+    async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
+        """The one place where an error becomes an outcome, and where the queue is told."""
+        item_id = lease.task.item_id
+        match error:
+            case LeaseLost():
+                return Outcome(status="lease_lost", item_id=item_id, error=str(error))
+            case CancelRequested():
+                await self._release(lease)
+                return Outcome(status="cancelled", item_id=item_id, error=str(error))
+            case QueueError() | I2VError(hand_back=True):
+                await self._release(lease)
+                return Outcome(status="released", item_id=item_id, error=str(error), machine_at_fault=True)
+            case I2VError():
+                message, machine_at_fault = str(error), False
+            case _:
+                log.error("unexpected_error", item_id=item_id, exc_info=error)
+                message, machine_at_fault = f"internal error: {type(error).__name__}: {error}", True
+        try:
+            await self._report_failure(lease, message, keeper)
+        except CancelRequested:
+            await self._release(lease)
+            return Outcome(status="cancelled", item_id=item_id, error=message)
+        except I2VError as told:
+            return Outcome(status="lease_lost", item_id=item_id, error=f"{message} (not reported: {told})")
+        return Outcome(status="failed", item_id=item_id, error=message, machine_at_fault=machine_at_fault)
+
+    async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
+        """Reports once. A report whose answer was lost is asked about before it is sent again: it may have counted.
+
+        Raises LeaseLost, CancelRequested, QueueError.
+        """
+        in_doubt = False
+
+        async def report() -> None:
+            nonlocal in_doubt
+            try:
+                if in_doubt:
+                    await self._queue.heartbeat(lease)
+                await self._queue.fail(lease, message)
+            except QueueUnavailable:
+                in_doubt = True
+                raise
+            except LeaseLost:
+                if not in_doubt:
+                    raise
+
+        with anyio.move_on_after(max(0.0, keeper.lease_ends_at - anyio.current_time())):
+            return await self._repeat(report)
+        raise LeaseLost("the queue could not be reached before the lease ran out")
+
+    async def _release(self, lease: Lease) -> None:
+        """Hands the lease back as well as can be; if the queue does not hear it, the lease runs out by itself."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
+            try:
+                await self._repeat(lambda: self._queue.release(lease))
+            except I2VError as error:
+                log.info("release_failed", item_id=lease.task.item_id, error=str(error))
+
+    async def _repeat(self, operation: Callable[[], Awaitable[T]], check: Callable[[], None] | None = None) -> T:
+        """Tries again by cause: a queue that is away for as long as the lease lasts, everything else a few times.
+
+        `check` stands before each try, so every boundary of a lease and every repetition is one.
+        """
+        patiently = tenacity.AsyncRetrying(
+            sleep=anyio.sleep,
+            retry=tenacity.retry_if_exception_type(QueueUnavailable),
+            wait=tenacity.wait_random_exponential(multiplier=1, max=30),
+            before_sleep=_tell,
+            reraise=True,
+        )
+        a_few_times = tenacity.AsyncRetrying(
+            sleep=anyio.sleep,
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, I2VError) and error.retryable),
+            stop=tenacity.stop_after_attempt(self._policy.attempts),
+            wait=tenacity.wait_fixed(self._policy.retry_wait_s) + tenacity.wait_random(0, 1),
+            before_sleep=_tell,
+            reraise=True,
+        )
+
+        async def once() -> T:
+            if check:
+                check()  # fence
+            return await operation()
+
+        async def while_away() -> T:
+            return await patiently(once)
+
+        return await a_few_times(while_away)
+
+    def _make_folder(self) -> Path:
+        try:
+            return Path(tempfile.mkdtemp(prefix="i2v-", dir=self._temp_dir))
+        except OSError as error:
+            raise DiskFull(f"no temporary folder can be made: {error.strerror}") from None
+
+
+def _tell(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning("trying_again", attempt=state.attempt_number, error=str(error))

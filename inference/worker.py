@@ -1,0 +1,139 @@
+"""The polling worker: lease, run, repeat, several leases at once; drains when told to stop."""
+
+import random
+from collections.abc import Callable
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
+from inference.queues.base import TaskQueue
+from inference.runner import Runner
+from inference.task import Lease, Outcome
+
+log = structlog.get_logger(__name__)
+
+MAX_FAULTS_IN_A_ROW = 3
+"""After this many leases that ended badly because of this machine, the next would, too: stop taking tasks."""
+
+LEASE_LIMIT_S = 30.0
+"""How long to wait for the answer to a lease request before giving up on it."""
+
+MAX_BACKOFF_S = 60.0
+"""The longest pause between questions to a queue that does not answer."""
+
+
+class Worker:
+    """Takes leases from one queue and runs them, up to `concurrency` at once, until told to stop.
+
+    Two at once keep the engine busy: one lease generates while the other uploads its video or downloads the next
+    photo. More only hold tasks that another worker could have started.
+    """
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        runner: Runner,
+        *,
+        concurrency: int = 2,
+        poll_interval_s: float = 5,
+        grace_s: float = 8,
+        on_outcome: Callable[[Outcome], None] | None = None,
+    ) -> None:
+        self._queue, self._runner = queue, runner
+        self._poll_interval_s, self._grace_s = poll_interval_s, grace_s
+        self._on_outcome = on_outcome
+        self._slots = anyio.Semaphore(concurrency)
+        self._polling = anyio.CancelScope()
+        self._stopping = anyio.Event()
+        self._stopping_now = anyio.Event()
+        self._faults_in_a_row = 0
+        self._fault: I2VError | None = None
+
+    def stop(self) -> None:
+        """Takes no more tasks; running ones have `grace_s` to finish, then are handed back. Call from the loop."""
+        self._stopping.set()
+        self._polling.cancel()
+
+    def stop_now(self) -> None:
+        """Takes no more tasks and hands the running ones back at once. Call from the loop."""
+        self.stop()
+        self._stopping_now.set()
+
+    async def run(self, *, once: bool = False) -> None:
+        """Works until stopped; with `once`, takes at most one task and returns when it has ended.
+
+        Raises QueueAuthError, QueueRefused where the queue will not have us, and EngineLost when leases keep ending
+        badly because of this machine. Everything it held was handed back by then.
+        """
+        async with anyio.create_task_group() as beside:
+            async with anyio.create_task_group() as leases:
+                beside.start_soon(self._enforce_stop, leases.cancel_scope)
+                with self._polling:
+                    await self._poll(leases, once=once)
+            beside.cancel_scope.cancel()
+        if self._fault is not None:
+            raise self._fault
+
+    async def _enforce_stop(self, leases: anyio.CancelScope) -> None:
+        await self._stopping.wait()
+        with anyio.move_on_after(self._grace_s):
+            await self._stopping_now.wait()
+        leases.cancel()
+
+    async def _poll(self, leases: TaskGroup, *, once: bool) -> None:
+        unanswered = 0
+        while True:
+            await self._slots.acquire()
+            lease, pause_s = None, self._poll_interval_s * random.uniform(0.8, 1.2)
+            try:
+                lease = await self._take()
+                unanswered = 0
+            except QueueUnavailable as error:
+                self._fault = error if once else None
+                unanswered = min(unanswered + 1, 10)
+                pause_s = random.uniform(0.5, 1) * min(MAX_BACKOFF_S, self._poll_interval_s * 2.0**unanswered)
+                log.warning("queue_unavailable", error=str(error), next_try_s=round(pause_s, 1))
+            except InvalidTask as error:
+                log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
+            except I2VError as error:
+                self._fault = error
+                self.stop()
+            if lease is None:
+                self._slots.release()
+            else:
+                leases.start_soon(self._run, lease)
+                pause_s = 0.0
+            if once:
+                return
+            await anyio.sleep(pause_s)
+
+    async def _take(self) -> Lease | None:
+        # Shielded: a request that is given up half way may still lease a task, which nobody would then work on.
+        with anyio.CancelScope(shield=True), anyio.move_on_after(LEASE_LIMIT_S):
+            return await self._queue.lease()
+        raise QueueUnavailable(f"the queue did not answer within {LEASE_LIMIT_S:g} s")
+
+    async def _run(self, lease: Lease) -> None:
+        try:
+            with anyio.CancelScope() as scope:
+                if self._stopping.is_set():  # leased by the last request before the stop: hand it back unspent
+                    scope.cancel()
+                outcome = await self._runner.run(lease)
+            if scope.cancelled_caught:
+                return
+        finally:
+            self._slots.release()
+        self._judge(outcome)
+        if self._on_outcome:
+            self._on_outcome(outcome)
+
+    def _judge(self, outcome: Outcome) -> None:
+        self._faults_in_a_row = self._faults_in_a_row + 1 if outcome.machine_at_fault else 0
+        if self._runner.engine_hung:
+            self._fault = EngineLost("the engine is stuck; this process has to be started again")
+            self.stop()
+        elif self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            self._fault = EngineLost(f"{MAX_FAULTS_IN_A_ROW} tasks in a row ended badly here: {outcome.error}")
+            self.stop()
