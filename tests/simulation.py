@@ -23,7 +23,6 @@ from pathlib import Path
 import anyio
 import structlog
 import trio
-import trio.testing
 from PIL import Image
 
 from inference.engines.base import Job
@@ -33,6 +32,7 @@ from inference.queues.memory import Event, Faults, MemoryQueue, MemoryStore
 from inference.runner import Policy, Runner
 from inference.task import GenerationRequest, Lease, Video
 from inference.worker import Worker
+from tests.virtual import run_virtual
 
 TERMINAL = ("completed", "failed", "cancelled")
 SETTLE_S = 24 * 3600.0
@@ -86,7 +86,7 @@ class SimulatedEngine:
     name: str = "simulated"
     stages: dict[str, float] = field(default_factory=lambda: {"render": 1.0})
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
         """See Engine."""
         started_at = anyio.current_time()
         paused_at = None
@@ -148,9 +148,9 @@ class MortalQueue(MemoryQueue):
 class World:
     """Everything one seed stands for."""
 
-    def __init__(self, seed: int, folder: Path, clock: trio.testing.MockClock) -> None:
+    def __init__(self, seed: int, folder: Path) -> None:
         self.random = random.Random(seed)
-        self.clock = clock
+        self.clock = trio.lowlevel.current_clock()
         self.folder = folder
         pick = self.random
         self.store = MemoryStore(clock=anyio.current_time, counts_repeated_failures=pick.random() < 0.5)
@@ -404,18 +404,14 @@ def check_cancelled(world: World, generation: Generation) -> None:
 def simulate(seed: int) -> World:
     """Builds and runs the world of one seed and checks it. Raises Broken; the same seed does the same again."""
     folder = Path(tempfile.mkdtemp(prefix="i2v-simulation-"))
-    random.seed(seed)
-    trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    trio._core._run._r.seed(seed)
     worlds: list[World] = []
 
     async def main() -> None:
-        worlds.append(World(seed, folder, clock))
+        worlds.append(World(seed, folder))
         await worlds[0].run()
 
     try:
-        clock = trio.testing.MockClock(autojump_threshold=0)
-        anyio.run(main, backend="trio", backend_options={"clock": clock})
+        run_virtual(main, seed=seed)
         check(worlds[0])
     except BaseExceptionGroup as group:
         raise Broken(f"seed {seed}: {group.exceptions}") from group

@@ -208,10 +208,12 @@ class MemoryStore:
 
     def _held(self, verb: str, item_id: str, worker_id: str, lease_seq: int | None) -> Item:
         item = self._find(item_id)
-        holds = (
-            item.worker_id == worker_id  # fence
-            and item.status == "processing"  # fence
-            and lease_seq in (None, item.lease_seq)  # fence
+        holds = all(
+            (
+                item.worker_id == worker_id,  # fence
+                item.status == "processing",  # fence
+                lease_seq in (None, item.lease_seq),  # fence
+            )
         )
         if not holds:
             self.log.append(Event(self._clock(), verb, item_id, worker_id, accepted=False, status=item.status))

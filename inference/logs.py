@@ -1,0 +1,59 @@
+"""Where log lines go: for people on a terminal, as JSON lines everywhere else, and into a file where asked."""
+
+import logging
+import logging.handlers
+import sys
+from pathlib import Path
+
+import structlog
+from structlog.typing import Processor
+
+LOG_FILE_BYTES = 10_000_000
+LOG_FILES_KEPT = 5
+
+
+def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path | None = None) -> None:
+    """Sends all logging, ours and the libraries', to stderr and to `log_dir/i2v.log` if given.
+
+    `as_json` None means: JSON unless stderr is a terminal. Raises OSError where the folder cannot be written.
+    """
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    as_json = not sys.stderr.isatty() if as_json is None else as_json
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(_formatter(shared, as_json=as_json))
+    handlers: list[logging.Handler] = [terminal]
+    if log_dir:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        file = logging.handlers.RotatingFileHandler(
+            log_dir / "i2v.log", maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
+        )
+        file.setFormatter(_formatter(shared, as_json=True))
+        handlers.append(file)
+    logging.basicConfig(handlers=handlers, level=level.upper(), force=True)
+    # httpx logs whole URLs at INFO, and httpcore at DEBUG: presigned ones carry credentials in the query.
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def _formatter(shared: list[Processor], *, as_json: bool) -> structlog.stdlib.ProcessorFormatter:
+    last: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if as_json:
+        last += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+    else:
+        last += [structlog.dev.ConsoleRenderer(colors=True, pad_event_to=20)]
+    return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last)

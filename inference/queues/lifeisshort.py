@@ -1,0 +1,293 @@
+"""The Life-is-Short worker API: a Next.js application that owns the queue and presigns its storage.
+
+Its wire, and where the real server differs from its documents, is told beside each call. Every method is one try;
+the only repetition is what this dialect needs to tell its answers apart.
+"""
+
+import math
+import re
+import secrets
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Literal, Self
+
+import anyio
+import anyio.to_thread
+import httpx
+import structlog
+from pydantic import ValidationError
+
+from inference.errors import (
+    CancelRequested,
+    I2VError,
+    InvalidTask,
+    LeaseLost,
+    ObjectExists,
+    ObjectMissing,
+    QueueRefused,
+    QueueUnavailable,
+    SettingsError,
+    UrlExpired,
+)
+from inference.media import photo
+from inference.progress import Progress
+from inference.queues.lifeisshort_wire import (
+    Answer,
+    SignedDownload,
+    SignedUpload,
+    identifier,
+    parse_task,
+    worker_api_url,
+)
+from inference.storage import Storage
+from inference.storage_errors import FOREIGN
+from inference.task import Lease, Video, explain
+
+__all__ = ["LifeIsShortQueue", "parse_task"]
+
+logger = structlog.get_logger(__name__)
+
+MAX_MESSAGE_CHARS = 1000
+"""Of an error reported to the queue, or of a payload in the log."""
+
+REPORTED_IDS = ("runway_task_id", "veo_operation_id")  # the only external ids the report call knows
+
+
+class LifeIsShortQueue:
+    """TaskQueue over the worker API.
+
+    Raises SettingsError for an address, key, worker_id or length that cannot work.
+    """
+
+    CONFIRM_AFTER_S: ClassVar[float] = 2.5
+    """The real server answers a beat with 404 both for a lost lease and for a database hiccup: ask once more."""
+
+    def __init__(
+        self,
+        api_url: str,
+        api_key: str | None,
+        *,
+        worker_id: str,
+        storage: Storage,
+        auth_scheme: Literal["worker", "bearer"] = "worker",
+        worker_type: Literal["wan", "runway"] | None = None,
+        lease_s: float = 600,
+        extension_s: float = 300,
+        request_timeout_s: float = 10,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._worker_id = worker_id
+        self._storage = storage
+        self._worker_type = worker_type
+        self._lease_s = lease_s
+        self._extension_s = extension_s
+        self._request_timeout_s = request_timeout_s
+        self._api_key = (api_key or "").strip()
+        if not self._api_key.isascii() or not self._api_key.isprintable():
+            raise SettingsError("WORKER_API_KEY: must be printable ASCII")
+        try:
+            identifier.validate_python(f"{worker_id}.{_token()}")
+        except ValidationError as error:
+            raise SettingsError(f"WORKER_ID: {explain(error)}") from None
+        if not (lease_s >= 2 and 2 <= extension_s <= 86_400):
+            raise SettingsError("LEASE_DURATION: leases and their extensions last from 2 s to a day")
+        # A server that never spoke of cancelling may refuse fields it does not know, so ours wait for that.
+        self._speaks_progress = False
+        self._client = httpx.AsyncClient(
+            base_url=worker_api_url(api_url),
+            headers={"Authorization": f"{auth_scheme.capitalize()} {self._api_key}"} if self._api_key else {},
+            timeout=request_timeout_s,
+            transport=transport,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def check(self) -> None:
+        """Proves that the queue is there and takes the key, leasing nothing: a beat for a task that cannot exist.
+
+        Raises QueueUnavailable, QueueAuthError, QueueRefused.
+        """
+        body = {"item_id": str(uuid.uuid4()), "worker_id": f"{self._worker_id}.check", "extend_seconds": 1}
+        answer = await self._ask("heartbeat", body)
+        if not answer.refused_with(403, 404):
+            self._data_of_known_call(answer)
+
+    async def lease(self) -> Lease | None:
+        """As TaskQueue.lease. The server may hand one task to two callers: beat before spending anything on it."""
+        worker_id = f"{self._worker_id}.{_token()}"
+        body: dict[str, Any] = {"worker_id": worker_id, "lease_duration_seconds": math.ceil(self._lease_s)}
+        if self._worker_type is not None:
+            body["worker_type"] = self._worker_type
+        payload = self._data_of_known_call(await self._ask("next-task", body))
+        if payload is None:
+            return None
+        try:
+            task = parse_task(payload)
+        except InvalidTask as error:
+            logger.warning("malformed task", problem=str(error), payload=repr(payload)[:MAX_MESSAGE_CHARS])
+            if error.item_id is not None:
+                await self._report_malformed(error.item_id, worker_id, str(error))
+            raise
+        return Lease(task=task, worker_id=worker_id, length_s=self._extension_s)
+
+    async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
+        """As TaskQueue.heartbeat. Sends progress once the server has shown that it knows `cancel_requested`."""
+        # Rounded up: the server must not believe in a shorter lease than its holder does.
+        body = {**_fence(lease), "extend_seconds": math.ceil(lease.length_s)}
+        if progress is not None and self._speaks_progress:
+            body["progress"] = {"stage": progress.stage, "fraction": progress.fraction}
+        answer = await self._ask("heartbeat", body)
+        if answer.refused_with(404):
+            await anyio.sleep(self.CONFIRM_AFTER_S)
+            answer = await self._ask("heartbeat", body)
+        data = self._data_of_own_lease(answer, lease)
+        if isinstance(data, dict) and "cancel_requested" in data:
+            self._speaks_progress = True
+            if data["cancel_requested"] is True:
+                raise CancelRequested(f"task {lease.task.item_id}: cancelled by a person")
+
+    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
+        """As TaskQueue.fetch_photo. An expired URL is presigned again, once."""
+        path = folder / f"photo{_suffix(lease.task.photo_storage_path)}"
+        url = await self._presign_download(lease)
+        try:
+            await self._storage.download(url, path)
+        except UrlExpired:
+            await self._storage.download(await self._presign_download(lease), path)
+        await anyio.to_thread.run_sync(photo.verify, path)
+        return path
+
+    async def deliver(self, lease: Lease, video: Video) -> str:
+        """As TaskQueue.deliver.
+
+        What lies at `videos/{item_id}.mp4` already may be of an earlier prompt, so it is neither reported nor
+        overwritten: the video goes beside it, under this lease's token. If that is taken too, an earlier try of
+        this lease was stored and its answer lost; a cut one leaves no object, but which video it was is unknown.
+        """
+        for extension in ("mp4", f"{lease.token}.mp4"):
+            try:
+                return await self._upload(lease, video.path, extension)
+            except ObjectExists:
+                logger.warning("upload path is taken", item_id=lease.task.item_id, extension=extension)
+        return await self._upload(lease, video.path, f"{lease.token}-{secrets.token_hex(2)}.mp4")
+
+    async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
+        """As TaskQueue.complete."""
+        ids = {name: video.external_ids[name] for name in REPORTED_IDS if name in video.external_ids}
+        body = {**_fence(lease), "status": "completed", "video_storage_path": storage_path, **ids}
+        self._data_of_own_lease(await self._ask("report", body), lease)
+
+    async def fail(self, lease: Lease, message: str) -> None:
+        """As TaskQueue.fail. Every one that lands adds to the task's retry_count."""
+        body = {**_fence(lease), "status": "failed", "error_message": _one_line(message) or "no reason given"}
+        self._data_of_own_lease(await self._ask("report", body), lease)
+
+    async def release(self, lease: Lease) -> None:
+        """As TaskQueue.release: the lease is cut to one second, the shortest the API takes."""
+        answer = await self._ask("heartbeat", {**_fence(lease), "extend_seconds": 1})
+        self._data_of_own_lease(answer, lease)
+
+    async def _report_malformed(self, item_id: str, worker_id: str, message: str) -> None:
+        body = {"item_id": item_id, "worker_id": worker_id, "status": "failed", "error_message": _one_line(message)}
+        try:
+            (await self._ask("report", body)).data()
+        except I2VError as error:
+            # Its lease lapses, and whoever gets it next tries again.
+            logger.warning("malformed task could not be reported", item_id=item_id, problem=str(error))
+
+    async def _presign_download(self, lease: Lease) -> str:
+        path = lease.task.photo_storage_path
+        answer = await self._ask("presign", {"operation": "download", "storage_path": path})
+        # Supabase signs only what exists. Whatever status its "Object not found" is passed on with, it stays true.
+        if answer.success is False and (answer.status in (200, 404) or "not found" in answer.error.lower()):
+            raise ObjectMissing(f"{path}: the photo is gone from storage ({answer.error})")
+        return answer.data_as(SignedDownload).url
+
+    async def _presign_upload(self, lease: Lease, extension: str) -> SignedUpload:
+        body = {"operation": "upload", "video_item_id": lease.task.item_id, "file_extension": extension}
+        answer = await self._ask("presign", body)
+        if answer.refused_with(404):
+            # No task, or a hiccup of the database. Only a heartbeat may call a lease lost.
+            raise QueueUnavailable(f"presign: 404 {answer.error}: no upload for task {lease.task.item_id} now")
+        return answer.data_as(SignedUpload)
+
+    async def _upload(self, lease: Lease, path: Path, extension: str) -> str:
+        signed = await self._presign_upload(lease, extension)
+        try:
+            await self._storage.upload(signed.url, path)
+        except UrlExpired:
+            signed = await self._presign_upload(lease, extension)
+            await self._storage.upload(signed.url, path)
+        return signed.storage_path
+
+    def _data_of_own_lease(self, answer: Answer, lease: Lease) -> Any:
+        if answer.refused_with(403, 404):
+            raise LeaseLost(f"{answer.call}: {answer.status}: task {lease.task.item_id} is not ours any more")
+        return answer.data()
+
+    def _data_of_known_call(self, answer: Answer) -> Any:
+        """As `data`, for calls that exist wherever the worker API does."""
+        if answer.status == 404:
+            raise QueueRefused(f"{answer.call}: 404: no worker API at this URL: {self._client.base_url}")
+        return answer.data()
+
+    async def _ask(self, call: str, body: Mapping[str, Any]) -> Answer:
+        """Raises QueueUnavailable where there was no answer; whether the call was carried out is unknown then."""
+        try:
+            with anyio.fail_after(self._request_timeout_s):  # httpx's own limit is per read
+                response = await self._client.post(call, json=body)
+        except FOREIGN as error:
+            reason = str(error) or type(error).__name__
+            raise QueueUnavailable(f"{call}: {self._client.base_url.host}: {self._clean(reason)}") from None
+        try:
+            payload = response.json()
+        except (ValueError, RecursionError):
+            payload, is_json = None, False
+        else:
+            is_json = True
+        envelope = payload if isinstance(payload, dict) else {}
+        success = envelope.get("success")
+        error_text = str(envelope.get("error") or "")
+        if response.has_redirect_location:
+            error_text = f"redirected to {response.url.join(response.headers['Location']).host}"
+        return Answer(
+            call=call,
+            status=response.status_code,
+            is_json=is_json,
+            success=success if isinstance(success, bool) else None,
+            payload=envelope.get("data"),
+            error=self._clean(error_text),
+        )
+
+    def _clean(self, text: str) -> str:
+        return _one_line(text.replace(self._api_key, "…") if self._api_key else text)
+
+
+def _token() -> str:
+    return secrets.token_hex(6)
+
+
+def _fence(lease: Lease) -> dict[str, Any]:
+    """What every write about a lease carries; `lease_seq` only where the server hands it out."""
+    fence: dict[str, Any] = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
+    lease_seq = lease.task.extras.get("lease_seq")
+    if isinstance(lease_seq, int) and not isinstance(lease_seq, bool):
+        fence["lease_seq"] = lease_seq
+    return fence
+
+
+def _suffix(path: str) -> str:
+    """The photo's extension, for people: what it is, its bytes say."""
+    suffix = PurePosixPath(path).suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ""
+
+
+def _one_line(text: str) -> str:
+    """Bounded and printable: PostgreSQL takes neither NUL nor lone surrogates."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:MAX_MESSAGE_CHARS]

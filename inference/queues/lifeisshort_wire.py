@@ -1,0 +1,150 @@
+"""The shapes of the Life-is-Short worker API, and the one place where they are validated."""
+
+import ipaddress
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import httpx
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from inference.errors import InvalidTask, QueueAuthError, QueueRefused, QueueUnavailable, SettingsError
+from inference.task import (
+    DEFAULT_FRAME_NUM,
+    MAX_DURATION_S,
+    MAX_PROMPT_CHARS,
+    QUEUE_FPS,
+    Identifier,
+    Task,
+    explain,
+)
+
+M = TypeVar("M", bound=BaseModel)
+
+identifier: TypeAdapter[str] = TypeAdapter(Identifier)
+
+
+def _relative(path: str) -> str:
+    """A path that stays where the storage keeps it."""
+    if not path or path.startswith("/") or ".." in path.split("/") or "\\" in path or not path.isprintable():
+        raise ValueError("must be a relative path without `..`, backslashes or control characters")
+    return path
+
+
+StoragePath = Annotated[str, Field(max_length=1024), AfterValidator(_relative)]
+
+
+class _WireTask(BaseModel):
+    """`data` of a next-task answer; JSON types are taken as they are, never converted."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    item_id: Identifier
+    group_id: str
+    photo_id: str
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    photo_storage_path: StoragePath
+    frame_num: Annotated[int, Field(ge=2, le=int(MAX_DURATION_S * QUEUE_FPS) + 1)] | None = None  # 24 x seconds + 1
+    inference_provider: str | None = None
+    leased_until: object = None  # the server's clock: never compared, so not kept
+
+
+def parse_task(payload: object) -> Task:
+    """The task in a next-task answer. Unknown fields go to `extras` as they are.
+
+    Raises InvalidTask naming every wrong field, with the item_id where the payload has a usable one.
+    """
+    try:
+        wire = _WireTask.model_validate(payload)
+    except ValidationError as error:
+        item_id = payload.get("item_id") if isinstance(payload, Mapping) else None
+        try:
+            usable = identifier.validate_python(item_id, strict=True)
+        except ValidationError:
+            usable = None
+        raise InvalidTask(f"malformed task: {explain(error)}", item_id=usable) from None
+    frame_num = DEFAULT_FRAME_NUM if wire.frame_num is None else wire.frame_num
+    return Task(
+        item_id=wire.item_id,
+        group_id=wire.group_id,
+        photo_id=wire.photo_id,
+        prompt=wire.prompt or "",
+        photo_storage_path=wire.photo_storage_path,
+        duration_s=(frame_num - 1) / QUEUE_FPS,
+        provider=wire.inference_provider,
+        extras=wire.model_extra or {},
+    )
+
+
+class SignedDownload(BaseModel):
+    """`data` of a presign answer; when the URL expires only its own server knows."""
+
+    url: Annotated[str, Field(min_length=1)]
+
+
+class SignedUpload(SignedDownload):
+    """The same for an upload, with the path the server chose: the one to report."""
+
+    storage_path: StoragePath
+
+
+class Answer(NamedTuple):
+    """One answer of the API, or of whatever stands in its place."""
+
+    call: str
+    status: int
+    is_json: bool
+    success: bool | None  # None: not the API's envelope, so it was not the API that answered
+    payload: Any
+    error: str
+
+    def refused_with(self, *statuses: int) -> bool:
+        """Whether the API itself, not a proxy in front of it, refused with one of these."""
+        return self.success is False and self.status in statuses
+
+    def data(self) -> Any:
+        """What was asked for. Raises QueueAuthError, QueueUnavailable, QueueRefused."""
+        said = f"{self.call}: {self.status} {self.error}".rstrip()
+        if self.status == 401:
+            raise QueueAuthError(f"{said}: the queue does not accept the key; set WORKER_API_KEY to the server's")
+        if self.status == 429 or self.status >= 500:
+            raise QueueUnavailable(said)
+        if 300 <= self.status < 400:
+            raise QueueRefused(f"{said}: the address of the queue is wrong; set VERCEL_API_URL to where it leads")
+        if self.success and self.status < 300:
+            return self.payload
+        if self.success is None and not self.is_json:
+            raise QueueUnavailable(f"{said}: something other than the worker API answered")
+        if self.success is None:
+            raise QueueRefused(f"{said}: not an answer of the worker API")
+        raise QueueRefused(said)
+
+    def data_as(self, model: type[M]) -> M:
+        """What was asked for, in its shape. Raises as `data`, and QueueRefused for another shape."""
+        try:
+            return model.model_validate(self.data())
+        except ValidationError as error:
+            raise QueueRefused(f"{self.call}: not an answer of the worker API: {explain(error)}") from None
+
+
+def worker_api_url(api_url: str) -> str:
+    """`https://host/api/worker/` of `https://host`, with or without a trailing slash or `/api`.
+
+    Raises SettingsError: the key must not travel in the clear, save to this machine.
+    """
+    try:
+        url = httpx.URL(api_url.strip())
+    except (httpx.InvalidURL, UnicodeError):
+        url = httpx.URL()
+    if not url.host or url.scheme not in ("http", "https") or url.query or url.fragment or url.userinfo:
+        raise SettingsError("VERCEL_API_URL: must look like https://host, without query, fragment or user")
+    if url.scheme == "http" and not _is_this_machine(url.host):
+        raise SettingsError(f"VERCEL_API_URL: must be https, since {url.host} is not this machine")
+    path = url.path.rstrip("/").removesuffix("/api")
+    return str(url.copy_with(path=f"{path}/api/worker/"))
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

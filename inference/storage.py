@@ -1,0 +1,246 @@
+"""Presigned GET and PUT: photos in, videos out.
+
+The URLs carry credentials in their query, and part of them is chosen by whoever fills the queue. Hence every
+error and log holds host and path only, connections go through `inference.network`, and bytes are bounded.
+
+Requests go straight to a transport. httpx's client is left out on purpose: it logs whole URLs at INFO, keeps
+cookies, and reads the bodies of redirects to their end.
+"""
+
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Collection
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Self, TypeVar
+
+import anyio
+import httpx
+
+from inference.errors import (
+    AddressRefused,
+    I2VError,
+    ObjectTooLarge,
+    SettingsError,
+    StorageRefused,
+    StorageUnavailable,
+)
+from inference.network import GuardedNetwork, GuardedTransport
+from inference.storage_errors import FOREIGN, mapped, media_type, redact, refusal, said_by
+
+__all__ = ["Storage", "redact"]
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 10.0
+IDLE_TIMEOUT_S = 30.0
+"""A transfer that moves no byte for this long is dead."""
+TRANSFER_LIMIT_S = 600.0
+"""One transfer, whole: a peer that sends a byte now and then must not hold a lease for ever."""
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 1024 * 1024
+"""Per write and per thread hop: below 1 MiB the hops show in the throughput, above it hardly."""
+MAX_REFUSAL_BYTES = 64 * 1024  # of an error page are read
+PAGES = {"text/html", "text/xml", "application/xml", "application/json", "application/problem+json"}
+"""Media types of error pages; no photo comes as one."""
+
+
+class Storage:
+    """Fetches and stores objects by presigned URL. Every call is one try.
+
+    `trusted_origins` (`https://minio.lan:9000`) are the operator's own and may be at any address; all other URLs
+    must lead to public ones unless `allow_private`. `transport` takes the network's place, guard included: for tests.
+
+    Raises SettingsError where a trusted origin is not a URL.
+    """
+
+    def __init__(
+        self,
+        *,
+        trusted_origins: Collection[str] = (),
+        allow_private: bool = False,
+        max_download_bytes: int = 50_000_000,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        trusted = {_endpoint(origin) for origin in trusted_origins}
+        self._max_download_bytes = max_download_bytes
+        self._transport = transport or GuardedTransport(GuardedNetwork(trusted=trusted, allow_private=allow_private))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes connections."""
+        await self._transport.aclose()
+
+    async def download(self, url: str, path: Path) -> int:
+        """Fetches an object into `path`, which appears when it is whole; returns its size in bytes.
+
+        Raises AddressRefused, UrlExpired, ObjectMissing, ObjectTooLarge, StorageUnavailable, StorageRefused, DiskFull.
+        """
+        return await _map_errors(url, self._download(url, path))
+
+    async def upload(self, url: str, path: Path, *, content_type: str = "video/mp4") -> None:
+        """Stores a file. After StorageUnavailable it may be stored all the same.
+
+        Raises AddressRefused, UrlExpired, ObjectExists, ObjectMissing, ObjectTooLarge, StorageUnavailable,
+        StorageRefused, DiskFull.
+        """
+        await _map_errors(url, self._upload(url, path, content_type))
+
+    async def _download(self, url: str, path: Path) -> int:
+        for _ in range(MAX_REDIRECTS + 1):
+            # Identity, or the length could not be compared with what arrives.
+            request = _request("GET", url, {"Accept-Encoding": "identity"})
+            async with self._answer(request) as response:
+                if not response.has_redirect_location:
+                    return await self._save(response, url, path)
+                url = str(request.url.join(response.headers["Location"]))
+        raise StorageRefused(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
+
+    async def _save(self, response: httpx.Response, url: str, path: Path) -> int:
+        if response.status_code != 200 or media_type(response) in PAGES:
+            raise refusal(response, await _read_page(response), url)
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise StorageRefused(f"{redact(url)}: encoded, though identity was asked for")
+        declared = _declared_bytes(response)
+        if declared is not None and declared > self._max_download_bytes:
+            raise self._too_large(url)
+        partial = anyio.Path(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"))
+        try:
+            received = 0
+            async with await anyio.open_file(partial, "wb") as file, _chunks(response) as chunks:
+                async for chunk in chunks:
+                    received += len(chunk)
+                    if received > self._max_download_bytes:
+                        raise self._too_large(url)
+                    await file.write(chunk)
+            if declared == 0:
+                raise StorageRefused(f"{redact(url)}: the object is empty")
+            if received == 0 or received != (declared or received):
+                raise StorageUnavailable(f"{redact(url)}: ended after {received} of {declared or 'unknown'} bytes")
+            await partial.replace(path)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await partial.unlink(missing_ok=True)
+        return received
+
+    def _too_large(self, url: str) -> ObjectTooLarge:
+        return ObjectTooLarge(f"{redact(url)}: larger than {self._max_download_bytes} bytes")
+
+    async def _upload(self, url: str, path: Path, content_type: str) -> None:
+        async with await anyio.open_file(path, "rb") as file:
+            size_bytes = await file.seek(0, 2)
+            await file.seek(0)
+            if size_bytes == 0:
+                raise StorageRefused(f"{path.name}: nothing to upload, the file is empty")
+            headers = {
+                "Content-Type": content_type,
+                "Content-Length": str(size_bytes),  # a chunked body bypasses Supabase's limit, and S3 takes none
+                "Connection": "close",  # else Supabase answers a large duplicate and never reads the rest
+            }
+            request = _request("PUT", url, headers, _FileBody(file))
+            async with self._answer(request) as response:
+                page = await _read_page(response)
+        refused = (
+            not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400
+        )
+        if refused:
+            raise refusal(response, page, url)
+
+    @asynccontextmanager
+    async def _answer(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+        if request.url.scheme not in ("http", "https") or not request.url.host:
+            raise AddressRefused(f"{redact(str(request.url))}: neither http nor https")
+        response = await self._transport.handle_async_request(request)
+        response.request = request
+        try:
+            yield response
+        finally:
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+
+
+class _FileBody(httpx.AsyncByteStream):
+    """The rest of an open file. Not a generator: one that is left half-way needs closing, this does not."""
+
+    def __init__(self, file: anyio.AsyncFile[bytes]) -> None:
+        self._file = file
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if chunk := await self._file.read(CHUNK_BYTES):
+            return chunk
+        raise StopAsyncIteration
+
+
+def _request(
+    method: str, url: str, headers: dict[str, str], body: httpx.AsyncByteStream | None = None
+) -> httpx.Request:
+    # Given as `stream`, which httpx passes on as it is; `content` it would wrap into a generator.
+    parsed = httpx.URL(url)
+    return httpx.Request(
+        method,
+        parsed,
+        headers={"Host": parsed.netloc.decode("ascii"), "User-Agent": "serverless-i2v", "Accept": "*/*", **headers},
+        stream=body or httpx.ByteStream(b""),
+        extensions={"timeout": httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S).as_dict()},
+    )
+
+
+@asynccontextmanager
+async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The body, to be left at any point.
+
+    httpx nests generators, and closing the outer one leaves the others to the garbage collector, of which trio
+    complains. Closing the connection first makes the innermost fail, and with it all of them end.
+    """
+    chunks = response.aiter_bytes(CHUNK_BYTES)
+    try:
+        yield chunks
+    finally:
+        with anyio.CancelScope(shield=True), suppress(httpx.HTTPError, httpx.StreamError):
+            await response.aclose()
+            async for _ in chunks:
+                pass
+
+
+async def _read_page(response: httpx.Response) -> bytes:
+    page = b""
+    async with _chunks(response) as chunks:
+        async for chunk in chunks:
+            page += chunk
+            if len(page) >= MAX_REFUSAL_BYTES:
+                break
+    return page
+
+
+def _declared_bytes(response: httpx.Response) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return int(length) if re.fullmatch("[0-9]{1,15}", length) else None
+
+
+def _endpoint(origin: str) -> tuple[str, int]:
+    try:
+        url = httpx.URL(origin)
+    except (httpx.InvalidURL, UnicodeError):
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise SettingsError(f"{redact(origin)}: a trusted origin looks like https://host or https://host:port")
+    return url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80)
+
+
+async def _map_errors(url: str, work: Awaitable[T]) -> T:
+    try:
+        with anyio.fail_after(TRANSFER_LIMIT_S):
+            return await work
+    except I2VError:
+        raise
+    except FOREIGN as error:
+        failure = mapped(error, url)
+    raise failure  # outside of the handler: a foreign error as its context might show the query

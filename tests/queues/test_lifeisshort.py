@@ -1,0 +1,777 @@
+"""The Life-is-Short dialect, against a small server that behaves as the real one does."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from inference.errors import (
+    CancelRequested,
+    I2VError,
+    InvalidPhoto,
+    InvalidTask,
+    LeaseLost,
+    ObjectExists,
+    ObjectMissing,
+    QueueAuthError,
+    QueueError,
+    QueueRefused,
+    QueueUnavailable,
+    SettingsError,
+    StorageUnavailable,
+    UrlExpired,
+)
+from inference.progress import Progress
+from inference.queues.lifeisshort import LifeIsShortQueue, parse_task
+from inference.storage import Storage
+from inference.task import Lease, Task, Video
+
+pytestmark = pytest.mark.anyio
+
+KEY = "key-0123456789"
+ITEM = "0b2f8a5c-6a3e-4a7e-9f1d-1c2d3e4f5a6b"
+WIRE_TASK: dict[str, Any] = {
+    "item_id": ITEM,
+    "group_id": "7d1c0c3a-0000-4000-8000-000000000001",
+    "photo_id": "7d1c0c3a-0000-4000-8000-000000000002",
+    "prompt": "waves roll in",
+    "photo_storage_path": "7d1c/7d1c_original.JPG",
+    "leased_until": "2026-01-01T00:10:00.000Z",
+    "frame_num": 73,
+    "inference_provider": "wan_local",
+}
+Answer = httpx.Response | Exception
+
+
+class RealServer:
+    """API and storage of one deployment, one task in it; behaves as the real server was seen to.
+
+    `hiccups` and `lost_replies` name calls that go wrong once each: a 404 for no reason, and an answer that never
+    arrives although the call was carried out. `expired` counts presigned URLs that are born too old.
+    """
+
+    def __init__(self, **task: Any) -> None:
+        self.task: dict[str, Any] | None = WIRE_TASK | task
+        self.holder: str | None = None
+        self.status = "pending"
+        self.retry_count = 0
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.objects: dict[str, bytes] = {}
+        self.hiccups: list[str] = []
+        self.lost_replies: list[str] = []
+        self.expired = 0
+        self.heartbeat_data: dict[str, Any] = {"leased_until": "2026-01-01T00:10:00.000Z"}
+
+    def sent(self, call: str) -> list[dict[str, Any]]:
+        return [body for name, body in self.calls if name == call]
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host == "storage.example":
+            call, answer = request.method, self._storage(request)
+        else:
+            call = request.url.path.removeprefix("/api/worker/")
+            answer = self._api(call, request)
+        if call in self.lost_replies:
+            self.lost_replies.remove(call)
+            raise httpx.ReadTimeout("no answer")
+        return answer
+
+    def _api(self, call: str, request: httpx.Request) -> httpx.Response:  # noqa: PLR0911  a rule of the wire each
+        body = json.loads(request.content)
+        self.calls.append((call, body))
+        if request.headers.get("Authorization") != f"Worker {KEY}":
+            return refusal(401, "Unauthorized")
+        if call in self.hiccups:
+            self.hiccups.remove(call)
+            return refusal(404, "Task not found or lease expired")
+        match call:
+            case "next-task":
+                self.holder, self.status = body["worker_id"], "processing"
+                return success(self.task)
+            case "heartbeat":
+                if (body["item_id"], body["worker_id"], self.status) != (ITEM, self.holder, "processing"):
+                    return refusal(404, "Task not found or lease expired")
+                return success(self.heartbeat_data)
+            case "presign" if body["operation"] == "download":
+                return success({"url": self._sign(f"photos/{body['storage_path']}"), "expires_in": 3600})
+            case "presign":
+                path = f"videos/{body['video_item_id']}.{body['file_extension']}"
+                return success({"url": self._sign(path), "expires_in": 7200, "storage_path": path})
+            case "report":
+                if body["worker_id"] != self.holder:
+                    return refusal(403, "Worker ID mismatch")
+                self.status = body["status"]
+                self.retry_count += body["status"] == "failed"
+                return success(None)
+        return refusal(404, "Not found")
+
+    def _sign(self, path: str) -> str:
+        self.expired -= 1
+        return f"https://storage.example/{path}?token={'old' if self.expired >= 0 else 'new'}"
+
+    def _storage(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path.strip("/")
+        if request.url.params["token"] == "old":
+            return supabase("InvalidJWT", 400)
+        if request.method == "GET":
+            return httpx.Response(200, content=self.objects[path])
+        if path in self.objects:
+            return supabase("KeyAlreadyExists", 409)
+        self.objects[path] = request.content
+        return httpx.Response(200, json={"Key": path})
+
+
+def success(data: object) -> httpx.Response:
+    return httpx.Response(200, json={"success": True, "data": data})
+
+
+def refusal(status: int, error: str) -> httpx.Response:
+    return httpx.Response(status, json={"success": False, "error": error})
+
+
+def supabase(code: str, status: int) -> httpx.Response:
+    return httpx.Response(400, json={"statusCode": str(status), "error": code, "code": code, "message": "no"})
+
+
+def queue_on(server: Callable[[httpx.Request], httpx.Response], **options: Any) -> LifeIsShortQueue:
+    transport = httpx.MockTransport(server)
+    options = {"api_key": KEY, "worker_id": "host-1", "storage": Storage(transport=transport)} | options
+    return LifeIsShortQueue("https://queue.example", transport=transport, **options)
+
+
+def answering(status: int, **content: Any) -> LifeIsShortQueue:
+    """A queue that gets this answer to everything."""
+    return queue_on(lambda _: httpx.Response(status, **content))
+
+
+def held(**extras: Any) -> Lease:
+    task = parse_task(WIRE_TASK | extras)
+    return Lease(task=task, worker_id="host-1.abcdef012345", length_s=300)
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Video:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"an mp4")
+    return Video(path=path, width=16, height=16, fps=16, frames=49, size_bytes=6)
+
+
+@pytest.fixture
+def photo_bytes(tmp_path: Path) -> bytes:
+    path = tmp_path / "sample.jpg"
+    Image.new("RGB", (64, 48), "navy").save(path)
+    return path.read_bytes()
+
+
+# Leasing
+
+
+async def test_every_lease_has_its_own_worker_id():
+    """The server may hand one task to two callers: the worker_id is what tells them apart."""
+    server = RealServer()
+    async with queue_on(server, lease_s=599.5, extension_s=120) as queue:
+        first, second = await queue.lease(), await queue.lease()
+    assert first is not None
+    assert second is not None
+    assert first.task == parse_task(WIRE_TASK)
+    assert first.length_s == 120
+    assert first.worker_id.startswith("host-1.")
+    assert len(first.token) >= 10
+    assert first.worker_id != second.worker_id
+    assert server.sent("next-task")[0] == {"worker_id": first.worker_id, "lease_duration_seconds": 600}
+
+
+async def test_worker_type_is_sent_only_when_set():
+    """Older deployments do not know the field."""
+    server = RealServer()
+    async with queue_on(server, worker_type="runway") as queue:
+        await queue.lease()
+    assert server.sent("next-task")[0]["worker_type"] == "runway"
+
+
+@pytest.mark.parametrize("body", [{"success": True, "data": None}, {"success": True}])
+async def test_nothing_to_do(body):
+    """No task is no error."""
+    assert await answering(200, json=body).lease() is None
+
+
+async def test_a_malformed_task_is_reported_and_logged():
+    """Its people see what is wrong; nobody burns a GPU on it; the payload is in the log."""
+    server = RealServer(frame_num="121", photo_storage_path="../secrets")
+    async with queue_on(server) as queue:
+        with structlog.testing.capture_logs() as logs, pytest.raises(InvalidTask) as caught:
+            await queue.lease()
+    report = server.sent("report")[0]
+    assert (report["status"], report["worker_id"]) == ("failed", server.holder)
+    assert "frame_num" in report["error_message"]
+    assert "photo_storage_path" in report["error_message"]
+    assert caught.value.item_id == ITEM
+    assert "'frame_num': '121'" in logs[0]["payload"]
+
+
+@pytest.mark.parametrize("trouble", ["hiccup", "lost"])
+async def test_a_malformed_task_that_cannot_be_reported(trouble):
+    """The report is one try, and the task's own error is the one to see."""
+    server = RealServer(frame_num=1)
+    (server.hiccups if trouble == "hiccup" else server.lost_replies).append("report")
+    async with queue_on(server) as queue:
+        with pytest.raises(InvalidTask, match="frame_num"):
+            await queue.lease()
+    assert len(server.sent("report")) == 1
+
+
+async def test_a_task_without_a_usable_id_is_not_reported():
+    """There is nothing to report it under."""
+    server = RealServer(item_id="a b")
+    async with queue_on(server) as queue:
+        with pytest.raises(InvalidTask, match="item_id"):
+            await queue.lease()
+    assert server.sent("report") == []
+
+
+def test_a_task_as_the_wire_has_it():
+    """Every documented field; what is not known is kept, the server's clock is not."""
+    task = parse_task(WIRE_TASK | {"lease_seq": 7, "mood": {"calm": True}})
+    assert task == Task(
+        item_id=ITEM,
+        group_id=WIRE_TASK["group_id"],
+        photo_id=WIRE_TASK["photo_id"],
+        prompt="waves roll in",
+        photo_storage_path="7d1c/7d1c_original.JPG",
+        duration_s=3.0,
+        provider="wan_local",
+        extras={"lease_seq": 7, "mood": {"calm": True}},
+    )
+
+
+@pytest.mark.parametrize("frame_num,seconds", [(73, 3), (121, 5), (169, 7), (241, 10), (None, 5), (1441, 60)])
+def test_frames_are_seconds_at_24_a_second(frame_num, seconds):
+    """24 x seconds + 1, and null means 121."""
+    assert parse_task(WIRE_TASK | {"frame_num": frame_num}).duration_s == seconds
+
+
+def test_an_older_deployment():
+    """Fields it does not send have their meaning all the same."""
+    wire = {name: WIRE_TASK[name] for name in ("item_id", "group_id", "photo_id", "photo_storage_path")}
+    task = parse_task(wire | {"prompt": None})
+    assert (task.prompt, task.duration_s, task.provider) == ("", 5.0, None)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        *[("frame_num", value) for value in (1, 0, -73, 1442, 121.5, 121.0, "121", True, [], {})],
+        *[
+            ("photo_storage_path", value)
+            for value in ("", "/etc/passwd", "a/../b", "..", "a\\b", "a\0b", "a\nb", 7, None)
+        ],
+        *[("item_id", value) for value in (None, "", 7, "a b", "a/b", "x" * 201)],
+        *[("prompt", value) for value in (7, "x" * 4001)],
+        ("inference_provider", 7),
+        ("group_id", None),
+    ],
+)
+def test_malformed_fields_are_named(field, value):
+    """The error says which field, and has the id unless that is what is wrong."""
+    with pytest.raises(InvalidTask, match=field) as caught:
+        parse_task(WIRE_TASK | {field: value})
+    assert caught.value.item_id == (None if field == "item_id" else ITEM)
+    assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(JSON | st.dictionaries(st.sampled_from([*WIRE_TASK, "other"]), JSON).map(lambda odd: WIRE_TASK | odd))
+def test_any_payload_is_a_task_or_an_invalid_one(payload):
+    """No other exception comes of what a server may send."""
+    try:
+        task = parse_task(payload)
+    except InvalidTask:
+        return
+    assert ".." not in task.photo_storage_path.split("/")
+    assert 0 < task.duration_s <= 60
+
+
+# Heartbeats
+
+
+def virtually(test: Callable[[], Any]) -> float:
+    """Runs it under a clock that jumps; returns the seconds that passed on it."""
+
+    async def timed() -> float:
+        await test()
+        return trio.current_time() - started
+
+    clock = trio.testing.MockClock(autojump_threshold=0)
+    started = clock.current_time()
+    return trio.run(timed, clock=clock)
+
+
+async def test_a_beat_extends_the_lease_by_its_length():
+    """Only the documented fields: the server may refuse others."""
+    server = RealServer()
+    async with queue_on(server, extension_s=299.5) as queue:
+        lease = await queue.lease()
+        await queue.heartbeat(lease, Progress(stage="denoise", done=1, total=2, fraction=0.5))
+    assert server.sent("heartbeat") == [{"item_id": ITEM, "worker_id": lease.worker_id, "extend_seconds": 300}]
+
+
+def test_a_404_of_a_hiccup_is_not_a_lost_lease():
+    """The real server says 404 for both; a second beat tells."""
+    server = RealServer()
+    server.hiccups = ["heartbeat"]
+
+    async def beat() -> None:
+        async with queue_on(server) as queue:
+            await queue.heartbeat(await queue.lease())
+
+    assert 1 < virtually(beat) < 5
+    assert len(server.sent("heartbeat")) == 2
+
+
+def test_an_overtaken_lease_is_lost():
+    """The later of two leases wins; the first must hear of it, after asking twice."""
+    server = RealServer()
+
+    async def overtake() -> None:
+        async with queue_on(server) as queue:
+            first, second = await queue.lease(), await queue.lease()
+            with pytest.raises(LeaseLost):
+                await queue.heartbeat(first)
+            await queue.heartbeat(second)
+
+    virtually(overtake)
+    assert len(server.sent("heartbeat")) == 3
+
+
+def test_an_unconfirmed_404_is_not_certain():
+    """When the second beat gets no answer, the lease may still be ours."""
+    server = RealServer()
+    server.hiccups = ["heartbeat"]
+
+    def flaky(request: httpx.Request) -> httpx.Response:
+        if len(server.sent("heartbeat")) == 1:
+            raise httpx.ConnectError("down")
+        return server(request)
+
+    async def beat() -> None:
+        async with queue_on(flaky) as queue:
+            lease = await queue.lease()
+            with pytest.raises(QueueUnavailable):
+                await queue.heartbeat(lease)
+
+    virtually(beat)
+
+
+async def test_403_is_a_lost_lease_at_once():
+    """Somebody else's worker_id is on the task."""
+    with pytest.raises(LeaseLost):
+        await answering(403, json={"success": False, "error": "mismatch"}).heartbeat(held())
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_only_the_api_can_take_a_lease_away(status):
+    """A firewall or a deployment in between answers in HTML; the lease is still ours as far as anyone knows."""
+    queue = answering(status, html="<h1>The deployment could not be found</h1>")
+    with pytest.raises(QueueUnavailable):
+        await queue.heartbeat(held())
+    with pytest.raises(QueueUnavailable):
+        await queue.complete(held(), "videos/1.mp4", Video(path="v", width=1, height=1, fps=1, frames=1, size_bytes=1))
+
+
+async def test_progress_goes_to_servers_that_speak_of_cancelling():
+    """The first answer with `cancel_requested` shows that the server knows our extensions."""
+    server = RealServer(lease_seq=7)
+    server.heartbeat_data = {"cancel_requested": False}
+    progress = Progress(stage="denoise", done=1, total=2, fraction=0.5)
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        await queue.heartbeat(lease, progress)
+        await queue.heartbeat(lease, progress)
+        server.heartbeat_data = {"cancel_requested": True}
+        with pytest.raises(CancelRequested, match=ITEM):
+            await queue.heartbeat(lease)
+    first, second, third = server.sent("heartbeat")
+    assert "progress" not in first
+    assert second["progress"] == {"stage": "denoise", "fraction": 0.5}
+    assert "progress" not in third
+    assert {beat["lease_seq"] for beat in (first, second, third)} == {7}
+
+
+@pytest.mark.parametrize("lease_seq", [True, "7", 7.5, None])
+async def test_only_an_integer_is_a_lease_seq(lease_seq):
+    """A field of that name may mean something else elsewhere."""
+    server = RealServer(lease_seq=lease_seq)
+    async with queue_on(server) as queue:
+        await queue.heartbeat(await queue.lease())
+    assert "lease_seq" not in server.sent("heartbeat")[0]
+
+
+async def test_release_is_the_shortest_lease():
+    """It lapses at once, and no retry is counted."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        await queue.release(lease)
+        server.holder = "other"
+        with pytest.raises(LeaseLost):
+            await queue.release(lease)
+    assert [beat["extend_seconds"] for beat in server.sent("heartbeat")] == [1, 1]
+
+
+# Photos
+
+
+async def test_fetch_photo(tmp_path, photo_bytes):
+    """The file is in the folder, and an expired URL was presigned again."""
+    server = RealServer()
+    server.objects["photos/7d1c/7d1c_original.JPG"] = photo_bytes
+    server.expired = 1
+    async with queue_on(server) as queue:
+        path = await queue.fetch_photo(held(), tmp_path)
+    assert path == tmp_path / "photo.jpg"
+    assert path.read_bytes() == photo_bytes
+    assert len(server.sent("presign")) == 2
+
+
+async def test_presigning_again_is_done_once(tmp_path, video):
+    """A clock that is hours off would otherwise turn for ever."""
+    server = RealServer()
+    server.expired = 99
+    async with queue_on(server) as queue:
+        with pytest.raises(UrlExpired):
+            await queue.fetch_photo(held(), tmp_path)
+        with pytest.raises(UrlExpired):
+            await queue.deliver(held(), video)
+    assert len(server.sent("presign")) == 4
+
+
+async def test_a_photo_that_does_not_decode(tmp_path):
+    """What was downloaded is looked at before a GPU is."""
+    server = RealServer()
+    server.objects["photos/7d1c/7d1c_original.JPG"] = b"not a photo"
+    async with queue_on(server) as queue:
+        with pytest.raises(InvalidPhoto):
+            await queue.fetch_photo(held(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "status,error,expected",
+    [
+        (200, "Failed to presign", ObjectMissing),
+        (404, "No such file", ObjectMissing),
+        (400, "Object not found", ObjectMissing),
+        (500, "Object not found", ObjectMissing),  # else it would be handed back and leased again for ever
+        (400, "storage_path is required", QueueRefused),
+        (500, "Internal error", QueueUnavailable),
+    ],
+)
+async def test_a_photo_that_cannot_be_presigned(tmp_path, status, error, expected):
+    """Supabase signs only what exists, so a missing photo shows here."""
+    with pytest.raises(I2VError, match=error) as caught:
+        await answering(status, json={"success": False, "error": error}).fetch_photo(held(), tmp_path)
+    assert type(caught.value) is expected
+
+
+@pytest.mark.parametrize(
+    "data", [None, {}, {"url": 7}, {"url": ""}, {"url": "https://s/", "storage_path": "/a"}, {"url": "https://s/"}]
+)
+async def test_a_presign_answer_of_another_shape(video, data):
+    """What the server calls the path is reported, so it must be one."""
+    with pytest.raises(QueueRefused, match="presign"):
+        await answering(200, json={"success": True, "data": data}).deliver(held(), video)
+
+
+# Delivery
+
+
+async def test_deliver(video):
+    """The plain path where it is free, even if the first URL had expired."""
+    server = RealServer()
+    server.expired = 1
+    async with queue_on(server) as queue:
+        assert await queue.deliver(held(), video) == f"videos/{ITEM}.mp4"
+    assert server.objects == {f"videos/{ITEM}.mp4": b"an mp4"}
+
+
+async def test_the_video_of_an_earlier_prompt_is_not_ours(video):
+    """An admin queued the item again with another prompt: the old object stays, and is not reported."""
+    server = RealServer()
+    server.objects[f"videos/{ITEM}.mp4"] = b"of the earlier prompt"
+    async with queue_on(server) as queue:
+        path = await queue.deliver(held(), video)
+    assert path == f"videos/{ITEM}.abcdef012345.mp4"
+    assert server.objects == {f"videos/{ITEM}.mp4": b"of the earlier prompt", path: b"an mp4"}
+
+
+async def test_an_upload_whose_answer_was_lost(video):
+    """It was stored all the same; each further try finds a path of its own."""
+    server = RealServer()
+    server.objects[f"videos/{ITEM}.mp4"] = b"of an earlier prompt"
+    async with queue_on(server) as queue:
+        await queue.deliver(held(), video)  # its caller never heard of it
+        path = await queue.deliver(held(), video)
+        server.lost_replies = ["PUT"]
+        server.objects.clear()
+        with pytest.raises(StorageUnavailable):
+            await queue.deliver(held(), video)
+        assert await queue.deliver(held(), video) == f"videos/{ITEM}.abcdef012345.mp4"
+    assert path.startswith(f"videos/{ITEM}.abcdef012345-")
+
+
+async def test_a_server_that_ignores_the_extension(video):
+    """Then there is no path to be had, and nothing was overwritten."""
+
+    def server(request: httpx.Request) -> httpx.Response:
+        if request.method == "PUT":
+            return supabase("Duplicate", 409)
+        return success({"url": "https://storage.example/v.mp4", "storage_path": "videos/v.mp4"})
+
+    with pytest.raises(ObjectExists):
+        await queue_on(server).deliver(held(), video)
+
+
+async def test_an_upload_for_a_task_the_server_does_not_find(video):
+    """Gone, or a hiccup: only a heartbeat may call a lease lost."""
+    server = RealServer()
+    server.hiccups = ["presign"]
+    async with queue_on(server) as queue:
+        with pytest.raises(QueueUnavailable, match=ITEM):
+            await queue.deliver(held(), video)
+        assert await queue.deliver(held(), video)
+
+
+# Reports
+
+
+async def test_complete(video):
+    """The path and the ids the report knows; twice is once."""
+    server = RealServer(lease_seq=7)
+    paid = video.model_copy(update={"external_ids": {"runway_task_id": "r-1", "comfy_id": "c-1"}})
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        server.lost_replies = ["report"]
+        with pytest.raises(QueueUnavailable):
+            await queue.complete(lease, "videos/1.mp4", paid)
+        await queue.complete(lease, "videos/1.mp4", paid)
+    assert server.status == "completed"
+    assert server.sent("report")[0] == {
+        "item_id": ITEM,
+        "worker_id": lease.worker_id,
+        "lease_seq": 7,
+        "status": "completed",
+        "video_storage_path": "videos/1.mp4",
+        "runway_task_id": "r-1",
+    }
+
+
+def test_a_failed_report_whose_answer_was_lost():
+    """It is asked about, never repeated: each one that lands counts against the task."""
+    server = RealServer()
+
+    async def report() -> None:
+        async with queue_on(server) as queue:
+            lease = await queue.lease()
+            server.lost_replies = ["report"]
+            with pytest.raises(QueueUnavailable):
+                await queue.fail(lease, "no")
+            with pytest.raises(LeaseLost):
+                await queue.heartbeat(lease)
+
+    virtually(report)
+    assert server.retry_count == 1
+
+
+@pytest.mark.parametrize(
+    "message,reported",
+    [("two\nlines\0\ud800!", "two lines !"), ("x" * 5000, "x" * 1000), ("", "no reason given")],
+)
+async def test_error_messages_fit_the_server(message, reported):
+    """One line, bounded, nothing that PostgreSQL refuses."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        await queue.fail(await queue.lease(), message)
+    assert server.sent("report")[0]["error_message"] == reported
+
+
+@pytest.mark.parametrize("status", [403, 404])
+async def test_reporting_what_is_not_ours(status, video):
+    """Both mean to stop quietly."""
+    queue = answering(status, json={"success": False, "error": "no"})
+    with pytest.raises(LeaseLost):
+        await queue.complete(held(), "videos/1.mp4", video)
+    with pytest.raises(LeaseLost):
+        await queue.fail(held(), "no")
+
+
+# Errors of the wire
+
+
+@pytest.mark.parametrize(
+    "answer,error,says",
+    [
+        (refusal(400, "worker_id is required"), QueueRefused, "worker_id is required"),
+        (refusal(200, "no such luck"), QueueRefused, "no such luck"),
+        (refusal(401, "Unauthorized"), QueueAuthError, "WORKER_API_KEY"),
+        (httpx.Response(401, html="<h1>Log in</h1>"), QueueAuthError, "WORKER_API_KEY"),
+        (refusal(404, "Not found"), QueueRefused, "no worker API at this URL"),
+        (httpx.Response(404, html="<h1>404</h1>"), QueueRefused, "no worker API at this URL"),
+        (
+            httpx.Response(308, headers={"Location": "https://www.queue.example/x?s=1"}),
+            QueueRefused,
+            "www.queue.example",
+        ),
+        (refusal(429, "slow"), QueueUnavailable, "429 slow"),
+        (refusal(500, "database"), QueueUnavailable, "500 database"),
+        (httpx.Response(502, html="<h1>Bad gateway</h1>"), QueueUnavailable, "502"),
+        (httpx.Response(200, html="<h1>Maintenance</h1>"), QueueUnavailable, "something other"),
+        (httpx.Response(200, content=b"[" * 100_000), QueueUnavailable, "something other"),
+        (httpx.Response(200, json=[1]), QueueRefused, "not an answer"),
+        (httpx.Response(200, json={"success": "yes"}), QueueRefused, "not an answer"),
+        (refusal(400, f"bad key {KEY}"), QueueRefused, "bad key …"),
+    ],
+)
+async def test_answers_and_their_errors(answer, error, says):
+    """Each says what to do where something can be done, and none holds the key."""
+    queue = queue_on(lambda _: answer)
+    for call in (queue.lease, queue.check):
+        if call == queue.check and answer.status_code == 404 and b"success" in answer.content:
+            continue  # to a probe that is the good answer
+        with pytest.raises(QueueError, match=says) as caught:
+            await call()
+        assert type(caught.value) is error
+        assert KEY not in f"{caught.value!r} {caught.value.__context__!r}"
+
+
+def subclasses(root: type) -> set[type]:
+    return {root}.union(*(subclasses(child) for child in root.__subclasses__()))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    sorted(
+        subclasses(httpx.HTTPError) | subclasses(httpx.StreamError) | {httpx.InvalidURL, OSError},
+        key=lambda kind: kind.__name__,
+    ),
+    ids=lambda kind: kind.__name__,
+)
+async def test_no_exception_of_httpx_escapes(kind):
+    """No answer is no answer, whatever httpx calls it."""
+
+    def fail(_: httpx.Request) -> httpx.Response:
+        error = kind.__new__(kind)
+        Exception.__init__(error, f"with {KEY}")
+        raise error
+
+    with pytest.raises(QueueUnavailable) as caught:
+        await queue_on(fail).lease()
+    assert KEY not in str(caught.value)
+
+
+def test_a_server_that_never_answers():
+    """A call ends within its limit, however slowly bytes arrive."""
+
+    async def forever(_: httpx.Request) -> httpx.Response:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def lease() -> None:
+        with pytest.raises(QueueUnavailable, match="TimeoutError"):
+            await queue_on(forever, request_timeout_s=10).lease()
+
+    assert 10 <= virtually(lease) < 11
+
+
+async def test_check_leases_nothing():
+    """A 404 to a beat for a task that cannot exist proves address and key."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        await queue.check()
+    assert [name for name, _ in server.calls] == ["heartbeat"]
+    async with queue_on(server, api_key="wrong") as queue:
+        with pytest.raises(QueueAuthError):
+            await queue.check()
+
+
+# Settings
+
+
+@pytest.mark.parametrize("path", ["", "/", "/api", "/api/"])
+async def test_addresses_with_and_without_api(path):
+    """Deployments configure it either way."""
+    seen = []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        seen.append((str(request.url), request.headers.get("Authorization")))
+        return success(None)
+
+    transport = httpx.MockTransport(server)
+    for scheme in ("worker", "bearer"):
+        async with LifeIsShortQueue(
+            f"https://queue.example{path}",
+            KEY,
+            worker_id="w",
+            storage=Storage(),
+            auth_scheme=scheme,
+            transport=transport,
+        ) as queue:
+            await queue.lease()
+    url = "https://queue.example/api/worker/next-task"
+    assert seen == [(url, f"Worker {KEY}"), (url, f"Bearer {KEY}")]
+
+
+@pytest.mark.parametrize("url", ["http://localhost:3000", "http://127.0.0.1:3000/api", "http://[::1]:3000"])
+async def test_this_machine_may_do_without_https_and_key(url):
+    """The embedded server on a laptop."""
+    transport = httpx.MockTransport(lambda request: success(None) if "Authorization" not in request.headers else None)
+    async with LifeIsShortQueue(url, None, worker_id="w", storage=Storage(), transport=transport) as queue:
+        assert await queue.lease() is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://queue.example",
+        "http://10.0.0.1",
+        "",
+        "queue.example",
+        "ftp://h",
+        "https://u:p@h",
+        "https://h?x",
+        "https://[::1",
+    ],
+)
+def test_addresses_the_key_must_not_travel_to(url):
+    """In the clear only on this machine."""
+    with pytest.raises(SettingsError, match="VERCEL_API_URL"):
+        LifeIsShortQueue(url, KEY, worker_id="w", storage=Storage())
+
+
+@pytest.mark.parametrize(
+    "options,says",
+    [
+        ({"api_key": "a\nb"}, "WORKER_API_KEY"),
+        ({"api_key": "ключ"}, "WORKER_API_KEY"),
+        ({"worker_id": "my host"}, "WORKER_ID"),
+        ({"extension_s": 1}, "LEASE_DURATION"),
+        ({"lease_s": 0}, "LEASE_DURATION"),
+    ],
+)
+def test_settings_that_cannot_work(options, says):
+    """Found before a task is leased, and without showing the key."""
+    with pytest.raises(SettingsError, match=says) as caught:
+        queue_on(RealServer(), **options)
+    assert str(options.get("api_key")) not in str(caught.value)

@@ -1,0 +1,445 @@
+"""One lease: every way it can end, each with what the queue is told. The storms are in test_simulation.py."""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import pytest
+
+from inference.engines.base import Job, run_in_thread
+from inference.errors import (
+    CancelRequested,
+    DiskFull,
+    EncodeFailed,
+    EngineFailed,
+    EngineLost,
+    I2VError,
+    LeaseLost,
+    ObjectMissing,
+    QueueAuthError,
+    QueueUnavailable,
+    StorageUnavailable,
+)
+from inference.queues.memory import MemoryQueue, MemoryStore
+from inference.runner import Policy, Runner
+from inference.task import Video
+from tests.virtual import virtual_time
+
+
+@dataclass
+class ScriptedQueue(MemoryQueue):
+    """A connection whose next calls of a method raise what is scripted, and which remembers what was called."""
+
+    script: dict[str, list[I2VError | None]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    beats_at: list[float] = field(default_factory=list)
+
+    async def _turn(self, name: str) -> None:
+        self.calls.append(name)
+        errors = self.script.get(name, [])
+        error = errors.pop(0) if errors else None
+        if error:
+            raise error
+
+    async def heartbeat(self, lease, progress=None):
+        """See TaskQueue."""
+        self.beats_at.append(anyio.current_time())
+        await self._turn("heartbeat")
+        await MemoryQueue.heartbeat(self, lease, progress)
+
+    async def fetch_photo(self, lease, folder):
+        """See TaskQueue."""
+        await self._turn("fetch_photo")
+        return await MemoryQueue.fetch_photo(self, lease, folder)
+
+    async def deliver(self, lease, video):
+        """See TaskQueue."""
+        await self._turn("deliver")
+        return await MemoryQueue.deliver(self, lease, video)
+
+    async def complete(self, lease, storage_path, video):
+        """See TaskQueue."""
+        await self._turn("complete")
+        await MemoryQueue.complete(self, lease, storage_path, video)
+
+    async def fail(self, lease, message):
+        """See TaskQueue."""
+        await self._turn("fail")
+        await MemoryQueue.fail(self, lease, message)
+
+    async def release(self, lease):
+        """See TaskQueue."""
+        await self._turn("release")
+        await MemoryQueue.release(self, lease)
+
+
+@dataclass
+class SleepyEngine:
+    """Takes `seconds`, then makes a file or raises the next of `errors`."""
+
+    seconds: float = 10
+    errors: list[Exception | None] = field(default_factory=list)
+    runs: int = 0
+    name: str = "sleepy"
+    stages: dict[str, float] = field(default_factory=lambda: {"sleep": 1.0})
+
+    async def generate(self, request, photo, folder, job):  # noqa: ARG002
+        """See Engine."""
+        self.runs += 1
+        job.report("sleep", 1, 2)
+        await anyio.sleep(self.seconds)
+        job.raise_if_cancelled()
+        error = self.errors.pop(0) if self.errors else None
+        if error:
+            raise error
+        path = folder / "video.mp4"
+        path.write_bytes(b"frames")
+        return Video(path=path, width=64, height=48, fps=24, frames=25, size_bytes=6)
+
+
+@dataclass
+class Scene:
+    """One task in a store, leased, and the runner for it."""
+
+    photo: bytes
+    folder: Path
+    engine: SleepyEngine = field(default_factory=SleepyEngine)
+    policy: Policy = field(default_factory=Policy)
+
+    def __post_init__(self):
+        self.store = MemoryStore(clock=anyio.current_time)
+        self.queue = ScriptedQueue(store=self.store, worker_id="me")
+        self.item = self.store.add(self.photo, "a prompt")
+        self.runner = Runner(self.queue, self.engine, policy=self.policy, temp_dir=self.folder)
+
+    async def run(self):
+        """Leases the task and runs it."""
+        self.lease = await self.queue.lease()
+        return await self.runner.run(self.lease)
+
+    @property
+    def now(self):
+        """The item as the store sees it."""
+        return self.store.get(self.item.id)
+
+    def is_clean(self):
+        """Nothing is left in the temporary folder."""
+        return list(self.folder.iterdir()) == []
+
+
+@pytest.fixture
+def scene(photo_bytes, tmp_path):
+    """A factory: scenes have to be made inside of virtual time."""
+    return lambda **given: Scene(photo_bytes, tmp_path, **given)
+
+
+@virtual_time
+async def test_a_lease_in_order(scene):
+    """Beat before anything else, then fetch, generate, deliver, complete; the outcome says it all."""
+    it = scene()
+    outcome = await it.run()
+    assert outcome.status == "completed"
+    assert [call for call in it.queue.calls if call != "heartbeat"] == ["fetch_photo", "deliver", "complete"]
+    assert it.queue.calls[0] == "heartbeat"
+    assert it.store.objects[outcome.storage_path] == b"frames"
+    assert (it.now.status, it.now.video_storage_path) == ("completed", outcome.storage_path)
+    assert list(outcome.stage_seconds) == ["download", "wait", "sleep", "upload", "report"]
+    assert it.is_clean()
+
+
+@virtual_time
+async def test_beats_come_first_soon_and_then_regularly(scene):
+    """The second beat comes within seconds, since an overtaking update can land after the first."""
+    it = scene(engine=SleepyEngine(seconds=500))
+    await it.run()
+    gaps = [after - before for before, after in zip(it.queue.beats_at, it.queue.beats_at[1:], strict=False)]
+    assert it.queue.beats_at[0] == 0
+    assert gaps == [4, 120, 120, 120, 120]
+
+
+@virtual_time
+async def test_a_lease_lost_before_the_start_costs_nothing(scene):
+    """The first beat finds out, and the engine never runs."""
+    it = scene()
+    lease = await it.queue.lease()
+    it.store.assign(it.now, "somebody.else", 600)
+    outcome = await it.runner.run(lease)
+    assert outcome.status == "lease_lost"
+    assert it.engine.runs == 0
+    assert set(it.queue.calls) == {"heartbeat"}
+
+
+@virtual_time
+async def test_an_overtaken_lease_stops_the_engine_and_writes_nothing(scene):
+    """The beat that is refused ends the generation there and then."""
+    it = scene(engine=SleepyEngine(seconds=1000))
+    lease = await it.queue.lease()
+    async with anyio.create_task_group() as tasks:
+
+        async def overtake():
+            await anyio.sleep(60)
+            it.store.assign(it.now, "somebody.else", 600)
+
+        tasks.start_soon(overtake)
+        outcome = await it.runner.run(lease)
+        assert anyio.current_time() == 124  # the beat after the overtaking one
+    assert outcome.status == "lease_lost"
+    assert {"deliver", "complete", "fail", "release"}.isdisjoint(it.queue.calls)
+    assert it.now.worker_id == "somebody.else"
+    assert it.is_clean()
+
+
+@virtual_time
+async def test_work_stops_at_two_thirds_of_an_unrenewed_lease(scene):
+    """With the queue away, the last renewal counts from before it was sent, and work ends in time."""
+    it = scene(engine=SleepyEngine(seconds=10_000))
+    it.queue.script["heartbeat"] = [None, *[QueueUnavailable("away")] * 1000]
+    outcome = await it.run()
+    assert outcome.status == "lease_lost"
+    assert anyio.current_time() == pytest.approx(200)  # two thirds of 300 s
+
+
+@virtual_time
+async def test_the_deadline_counts_from_before_the_beat_was_sent(scene):
+    """An answer that took its time does not make the lease longer."""
+    it = scene(engine=SleepyEngine(seconds=10_000))
+    slow = it.queue.heartbeat
+
+    async def answers_late(lease, progress=None):
+        await slow(lease, progress)
+        await anyio.sleep(14)
+        it.queue.script["heartbeat"] = [QueueUnavailable("away")] * 1000
+
+    it.queue.heartbeat = answers_late
+    lease = await it.queue.lease()
+    await it.runner.run(lease)
+    assert anyio.current_time() == pytest.approx(200)
+
+
+@virtual_time
+async def test_a_queue_that_is_away_is_waited_for(scene):
+    """Presigning and completing go on being tried for as long as the lease lives; the video is made once."""
+    it = scene()
+    it.queue.script["fetch_photo"] = [QueueUnavailable("away")] * 8
+    it.queue.script["complete"] = [QueueUnavailable("away")] * 8
+    outcome = await it.run()
+    assert outcome.status == "completed"
+    assert it.engine.runs == 1
+
+
+@virtual_time
+async def test_a_report_outlives_the_work_but_not_the_lease(scene):
+    """Once the video is delivered, the report is tried until the lease itself ends, with no beat answered."""
+    it = scene()
+    it.queue.script["complete"] = [QueueUnavailable("away")] * 1000
+    it.queue.script["heartbeat"] = [None, None, *[QueueUnavailable("away")] * 1000]
+    outcome = await it.run()
+    assert outcome.status == "lease_lost"
+    assert anyio.current_time() == pytest.approx(304)  # the second beat was sent at 4 s
+
+
+@pytest.mark.parametrize("stage", ["fetch_photo", "deliver"])
+def test_storage_is_tried_three_times_five_seconds_apart(scene, stage):
+    """The documents' table; then the task fails, with the reason."""
+
+    @virtual_time
+    async def check():
+        it = scene()
+        it.queue.script[stage] = [StorageUnavailable("storage answered 503")] * 2
+        assert (await it.run()).status == "completed"
+        it = scene()
+        it.queue.script[stage] = [StorageUnavailable("storage answered 503")] * 3
+        began_at = anyio.current_time()
+        outcome = await it.run()
+        assert (outcome.status, outcome.error) == ("failed", "storage answered 503")
+        assert it.now.error_message == "storage answered 503"
+        assert it.queue.calls.count(stage) == 3
+        assert 10 <= anyio.current_time() - began_at - (10 if stage == "deliver" else 0) <= 12
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "error, runs",
+    [(EngineFailed("out of memory"), 3), (EncodeFailed("ffmpeg ended badly"), 1), (ObjectMissing("no photo"), 1)],
+)
+def test_engine_errors_are_retried_by_cause(scene, error, runs):
+    """A passing failure gets another try here; what another try cannot cure is reported at once."""
+
+    @virtual_time
+    async def check():
+        it = scene(engine=SleepyEngine(errors=[error] * 3))
+        outcome = await it.run()
+        assert (outcome.status, outcome.error, outcome.machine_at_fault) == ("failed", str(error), False)
+        assert it.engine.runs == runs
+        assert (it.now.status, it.now.retry_count) == ("failed", 1)
+
+    check()
+
+
+@pytest.mark.parametrize("error", [DiskFull("no space left"), EngineLost("GPU gone"), QueueAuthError("bad key")])
+def test_a_machine_at_fault_hands_the_task_back(scene, error):
+    """It is not the task's failure: no retry is counted, and another worker can have it at once."""
+
+    @virtual_time
+    async def check():
+        it = scene(engine=SleepyEngine(errors=[error]))
+        outcome = await it.run()
+        assert (outcome.status, outcome.machine_at_fault) == ("released", True)
+        assert (it.now.status, it.now.retry_count, it.now.crash_count) == ("pending", 0, 0)
+
+    check()
+
+
+@virtual_time
+async def test_an_unexpected_error_fails_the_task_and_blames_the_machine(scene):
+    """A bug is reported, not swallowed, and the worker can count it."""
+    it = scene(engine=SleepyEngine(errors=[TypeError("int is not a photo")]))
+    outcome = await it.run()
+    assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
+    assert "TypeError: int is not a photo" in it.now.error_message
+    assert it.is_clean()
+
+
+@virtual_time
+async def test_a_broken_photo_fails_the_task_before_the_engine(photo_bytes, tmp_path):
+    """No engine second is spent on bytes that do not decode."""
+    it = Scene(photo_bytes[: len(photo_bytes) // 2], tmp_path)
+    outcome = await it.run()
+    assert outcome.status == "failed"
+    assert it.engine.runs == 0
+
+
+@virtual_time
+async def test_a_hung_engine_is_a_failed_one(scene):
+    """The hard limit of an attempt stands beside the heartbeat, which goes on all the time."""
+    it = scene(engine=SleepyEngine(seconds=float("inf")), policy=Policy(attempt_limit_s=900))
+    outcome = await it.run()
+    assert outcome.status == "failed"
+    assert "no video within 900 s" in it.now.error_message
+    assert it.engine.runs == 1
+
+
+@virtual_time
+async def test_a_cancelled_task_stops_at_the_next_beat(scene):
+    """The engine stops, nothing is delivered, the item ends cancelled."""
+    it = scene(engine=SleepyEngine(seconds=1000))
+    async with anyio.create_task_group() as tasks:
+
+        async def change_of_mind():
+            await anyio.sleep(30)
+            it.store.cancel(it.item.id)
+
+        tasks.start_soon(change_of_mind)
+        outcome = await it.run()
+    assert outcome.status == "cancelled"
+    assert anyio.current_time() == 124
+    assert it.now.status == "cancelled"
+    assert "deliver" not in it.queue.calls
+
+
+@virtual_time
+async def test_a_failure_whose_answer_was_lost_is_asked_about(scene):
+    """The report landed, its answer did not: the next beat says so, and it is not sent again."""
+    it = scene(engine=SleepyEngine(errors=[EncodeFailed("broken")]))
+    landed = it.queue.fail
+
+    async def lands_without_an_answer(lease, message):
+        await landed(lease, message)
+        raise QueueUnavailable("the reply was lost")
+
+    it.queue.fail = lands_without_an_answer
+    outcome = await it.run()
+    assert (outcome.status, it.now.retry_count) == ("failed", 1)
+    assert it.queue.calls.count("fail") == 1
+
+
+@virtual_time
+async def test_being_cancelled_hands_the_lease_back(scene):
+    """Shutdown is cancellation: the task is free again before the process ends."""
+    it = scene(engine=SleepyEngine(seconds=1000))
+    with anyio.move_on_after(50):
+        await it.run()
+    assert it.now.status == "pending"
+    assert it.is_clean()
+
+
+@virtual_time
+async def test_handing_back_does_not_hold_up_the_exit(scene):
+    """A queue that is away at shutdown costs seconds, not the runtime's patience."""
+    it = scene(engine=SleepyEngine(seconds=1000))
+    it.queue.script["release"] = [QueueUnavailable("away")] * 1000
+    with anyio.move_on_after(50):
+        await it.run()
+    assert anyio.current_time() <= 56
+
+
+@virtual_time
+async def test_leases_share_one_engine(scene):
+    """The second lease downloads while the first generates, and generates while the first uploads."""
+    it = scene(engine=SleepyEngine(seconds=100))
+    it.store.add(it.photo, "another")
+    leases = [await it.queue.lease(), await it.queue.lease()]
+    async with anyio.create_task_group() as tasks:
+        for lease in leases:
+            tasks.start_soon(it.runner.run, lease)
+    assert anyio.current_time() == 200
+    assert it.queue.calls.count("fetch_photo") == 2
+    assert {item.status for item in it.store.items.values()} == {"completed"}
+
+
+@pytest.mark.anyio
+async def test_a_thread_that_does_not_obey_is_left_behind(scene):
+    """A blocking engine that ignores its job is given up on, said to be hung, and never used again."""
+    never = threading.Event()
+
+    class Stuck(SleepyEngine):
+        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+            self.runs += 1
+            return await run_in_thread(job, never.wait, stop_grace_s=0.05)
+
+    it = scene(engine=Stuck(), policy=Policy(attempt_limit_s=0.1))
+    try:
+        outcome = await it.run()
+        assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
+        assert it.runner.engine_hung
+        it.store.add(it.photo, "the next one")
+        outcome = await it.runner.run(await it.queue.lease())
+        assert (outcome.status, it.engine.runs) == ("released", 1)
+    finally:
+        never.set()
+
+
+@pytest.mark.anyio
+async def test_a_thread_that_obeys_is_waited_for(scene):
+    """Its last step ends before the call does, so the engine is free when the lock is."""
+    steps = []
+
+    class Stepping(SleepyEngine):
+        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+            def work():
+                pause = threading.Event()
+                for step in range(10_000):
+                    steps.append(step)
+                    job.raise_if_cancelled()
+                    pause.wait(0.001)
+
+            return await run_in_thread(job, work)
+
+    it = scene(engine=Stepping(), policy=Policy(attempt_limit_s=0.1))
+    outcome = await it.run()
+    counted = len(steps)
+    assert (outcome.status, it.runner.engine_hung) == ("failed", False)
+    await anyio.lowlevel.checkpoint()
+    assert len(steps) == counted < 10_000
+
+
+def test_the_first_reason_to_cancel_stays():
+    """A job that lost its lease does not turn into one that somebody cancelled."""
+    job = Job()
+    job.raise_if_cancelled()
+    job.cancel(LeaseLost("first"))
+    job.cancel(CancelRequested("second"))
+    with pytest.raises(LeaseLost):
+        job.raise_if_cancelled()

@@ -1,0 +1,80 @@
+"""Settings: documented names, all problems at once, nothing secret in a message."""
+
+from pathlib import Path
+
+import pytest
+
+from inference.errors import SettingsError
+from inference.settings import Settings, example
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_documented_names_are_accepted(monkeypatch):
+    """Both names of the URL, and the intervals as the documents spell them."""
+    monkeypatch.setenv("NEXT_API_URL", "https://app.example.com/api")
+    monkeypatch.setenv("WORKER_API_KEY", "k")
+    monkeypatch.setenv("POLL_INTERVAL", "10")
+    monkeypatch.setenv("LEASE_DURATION", "900")
+    settings = Settings.load("api_url", "api_key")
+    assert settings.api_url == "https://app.example.com/api"
+    assert (settings.poll_interval_s, settings.lease_duration_s) == (10, 900)
+    assert settings.api_key.get_secret_value() == "k"
+
+
+def test_all_problems_are_told_at_once_and_by_name(monkeypatch):
+    """Somebody who fixes settings should not have to start the program once per mistake."""
+    monkeypatch.setenv("LEASE_DURATION", "ten minutes")
+    monkeypatch.setenv("I2V_CONCURRENCY", "0")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load("api_url", "api_key")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    for name in (
+        "VERCEL_API_URL or NEXT_API_URL is not set",
+        "WORKER_API_KEY is not set",
+        "LEASE_DURATION",
+        "I2V_CONC",
+    ):
+        assert any(line.startswith(name) for line in lines), lines
+
+
+def test_a_malformed_secret_is_not_repeated(monkeypatch):
+    """Values never appear in messages: one of them may be a key in the wrong variable."""
+    monkeypatch.setenv("VERCEL_API_URL", "sk_live_1234567890")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert "sk_live" not in str(caught.value)
+    assert "VERCEL_API_URL" in str(caught.value)
+
+
+def test_beats_have_to_fit_into_the_lease(monkeypatch):
+    """A heartbeat interval above half the extension would lose leases to one late beat."""
+    monkeypatch.setenv("HEARTBEAT_INTERVAL", "200")
+    with pytest.raises(SettingsError, match="HEARTBEAT_INTERVAL"):
+        Settings.load()
+
+
+def test_a_dotenv_file_is_read_and_the_environment_wins(monkeypatch, tmp_path):
+    """`.env` in the working directory, as the documents of the served systems use it."""
+    (tmp_path / ".env").write_text("POLL_INTERVAL=7\nWORKER_ID=from-file\nSOMEBODY_ELSES=1\n")
+    monkeypatch.setenv("WORKER_ID", "from-env")
+    settings = Settings.load()
+    assert (settings.poll_interval_s, settings.worker_id) == (7, "from-env")
+
+
+def test_overrides_win_and_satisfy_requirements():
+    """What a command line says beats everything else."""
+    assert Settings.load("api_url", api_url="http://127.0.0.1:8000").api_url == "http://127.0.0.1:8000"
+
+
+def test_the_example_lists_every_setting_with_its_default():
+    """`.env.example` is what `python -m inference.settings` prints."""
+    assert (ROOT / ".env.example").read_text() == example()
+    for field in Settings.model_fields.values():
+        assert f"# {field.validation_alias.choices[0]}=" in example()

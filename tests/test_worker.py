@@ -1,0 +1,209 @@
+"""The polling worker: takes, runs, waits, drains, and knows when to give up."""
+
+from dataclasses import dataclass, field
+
+import anyio
+import pytest
+
+from inference.errors import EngineLost, I2VError, InvalidTask, QueueAuthError, QueueUnavailable
+from inference.queues.memory import MemoryQueue, MemoryStore
+from inference.runner import Policy, Runner
+from inference.worker import Worker
+from tests.test_runner import SleepyEngine
+from tests.virtual import virtual_time
+
+
+@dataclass
+class CountingQueue(MemoryQueue):
+    """Remembers when it was asked for a lease; can be scripted to refuse and to answer late."""
+
+    asked_at: list[float] = field(default_factory=list)
+    errors: list[I2VError | None] = field(default_factory=list)
+    answers_after_s: float = 0
+
+    async def lease(self):
+        """See TaskQueue."""
+        self.asked_at.append(anyio.current_time())
+        error = self.errors.pop(0) if self.errors else None
+        if error:
+            raise error
+        lease = await MemoryQueue.lease(self)
+        await anyio.sleep(self.answers_after_s)
+        return lease
+
+
+class Box:
+    """A worker on its queue, with a number of tasks waiting."""
+
+    def __init__(self, photo, folder, tasks=0, engine=None, **options):
+        self.store = MemoryStore(clock=anyio.current_time)
+        self.queue = CountingQueue(store=self.store, worker_id="box")
+        self.engine = engine or SleepyEngine(seconds=100)
+        self.outcomes = []
+        runner = Runner(self.queue, self.engine, policy=Policy(), temp_dir=folder)
+        self.worker = Worker(self.queue, runner, on_outcome=self.outcomes.append, **options)
+        for _ in range(tasks):
+            self.store.add(photo)
+
+    def statuses(self):
+        """How many items are in which status."""
+        return sorted(item.status for item in self.store.items.values())
+
+
+@pytest.fixture
+def box(photo_bytes, tmp_path):
+    """A factory: boxes have to be made inside of virtual time."""
+    return lambda tasks=0, **options: Box(photo_bytes, tmp_path, tasks, **options)
+
+
+async def stop_at(it, at_s, *, now=False):
+    """Stops the worker after a while."""
+    await anyio.sleep(at_s)
+    it.worker.stop_now() if now else it.worker.stop()
+
+
+@virtual_time
+async def test_a_backlog_keeps_the_engine_busy(box):
+    """With two leases at once there is no gap between generations, and never a third lease."""
+    it = box(tasks=5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 501)
+        await it.worker.run()
+    assert it.statuses() == ["completed"] * 5
+    assert it.engine.runs == 5
+    assert [outcome.status for outcome in it.outcomes] == ["completed"] * 5
+    held = 0
+    for event in it.store.log:
+        held += {"lease": 1, "complete": -1}.get(event.verb, 0)
+        assert held <= 2
+
+
+@virtual_time
+async def test_an_empty_queue_is_asked_by_interval(box):
+    """About every POLL_INTERVAL with a little jitter: a fleet must not ask in step."""
+    it = box(poll_interval_s=5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 1000)
+        await it.worker.run()
+    gaps = [after - before for before, after in zip(it.queue.asked_at, it.queue.asked_at[1:], strict=False)]
+    assert 4 <= min(gaps) < max(gaps) <= 6
+
+
+@virtual_time
+async def test_a_queue_that_is_away_is_asked_less_and_less(box):
+    """Backoff with jitter up to a minute, and back to the interval once it answers."""
+    it = box(poll_interval_s=5)
+    it.queue.errors = [QueueUnavailable("away")] * 10
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 2000)
+        await it.worker.run()
+    gaps = [after - before for before, after in zip(it.queue.asked_at, it.queue.asked_at[1:], strict=False)]
+    assert 30 <= max(gaps) <= 60
+    assert gaps[9] >= 30
+    assert max(gaps[10:]) <= 6
+
+
+@virtual_time
+async def test_stopping_lets_a_short_rest_finish(box):
+    """What is done within the grace time is done; no new task is taken."""
+    it = box(tasks=3, grace_s=8, concurrency=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 95)
+        await it.worker.run()
+    assert it.statuses() == ["completed", "pending", "pending"]
+    assert anyio.current_time() == 100
+
+
+@virtual_time
+async def test_stopping_hands_back_what_takes_longer(box):
+    """After the grace time the tasks are free for somebody else, at once and uncounted."""
+    it = box(tasks=2, grace_s=8)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 50)
+        await it.worker.run()
+    assert it.statuses() == ["pending", "pending"]
+    assert {item.retry_count + item.crash_count for item in it.store.items.values()} == {0}
+    assert anyio.current_time() == 58
+
+
+@virtual_time
+async def test_stopping_now_does_not_wait(box):
+    """A second Ctrl-C hands back at once."""
+    it = box(tasks=2, grace_s=1000)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 50)
+        tasks.start_soon(lambda: stop_at(it, 60, now=True))
+        await it.worker.run()
+    assert it.statuses() == ["pending", "pending"]
+    assert anyio.current_time() == 60
+
+
+@virtual_time
+async def test_a_lease_that_arrives_during_the_stop_is_handed_back(box):
+    """The request is not given up half way: its task would be held by nobody until its lease ran out."""
+    it = box(tasks=1, grace_s=1000)
+    it.queue.answers_after_s = 3
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 1)
+        await it.worker.run()
+    assert (it.statuses(), it.engine.runs) == (["pending"], 0)
+    assert anyio.current_time() == 3
+
+
+@virtual_time
+async def test_once_takes_one_task_and_ends(box):
+    """One task if there is one, none otherwise."""
+    it = box(tasks=2)
+    await it.worker.run(once=True)
+    assert it.statuses() == ["completed", "pending"]
+    await box().worker.run(once=True)
+    assert anyio.current_time() == 100
+
+
+@virtual_time
+async def test_once_says_when_the_queue_is_away(box):
+    """A single try that could not be made is an error, not an empty queue."""
+    it = box()
+    it.queue.errors = [QueueUnavailable("away")]
+    with pytest.raises(QueueUnavailable):
+        await it.worker.run(once=True)
+
+
+@virtual_time
+async def test_a_refused_key_ends_the_worker(box):
+    """Asking again with the same key cures nothing."""
+    it = box(tasks=1)
+    it.queue.errors = [QueueAuthError("the queue does not accept the key")]
+    with pytest.raises(QueueAuthError):
+        await it.worker.run()
+    assert len(it.queue.asked_at) == 1
+
+
+@virtual_time
+async def test_a_malformed_task_does_not_stop_the_worker(box):
+    """It was reported by the queue's adapter; the next one is taken after the usual pause."""
+    it = box(tasks=1)
+    it.queue.errors = [InvalidTask("frame_num: not a number", item_id="x")]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 300)
+        await it.worker.run()
+    assert it.statuses() == ["completed"]
+
+
+@virtual_time
+async def test_a_broken_machine_stops_taking_tasks(box):
+    """After three leases in a row that ended badly because of the machine, the tasks are left to others."""
+    it = box(tasks=5, engine=SleepyEngine(errors=[EngineLost("GPU gone")] * 100), concurrency=1)
+    with pytest.raises(EngineLost, match="3 tasks in a row"):
+        await it.worker.run()
+    assert it.engine.runs == 3
+    assert it.statuses() == ["pending"] * 5
+
+
+@virtual_time
+async def test_being_cancelled_hands_everything_back(box):
+    """Preemption cancels the worker from outside."""
+    it = box(tasks=2)
+    with anyio.move_on_after(50):
+        await it.worker.run()
+    assert it.statuses() == ["pending", "pending"]
