@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, cast
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from inference.errors import SettingsError
 
@@ -138,6 +138,20 @@ class Settings(BaseSettings):
             return demanding(**{aliases[name]: value for name, value in given.items()})
         except ValidationError as error:
             raise SettingsError("\n".join(_problem(cls, each) for each in error.errors(include_url=False))) from None
+
+    @classmethod
+    def isolated(cls, **given: Any) -> Self:
+        """Settings from `given` and the defaults alone. Raises SettingsError."""
+
+        class Isolated(cls):  # type: ignore[valid-type,misc]
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                del settings_cls
+                return (init_settings,)
+
+        return cast("Self", Isolated.load(**given))
 
 
 def _requiring(base: type[S], names: list[str]) -> type[S]:

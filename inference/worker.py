@@ -7,7 +7,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
+from inference.errors import EngineHung, EngineLost, I2VError, InvalidTask, QueueUnavailable
 from inference.queues.base import TaskQueue
 from inference.runner import Runner
 from inference.task import Lease, Outcome
@@ -64,8 +64,8 @@ class Worker:
     async def run(self, *, once: bool = False) -> None:
         """Works until stopped; with `once`, takes at most one task and returns when it has ended.
 
-        Raises QueueAuthError, QueueRefused where the queue will not have us, and EngineLost when leases keep ending
-        badly because of this machine. Everything it held was handed back by then.
+        Raises QueueAuthError, QueueRefused where the queue will not have us, EngineHung when the engine is stuck,
+        EngineLost when leases keep ending badly because of this machine. Everything it held was handed back by then.
         """
         async with anyio.create_task_group() as beside:
             async with anyio.create_task_group() as leases:
@@ -132,7 +132,7 @@ class Worker:
     def _judge(self, outcome: Outcome) -> None:
         self._faults_in_a_row = self._faults_in_a_row + 1 if outcome.machine_at_fault else 0
         if self._runner.engine_hung:
-            self._fault = EngineLost("the engine is stuck; this process has to be started again")
+            self._fault = EngineHung("the engine is stuck; this process has to be started again")
             self.stop()
         elif self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
             self._fault = EngineLost(f"{MAX_FAULTS_IN_A_ROW} tasks in a row ended badly here: {outcome.error}")

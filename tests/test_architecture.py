@@ -19,6 +19,8 @@ LAYERS = [
     {"worker"},
     {"server", "client"},
     {"settings", "logs", "terminal", "assets"},
+    {"build"},
+    {"doctor"},
     {"cli"},
 ]
 """From the bottom up: a module imports from its own layer and those below. Settings stand above all that is built

@@ -1,0 +1,127 @@
+"""Builds the parts from settings. Entry points do this once, at their start; nothing below them reads settings."""
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from inference.engines.base import Engine
+from inference.engines.preview import PreviewEngine
+from inference.errors import DiskFull, SettingsError
+from inference.progress import Sink
+from inference.queues.base import TaskQueue
+from inference.queues.lifeisshort import LifeIsShortQueue
+from inference.runner import Policy, Runner
+from inference.settings import Settings
+from inference.storage import Storage
+from inference.task import Lease, Outcome
+from inference.worker import Worker
+
+if TYPE_CHECKING:
+    from inference.server.config import ServerConfig
+
+
+def build_engine(settings: Settings) -> Engine:
+    """The engine that `settings.engine` names."""
+    return {"preview": PreviewEngine}[settings.engine]()
+
+
+@asynccontextmanager
+async def open_queue(settings: Settings) -> AsyncIterator[LifeIsShortQueue]:
+    """A connection to the queue at `settings.api_url`. Raises SettingsError."""
+    if not settings.api_url:
+        raise SettingsError("VERCEL_API_URL or NEXT_API_URL is not set")
+    # The operator named this host: its presigned URLs may lead back to it, wherever it is.
+    origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
+    storage = Storage(
+        trusted_origins=origins,
+        allow_private=settings.allow_private_addresses,
+        max_download_bytes=settings.max_photo_bytes,
+    )
+    async with (
+        storage,
+        LifeIsShortQueue(
+            settings.api_url,
+            settings.api_key.get_secret_value() if settings.api_key else None,
+            worker_id=settings.worker_id,
+            storage=storage,
+            auth_scheme=settings.auth_scheme,
+            worker_type=settings.worker_type,
+            lease_s=settings.lease_duration_s,
+            extension_s=settings.lease_extension_s,
+        ) as queue,
+    ):
+        yield queue
+
+
+def build_worker(
+    settings: Settings,
+    queue: TaskQueue,
+    engine: Engine,
+    *,
+    sink: Callable[[Lease], Sink] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> Worker:
+    """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
+    if settings.temp_dir:
+        try:
+            settings.temp_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"TEMP_DIR: {settings.temp_dir} cannot be made: {error.strerror}") from None
+    policy = Policy(
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        attempt_limit_s=settings.attempt_limit_s,
+        keep_temp=not settings.auto_cleanup_temp,
+    )
+    return Worker(
+        queue,
+        Runner(queue, engine, policy=policy, temp_dir=settings.temp_dir, sink=sink),
+        concurrency=settings.concurrency,
+        poll_interval_s=settings.poll_interval_s,
+        grace_s=settings.shutdown_grace_s,
+        on_outcome=on_outcome,
+    )
+
+
+def build_server_config(settings: Settings) -> "ServerConfig":
+    """What the embedded queue server is told. Makes its folder. Raises SettingsError, DiskFull."""
+    try:
+        from inference.server.config import ServerConfig  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise SettingsError(
+            f"the queue server needs an extra: pip install 'serverless-i2v[server]' ({error})"
+        ) from None
+    data_dir = settings.data_dir.absolute()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        signing_secret = _signing_secret(data_dir / "signing.key")
+    except OSError as error:
+        raise DiskFull(f"I2V_DATA_DIR: {data_dir} cannot be written: {error.strerror}") from None
+    database_url = (
+        settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data_dir}/queue.db"
+    )
+    return ServerConfig(
+        database_url=database_url,
+        storage_dir=data_dir / "objects",
+        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        signing_secret=signing_secret,
+        public_url=settings.public_url,
+        max_upload_bytes=settings.max_video_bytes,
+        max_photo_bytes=settings.max_photo_bytes,
+    )
+
+
+def _signing_secret(path: Path) -> str:
+    """Kept in a file, so that URLs handed out before a restart work after it."""
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    return path.read_text().strip()
+
+
+def _origin(url: str) -> str:
+    parsed = httpx.URL(url)
+    return f"{parsed.scheme}://{parsed.netloc.decode('ascii')}"

@@ -1,0 +1,420 @@
+"""`i2v …`: every way to run this on a machine of one's own. What each command does is in its help text."""
+
+import json
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anyio
+import structlog
+import typer
+from anyio.abc import TaskGroup
+from pydantic import ValidationError
+
+from inference import doctor as doctor_module
+from inference import logs, terminal
+from inference.build import build_engine, build_server_config, build_worker, open_queue
+from inference.client import QueueClient
+from inference.engines.base import Job
+from inference.errors import DiskFull, EngineFailed, EngineHung, I2VError, InvalidRequest, SettingsError
+from inference.progress import Progress, ProgressTracker, Sink
+from inference.settings import Settings
+from inference.task import GenerationRequest, Lease, Outcome, explain
+from inference.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+app = typer.Typer(
+    name="i2v",
+    help="Photos become short videos: a queue, workers that lease from it, and a preview engine to try it all with.\n\n"
+    "Start with `i2v demo`. Settings come from the environment or `.env`; `.env.example` lists them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
+Prompt = Annotated[str, typer.Argument(help="What should happen, e.g. “slow dolly-in”.")]
+Seconds = Annotated[float, typer.Option("--seconds", "-s", help="Length of the video.", min=0.5, max=60)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]
+Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
+
+PREVIEW_NOTE = "a camera move over the photo, not a generation"
+
+
+@app.command(epilog='Example: `i2v demo holiday.jpg --prompt "pan left"`')
+def demo(
+    photo: Annotated[
+        Path | None, typer.Argument(help="Your photo; a bundled one unless given.", exists=True, dir_okay=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What should happen.")] = "slow dolly-in",
+    seconds: Seconds = 5,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("i2v-demo.mp4"),
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """One photo through a real queue over HTTP: no GPU, no account, nothing left behind but the mp4."""
+    _check_mp4(output)
+    logs.configure("debug" if verbose else "warning")
+    with (
+        tempfile.TemporaryDirectory(prefix="i2v-demo-") as folder,
+        resources.as_file(resources.files("inference.assets") / "sample.jpg") as sample,
+    ):
+        # Not from the environment: a demo shows the same wherever it runs.
+        settings = Settings.isolated(
+            port=0, data_dir=folder, temp_dir=folder, api_key=secrets.token_urlsafe(), worker_id="demo"
+        )
+        _run(lambda: _demo(settings, photo or sample, prompt, seconds, output.absolute()))
+
+
+async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, output: Path) -> None:
+    outcomes: list[Outcome] = []
+    async with anyio.create_task_group() as tasks:
+        here = await _start_server(settings, tasks)
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        async with QueueClient(str(here.api_url), key) as client, open_queue(here) as queue:
+            terminal.say(f"A queue is open at {here.api_url}. The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
+            [task] = await client.submit(photo, prompt, seconds=seconds)
+            terminal.say(f"  submitted  {photo.name}, “{prompt}”, {seconds:g} s → task {task['id']}")
+            with terminal.bar("working") as sink:
+                engine = build_engine(here)
+                await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(once=True)
+            task = await client.task(task["id"])
+            video = outcomes[0].video if outcomes else None
+            if task["status"] != "completed" or video is None:
+                raise EngineFailed(f"the task ended {task['status']}: {task['error_message'] or 'no reason given'}")
+            await client.save_video(task["id"], output)
+            terminal.say(f"  [green]completed[/green]  {terminal.describe(video)}")
+            terminal.say(f"  time       {terminal.times(outcomes[0].stage_seconds)}")
+            terminal.out.print(output)
+        tasks.cancel_scope.cancel()
+
+
+@app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
+def up(*, verbose: Verbose = False) -> None:
+    """The queue server and a worker together, until Ctrl-C. Data stays in I2V_DATA_DIR."""
+    settings = _start(None, verbose=verbose)
+
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            here = await _start_server(settings, tasks)
+            terminal.say(f"Queue at {here.api_url} (API at {here.api_url}/docs), one worker, engine {here.engine}.")
+            terminal.say(f"Submit with: i2v submit PHOTO PROMPT --url {here.api_url}")
+            await _work(here)
+            tasks.cancel_scope.cancel()
+
+    _run(main, cancel_on_signal=False)
+
+
+@app.command(epilog="Example: `WORKER_API_KEY=… i2v serve --host 0.0.0.0`")
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind to; others than loopback need a key.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL."""
+    settings = _start(None, verbose=verbose, host=host, port=port)
+
+    async def main() -> None:
+        async with anyio.create_task_group() as tasks:
+            here = await _start_server(settings, tasks)
+            terminal.say(f"Queue at {here.api_url} (API at {here.api_url}/docs), data in {here.data_dir.absolute()}.")
+            await anyio.sleep_forever()
+
+    _run(main, stopped_exit_code=0)
+
+
+@app.command(epilog="Example: `VERCEL_API_URL=https://app.example.com WORKER_API_KEY=… i2v work`")
+def work(
+    url: Url = None,
+    concurrency: Annotated[int | None, typer.Option(help="Tasks held at once.", min=1, max=64)] = None,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """A plain polling worker for any box: lease, run, repeat.
+
+    On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
+    left and exits 0; a second signal hands back at once.
+    """
+    settings = _start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency)
+    _run(lambda: _work(settings, once=once), cancel_on_signal=False)
+
+
+async def _work(settings: Settings, *, once: bool = False) -> None:
+    taken: list[str] = []
+
+    def sink(lease: Lease) -> Sink:
+        taken.append(lease.task.item_id)
+        return _log_stages(lease)
+
+    async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
+        engine = build_engine(settings)
+        worker = build_worker(settings, queue, engine, sink=sink)
+        log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
+        tasks.start_soon(_drain_on_signal, worker, settings.shutdown_grace_s)
+        await worker.run(once=once)
+        tasks.cancel_scope.cancel()
+    if once and not taken:
+        terminal.say("The queue has no task to take.")
+    log.info("worker_stopped")
+
+
+@app.command(epilog='Example: `i2v submit photo.jpg "pan left" --count 2 --wait -o out.mp4`')
+def submit(
+    photo: Photo,
+    prompt: Prompt = "",
+    seconds: Seconds = 5,
+    count: Annotated[int, typer.Option("--count", "-n", help="Videos of this photo.", min=1, max=20)] = 1,
+    group: Annotated[str | None, typer.Option(help="Id or name of a group; a new one unless given.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Wait, and save the mp4 here.")] = None,
+    url: Url = None,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until the videos are done.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks."""
+    if output:
+        _check_mp4(output)
+    settings = _client_settings(url, verbose=verbose)
+    if output and count > 1:
+        raise SettingsError("--output takes one video; leave out --count, or fetch the videos one by one")
+
+    async def main() -> None:
+        async with _client(settings) as client:
+            tasks = await client.submit(photo, prompt, seconds=seconds, count=count, group=group)
+            for task in tasks:
+                terminal.out.print(task["id"])
+            if not (wait or output):
+                return
+            for task in tasks:
+                with terminal.bar(task["id"][:8]) as sink:
+                    ended = await _until_ended(client, task["id"], sink)
+                if ended["status"] != "completed":
+                    raise EngineFailed(f"task {task['id']} ended {ended['status']}: {ended['error_message'] or ''}")
+                terminal.say(f"completed: {ended['video_url']}")
+                if output:
+                    terminal.out.print((await client.save_video(task["id"], output)).absolute())
+
+    _run(main)
+
+
+async def _until_ended(client: QueueClient, item_id: str, sink: Sink) -> dict[str, Any]:
+    while True:
+        task = await client.task(item_id)
+        told = task["progress"] or {"stage": task["status"], "fraction": 0}
+        sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"]))
+        if task["status"] in ("completed", "failed", "cancelled"):
+            return task
+        await anyio.sleep(1)
+
+
+@app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')
+def render(
+    photo: Photo,
+    prompt: Prompt = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
+    seconds: Seconds = 5,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same video.", min=0)] = None,
+    engine: Annotated[Literal["preview"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """One photo, no queue: straight through the engine into a file."""
+    _check_mp4(output)
+    settings = _start("warning", verbose=verbose, engine=engine)
+    try:
+        request = GenerationRequest(prompt=prompt, duration_s=seconds, seed=seed)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from None
+
+    async def main() -> None:
+        chosen = build_engine(settings)
+        if chosen.name == "preview":
+            terminal.say(f"The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
+        with _folder_beside(output) as folder, terminal.bar("rendering") as sink:
+            tracker = ProgressTracker(chosen.stages, sink)
+            video = await chosen.generate(request, photo, Path(folder), Job(tracker))
+            video.path.replace(output)
+            tracker.finish()
+        terminal.say(f"  {terminal.describe(video)}")
+        terminal.say(f"  time  {terminal.times(tracker.stage_seconds())}")
+        terminal.out.print(output.absolute())
+
+    _run(main)
+
+
+@app.command(epilog="Example: `i2v tasks --status failed`, then `i2v tasks --retry ID`")
+def tasks(
+    status: Annotated[
+        Literal["pending", "processing", "completed", "failed", "cancelled"] | None, typer.Option(help="Only these.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=200)] = 20,
+    cancel: Annotated[str | None, typer.Option(metavar="ID", help="Cancel this task.")] = None,
+    retry: Annotated[str | None, typer.Option(metavar="ID", help="Put this failed or cancelled task back.")] = None,
+    url: Url = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON lines.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """The tasks of an embedded queue, newest first."""
+    settings = _client_settings(url, verbose=verbose)
+
+    async def main() -> None:
+        async with _client(settings) as client:
+            if cancel or retry:
+                changed = await (client.cancel(cancel) if cancel else client.retry(retry or ""))
+                shown = [changed]
+            else:
+                shown = await client.tasks(status=status, limit=limit)
+        if as_json:
+            for task in shown:
+                typer.echo(json.dumps(task, ensure_ascii=False))
+        elif shown:
+            terminal.out.print(terminal.task_table(shown))
+        else:
+            terminal.say("No tasks.")
+
+    _run(main)
+
+
+@app.command()
+def doctor(url: Url = None, *, verbose: Verbose = False) -> None:
+    """Checks settings, ffmpeg, disk and the queue: one line each; exits 1 if something is wrong."""
+    logs.configure("debug" if verbose else "error")
+
+    async def main() -> bool:
+        sound = True
+        async for finding in doctor_module.examine(lambda: Settings.load(api_url=url)):
+            terminal.finding(finding.name, finding.verdict, finding.text)
+            sound = sound and finding.verdict != "FAIL"
+        return sound
+
+    if not anyio.run(main):
+        raise typer.Exit(1)
+
+
+def _start(level: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
+    """Reads settings and sends log lines where they belong."""
+    settings = Settings.load(*required, **overrides)
+    try:
+        logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
+    except OSError as error:
+        raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
+    return settings
+
+
+def _client_settings(url: str | None, *, verbose: bool) -> Settings:
+    """Apps on this machine find the server of `i2v up` by themselves."""
+    settings = _start("warning", verbose=verbose, api_url=url)
+    return settings.model_copy(update={"api_url": settings.api_url or f"http://127.0.0.1:{settings.port}"})
+
+
+def _client(settings: Settings) -> QueueClient:
+    return QueueClient(settings.api_url or "", settings.api_key.get_secret_value() if settings.api_key else None)
+
+
+async def _start_server(settings: Settings, tasks: TaskGroup) -> Settings:
+    """Starts the embedded queue in a task group; returns settings under which a worker here reaches it."""
+    config = build_server_config(settings)
+    from inference.server.serve import serve as serve_queue  # noqa: PLC0415 - an extra
+
+    host, port = await tasks.start(serve_queue, config, settings.host, settings.port)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
+    return settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
+
+
+def _log_stages(lease: Lease) -> Sink:
+    """A log line whenever a lease enters a stage: progress for those who read logs."""
+    last = ""
+
+    def sink(progress: Progress) -> None:
+        nonlocal last
+        if progress.stage != last:
+            last = progress.stage
+            log.info("stage", item_id=lease.task.item_id, stage=progress.stage)
+
+    return sink
+
+
+async def _drain_on_signal(worker: Worker, grace_s: float) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
+            terminal.say(f"Finishing for up to {grace_s:g} s, then handing tasks back; again to hand back now.")
+            worker.stop()
+            break
+        async for _ in signals:
+            worker.stop_now()
+
+
+def _run(
+    main: Callable[[], Awaitable[None]], *, cancel_on_signal: bool = True, stopped_exit_code: int | None = None
+) -> None:
+    """Runs a command's program. A signal cancels it, so that it can clean up, unless it listens itself."""
+    stopped_by: list[int] = []
+
+    async def listening() -> None:
+        async with anyio.create_task_group() as tasks:
+            if cancel_on_signal:
+                tasks.start_soon(_cancel_on_signal, tasks.cancel_scope, stopped_by)
+            await main()
+            tasks.cancel_scope.cancel()
+
+    anyio.run(listening)
+    if stopped_by:
+        raise typer.Exit(128 + stopped_by[0] if stopped_exit_code is None else stopped_exit_code)
+
+
+async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            stopped_by.append(number)
+            scope.cancel()
+
+
+def _check_mp4(output: Path) -> None:
+    if output.suffix.lower() != ".mp4":
+        raise SettingsError(f"--output: {output} has to end in .mp4")
+    if not output.absolute().parent.is_dir():
+        raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
+
+
+def _folder_beside(output: Path) -> tempfile.TemporaryDirectory[str]:
+    """On the same filesystem, so that the finished file appears whole or not at all."""
+    try:
+        return tempfile.TemporaryDirectory(prefix=".i2v-", dir=output.absolute().parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DiskFull(f"{output.absolute().parent} cannot be written: {error.strerror}") from None
+
+
+def _only(error: BaseException) -> BaseException:
+    """Task groups wrap what went wrong; people want to know what went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def main() -> None:
+    """The `i2v` command. Errors are one line that says what to do; `-v` shows where they came from."""
+    try:
+        app()
+    except Exception as raised:
+        error = _only(raised)
+        if {"-v", "--verbose"}.intersection(sys.argv):
+            terminal.err.print_exception()
+        if not isinstance(error, I2VError):
+            raise
+        terminal.error(str(error))
+        if isinstance(error, EngineHung):  # its thread would keep the process from ending
+            sys.stderr.flush()
+            os._exit(1)
+        sys.exit(1)

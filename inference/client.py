@@ -1,0 +1,102 @@
+"""What an app does with the embedded queue: submit photos, follow tasks, fetch videos."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
+from inference.queues.lifeisshort_wire import worker_api_url
+from inference.storage import Storage
+
+TIMEOUT_S = 30.0
+
+
+class QueueClient:
+    """The client side of the embedded queue's HTTP API. Tasks are JSON objects as the API describes them.
+
+    Raises, from every method: QueueUnavailable, QueueAuthError, QueueRefused, ItemMissing, WrongState.
+    """
+
+    def __init__(self, api_url: str, api_key: str | None) -> None:
+        base = worker_api_url(api_url).removesuffix("worker/")
+        headers = {"Authorization": f"Worker {api_key}"} if api_key else {}
+        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_S)
+        self._storage = Storage(allow_private=True)  # the operator's own queue, asked by the operator
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+        await self._storage.aclose()
+
+    async def submit(
+        self, photo: Path, prompt: str = "", *, seconds: float = 5, count: int = 1, group: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Uploads a photo and asks for `count` videos of it; returns the new tasks."""
+        form = {"prompt": prompt, "seconds": str(seconds), "count": str(count)} | ({"group": group} if group else {})
+        try:
+            with photo.open("rb") as file:
+                data = await self._ask("POST", "tasks", data=form, files={"photo": (photo.name, file)})
+        except OSError as error:
+            raise QueueRefused(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
+        items: list[dict[str, Any]] = data["items"]
+        return items
+
+    async def tasks(self, *, status: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
+        """The newest tasks."""
+        data = await self._ask("GET", "tasks", params={"limit": limit} | ({"status": status} if status else {}))
+        items: list[dict[str, Any]] = data["items"]
+        return items
+
+    async def task(self, item_id: str) -> dict[str, Any]:
+        """One task; a completed one has a presigned `video_url`."""
+        task: dict[str, Any] = await self._ask("GET", f"tasks/{item_id}")
+        return task
+
+    async def cancel(self, item_id: str) -> dict[str, Any]:
+        """Cancels a waiting task, or asks the worker that has it to stop."""
+        task: dict[str, Any] = await self._ask("POST", f"tasks/{item_id}/cancel")
+        return task
+
+    async def retry(self, item_id: str) -> dict[str, Any]:
+        """Puts a failed or cancelled task back into the queue."""
+        task: dict[str, Any] = await self._ask("POST", f"tasks/{item_id}/retry")
+        return task
+
+    async def save_video(self, item_id: str, path: Path) -> Path:
+        """Downloads the video of a completed task. Also raises StorageError, DiskFull."""
+        task = await self.task(item_id)
+        if not task.get("video_url"):
+            raise WrongState(f"task {item_id} is {task['status']} and has no video")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskFull(f"{path.parent}: {(error.strerror or 'cannot be made').lower()}") from None
+        await self._storage.download(task["video_url"], path)
+        return path
+
+    async def _ask(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = await self._client.request(method, path, **options)
+            answer = response.json()
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise QueueUnavailable(f"no queue answers at {self._client.base_url}: {reason}") from None
+        except ValueError:
+            answer = None
+        if isinstance(answer, dict) and answer.get("success") is True:
+            return answer.get("data")
+        text = str(answer.get("error")) if isinstance(answer, dict) else "not an answer of a queue"
+        match response.status_code:
+            case 401:
+                raise QueueAuthError(f"the queue does not accept the key: set WORKER_API_KEY ({text})")
+            case 404:
+                raise ItemMissing(text)
+            case 409:
+                raise WrongState(text)
+            case status if status >= 500 or status == 429:
+                raise QueueUnavailable(f"the queue answered {status}: {text}")
+            case status:
+                raise QueueRefused(f"the queue answered {status}: {text}")

@@ -1,0 +1,96 @@
+"""Is everything here that a worker needs? One line each."""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import anyio.to_thread
+import imageio_ffmpeg
+import numpy as np
+
+from inference.build import build_engine, open_queue
+from inference.errors import I2VError
+from inference.media.video import VideoWriter, probe
+from inference.settings import Settings
+
+ROOM_BYTES = 1_000_000_000
+"""Room for the temporary files of a few tasks: photos up to 50 MB, videos far smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found."""
+
+    name: str
+    verdict: Literal["ok", "FAIL", "skip"]
+    text: str
+
+
+async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
+    """Runs every check, cheapest first; later ones are skipped where they need what is missing."""
+    settings: Settings | None = None
+    try:
+        settings = load()
+    except I2VError as error:
+        for line in str(error).splitlines():
+            yield Finding("settings", "FAIL", line)
+    else:
+        yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {build_engine(settings).name}")
+    yield await anyio.to_thread.run_sync(_ffmpeg)
+    yield await anyio.to_thread.run_sync(_disk, settings.temp_dir if settings else None)
+    yield await _queue(settings)
+    for package, extra, use in (("fastapi", "server", "the embedded queue"), ("pillow_heif", "heic", "HEIC photos")):
+        here = find_spec(package) is not None
+        text = use if here else f"{use} need it: pip install 'serverless-i2v[{extra}]'"
+        yield Finding(f"extra {extra}", "ok" if here else "skip", text)
+
+
+def _ffmpeg() -> Finding:
+    try:
+        with tempfile.TemporaryDirectory(prefix="i2v-doctor-") as folder:
+            path = Path(folder) / "test.mp4"
+            with VideoWriter(path, width=64, height=64, fps=24) as writer:
+                writer.write(np.zeros((64, 64, 3), np.uint8))
+            info = probe(path)
+        version = subprocess.run(  # noqa: S603 - the binary that imageio-ffmpeg ships
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-version"], capture_output=True, text=True, check=True
+        ).stdout.split()[2]
+    except (I2VError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return Finding("ffmpeg", "FAIL", str(error))
+    return Finding("ffmpeg", "ok", f"{version}, writes {info.codec} {info.pix_fmt}")
+
+
+def _disk(temp_dir: Path | None) -> Finding:
+    folder = temp_dir or Path(tempfile.gettempdir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding(
+            "disk", "FAIL", f"{folder} cannot be written: {error.strerror}; set TEMP_DIR to a folder that can"
+        )
+    text = f"{free_bytes / 1e9:.1f} GB free in {folder}"
+    if free_bytes < ROOM_BYTES:
+        return Finding("disk", "FAIL", f"{text}: less than {ROOM_BYTES / 1e9:g} GB; set TEMP_DIR to a roomier folder")
+    return Finding("disk", "ok", text)
+
+
+async def _queue(settings: Settings | None) -> Finding:
+    if settings is None:
+        return Finding("queue", "skip", "settings first")
+    if not settings.api_url:
+        return Finding(
+            "queue", "skip", "VERCEL_API_URL is not set; not needed for `i2v demo`, `render`, `serve` and `up`"
+        )
+    try:
+        async with open_queue(settings) as queue:
+            await queue.check()
+    except I2VError as error:
+        return Finding("queue", "FAIL", str(error))
+    return Finding("queue", "ok", f"{settings.api_url} answers and accepts the key")

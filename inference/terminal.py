@@ -1,0 +1,118 @@
+"""What people see: progress bars, summaries, tables, error lines."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from inference.progress import Progress as Snapshot
+from inference.progress import Sink
+from inference.task import Video
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+STATUS_STYLES = {"completed": "green", "failed": "red", "processing": "cyan", "cancelled": "dim"}
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal; stdout is left to results."""
+    err.print(text)
+
+
+def error(message: str) -> None:
+    """One line per problem."""
+    for line in message.splitlines():
+        err.print(f"[red]i2v:[/red] {escape(line)}")
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Sink]:
+    """A progress bar while the block runs; a plain line per stage where nobody watches."""
+    if not err.is_terminal:
+        yield _stage_lines(label)
+        return
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("[dim]{task.fields[stage]}"),
+        TimeElapsedColumn(),
+        TextColumn("[dim]left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(label, total=1.0, stage="")
+
+        def sink(snapshot: Snapshot) -> None:
+            count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
+            progress.update(task, completed=snapshot.fraction, stage=f"{snapshot.stage}{count}")
+
+        yield sink
+
+
+def _stage_lines(label: str) -> Sink:
+    last = ""
+
+    def sink(snapshot: Snapshot) -> None:
+        nonlocal last
+        if snapshot.stage != last:
+            last = snapshot.stage
+            say(f"  {label}: {snapshot.stage}")
+
+    return sink
+
+
+def describe(video: Video) -> str:
+    """`5.04 s · 1280x704 · 24 fps · 121 frames · 3.4 MB`."""
+    return (
+        f"{video.duration_s:.2f} s · {video.width}×{video.height} · {video.fps:g} fps · {video.frames} frames"  # noqa: RUF001
+        f" · {video.size_bytes / 1e6:.1f} MB"
+    )
+
+
+def times(stage_seconds: Mapping[str, float]) -> str:
+    """`download 0.1 s · render 4.2 s · …`: where the time went."""
+    return " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stage_seconds.items())
+
+
+def finding(name: str, verdict: str, text: str) -> None:
+    """One line of `i2v doctor`."""
+    style = {"ok": "green", "FAIL": "bold red"}.get(verdict, "dim")
+    out.print(f"[{style}]{verdict:<4}[/{style}]  {name:<12}  {escape(text)}")
+
+
+def task_table(tasks: list[dict[str, Any]]) -> Table:
+    """Tasks of the embedded queue, one a row."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "status", "age", "seconds"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=40)
+    table.add_column("result", overflow="fold")
+    for task in tasks:
+        status = str(task["status"])
+        progress = task.get("progress") or {}
+        shown = f"{status} {progress['fraction']:.0%}" if status == "processing" and progress else status
+        style = STATUS_STYLES.get(status, "")
+        table.add_row(
+            task["id"],
+            f"[{style}]{shown}[/{style}]" if style else shown,
+            _age(task["created_at"]),
+            f"{task['seconds']:g}",
+            escape(task["prompt"]),
+            escape(task.get("error_message") or task.get("video_storage_path") or ""),
+        )
+    return table
+
+
+def _age(created_at: str) -> str:
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(created_at)).total_seconds()
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
