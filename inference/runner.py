@@ -72,7 +72,7 @@ class Keeper:
         self._timeout_s = min(policy.beat_timeout_s, 0.2 * length_s)
         self._retry_s = min(policy.beat_retry_s, length_s / 30)
         self._renewed_at = anyio.current_time()
-        self._reporting = False
+        self.reporting = False  # from then on the report's own answer says whose the task is; beats only keep it
         self.ended: I2VError | None = None
 
     @property
@@ -83,7 +83,7 @@ class Keeper:
     @property
     def work_ends_at(self) -> float:
         """When work has to stop unless the lease is renewed before."""
-        return self._renewed_at + self._lease.length_s * (1 if self._reporting else WORK_SHARE)
+        return self._renewed_at + self._lease.length_s * (1 if self.reporting else WORK_SHARE)
 
     def check(self) -> None:
         """At every boundary: raises LeaseLost or CancelRequested if the lease ended.
@@ -94,11 +94,6 @@ class Keeper:
             self.ended = LeaseLost("the lease could not be renewed in time")
         if self.ended is not None:
             raise self.ended
-
-    def begin_report(self) -> None:
-        """From here on the report's own answer says whose the task is; beats only keep it ours."""
-        self.check()  # fence
-        self._reporting = True
 
     async def first_beat(self) -> None:
         """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueError."""
@@ -136,13 +131,13 @@ class Keeper:
                 await self._beat()
                 wait_s = self._interval_s
             except (LeaseLost, CancelRequested) as error:
-                if self._reporting and self.ended is None:
+                if self.reporting and self.ended is None:
                     # A report that landed ends the lease, too: its answer decides, for as long as the lease lasts.
                     wait_s = float("inf")
                     continue
                 self.ended = error
                 job.cancel(error)
-                scope.cancel()
+                scope.cancel()  # fence
                 return
             except QueueError as error:
                 wait_s = self._told_retry_s(error)
@@ -223,7 +218,7 @@ class Runner:
                 video = await self._repeat(lambda: self._generate(lease, photo, folder, job), keeper.check)
             job.report("upload")
             storage_path = await self._repeat(lambda: self._queue.deliver(lease, video), keeper.check)
-            keeper.begin_report()
+            keeper.reporting = True
             job.report("report")
             await self._repeat(lambda: self._queue.complete(lease, storage_path, video), keeper.check)
             tracker.finish()
@@ -279,7 +274,7 @@ class Runner:
             nonlocal in_doubt
             try:
                 if in_doubt:
-                    await self._queue.heartbeat(lease)
+                    await self._queue.heartbeat(lease)  # fence
                 await self._queue.fail(lease, message)
             except QueueUnavailable:
                 in_doubt = True

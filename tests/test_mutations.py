@@ -1,0 +1,121 @@
+"""Every fence is load-bearing: take any one out, and a test must notice.
+
+Lines marked `# fence` are found by themselves, so a new fence is covered from the start. Each is removed in a copy of
+the tree, and the check that belongs to its module runs there, in a process of its own.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "pytest_timeout")
+SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "--seeds", "400")
+CHECKS = {
+    "inference/runner.py": SIMULATION,
+    "inference/worker.py": SIMULATION,
+    "inference/queues/memory.py": (*PYTEST, "tests/server/test_store.py", "-k", "memory"),
+    "inference/server/statements.py": (*PYTEST, "tests/server/test_store.py", "-k", "sqlite"),
+}
+"""What has to turn red when a fence of the module is taken out."""
+
+
+class Mutant(NamedTuple):
+    """One change of one line."""
+
+    path: str
+    number: int  # from 1
+    line: str
+    replacement: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number}: {self.line.split('#')[0].strip()}"
+
+
+def fences() -> list[Mutant]:
+    """Each marked line, taken out: an element of a list vanishes, a statement becomes `pass`."""
+    found = []
+    for path in sorted((ROOT / "inference").rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code, marked, _ = line.partition("  # fence")
+            if marked and code.strip():
+                indent = code[: len(code) - len(code.lstrip())]
+                replacement = "" if code.endswith(",") else f"{indent}pass"
+                found.append(Mutant(path.relative_to(ROOT).as_posix(), number, line, replacement))
+    return found
+
+
+def weakened() -> list[Mutant]:
+    """Rules that are not a line of their own: made weaker instead of taken out."""
+    changes = [
+        ("inference/runner.py", "WORK_SHARE = 2 / 3", "WORK_SHARE = 100"),
+        ("inference/runner.py", "wait_s = self._second_beat_s", "wait_s = self._interval_s"),
+        ("inference/runner.py", "async with self._engine_lock:", "if True:"),
+        ("inference/runner.py", "with anyio.move_on_after(limit_s):", "with anyio.move_on_after(1e9):"),
+        (
+            "inference/runner.py",
+            "with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):",
+            "with anyio.move_on_after(RELEASE_LIMIT_S):",
+        ),
+    ]
+    found = []
+    for path, old, new in changes:
+        lines = (ROOT / path).read_text().splitlines()
+        [number] = [number for number, line in enumerate(lines, 1) if old in line]
+        found.append(Mutant(path, number, lines[number - 1], lines[number - 1].replace(old, new)))
+    return found
+
+
+def test_every_module_with_fences_has_a_check():
+    """And there are as many fences as the design has rules, or somebody lost some on the way."""
+    assert {mutant.path for mutant in fences()} <= set(CHECKS)
+    assert len(fences()) >= 20
+
+
+def run(check: tuple[str, ...], tree: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a check in a copy of the tree, and only on the copy."""
+    # Plugins take longer to load than most checks take to run.
+    environment = os.environ | {
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    return subprocess.run(check, cwd=tree, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy to mutate."""
+    for name in ("inference", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "bench", "results"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mutant", fences() + weakened(), ids=str)
+def test_taking_it_out_is_noticed(mutant, tree):
+    """The check that passes on the tree as it is fails on the mutant, and not for want of valid Python."""
+    path = tree / mutant.path
+    lines = path.read_text().splitlines()
+    assert lines[mutant.number - 1] == mutant.line
+    lines[mutant.number - 1] = mutant.replacement
+    path.write_text("\n".join(lines) + "\n")
+    compile(path.read_text(), mutant.path, "exec")
+    result = run(CHECKS[mutant.path], tree)
+    said = result.stdout + result.stderr
+    assert result.returncode == 1, f"nobody missed it:\n{said[-2000:]}"
+    assert "ImportError" not in said
+    assert "NameError" not in said
+
+
+@pytest.mark.parametrize("path", [path for path in CHECKS if "simulation" not in " ".join(CHECKS[path])])
+def test_the_checks_pass_on_the_tree_as_it_is(path, tree):
+    """A check that always fails would notice everything."""
+    result = run(CHECKS[path], tree)
+    assert result.returncode == 0, result.stdout[-2000:]
