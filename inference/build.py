@@ -15,6 +15,7 @@ from inference.progress import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.runner import Policy, Runner
+from inference.scratch import sweep
 from inference.settings import Settings
 from inference.storage import Storage
 from inference.task import Lease, Outcome
@@ -65,12 +66,14 @@ def build_worker(
     sink: Callable[[Lease], Sink] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Worker:
-    """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
+    """A polling worker; clears away what killed workers left behind. Raises SettingsError where the temporary folder cannot be made."""
     if settings.temp_dir:
         try:
             settings.temp_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(f"TEMP_DIR: {settings.temp_dir} cannot be made: {error.strerror}") from None
+    if settings.auto_cleanup_temp:
+        sweep(settings.temp_dir)
     policy = Policy(
         heartbeat_interval_s=settings.heartbeat_interval_s,
         attempt_limit_s=settings.attempt_limit_s,

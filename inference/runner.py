@@ -10,8 +10,6 @@ because the queue itself refuses a report that comes too late.
 """
 
 import random
-import shutil
-import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ import tenacity
 from inference.engines.base import Engine, Job
 from inference.errors import (
     CancelRequested,
-    DiskFull,
     EngineHung,
     EngineLost,
     I2VError,
@@ -34,6 +31,7 @@ from inference.errors import (
 )
 from inference.progress import ProgressTracker, Sink, plan
 from inference.queues.base import TaskQueue
+from inference.scratch import scratch_folder
 from inference.task import GenerationRequest, Lease, Outcome, Video
 
 T = TypeVar("T")
@@ -183,20 +181,16 @@ class Runner:
         job = Job(tracker)
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
-        folder: Path | None = None
         try:
-            folder = self._make_folder()
-            await keeper.first_beat()  # fence
-            outcome = await self._to_the_end(lease, keeper, job, tracker, folder)
+            with scratch_folder(self._temp_dir, keep=self._policy.keep_temp) as folder:
+                await keeper.first_beat()  # fence
+                outcome = await self._to_the_end(lease, keeper, job, tracker, folder)
         except anyio.get_cancelled_exc_class():
             await self._release(lease)
             log.info("lease_ended", **bound, status="released", error="this worker is stopping")
             raise
         except Exception as error:  # noqa: BLE001 - the one place where errors become an outcome
             outcome = await self._settle(lease, error, keeper)
-        finally:
-            if folder and not self._policy.keep_temp:
-                shutil.rmtree(folder, ignore_errors=True)
         outcome = outcome.model_copy(
             update={
                 "stage_seconds": tracker.stage_seconds(),
@@ -325,12 +319,6 @@ class Runner:
             return await patiently(once)
 
         return await a_few_times(while_away)
-
-    def _make_folder(self) -> Path:
-        try:
-            return Path(tempfile.mkdtemp(prefix="i2v-", dir=self._temp_dir))
-        except OSError as error:
-            raise DiskFull(f"no temporary folder can be made: {error.strerror}") from None
 
 
 def _tell(state: tenacity.RetryCallState) -> None:

@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "inference").rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"task"},
-    {"progress", "media", "network", "storage", "storage_errors"},
+    {"progress", "media", "network", "storage", "storage_errors", "scratch"},
     {"queues", "engines"},
     {"runner"},
     {"worker"},
