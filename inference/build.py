@@ -66,7 +66,10 @@ def build_worker(
     sink: Callable[[Lease], Sink] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Worker:
-    """A polling worker; clears away what killed workers left behind. Raises SettingsError where the temporary folder cannot be made."""
+    """A polling worker; clears away what killed workers left behind.
+
+    Raises SettingsError where the temporary folder cannot be made.
+    """
     if settings.temp_dir:
         try:
             settings.temp_dir.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,9 @@ from inference.storage import Storage
 
 TIMEOUT_S = 30.0
 
+MAX_VIDEO_BYTES = 10_000_000_000
+"""Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
+
 
 class QueueClient:
     """The client side of the embedded queue's HTTP API. Tasks are JSON objects as the API describes them.
@@ -22,7 +25,8 @@ class QueueClient:
         base = worker_api_url(api_url).removesuffix("worker/")
         headers = {"Authorization": f"Worker {api_key}"} if api_key else {}
         self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_S)
-        self._storage = Storage(allow_private=True)  # the operator's own queue, asked by the operator
+        # The operator's own queue, asked by the operator.
+        self._storage = Storage(allow_private=True, max_download_bytes=MAX_VIDEO_BYTES)
 
     async def __aenter__(self) -> Self:
         return self
