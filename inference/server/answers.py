@@ -1,0 +1,144 @@
+"""The shape of every answer: `{"success": true, "data": …}` or `{"success": false, "error": "text"}`."""
+
+from collections.abc import Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import structlog
+from anyio import move_on_after
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
+from starlette.types import Receive, Scope, Send
+
+from inference.errors import (
+    DiskFull,
+    I2VError,
+    InvalidPhoto,
+    ItemMissing,
+    NotHolder,
+    ObjectMissing,
+    ObjectTooLarge,
+    QueueRefused,
+    WrongState,
+)
+
+log = structlog.get_logger(__name__)
+
+D = TypeVar("D")
+
+LINGER_S = 10.0
+"""How long an early answer goes on reading what its client still sends."""
+
+
+class Answer(BaseModel, Generic[D]):
+    """It worked."""
+
+    success: Literal[True] = True
+    data: D
+
+
+class Failure(BaseModel):
+    """It did not, and why."""
+
+    success: Literal[False] = False
+    error: str
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Failure, "description": "Malformed; the error names the field"},
+    401: {"model": Failure, "description": "No key, or not the right one"},
+    403: {"model": Failure, "description": "Not yours, or not from here"},
+    404: {"model": Failure, "description": "Nothing there, or not yours any more"},
+    409: {"model": Failure, "description": "Its state does not allow it"},
+    413: {"model": Failure, "description": "Over a limit"},
+    500: {"model": Failure, "description": "Try again"},
+    503: {"model": Failure, "description": "Not working"},
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The failures a route documents; any may fail with 500, or be refused to a web page with 403."""
+    return {status: ERRORS[status] for status in sorted({*statuses, 403, 413, 500})}
+
+
+def failure(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An answer that says what went wrong."""
+    return JSONResponse(Failure(error=error).model_dump(), status, headers)
+
+
+STATUSES: Sequence[tuple[type[I2VError], int]] = (
+    (ItemMissing, 404),
+    (ObjectMissing, 404),
+    (NotHolder, 403),
+    (WrongState, 409),
+    (InvalidPhoto, 400),
+    (QueueRefused, 400),
+    (ObjectTooLarge, 413),
+)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app an answer of that shape."""
+
+    @app.exception_handler(I2VError)
+    async def ours(request: Request, error: I2VError) -> JSONResponse:
+        for kind, status in STATUSES:
+            if isinstance(error, kind):
+                return failure(status, str(error))
+        log.error("the server cannot answer", path=request.url.path, error=str(error), full=isinstance(error, DiskFull))
+        return failure(500, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return failure(400, "; ".join(map(_problem, error.errors())))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        headers = {"allow": _allowed(request)} if error.status_code == 405 else dict(error.headers or {})
+        return failure(error.status_code, str(error.detail), headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.error("the server failed", path=request.url.path, exc_info=error)
+        return failure(500, "internal error, try again")
+
+
+def _allowed(request: Request) -> str:
+    """Every method of a path: Starlette names those of the first route alone."""
+    described: dict[str, Any] = request.app.openapi()["paths"]
+    methods = {
+        method.upper()
+        for path, operations in described.items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    }
+    return ", ".join(sorted(methods))
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    """One line on one wrong field. JSON errors have a position in place of a field."""
+    if problem["type"] == "json_invalid":
+        return "body: not JSON"
+    where = ".".join(str(part) for part in problem["loc"][1:]) or "body"
+    said = str(problem["msg"])
+    return f"{where}: {said[0].lower()}{said[1:]}".encode("utf-8", "replace").decode()
+
+
+class EarlyAnswer(JSONResponse):
+    """An answer to a request whose body was not read.
+
+    Closing a connection while its client still sends resets it, and the client may lose the answer. So the answer
+    is sent, and what comes is read and dropped for a while.
+    """
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        """As any response."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with move_on_after(LINGER_S):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

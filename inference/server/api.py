@@ -1,0 +1,107 @@
+"""The embedded queue as one FastAPI application."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter, FastAPI, Security
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+
+from inference.errors import I2VError
+from inference.server import answers
+from inference.server.answers import Answer, failure
+from inference.server.client_api import client_routes
+from inference.server.config import ServerConfig
+from inference.server.guard import Guard
+from inference.server.objects import ObjectStore, Signer
+from inference.server.storage_api import Presigner, storage_routes
+from inference.server.store import Store
+from inference.server.worker_api import worker_routes
+
+DESCRIPTION = """
+Photos wait here to become short videos. Programs add them under `/api/tasks`; workers lease them under
+`/api/worker`, in the dialect of Life-is-Short, and move photos and videos through presigned URLs under `/storage`.
+"""
+
+KEY = HTTPBearer(
+    scheme_name="key",
+    auto_error=False,  # the guard asks for it, before the body is read
+    description="`Authorization: Bearer KEY`, or `Authorization: Worker KEY` as the contract spells it.",
+)
+
+
+class Health(BaseModel):
+    """What works."""
+
+    database: str
+    storage: str
+
+
+def create_app(config: ServerConfig) -> FastAPI:
+    """The application over its database and folder, which are opened here and closed when it shuts down.
+
+    Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
+    """
+    store = Store(config.database_url)
+    objects = ObjectStore(config.storage_dir)
+    signer = Signer(config.signing_secret)
+    presigner = Presigner(config, signer)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(store.close)
+
+    app = FastAPI(
+        title="i2v queue",
+        version=version("serverless-i2v"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        strict_content_type=False,  # the contract's workers send JSON, and not all of them say so
+    )
+    answers.install(app)
+    key = [Security(KEY)] if config.api_key else []
+    app.include_router(worker_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(storage_routes(config, objects, signer))
+    app.include_router(_health_routes(store, objects))
+    app.add_middleware(Guard, config=config)
+    _describe(app)
+    return app
+
+
+def _health_routes(store: Store, objects: ObjectStore) -> APIRouter:
+    routes = APIRouter(tags=["health"])
+
+    @routes.get("/healthz", responses=answers.errors(503), response_model=Answer[Health])
+    def healthz() -> object:
+        """Whether rows and objects can be written. Needs no key and tells no secret."""
+        try:
+            store.check()
+            objects.check()
+        except I2VError as error:
+            return failure(503, str(error))
+        return Answer(data=Health(database="ok", storage="ok"))
+
+    return routes
+
+
+def _describe(app: FastAPI) -> None:
+    """Takes FastAPI's own 422 out of the description: malformed requests are answered 400 here."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = describe()
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+        return describe()
+
+    app.openapi = described  # type: ignore[method-assign]  # FastAPI's documented way

@@ -1,0 +1,23 @@
+"""What the embedded queue is told by whoever starts it."""
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where the queue keeps its rows and objects, who may use it, and its limits."""
+
+    database_url: str = field(repr=False)  # sqlite:///file, or postgresql://user:password@…
+    storage_dir: Path  # photos and videos; made if absent
+    api_key: str | None = field(default=None, repr=False)  # None: loopback only, and no web page may call
+    # Signs storage URLs. Random unless given: then the URLs handed out do not outlive the process.
+    signing_secret: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    public_url: str | None = None  # what workers reach this server under; None: whatever they called it
+    url_lifetime_s: int = 3600
+    max_upload_bytes: int = 1024 * MIB  # one video
+    max_photo_bytes: int = 50 * MIB
+    bucket: str = "group-photos"

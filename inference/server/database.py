@@ -1,0 +1,230 @@
+"""A SQLite file or a PostgreSQL: opened the way leasing needs it, its errors mapped to ours.
+
+Connections are in autocommit: a single statement is its own transaction, in one round trip. Where a verb takes
+two, `transaction` begins one explicitly; on SQLite as a writer at once, since a transaction that reads first and
+writes later fails as soon as another wrote in between, whatever the timeout.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from inference.errors import QueueRefused, QueueUnavailable, SettingsError
+from inference.server.schema import metadata
+from inference.server.statements import Statement
+
+BUSY_S = 10.0
+"""How long a writer waits for its turn, and a caller for a connection, before it is told to retry."""
+
+SCHEMA_LOCK = 0x693276  # "i2v": an advisory lock of PostgreSQL, so that servers starting at once do not collide
+
+Row = dict[str, Any]
+
+
+class Database:
+    """Runs statements. Safe to use from many threads.
+
+    Raises, from any method: QueueUnavailable where repeating may help, QueueRefused where it cannot.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Opens the database and creates the tables it lacks. Raises SettingsError for a URL it cannot use."""
+        self._url = _parse(url)
+        self.dialect_name = self._url.get_backend_name()
+        self._sqlite = self.dialect_name == "sqlite"
+        self._begin = "BEGIN IMMEDIATE" if self._sqlite else "BEGIN"
+        # SQLite has one writer at a time, and a process that finds it busy sleeps for milliseconds before it looks
+        # again. Threads of one process take turns here instead, and wake when it is theirs.
+        self._turn: threading.Lock | None = threading.Lock() if self._sqlite else None
+        self._engine = _open_sqlite(self._url) if self._sqlite else _open_postgresql(self._url)
+        self._compiled: dict[Statement, tuple[str, Mapping[str, Any]]] = {}
+        self._driver: Any = self._engine.dialect.dbapi
+        self._create_schema()
+
+    def close(self) -> None:
+        """Gives every connection back."""
+        self._engine.dispose()
+
+    def read(self, statement: Statement, **parameters: Any) -> list[Row]:
+        """Runs one statement that changes nothing."""
+        with self._connection() as connection:
+            return self._run(connection, statement, parameters)
+
+    def write(self, statement: Statement, **parameters: Any) -> list[Row]:
+        """Runs one statement as a transaction of its own; the rows it returns are committed."""
+        with self._taking_turns(), self._connection() as connection:
+            return self._run(connection, statement, parameters)
+
+    @contextmanager
+    def transaction(self) -> Iterator["Transaction"]:
+        """Several statements that happen together or not at all."""
+        with self._taking_turns(), self._connection() as connection:
+            connection.execute(self._begin)
+            try:
+                yield Transaction(self, connection)
+                connection.execute("COMMIT")
+            except BaseException:
+                # The first error is the one to tell. A connection that cannot even roll back is thrown away below.
+                with suppress(self._driver.Error):
+                    connection.execute("ROLLBACK")
+                raise
+
+    def _run(self, connection: Any, statement: Statement, parameters: Mapping[str, Any]) -> list[Row]:
+        if statement not in self._compiled:
+            compiled = statement.sql.compile(dialect=self._engine.dialect)
+            # SQLAlchemy adds a parameter here and there, such as the zero of OFFSET, and knows its value.
+            constants = {name: value for name, value in compiled.params.items() if value is not None}
+            self._compiled[statement] = (str(compiled), constants)
+        text, own = self._compiled[statement]
+        cursor = connection.execute(text, {**own, **parameters})
+        if cursor.description is None:
+            return []
+        names = [column[0] for column in cursor.description]
+        # To the last row: SQLite commits a single statement when it has been read to its end.
+        return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+
+    @contextmanager
+    def _connection(self) -> Iterator[Any]:
+        """A connection of the driver's own: what SQLAlchemy does around a call takes longer than these calls."""
+        with self._mapped():
+            pooled = self._engine.raw_connection()
+            try:
+                yield pooled.driver_connection
+            except self._driver.Error as error:
+                if self._engine.dialect.is_disconnect(error, pooled.driver_connection, None):
+                    pooled.invalidate(error)
+                raise
+            finally:
+                pooled.close()
+
+    def _create_schema(self) -> None:
+        with self._mapped(), self._taking_turns(), self._engine.connect() as connection:
+            connection.exec_driver_sql(self._begin)
+            if not self._sqlite:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
+            metadata.create_all(connection)
+            connection.exec_driver_sql("COMMIT")
+
+    def _taking_turns(self) -> AbstractContextManager[object]:
+        return _turn(self._turn) if self._turn else nullcontext()
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        driver = self._driver
+        try:
+            yield
+        except (driver.DataError, driver.IntegrityError) as error:
+            raise QueueRefused(f"the database does not accept this: {_reason(error)}") from error
+        except (driver.Error, SQLAlchemyError) as error:
+            raise QueueUnavailable(f"the database is not available, try again: {_reason(error)}") from error
+
+
+class Transaction:
+    """Statements between a BEGIN and a COMMIT."""
+
+    def __init__(self, database: Database, connection: Any) -> None:
+        self._database = database
+        self._connection = connection
+
+    def run(self, statement: Statement, **parameters: Any) -> list[Row]:
+        """Runs one statement."""
+        return self._database._run(self._connection, statement, parameters)  # noqa: SLF001 - its other half
+
+
+@contextmanager
+def _turn(lock: threading.Lock) -> Iterator[None]:
+    if not lock.acquire(timeout=BUSY_S):
+        raise QueueUnavailable("the database is not available, try again: too many writers")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the statement, its parameters or the address of the database."""
+    original = getattr(error, "orig", None) or error
+    return str(original).strip().partition("\n")[0] or type(original).__name__
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise SettingsError("the database URL is malformed: sqlite:///file or postgresql://…") from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise SettingsError(f"the database URL begins with {parsed.drivername}: it must be sqlite or postgresql")
+    if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise SettingsError("the database URL names no file: sqlite:///file")
+    return parsed
+
+
+def _open_postgresql(url: URL) -> Engine:
+    # No ping before each use: a connection that died fails one call, which is retried, and empties the pool.
+    engine = create_engine(
+        url,
+        isolation_level="AUTOCOMMIT",
+        pool_size=10,
+        max_overflow=10,
+        pool_timeout=BUSY_S,
+        connect_args={"connect_timeout": 5},
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: object) -> None:
+        # Every order asked for here has its index. While its statistics do not know of a fresh backlog, PostgreSQL
+        # thinks it short, and would read and sort all of it for each lease: 10 ms for 20,000 items, measured.
+        with connection.cursor() as cursor:
+            cursor.execute("SET enable_sort = off")
+        connection.commit()
+
+    return engine
+
+
+def _open_sqlite(url: URL) -> Engine:
+    file = Path(url.database or "")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QueueUnavailable(f"the folder of the database cannot be made: {error.strerror}") from None
+    engine = create_engine(
+        url,
+        paramstyle="named",
+        isolation_level="AUTOCOMMIT",
+        pool_size=10,
+        max_overflow=30,
+        pool_timeout=BUSY_S,
+        connect_args={"timeout": BUSY_S, "check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
+        cursor.execute("PRAGMA synchronous = FULL")  # an answer given survives the loss of power
+        cursor.execute("PRAGMA foreign_keys = ON")
+        _use_wal(cursor)
+        cursor.close()
+
+    return engine
+
+
+def _use_wal(cursor: Any) -> None:
+    """Readers beside the writer. The file remembers; making the switch does not wait for others, so this does."""
+    give_up_at = time.monotonic() + BUSY_S
+    while cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL").fetchone()
+        except Exception:
+            if time.monotonic() > give_up_at:
+                raise
+            time.sleep(0.01)

@@ -1,0 +1,118 @@
+"""Who gets in, and how much they may send: settled before a byte of the body is read."""
+
+import hmac
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inference.server.answers import EarlyAnswer, Failure
+from inference.server.config import MIB, ServerConfig
+from inference.server.storage_api import UPLOAD_PREFIX
+
+MAX_JSON_BYTES = MIB
+"""Far above any body of the contract."""
+
+FORM_OVERHEAD_BYTES = MIB
+"""What a form may add to its photo."""
+
+
+class Guard:
+    """Asks for the key where there is one; where there is none, lets in only programs of this machine.
+
+    A web page can make a browser call loopback, from another site (it says so in Origin) or under a name of its
+    own that resolves there (it shows in Host). Programs do neither.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As any ASGI application."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        limit = self._limit(scope)
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is None and limit is not None and _length(headers) > limit:
+            refusal = (413, f"body: more than {limit} bytes")
+        if refusal is not None:
+            status, error = refusal
+            extra = {"www-authenticate": "Worker"} if status == 401 else None
+            await EarlyAnswer(Failure(error=error).model_dump(), status, extra)(scope, receive, send)
+            return
+        await self._app(scope, receive if limit is None else _limited(receive, limit), send)
+
+    def _refusal(self, path: str, headers: Headers) -> tuple[int, str] | None:
+        if self._config.api_key is None:
+            return _not_from_here(headers)
+        if path.startswith("/api/"):
+            return _not_the_key(headers, self._config.api_key)
+        return None
+
+    def _limit(self, scope: Scope) -> int | None:
+        if scope["path"].startswith(UPLOAD_PREFIX):
+            return None  # has its own limit, and its own way to say so
+        if scope["path"] == "/api/tasks":
+            return self._config.max_photo_bytes + FORM_OVERHEAD_BYTES
+        return MAX_JSON_BYTES
+
+
+def _not_from_here(headers: Headers) -> tuple[int, str] | None:
+    if not is_loopback(_host_name(headers.get("host", ""))):
+        return 403, "without a key this server answers to loopback names only: set WORKER_API_KEY"
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        return 403, "without a key this server answers to no other site's pages: set WORKER_API_KEY"
+    return None
+
+
+def _not_the_key(headers: Headers, key: str) -> tuple[int, str] | None:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() not in ("worker", "bearer"):
+        return 401, "the key is missing: Authorization: Worker KEY"
+    # Bytes: comparing text fails on what is not ASCII. Starlette reads headers as Latin-1.
+    if not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
+        return 401, "the key is wrong"
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name, or an address without brackets, is this machine and nothing else."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _length(headers: Headers) -> int:
+    length = headers.get("content-length", "0")
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    """For bodies that do not say how long they are."""
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise HTTPException(413, f"body: more than {limit} bytes")
+        return message
+
+    return counted

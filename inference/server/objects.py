@@ -1,0 +1,183 @@
+"""Photos and videos in a folder, and the signatures that let a worker at one of them without a key."""
+
+import base64
+import hmac
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO, Literal
+
+from inference.errors import (
+    DiskFull,
+    I2VError,
+    ObjectExists,
+    ObjectMissing,
+    StorageRefused,
+    StorageUnavailable,
+    UrlExpired,
+)
+
+Operation = Literal["download", "upload"]
+
+INCOMING = ".incoming"
+"""The folder, beside the objects, of what is not whole yet: linking into place needs one filesystem."""
+
+STALE_S = 24 * 3600
+"""What is left in INCOMING that long was left by a process that was killed."""
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@=+-]{0,199}")
+"""A path's part, as storage paths of the contract are made. Names that begin with a dot are ours."""
+
+
+class BadSignature(StorageRefused):
+    """A token that this server did not sign, or signed for something else."""
+
+
+class Signer:
+    """Makes and checks tokens. Each is for one operation on one path until one moment."""
+
+    def __init__(self, secret: str, clock: Callable[[], float] = time.time) -> None:
+        self._key = secret.encode()
+        self._clock = clock
+
+    def sign(self, operation: Operation, path: str, lifetime_s: float) -> str:
+        """A token that holds from now on for `lifetime_s`."""
+        claims = {"op": operation, "path": path, "exp": int(self._clock() + lifetime_s)}
+        payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode()
+        return f"{payload}.{self._mac(payload)}"
+
+    def check(self, token: str, operation: Operation, path: str) -> None:
+        """Raises UrlExpired, BadSignature, or StorageRefused for what is no token at all."""
+        payload, dot, mac = token.partition(".")
+        if not dot or not payload.isascii():
+            raise StorageRefused("the token is malformed")
+        # Bytes: comparing text fails on what is not ASCII, and this is what a stranger sent.
+        if not hmac.compare_digest(mac.encode("utf-8", "surrogatepass"), self._mac(payload).encode()):
+            raise BadSignature("the signature does not match")
+        claims = json.loads(base64.urlsafe_b64decode(payload))
+        if (claims["op"], claims["path"]) != (operation, path):
+            raise BadSignature("the token is for something else")
+        if claims["exp"] <= self._clock():
+            raise UrlExpired('"exp" claim timestamp check failed')
+
+    def _mac(self, payload: str) -> str:
+        return hmac.new(self._key, payload.encode(), "sha256").hexdigest()
+
+
+class ObjectStore:
+    """Objects as files. Written once, whole, and never over another.
+
+    Raises, from any method: DiskFull, StorageUnavailable for any other trouble with the disk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        with _mapped():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = folder.resolve()
+            self._incoming = self._folder / INCOMING
+            self._incoming.mkdir(exist_ok=True)
+            for left in self._incoming.iterdir():
+                if time.time() - left.stat().st_mtime > STALE_S:
+                    left.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises where nothing can be written."""
+        with self.incoming() as file:
+            file.write(b"i2v")
+            file.flush()
+
+    def path(self, name: str) -> Path:
+        """The file of an object that exists. Raises ObjectMissing."""
+        with _mapped():
+            file = self._locate(name)
+            if file is None or not file.is_file():
+                raise ObjectMissing(f"no object {name}")
+            return file
+
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of that name."""
+        with _mapped():
+            file = self._locate(name)
+            return file is not None and file.is_file()
+
+    def accepts(self, name: str) -> bool:
+        """Whether an object may have that name."""
+        with _mapped():
+            return self._locate(name) is not None
+
+    @contextmanager
+    def incoming(self, suffix: str = "") -> Iterator[IO[bytes]]:
+        """A file to write to, gone afterwards unless `place` gave it a name."""
+        with _mapped(), NamedTemporaryFile(dir=self._incoming, suffix=suffix) as file:
+            yield file
+
+    def place(self, file: IO[bytes], name: str) -> None:
+        """Makes an incoming file the object `name`, durably. Raises ObjectExists, StorageRefused."""
+        with _mapped():
+            target = self._locate(name)
+            if target is None:
+                raise StorageRefused("an object cannot have this name")
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(file.name, target)  # unlike rename, refuses to replace
+            except FileExistsError:
+                raise ObjectExists(f"{name} exists already") from None
+            _sync_folder(target.parent)
+
+    def remove(self, name: str) -> None:
+        """Takes an object away, if it is there."""
+        with _mapped():
+            file = self._locate(name)
+            if file is not None:
+                file.unlink(missing_ok=True)
+
+    def _locate(self, name: str) -> Path | None:
+        """Where an object of that name belongs, or None where it could lead out of the folder."""
+        if len(name) > 1000 or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+            return None
+        file = self._folder / name
+        # A link inside the folder would lead out of it although the name is clean.
+        return file if file.resolve() == file else None
+
+
+def copy(source: IO[bytes], target: IO[bytes]) -> None:
+    """All of `source`, a mebibyte at a time. Raises DiskFull, StorageUnavailable."""
+    with _mapped():
+        shutil.copyfileobj(source, target, 1024 * 1024)
+        target.flush()
+
+
+def write(file: IO[bytes], chunk: bytes) -> None:
+    """Raises DiskFull, StorageUnavailable."""
+    with _mapped():
+        file.write(chunk)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _mapped() -> Iterator[None]:
+    try:
+        yield
+    except I2VError:
+        raise
+    except OSError as error:
+        if error.errno in (ENOSPC, EDQUOT):
+            raise DiskFull("the storage is full, try again later") from error
+        raise StorageUnavailable(f"the storage cannot be used: {error.strerror}") from error

@@ -1,0 +1,102 @@
+"""The application behind uvicorn, in a task group of whoever starts it."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+import anyio.to_thread
+import structlog
+import uvicorn
+from anyio.abc import TaskStatus
+
+from inference.errors import SettingsError
+from inference.server.api import create_app
+from inference.server.config import ServerConfig
+from inference.server.guard import is_loopback
+
+GRACE_S = 5
+"""How long requests under way have to finish when the server stops."""
+
+log = structlog.get_logger(__name__)
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the program it runs in, and says when it accepts connections."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = anyio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self.ready.set()
+
+
+async def serve(
+    config: ServerConfig,
+    host: str,
+    port: int,
+    *,
+    task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves until cancelled, then lets requests under way finish for GRACE_S. On asyncio: uvicorn knows no other.
+
+    Port 0 takes a free one. Starts with the (host, port) it listens on, once it does: `await tasks.start(serve, …)`.
+    Raises SettingsError where it cannot listen, or would be open to strangers; and as `create_app`.
+    """
+    if config.api_key is None:
+        if not is_loopback(host):
+            raise SettingsError(
+                f"WORKER_API_KEY is not set, so this server may not listen on {host}: set it, or listen on 127.0.0.1"
+            )
+        log.warning("no key is set: this server answers programs on this machine only", setting="WORKER_API_KEY")
+    listener = _listen(host, port)
+    try:
+        app = await anyio.to_thread.run_sync(create_app, config)
+        server = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_stop_when_cancelled, server)
+            tasks.start_soon(_announce, server, listener, task_status)
+            # Not to be cancelled: told to exit, it closes connections and ends the application in order.
+            with anyio.CancelScope(shield=True):
+                await server.serve(sockets=[listener])
+            tasks.cancel_scope.cancel()
+    finally:
+        listener.close()
+
+
+async def _announce(server: _Server, listener: socket.socket, task_status: TaskStatus[tuple[str, int]]) -> None:
+    host, port = listener.getsockname()[:2]
+    await server.ready.wait()
+    log.info("the queue is open", host=host, port=port)
+    task_status.started((host, port))
+
+
+async def _stop_when_cancelled(server: _Server) -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        server.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}, port {port}: {error.strerror}") from None

@@ -1,0 +1,184 @@
+"""The worker's half of the contract: next-task, heartbeat, presign, report."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Body, Request
+from pydantic import BaseModel, Field, StringConstraints
+
+from inference.errors import NotHolder, ObjectMissing
+from inference.queues.item import Item, ItemProgress, Lane
+from inference.server.answers import Answer, Failure, errors, failure
+from inference.server.config import ServerConfig
+from inference.server.objects import ObjectStore
+from inference.server.storage_api import VIDEOS, Presigner
+from inference.server.store import Store
+from inference.server.wire import Fraction, LeaseSeq, Name, StoragePath, WholeSeconds, iso
+
+MAX_ERROR_CHARS = 10_000
+"""Of a longer error message the rest is dropped: that it failed matters more than all of why."""
+
+
+class NextTask(BaseModel):
+    """Asks for work."""
+
+    worker_id: Annotated[Name, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
+    lease_duration_seconds: WholeSeconds = 600
+    worker_type: Lane | None = None
+
+
+class LeasedTask(BaseModel):
+    """What to make, of what, and until when it is yours."""
+
+    item_id: str
+    group_id: str
+    photo_id: str
+    prompt: str
+    photo_storage_path: str
+    leased_until: str
+    frame_num: int | None
+    inference_provider: str | None
+    lease_seq: int  # counts the leases of this item; may be sent along with later calls as a second fence
+
+
+class ReportedProgress(BaseModel):
+    """How far the holder is."""
+
+    stage: Name
+    fraction: Fraction
+
+
+class Heartbeat(BaseModel):
+    """Renews a lease; of one second, hands the task back."""
+
+    item_id: Name
+    worker_id: Name
+    extend_seconds: WholeSeconds = 300
+    progress: ReportedProgress | None = None
+    lease_seq: LeaseSeq | None = None
+
+
+class Renewed(BaseModel):
+    """Until when it is yours now, and whether anybody still wants it."""
+
+    leased_until: str
+    cancel_requested: bool
+
+
+class PresignDownload(BaseModel):
+    """Asks for a URL to read a photo."""
+
+    operation: Literal["download"]
+    storage_path: StoragePath
+
+
+Extension = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9-]{1,20}\.){0,2}mp4$")]
+
+
+class PresignUpload(BaseModel):
+    """Asks for a URL to store a video."""
+
+    operation: Literal["upload"]
+    video_item_id: Name
+    file_extension: Annotated[Extension, Field(description="mp4, or something unique before it")] = "mp4"
+
+
+class Presigned(BaseModel):
+    """A URL, how many seconds it holds, and for uploads the path to report."""
+
+    url: str
+    expires_in: int
+    storage_path: str | None = None
+
+
+class ReportCompleted(BaseModel):
+    """The video is in storage."""
+
+    status: Literal["completed"]
+    item_id: Name
+    worker_id: Name
+    video_storage_path: StoragePath
+    runway_task_id: Name | None = None
+    veo_operation_id: Name | None = None
+    lease_seq: LeaseSeq | None = None
+
+
+class ReportFailed(BaseModel):
+    """No video will come of this lease."""
+
+    status: Literal["failed"]
+    item_id: Name
+    worker_id: Name
+    error_message: str
+    lease_seq: LeaseSeq | None = None
+
+
+class Reported(BaseModel):
+    """How the task ended."""
+
+    item_id: str
+    status: str
+
+
+def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner) -> APIRouter:
+    """The routes a worker calls."""
+    routes = APIRouter(prefix="/api/worker", tags=["worker"])
+
+    @routes.post("/next-task", responses=errors(400, 401))
+    def next_task(asked: NextTask) -> Answer[LeasedTask | None]:
+        """Leases the oldest task that waits. `data` is null when there is none."""
+        item = store.lease(asked.worker_id, asked.lease_duration_seconds, asked.worker_type)
+        return Answer(data=_leased(item) if item else None)
+
+    @routes.post("/heartbeat", responses=errors(400, 401, 404), response_model=Answer[Renewed])
+    def heartbeat(beat: Heartbeat) -> object:
+        """Sets the lease to now + extend_seconds. 404 when it is not yours any more."""
+        said = ItemProgress(stage=beat.progress.stage, fraction=beat.progress.fraction) if beat.progress else None
+        try:
+            item = store.heartbeat(beat.item_id, beat.worker_id, beat.extend_seconds, said, beat.lease_seq)
+        except NotHolder as error:
+            return failure(404, str(error))
+        # A task that was handed back has no lease: it ended when the answer was written.
+        until = item.updated_at if item.leased_until is None else item.leased_until
+        return Answer(data=Renewed(leased_until=iso(until), cancel_requested=item.cancel_requested))
+
+    @routes.post("/presign", responses=errors(400, 401, 404), response_model_exclude_none=True)
+    def presign(
+        asked: Annotated[PresignDownload | PresignUpload, Body(discriminator="operation")], request: Request
+    ) -> Answer[Presigned]:
+        """A URL for one object, and for nothing else."""
+        if isinstance(asked, PresignDownload):
+            if not objects.exists(asked.storage_path):
+                raise ObjectMissing(f"no object {asked.storage_path}")
+            url, reported = presigner.url(request, "download", asked.storage_path), None
+        else:
+            reported = f"{VIDEOS}{store.get(asked.video_item_id).id}.{asked.file_extension}"
+            url = presigner.url(request, "upload", reported)
+        return Answer(data=Presigned(url=url, expires_in=config.url_lifetime_s, storage_path=reported))
+
+    @routes.post("/report", responses=errors(400, 401, 404) | {403: {"model": Failure, "description": "Not yours"}})
+    def report(said: Annotated[ReportCompleted | ReportFailed, Body(discriminator="status")]) -> Answer[Reported]:
+        """How a task ended. 403 when it is not yours any more, 404 when it is gone."""
+        if isinstance(said, ReportCompleted):
+            given = {"runway_task_id": said.runway_task_id, "veo_operation_id": said.veo_operation_id}
+            ids = {name: value for name, value in given.items() if value is not None}
+            item = store.complete(said.item_id, said.worker_id, said.video_storage_path, ids, said.lease_seq)
+        else:
+            message = said.error_message.replace("\x00", "\N{REPLACEMENT CHARACTER}")[:MAX_ERROR_CHARS]
+            item = store.fail(said.item_id, said.worker_id, message, said.lease_seq)
+        return Answer(data=Reported(item_id=item.id, status=item.status))
+
+    return routes
+
+
+def _leased(item: Item) -> LeasedTask:
+    return LeasedTask(
+        item_id=item.id,
+        group_id=item.group_id,
+        photo_id=item.photo_id,
+        prompt=item.prompt,
+        photo_storage_path=item.photo_storage_path,
+        leased_until=iso(item.leased_until or item.updated_at),
+        frame_num=item.frame_num,
+        inference_provider=item.inference_provider,
+        lease_seq=item.lease_seq,
+    )

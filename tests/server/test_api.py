@@ -1,0 +1,293 @@
+"""The HTTP surface: the worker's contract to the letter, the client's half, who gets in."""
+
+import re
+import sqlite3
+from contextlib import closing
+
+import httpx
+import pytest
+
+from tests.server.harness import KEY, app_client, config, jpeg
+
+ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+@pytest.fixture
+def client(tmp_path):
+    """A client with the key."""
+    with app_client(config(tmp_path, max_photo_bytes=100_000), authorization=f"Worker {KEY}") as client:
+        yield client
+
+
+def create(client, **form):
+    """Asks for videos; returns the answer's data."""
+    answer = client.post("/api/tasks", data=form, files={"photo": ("a b.jpg", jpeg(), "image/jpeg")})
+    assert answer.status_code == 201, answer.text
+    return answer.json()["data"]
+
+
+def lease(client, **body):
+    """Leases as worker w."""
+    return client.post("/api/worker/next-task", json={"worker_id": "w"} | body).json()["data"]
+
+
+def refused(answer, status, *words):
+    """The answer refuses in the contract's shape."""
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert body["success"] is False
+    assert set(body) == {"success", "error"}
+    for word in words:
+        assert word in body["error"]
+
+
+def test_a_task_from_photo_to_video(client):
+    """Everything a worker does, by the contract, and what people see of it."""
+    made = create(client, prompt="waves", seconds="3", count="2", group="Holiday")
+    assert len(made["items"]) == 2
+    answer = client.post("/api/worker/next-task", json={"worker_id": "w"})
+    assert answer.status_code == 200
+    assert set(answer.json()) == {"success", "data"}
+    task = answer.json()["data"]
+    assert set(task) == {
+        "item_id",
+        "group_id",
+        "photo_id",
+        "prompt",
+        "photo_storage_path",
+        "leased_until",
+        "frame_num",
+        "inference_provider",
+        "lease_seq",
+    }
+    assert (task["prompt"], task["frame_num"], task["item_id"]) == ("waves", 73, made["items"][0]["id"])
+    assert task["photo_storage_path"] == f"{made['group_id']}/{made['photo_id']}_original.jpg"
+    assert ISO.fullmatch(task["leased_until"])
+
+    holder = {"item_id": task["item_id"], "worker_id": "w"}
+    beat = client.post("/api/worker/heartbeat", json=holder | {"progress": {"stage": "denoise", "fraction": 0.5}})
+    assert beat.json()["data"]["cancel_requested"] is False
+    assert ISO.fullmatch(beat.json()["data"]["leased_until"])
+    assert client.get(f"/api/tasks/{task['item_id']}").json()["data"]["progress"]["fraction"] == 0.5
+
+    path = task["photo_storage_path"]
+    signed = client.post("/api/worker/presign", json={"operation": "download", "storage_path": path}).json()["data"]
+    assert set(signed) == {"url", "expires_in"}
+    photo = httpx.URL(signed["url"])
+    assert client.get(photo.raw_path.decode(), headers={"authorization": ""}).content == jpeg()
+
+    asked = {"operation": "upload", "video_item_id": task["item_id"]}
+    signed = client.post("/api/worker/presign", json=asked).json()["data"]
+    assert signed["storage_path"] == f"videos/{task['item_id']}.mp4"
+    put = client.put(signed["url"], content=b"mp4", headers={"content-type": "video/mp4"})
+    assert put.json() == {"Key": f"group-photos/{signed['storage_path']}"}
+
+    end = holder | {"status": "completed", "video_storage_path": signed["storage_path"], "runway_task_id": "r-1"}
+    for _ in range(2):
+        assert client.post("/api/worker/report", json=end).json()["data"]["status"] == "completed"
+    seen = client.get(f"/api/tasks/{task['item_id']}").json()["data"]
+    assert (seen["status"], seen["runway_task_id"], seen["seconds"]) == ("completed", "r-1", 3.0)
+    assert client.get(seen["video_url"]).content == b"mp4"
+    group = client.get(f"/api/groups/{made['group_id']}").json()["data"]
+    assert (group["name"], group["status"], group["counts"]) == (
+        "Holiday",
+        "processing",
+        {"completed": 1, "pending": 1},
+    )
+
+
+def test_nothing_to_do_is_null(client):
+    """An empty line is no error."""
+    assert client.post("/api/worker/next-task", json={"worker_id": "w"}).json() == {"success": True, "data": None}
+
+
+def test_a_worker_that_does_not_name_its_media_type_is_understood(client):
+    """The real server reads JSON whatever the header says, and 600.0 is 600."""
+    body = '{"worker_id": "w", "lease_duration_seconds": 600.0, "unknown": 1}'
+    assert client.post("/api/worker/next-task", content=body).json()["success"]
+
+
+def test_who_does_not_hold_is_told_as_the_contract_says(client):
+    """A heartbeat gets 404, a report 403, either 404 for a task that is gone."""
+    item = create(client)["items"][0]["id"]
+    lease(client)
+    other = {"item_id": item, "worker_id": "other"}
+    refused(client.post("/api/worker/heartbeat", json=other), 404, "not held by other")
+    refused(client.post("/api/worker/report", json=other | {"status": "failed", "error_message": "x"}), 403)
+    gone = {"item_id": "gone", "worker_id": "w"}
+    refused(client.post("/api/worker/heartbeat", json=gone), 404, "no task gone")
+    refused(client.post("/api/worker/report", json=gone | {"status": "failed", "error_message": "x"}), 404)
+
+
+def test_lease_seq_is_a_second_fence(client):
+    """Who sends it is held to it."""
+    task = lease_of_new(client)
+    beat = {"item_id": task["item_id"], "worker_id": "w"}
+    assert client.post("/api/worker/heartbeat", json=beat | {"lease_seq": task["lease_seq"]}).status_code == 200
+    refused(client.post("/api/worker/heartbeat", json=beat | {"lease_seq": 9}), 404)
+    refused(
+        client.post("/api/worker/report", json=beat | {"lease_seq": 9, "status": "failed", "error_message": "x"}), 403
+    )
+
+
+def lease_of_new(client):
+    """A new task in the hands of w."""
+    create(client)
+    return lease(client)
+
+
+def test_cancel_and_retry(client):
+    """A person stops a task, is told what cannot be done, and starts it over."""
+    item = lease_of_new(client)["item_id"]
+    refused(client.post(f"/api/tasks/{item}/retry"), 409, "the task is processing")
+    assert client.post(f"/api/tasks/{item}/cancel").json()["data"]["cancel_requested"]
+    beat = client.post("/api/worker/heartbeat", json={"item_id": item, "worker_id": "w", "extend_seconds": 1})
+    assert beat.json()["data"]["cancel_requested"] is True
+    assert client.get(f"/api/tasks/{item}").json()["data"]["status"] == "cancelled"
+    assert client.post(f"/api/tasks/{item}/retry").json()["data"]["status"] == "pending"
+    assert lease(client)["item_id"] == item
+    failed = {"item_id": item, "worker_id": "w", "status": "failed", "error_message": "a\x00" + "b" * 20_000}
+    assert client.post("/api/worker/report", json=failed).status_code == 200
+    seen = client.get(f"/api/tasks/{item}").json()["data"]
+    assert (seen["status"], seen["error_message"][:3], len(seen["error_message"])) == ("failed", "a\ufffdb", 10_000)
+    refused(client.post(f"/api/tasks/{item}/cancel"), 409, "the task is failed")
+    refused(client.get("/api/tasks/none"), 404)
+    refused(client.get("/api/groups/none"), 404)
+
+
+def test_pages(client):
+    """The cursor leads through all of them, newest first."""
+    made = [item["id"] for item in create(client, count="5")["items"]]
+    seen, cursor = [], None
+    while True:
+        query = {"limit": 2} | ({"cursor": cursor} if cursor else {})
+        page = client.get("/api/tasks", params=query).json()["data"]
+        seen += [item["id"] for item in page["items"]]
+        cursor = page["cursor"]
+        if cursor is None:
+            break
+    assert seen == made[::-1]
+    assert len(client.get("/api/groups").json()["data"]["groups"]) == 1
+
+
+@pytest.mark.parametrize(
+    "path,body,words",
+    [
+        ("next-task", {}, ["worker_id"]),
+        ("next-task", {"worker_id": ""}, ["worker_id"]),
+        ("next-task", {"worker_id": "a\x00b"}, ["worker_id"]),
+        ("next-task", {"worker_id": "w", "lease_duration_seconds": 0}, ["lease_duration_seconds"]),
+        ("next-task", {"worker_id": "w", "lease_duration_seconds": 10**30}, ["lease_duration_seconds"]),
+        ("next-task", {"worker_id": "w", "lease_duration_seconds": True}, ["lease_duration_seconds"]),
+        ("next-task", {"worker_id": "w", "lease_duration_seconds": "600"}, ["lease_duration_seconds"]),
+        ("next-task", {"worker_id": "w", "worker_type": "cpu"}, ["worker_type"]),
+        ("heartbeat", {"item_id": "i", "worker_id": "w", "extend_seconds": -1}, ["extend_seconds"]),
+        ("heartbeat", {"item_id": "i", "worker_id": "w", "lease_seq": 2**31}, ["lease_seq"]),
+        ("heartbeat", {"item_id": "i", "worker_id": "w", "progress": {"stage": "s", "fraction": 2}}, ["fraction"]),
+        ("presign", {"operation": "delete"}, ["operation"]),
+        ("presign", {"operation": "download"}, ["storage_path"]),
+        ("presign", {"operation": "upload", "video_item_id": "i", "file_extension": "exe"}, ["file_extension"]),
+        ("presign", {"operation": "upload", "video_item_id": "i", "file_extension": "a..mp4"}, ["file_extension"]),
+        ("presign", {"operation": "upload", "video_item_id": "i", "file_extension": "/../x.mp4"}, ["file_extension"]),
+        ("report", {"item_id": "i", "worker_id": "w", "status": "done"}, ["status"]),
+        ("report", {"item_id": "i", "worker_id": "w", "status": "completed"}, ["video_storage_path"]),
+        ("report", {"item_id": "i", "worker_id": "w", "status": "failed"}, ["error_message"]),
+        ("report", [], ["body"]),
+    ],
+)
+def test_a_malformed_body_is_400_and_names_the_field(client, path, body, words):
+    """Never 422: the contract knows no such status."""
+    refused(client.post(f"/api/worker/{path}", json=body), 400, *words)
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"worker_id": "\\ud800"}', b"[" * 100_000, b"9" * 5000])
+def test_what_is_not_json_is_400(client, body):
+    """Broken text, lone surrogates, nesting without end."""
+    refused(client.post("/api/worker/next-task", content=body), 400)
+
+
+@pytest.mark.parametrize(
+    "form,photo,status,word",
+    [
+        ({}, b"not a photo", 400, "photo"),
+        ({}, b"", 400, "photo"),
+        ({}, None, 400, "photo"),
+        ({}, b"x" * 100_001, 413, "photo"),
+        ({}, b"x" * 2_000_000, 413, "body"),
+        ({"seconds": "nan"}, jpeg(), 400, "seconds"),
+        ({"seconds": "61"}, jpeg(), 400, "seconds"),
+        ({"count": "21"}, jpeg(), 400, "count"),
+        ({"prompt": "x" * 4001}, jpeg(), 400, "prompt"),
+        ({"prompt": "a\x00"}, jpeg(), 400, "prompt"),
+        ({"group": "\x00"}, jpeg(), 400, "group"),
+    ],
+)
+def test_a_bad_form_is_told_by_field(client, form, photo, status, word):
+    """Nothing is stored for it."""
+    files = {"photo": ("a.jpg", photo, "image/jpeg")} if photo is not None else None
+    refused(client.post("/api/tasks", data=form, files=files), status, word)
+    assert client.get("/api/tasks").json()["data"]["items"] == []
+
+
+def test_a_chunked_body_over_the_limit_is_413(client):
+    """A body that does not say how long it is is counted."""
+    refused(client.post("/api/worker/next-task", content=(b"x" * 100_000 for _ in range(20))), 413)
+
+
+def test_every_answer_has_the_shape(client):
+    """Unknown routes and methods too."""
+    refused(client.get("/nowhere"), 404)
+    refused(client.put("/api/tasks"), 405)
+    refused(client.get("/api/worker/next-task"), 405)
+
+
+def test_presigning_what_is_not_there_fails(client):
+    """As Supabase does; and no path leads out of the folder."""
+    for path in ("videos/none.mp4", "../queue.db", "/etc/passwd", "a/../../queue.db", "..\\x", "%2e%2e/queue.db", "."):
+        body = {"operation": "download", "storage_path": path}
+        refused(client.post("/api/worker/presign", json=body), 404, "no object")
+    refused(client.post("/api/worker/presign", json={"operation": "upload", "video_item_id": "none"}), 404, "no task")
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Worker", "Worker wrong", "Basic test-key", b"Worker \xff\xfe", "test-key"]
+)
+def test_without_the_key_nobody_gets_in(client, header):
+    """401 in the contract's shape, before the body is read; a header that is not ASCII is no crash."""
+    client.headers.pop("authorization")
+    headers = {} if header is None else {"authorization": header}
+    for path in ("/api/worker/next-task", "/api/tasks", "/api/nowhere"):
+        refused(client.post(path, headers=headers, content=b"x" * 10_000), 401, "key")
+    assert client.get("/healthz").json() == {"success": True, "data": {"database": "ok", "storage": "ok"}}
+
+
+def test_bearer_is_accepted_too(client):
+    """One document says so."""
+    assert client.get("/api/tasks", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+
+
+def test_without_a_key_only_this_machine_and_no_web_page(tmp_path):
+    """A name that resolves to loopback, and a page of another site, are refused; programs are not."""
+    with app_client(config(tmp_path, api_key=None)) as client:
+        assert client.get("/api/tasks").status_code == 200
+        assert client.get("/api/tasks", headers={"host": "localhost:8000"}).status_code == 200
+        assert client.get("/api/tasks", headers={"host": "[::1]:8000"}).status_code == 200
+        assert client.get("/api/tasks", headers={"origin": "http://127.0.0.1:8000"}).status_code == 200
+        for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "[", "0.0.0.0"):
+            refused(client.get("/api/tasks", headers={"host": host}), 403, "loopback")
+        for origin in ("http://evil.example", "null", "http://127.0.0.1:9000"):
+            refused(client.post("/api/worker/next-task", json={"worker_id": "w"}, headers={"origin": origin}), 403)
+
+
+def test_a_database_that_is_gone_is_500_and_unhealthy(client, tmp_path):
+    """The contract's 500 says to try again; the health check says what is wrong."""
+    with closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+        connection.execute("ALTER TABLE video_items RENAME TO elsewhere")
+    refused(client.post("/api/worker/next-task", json={"worker_id": "w"}), 500, "try again")
+    refused(client.get("/healthz"), 503)
+
+
+def test_secrets_do_not_show(tmp_path):
+    """Not in a printed configuration."""
+    shown = repr(config(tmp_path, database_url="postgresql://me:hidden@db/x", signing_secret="sealed"))
+    assert not {word for word in (KEY, "hidden", "sealed") if word in shown}

@@ -1,0 +1,63 @@
+"""The description holds: schemathesis sends what it allows and what it forbids, and looks at every answer."""
+
+from contextlib import suppress
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.config import SchemathesisConfig
+
+from inference.server.api import create_app
+from tests.server.harness import KEY, config, jpeg
+
+PHOTOS = tuple(jpeg(width, 16) for width in (16, 17))
+
+# What a description cannot say: which bytes are a photo.
+for media_type in ("image/jpeg", "image/png", "image/webp", "image/heic"):
+    schemathesis.openapi.media_type(media_type, st.sampled_from(PHOTOS))
+
+schemathesis.openapi.media_type("video/mp4", st.binary(max_size=100))
+
+# Nor that a form holds texts only, so that `true` is a fine prompt. (As a command, schemathesis knows.)
+# Nor which tokens are signed: storage answers every other with 400, as Supabase does.
+ACCEPTED = ["2xx", "3xx", "401", "403", "404", "409", "5xx"]
+CONFIG = {
+    "headers": {"Authorization": f"Bearer {KEY}"},
+    "operations": [
+        {
+            "include-path-regex": "^/storage/",
+            "checks": {"positive_data_acceptance": {"expected-statuses": [*ACCEPTED, "400"]}},
+        },
+        {
+            "include-path": "/api/tasks",
+            "include-method": "POST",
+            "checks": {"negative_data_rejection": {"enabled": False}},
+        },
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory):
+    """What the application says of itself."""
+    app = create_app(config(tmp_path_factory.mktemp("server")))
+    return schemathesis.openapi.from_asgi("/openapi.json", app, config=SchemathesisConfig.from_dict(CONFIG))
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_the_description_holds(description, mode):
+    """No crash, no answer that is not described, nothing forbidden accepted, nothing allowed refused."""
+    operations = [found.ok() for found in description.get_all_operations()]
+    assert len(operations) == 14
+    for operation in operations:
+
+        @given(case=operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def holds(case):
+            case.call_and_validate()
+
+        with suppress(Unsatisfiable):  # an operation without parameters has nothing to get wrong
+            holds()
