@@ -28,7 +28,8 @@ from PIL import Image
 from inference.engines.base import Job
 from inference.errors import EngineFailed, EngineLost, I2VError, InvalidRequest, Refusal
 from inference.queues.item import Item
-from inference.queues.memory import Event, Faults, MemoryQueue, MemoryStore
+from inference.queues.memory import Faults, MemoryQueue
+from inference.queues.oracle import Event, MemoryStore
 from inference.runner import Policy, Runner
 from inference.task import GenerationRequest, Lease, Video
 from inference.worker import Worker

@@ -20,7 +20,7 @@ SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "
 CHECKS = {
     "inference/runner.py": SIMULATION,
     "inference/worker.py": SIMULATION,
-    "inference/queues/memory.py": (*PYTEST, "tests/server/test_store.py", "-k", "memory"),
+    "inference/queues/oracle.py": (*PYTEST, "tests/server/test_store.py", "-k", "memory"),
     "inference/server/statements.py": (*PYTEST, "tests/server/test_store.py", "-k", "sqlite"),
 }
 """What has to turn red when a fence of the module is taken out."""

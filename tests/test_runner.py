@@ -21,7 +21,8 @@ from inference.errors import (
     QueueUnavailable,
     StorageUnavailable,
 )
-from inference.queues.memory import MemoryQueue, MemoryStore
+from inference.queues.memory import MemoryQueue
+from inference.queues.oracle import MemoryStore
 from inference.runner import Policy, Runner
 from inference.task import Video
 from tests.virtual import virtual_time

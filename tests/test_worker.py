@@ -6,7 +6,8 @@ import anyio
 import pytest
 
 from inference.errors import EngineLost, I2VError, InvalidTask, QueueAuthError, QueueUnavailable
-from inference.queues.memory import MemoryQueue, MemoryStore
+from inference.queues.memory import MemoryQueue
+from inference.queues.oracle import MemoryStore
 from inference.runner import Policy, Runner
 from inference.worker import Worker
 from tests.test_runner import SleepyEngine

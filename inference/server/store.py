@@ -1,4 +1,4 @@
-"""The queue's rows in SQL: the verbs of `queues.memory.MemoryStore`, with its answers and its refusals.
+"""The queue's rows in SQL: the verbs of `queues.oracle.MemoryStore`, with its answers and its refusals.
 
 Blocking, and safe to use from many threads and processes at once. Every verb is one statement that changes what it
 may or nothing; only when it changed nothing is the row read, to say why.

@@ -14,7 +14,8 @@ from inference.progress import Progress
 from inference.queues.base import TaskQueue
 from inference.queues.item import CRASHED, Item
 from inference.queues.lifeisshort import LifeIsShortQueue
-from inference.queues.memory import MemoryQueue, MemoryStore
+from inference.queues.memory import MemoryQueue
+from inference.queues.oracle import MemoryStore
 from inference.server.store import NewItem, NewPhoto, Store
 from inference.storage import Storage
 from inference.task import Video

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from inference.queues.item import Item
-from inference.queues.memory import MemoryStore
+from inference.queues.oracle import MemoryStore
 from inference.server.store import NewItem, NewPhoto, Store, new_id
 from tests import postgres
 
