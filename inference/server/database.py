@@ -45,6 +45,7 @@ class Database:
         self._turn: threading.Lock | None = threading.Lock() if self._sqlite else None
         self._engine = _open_sqlite(self._url) if self._sqlite else _open_postgresql(self._url)
         self._compiled: dict[Statement, tuple[str, Mapping[str, Any]]] = {}
+        self._columns: dict[Statement, tuple[str, ...]] = {}
         self._driver: Any = self._engine.dialect.dbapi
         self._create_schema()
 
@@ -84,11 +85,12 @@ class Database:
             self._compiled[statement] = (str(compiled), constants)
         text, own = self._compiled[statement]
         cursor = connection.execute(text, {**own, **parameters})
-        if cursor.description is None:
-            return []
-        names = [column[0] for column in cursor.description]
+        names = self._columns.get(statement)
+        if names is None:
+            # Read once: psycopg makes an object per column each time it is asked, a sixth of a call's time.
+            names = self._columns[statement] = tuple(column[0] for column in cursor.description or ())
         # To the last row: SQLite commits a single statement when it has been read to its end.
-        return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+        return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()] if names else []
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
