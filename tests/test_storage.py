@@ -4,6 +4,7 @@ import errno
 import json
 import socket
 import socketserver
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -14,6 +15,7 @@ import anyio
 import httpcore
 import httpx
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,7 +57,7 @@ Serve = Callable[[Seen, socket.socket], None]
 class Loopback:
     """A server of one function: what to send once a request was read, or its head alone (`read_body=False`)."""
 
-    def __init__(self, serve: Serve, *, read_body: bool = True) -> None:
+    def __init__(self, serve: Serve, *, read_body: bool = True, tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[Seen] = []
         loopback = self
 
@@ -74,12 +76,22 @@ class Loopback:
                     serve(loopback.seen[-1], self.request)
 
         class Server(socketserver.ThreadingTCPServer):
+            def finish_request(self, request, client_address) -> None:
+                if tls is not None:
+                    try:
+                        request = tls.wrap_socket(request, server_side=True)
+                    except OSError:
+                        return  # a client that does not like the certificate
+                super().finish_request(request, client_address)
+                if tls is not None:
+                    request.close()
+
             def shutdown_request(self, request) -> None:
                 request.close()  # at once: no half-close first, so that unread bytes become a reset
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
-        self.origin = f"http://127.0.0.1:{self.port}"
+        self.origin = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
 
     def __enter__(self) -> Self:
@@ -305,6 +317,63 @@ async def test_an_early_refusal_of_a_large_upload_is_read(video, linger):
             for _ in range(5):
                 with pytest.raises(ObjectExists, match="KeyAlreadyExists The resource already exists"):
                     await storage.upload(f"{server.origin}/v?token={SECRET}", video)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Whoever signs this module's certificates."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls(authority, monkeypatch, tmp_path_factory) -> ssl.SSLContext:
+    """A server's side of TLS for `localhost`; this process trusts its authority."""
+    bundle = tmp_path_factory.mktemp("tls") / "authority.pem"
+    authority.cert_pem.write_to_path(bundle)
+    monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+async def test_over_tls_as_in_production(tls, video, tmp_path):
+    """Every byte arrives both ways, and the name on the certificate is the URL's, not the address's."""
+
+    def serve(seen: Seen, connection: socket.socket) -> None:
+        connection.sendall(reply(200, b"{}" if seen.body else video.read_bytes(), Connection="close"))
+
+    with Loopback(serve, tls=tls) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            await storage.upload(f"{server.origin}/v?token={SECRET}", video)
+            await storage.download(f"{server.origin}/v?token={SECRET}", tmp_path / "back.mp4")
+    assert server.seen[0].body == video.read_bytes() == (tmp_path / "back.mp4").read_bytes()
+
+
+async def test_an_early_refusal_over_tls_is_read(tls, video):
+    """The same race as without TLS, below another layer."""
+
+    def serve(_: Seen, connection: socket.socket) -> None:
+        connection.sendall(reply(400, DUPLICATE, Content_Type="application/json", Connection="close"))
+        while connection.recv(1 << 20):
+            pass
+
+    with Loopback(serve, read_body=False, tls=tls) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            for _ in range(3):
+                with pytest.raises(ObjectExists, match="KeyAlreadyExists"):
+                    await storage.upload(f"{server.origin}/v?token={SECRET}", video)
+
+
+@pytest.mark.usefixtures("tls")
+async def test_a_certificate_for_another_name_is_refused(authority, video):
+    """Nothing is sent to a server that cannot prove who it is."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("elsewhere.example").configure_cert(context)
+    with Loopback(lambda *_: None, tls=context) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            with pytest.raises(StorageError, match="certificate"):
+                await storage.upload(f"{server.origin}/v?token={SECRET}", video)
+    assert server.seen == []
 
 
 async def test_a_server_that_answers_and_stops_reading():
