@@ -6,7 +6,8 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,15 +15,24 @@ from typing import Annotated, Any, Literal
 import anyio
 import structlog
 import typer
-from anyio.abc import TaskGroup
+from anyio.abc import TaskStatus
 from pydantic import ValidationError
+from rich.markup import escape
 
 from inference import doctor as doctor_module
 from inference import logs, terminal
 from inference.build import build_engine, build_server_config, build_worker, open_queue
 from inference.client import QueueClient
 from inference.engines.base import Job
-from inference.errors import DiskFull, EngineFailed, EngineHung, I2VError, InvalidRequest, SettingsError
+from inference.errors import (
+    DiskFull,
+    EngineFailed,
+    EngineHung,
+    I2VError,
+    InvalidRequest,
+    QueueUnavailable,
+    SettingsError,
+)
 from inference.progress import Progress, ProgressTracker, Sink
 from inference.settings import Settings
 from inference.task import GenerationRequest, Lease, Outcome, explain
@@ -46,6 +56,7 @@ Seconds = Annotated[float, typer.Option("--seconds", "-s", help="Length of the v
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
+BEAT_AT_HOME_S = 2.0
 PREVIEW_NOTE = "a camera move over the photo, not a generation"
 
 
@@ -62,9 +73,9 @@ def demo(
 ) -> None:
     """One photo through a real queue over HTTP: no GPU, no account, nothing left behind but the mp4."""
     _check_mp4(output)
-    logs.configure("debug" if verbose else "warning")
+    logs.configure("debug" if verbose else "error")
     with (
-        tempfile.TemporaryDirectory(prefix="i2v-demo-") as folder,
+        _temporary_folder("i2v-demo-") as folder,
         resources.as_file(resources.files("inference.assets") / "sample.jpg") as sample,
     ):
         # Not from the environment: a demo shows the same wherever it runs.
@@ -76,25 +87,20 @@ def demo(
 
 async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, output: Path) -> None:
     outcomes: list[Outcome] = []
-    async with anyio.create_task_group() as tasks:
-        here = await _start_server(settings, tasks)
-        key = settings.api_key.get_secret_value() if settings.api_key else None
-        async with QueueClient(str(here.api_url), key) as client, open_queue(here) as queue:
-            terminal.say(f"A queue is open at {here.api_url}. The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
-            [task] = await client.submit(photo, prompt, seconds=seconds)
-            terminal.say(f"  submitted  {photo.name}, “{prompt}”, {seconds:g} s → task {task['id']}")
-            with terminal.bar("working") as sink:
-                engine = build_engine(here)
-                await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(once=True)
-            task = await client.task(task["id"])
-            video = outcomes[0].video if outcomes else None
-            if task["status"] != "completed" or video is None:
-                raise EngineFailed(f"the task ended {task['status']}: {task['error_message'] or 'no reason given'}")
-            await client.save_video(task["id"], output)
-            terminal.say(f"  [green]completed[/green]  {terminal.describe(video)}")
-            terminal.say(f"  time       {terminal.times(outcomes[0].stage_seconds)}")
-            terminal.out.print(output)
-        tasks.cancel_scope.cancel()
+    async with _serving(settings) as here, _client(here) as client, open_queue(here) as queue:
+        terminal.say(f"A queue is open at {here.api_url}. The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
+        [task] = await client.submit(photo, prompt, seconds=seconds)
+        terminal.say(f"  submitted  {escape(photo.name)}, “{escape(prompt)}”, {seconds:g} s → task {task['id']}")
+        with terminal.bar("working") as sink:
+            engine = build_engine(here)
+            await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(once=True)
+        [outcome] = outcomes
+        if outcome.video is None:
+            raise EngineFailed(f"no video was made: {outcome.error}")
+        await client.save_video(task["id"], output)
+        terminal.say(f"  [green]completed[/green]  {terminal.describe(outcome.video)}")
+        terminal.say(f"  time       {terminal.times(outcome.stage_seconds)}")
+        terminal.out.print(output)
 
 
 @app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
@@ -103,12 +109,12 @@ def up(*, verbose: Verbose = False) -> None:
     settings = _start(None, verbose=verbose)
 
     async def main() -> None:
-        async with anyio.create_task_group() as tasks:
-            here = await _start_server(settings, tasks)
-            terminal.say(f"Queue at {here.api_url} (API at {here.api_url}/docs), one worker, engine {here.engine}.")
-            terminal.say(f"Submit with: i2v submit PHOTO PROMPT --url {here.api_url}")
-            await _work(here)
-            tasks.cancel_scope.cancel()
+        async with _serving(settings) as here:
+            terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), one worker, engine {here.engine}.")
+            terminal.tell(f"Submit with: i2v submit PHOTO PROMPT --url {here.api_url}")
+            # Beats tell the queue how far the work is, and the worker that it was cancelled; here they cost nothing.
+            beat_s = min(here.heartbeat_interval_s, BEAT_AT_HOME_S)
+            await _work(here.model_copy(update={"heartbeat_interval_s": beat_s}))
 
     _run(main, cancel_on_signal=False)
 
@@ -124,9 +130,9 @@ def serve(
     settings = _start(None, verbose=verbose, host=host, port=port)
 
     async def main() -> None:
-        async with anyio.create_task_group() as tasks:
-            here = await _start_server(settings, tasks)
-            terminal.say(f"Queue at {here.api_url} (API at {here.api_url}/docs), data in {here.data_dir.absolute()}.")
+        async with _serving(settings) as here:
+            folder = escape(str(here.data_dir.absolute()))
+            terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), data in {folder}.")
             await anyio.sleep_forever()
 
     _run(main, stopped_exit_code=0)
@@ -161,10 +167,14 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         worker = build_worker(settings, queue, engine, sink=sink)
         log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(_drain_on_signal, worker, settings.shutdown_grace_s)
-        await worker.run(once=once)
+        try:
+            await worker.run(once=once)
+        except QueueUnavailable as error:
+            raise QueueUnavailable(f"no queue at {settings.api_url}, see VERCEL_API_URL or --url: {error}") from None
         tasks.cancel_scope.cancel()
     if once and not taken:
-        terminal.say("The queue has no task to take.")
+        log.info("no_task")
+        terminal.tell("The queue has no task to take.")
     log.info("worker_stopped")
 
 
@@ -199,10 +209,12 @@ def submit(
                 with terminal.bar(task["id"][:8]) as sink:
                     ended = await _until_ended(client, task["id"], sink)
                 if ended["status"] != "completed":
-                    raise EngineFailed(f"task {task['id']} ended {ended['status']}: {ended['error_message'] or ''}")
-                terminal.say(f"completed: {ended['video_url']}")
+                    reason = f": {ended['error_message']}" if ended["error_message"] else ""
+                    raise EngineFailed(f"task {task['id']} ended {ended['status']}{reason}")
                 if output:
                     terminal.out.print((await client.save_video(task["id"], output)).absolute())
+                else:  # presigned: for an hour, whoever has the URL has the video
+                    terminal.say(f"completed: {escape(ended['video_url'] or task['id'])}")
 
     _run(main)
 
@@ -240,7 +252,8 @@ def render(
         chosen = build_engine(settings)
         if chosen.name == "preview":
             terminal.say(f"The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
-        with _folder_beside(output) as folder, terminal.bar("rendering") as sink:
+        # Beside the output, on the same filesystem: the finished file appears whole or not at all.
+        with _temporary_folder(".i2v-", output.absolute().parent) as folder, terminal.bar("rendering") as sink:
             tracker = ProgressTracker(chosen.stages, sink)
             video = await chosen.generate(request, photo, Path(folder), Job(tracker))
             video.path.replace(output)
@@ -279,14 +292,14 @@ def tasks(
             for task in shown:
                 typer.echo(json.dumps(task, ensure_ascii=False))
         elif shown:
-            terminal.out.print(terminal.task_table(shown))
+            terminal.show_tasks(shown)
         else:
             terminal.say("No tasks.")
 
     _run(main)
 
 
-@app.command()
+@app.command(epilog="Example: `i2v doctor --url https://app.example.com`")
 def doctor(url: Url = None, *, verbose: Verbose = False) -> None:
     """Checks settings, ffmpeg, disk and the queue: one line each; exits 1 if something is wrong."""
     logs.configure("debug" if verbose else "error")
@@ -322,14 +335,28 @@ def _client(settings: Settings) -> QueueClient:
     return QueueClient(settings.api_url or "", settings.api_key.get_secret_value() if settings.api_key else None)
 
 
-async def _start_server(settings: Settings, tasks: TaskGroup) -> Settings:
-    """Starts the embedded queue in a task group; returns settings under which a worker here reaches it."""
+@asynccontextmanager
+async def _serving(settings: Settings) -> AsyncIterator[Settings]:
+    """The embedded queue for the length of a block, and settings under which a worker here reaches it.
+
+    A block that is cancelled finds it open to the end: its worker hands back what it holds.
+    """
     config = build_server_config(settings)
     from inference.server.serve import serve as serve_queue  # noqa: PLC0415 - an extra
 
-    host, port = await tasks.start(serve_queue, config, settings.host, settings.port)
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
-    return settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
+    lifetime = anyio.CancelScope(shield=True)
+
+    async def run(*, task_status: TaskStatus[tuple[str, int]]) -> None:
+        with lifetime:
+            await serve_queue(config, settings.host, settings.port, task_status=task_status)
+
+    async with anyio.create_task_group() as tasks:
+        try:
+            host, port = await tasks.start(run)
+            reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
+            yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
+        finally:
+            lifetime.cancel()
 
 
 def _log_stages(lease: Lease) -> Sink:
@@ -349,7 +376,7 @@ async def _drain_on_signal(worker: Worker, grace_s: float) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
             log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
-            terminal.say(f"Finishing for up to {grace_s:g} s, then handing tasks back; again to hand back now.")
+            terminal.tell(f"Finishing for up to {grace_s:g} s, then handing tasks back; again to hand back now.")
             worker.stop()
             break
         async for _ in signals:
@@ -384,16 +411,17 @@ async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> 
 def _check_mp4(output: Path) -> None:
     if output.suffix.lower() != ".mp4":
         raise SettingsError(f"--output: {output} has to end in .mp4")
+    if output.is_dir():
+        raise SettingsError(f"--output: {output} is a folder")
     if not output.absolute().parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
 
 
-def _folder_beside(output: Path) -> tempfile.TemporaryDirectory[str]:
-    """On the same filesystem, so that the finished file appears whole or not at all."""
+def _temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
     try:
-        return tempfile.TemporaryDirectory(prefix=".i2v-", dir=output.absolute().parent, ignore_cleanup_errors=True)
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise DiskFull(f"{output.absolute().parent} cannot be written: {error.strerror}") from None
+        raise DiskFull(f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None
 
 
 def _only(error: BaseException) -> BaseException:

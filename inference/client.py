@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -56,17 +57,17 @@ class QueueClient:
 
     async def task(self, item_id: str) -> dict[str, Any]:
         """One task; a completed one has a presigned `video_url`."""
-        task: dict[str, Any] = await self._ask("GET", f"tasks/{item_id}")
+        task: dict[str, Any] = await self._ask("GET", _path(item_id))
         return task
 
     async def cancel(self, item_id: str) -> dict[str, Any]:
         """Cancels a waiting task, or asks the worker that has it to stop."""
-        task: dict[str, Any] = await self._ask("POST", f"tasks/{item_id}/cancel")
+        task: dict[str, Any] = await self._ask("POST", f"{_path(item_id)}/cancel")
         return task
 
     async def retry(self, item_id: str) -> dict[str, Any]:
         """Puts a failed or cancelled task back into the queue."""
-        task: dict[str, Any] = await self._ask("POST", f"tasks/{item_id}/retry")
+        task: dict[str, Any] = await self._ask("POST", f"{_path(item_id)}/retry")
         return task
 
     async def save_video(self, item_id: str, path: Path) -> Path:
@@ -104,3 +105,8 @@ class QueueClient:
                 raise QueueUnavailable(f"the queue answered {status}: {text}")
             case status:
                 raise QueueRefused(f"the queue answered {status}: {text}")
+
+
+def _path(item_id: str) -> str:
+    """Ids come from command lines: whatever is typed stays one part of the path."""
+    return f"tasks/{quote(item_id, safe='')}"

@@ -36,7 +36,8 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
         handlers.append(file)
     logging.basicConfig(handlers=handlers, level=level.upper(), force=True)
     # httpx logs whole URLs at INFO, and httpcore at DEBUG: presigned ones carry credentials in the query.
-    for name in ("httpx", "httpcore"):
+    # uvicorn says four lines at each start and stop; ours says where the queue is.
+    for name in ("httpx", "httpcore", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[

@@ -17,12 +17,21 @@ from inference.task import Video
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+PIPED_WIDTH = 240
+"""Columns where there is no terminal to fit: what reads lines wants one for each task."""
+
 STATUS_STYLES = {"completed": "green", "failed": "red", "processing": "cyan", "cancelled": "dim"}
 
 
 def say(text: str) -> None:
     """A line for the person at the terminal; stdout is left to results."""
     err.print(text)
+
+
+def tell(text: str) -> None:
+    """A line for somebody who watches; where nobody does, stderr is left to log lines."""
+    if err.is_terminal:
+        say(text)
 
 
 def error(message: str) -> None:
@@ -87,13 +96,12 @@ def finding(name: str, verdict: str, text: str) -> None:
     out.print(f"[{style}]{verdict:<4}[/{style}]  {name:<12}  {escape(text)}")
 
 
-def task_table(tasks: list[dict[str, Any]]) -> Table:
-    """Tasks of the embedded queue, one a row."""
+def show_tasks(tasks: list[dict[str, Any]]) -> None:
+    """Tasks of the embedded queue, one a row; then, what went wrong with those that failed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("task", "status", "age", "seconds"):
         table.add_column(title, no_wrap=True)
     table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=40)
-    table.add_column("result", overflow="fold")
     for task in tasks:
         status = str(task["status"])
         progress = task.get("progress") or {}
@@ -105,9 +113,12 @@ def task_table(tasks: list[dict[str, Any]]) -> Table:
             _age(task["created_at"]),
             f"{task['seconds']:g}",
             escape(task["prompt"]),
-            escape(task.get("error_message") or task.get("video_storage_path") or ""),
         )
-    return table
+    console = out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPED_WIDTH)
+    console.print(table)
+    for task in tasks:
+        if task["error_message"]:
+            console.print(f"{task['id']}  [red]{escape(task['error_message'])}[/red]")
 
 
 def _age(created_at: str) -> str:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sysconfig
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,8 @@ T = TypeVar("T")
 I2V = Path(sysconfig.get_path("scripts")) / "i2v"
 KEY = "key-of-the-process-tests"
 POLL_S = 0.05
+TEMP = "temp"
+"""The temporary folder of all workers of a site, so that they clear away what killed ones left."""
 
 
 def until(condition: Callable[[], T], deadline_s: float, what: str) -> T:
@@ -113,7 +115,6 @@ class Worker(Process):
     """`i2v work` behind a proxy of its own."""
 
     def __init__(self, folder: Path, name: str, url: str, **settings: object) -> None:
-        self.temp_dir = folder / f"{name}-temp"
         defaults = {
             "VERCEL_API_URL": url,
             "WORKER_API_KEY": KEY,
@@ -123,13 +124,9 @@ class Worker(Process):
             "I2V_LEASE_EXTENSION": 8,
             "HEARTBEAT_INTERVAL": 1,
             "I2V_CONCURRENCY": 1,
-            "TEMP_DIR": self.temp_dir,
+            "TEMP_DIR": folder / TEMP,
         }
         super().__init__(folder, name, "work", env=environment(**(defaults | settings)))
-
-    def leftovers(self) -> list[Path]:
-        """What it left in its temporary folder."""
-        return sorted(self.temp_dir.rglob("*"))
 
 
 class Site:
@@ -149,11 +146,17 @@ class Site:
         ledger.install(self.data_dir / "queue.db")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process in (*self.workers, *self._servers):
             process.kill()
-            print(f"── {process.name}\n{process.stderr.read_text(errors='replace')[-6000:]}")
         self._proxies.close()
+        if kind is not None:
+            self.show()
+
+    def show(self) -> None:
+        """What everybody said last: for a test that failed."""
+        for process in (*self.workers, *self._servers):
+            print(f"── {process.name}\n{process.stderr.read_text(errors='replace')[-6000:]}")
 
     # ------------------------------------------------------------ the server
 
@@ -222,7 +225,7 @@ class Site:
             worker.send(signal.SIGTERM)
         assert {worker.name: worker.wait() for worker in running} == {worker.name: 0 for worker in running}
 
-    def close_books(self, *, tasks: int, killed: Collection[Worker] = (), **allowed: Any) -> ledger.Ledger:
+    def close_books(self, *, tasks: int, **allowed: Any) -> ledger.Ledger:
         """When all is done: stops everybody, then checks the ledger and that nothing is left behind."""
         for worker in self.workers:
             assert worker.exit_code is not None or worker.zombies() == []
@@ -230,14 +233,16 @@ class Site:
         self.server.send(signal.SIGTERM)
         assert self.server.wait() == 0
         until(lambda: not self.processes(), 10, f"nothing of this site runs any more, but {self.processes()}")
-        for worker in self.workers:
-            if worker not in killed:  # SIGKILL leaves nobody to clean up
-                assert worker.leftovers() == []
+        assert self.leftovers() == []
         books = ledger.Ledger(self.data_dir, self.record)
         books.check(tasks=tasks, **allowed)
         believed = ledger.completions([line for worker in self.workers for line in worker.logs()])
         assert {item_id: times for item_id, times in believed.items() if times > 1} == {}
         return books
+
+    def leftovers(self) -> list[Path]:
+        """What is in the temporary folder of the workers."""
+        return sorted((self.folder / TEMP).rglob("*"))
 
     def processes(self) -> list[str]:
         """Processes, ffmpeg above all, that work on files of this site."""

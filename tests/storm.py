@@ -26,7 +26,6 @@ class Storm:
         self._dice = random.Random(seed)
         self._afloat = [self._launch() for _ in range(WORKERS)]
         self._paused: set[Worker] = set()
-        self.killed: list[Worker] = []
         self.blows: list[str] = []
 
     def rage(self, seconds: float) -> None:
@@ -54,7 +53,6 @@ class Storm:
         match blow:
             case "kill":
                 worker.kill()
-                self.killed.append(worker)
                 self._afloat[place] = self._launch()
             case "pause":
                 worker.send(signal.SIGSTOP)
@@ -75,14 +73,16 @@ class Storm:
 def run(folder: Path, *, seconds: float, tasks: int, seed: int) -> Ledger:
     """A storm, fair weather until all is done, and the books, checked."""
     with Site(folder) as site:
-        site.submit(tasks // 2)
+        for _ in range(tasks // 2):
+            site.submit()
         storm = Storm(site, seed)
         storm.rage(seconds / 2)
-        site.submit(tasks - tasks // 2)
+        for _ in range(tasks - tasks // 2):
+            site.submit()
         storm.rage(seconds / 2)
         storm.clear()
         until(site.has_ended, 60 + 2 * tasks, "every task has ended")
-        books = site.close_books(tasks=tasks, killed=storm.killed, may_crash_out=True)
+        books = site.close_books(tasks=tasks, may_crash_out=True)
     counts = {blow: storm.blows.count(blow) for blow in sorted(set(storm.blows))}
     ends = {status: sum(row.status == status for row in books.rows) for status in ("completed", "failed")}
     crashes = sum(row.crash_count for row in books.rows)

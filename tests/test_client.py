@@ -1,0 +1,91 @@
+"""What apps do with the embedded queue, against the real one on loopback; each refusal is an error with its name."""
+
+import pytest
+
+from inference.client import QueueClient
+from inference.errors import ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, StorageError, WrongState
+from tests.server.harness import KEY, config, jpeg, running_server
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def url(tmp_path):
+    """A queue server."""
+    with running_server(config(tmp_path / "server")) as url:
+        yield url
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A photo on disk."""
+    path = tmp_path / "휴가 [1].jpg"
+    path.write_bytes(jpeg())
+    return path
+
+
+async def test_a_task_from_submitting_to_the_end(url, photo):
+    """What was asked for is what the queue has; it can be cancelled and put back."""
+    async with QueueClient(url, KEY) as client:
+        first, second = await client.submit(photo, "천천히 줌인", seconds=3, count=2, group="trip")
+        assert (first["prompt"], first["seconds"], first["status"]) == ("천천히 줌인", 3, "pending")
+        assert first["group_id"] == second["group_id"]
+        assert [task["id"] for task in await client.tasks()] == [second["id"], first["id"]]
+        assert len(await client.tasks(limit=1)) == 1
+        assert (await client.cancel(first["id"]))["status"] == "cancelled"
+        assert [task["id"] for task in await client.tasks(status="cancelled")] == [first["id"]]
+        assert (await client.retry(first["id"]))["status"] == "pending"
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/api", "/api/"])
+async def test_the_url_is_taken_with_and_without_api(url, suffix):
+    """As deployments configure it."""
+    async with QueueClient(url + suffix, KEY) as client:
+        assert await client.tasks() == []
+
+
+async def test_each_refusal_has_its_error(url, photo, tmp_path):
+    """Each leads to a different line for the person at the terminal."""
+    async with QueueClient(url, KEY) as client:
+        [task] = await client.submit(photo)
+        with pytest.raises(WrongState, match="only a failed or cancelled"):
+            await client.retry(task["id"])
+        with pytest.raises(WrongState, match="has no video"):
+            await client.save_video(task["id"], tmp_path / "out.mp4")
+        with pytest.raises(ItemMissing):
+            await client.task("nobody")
+        with pytest.raises(QueueRefused, match="seconds"):
+            await client.submit(photo, seconds=1000)
+        with pytest.raises(QueueRefused, match=r"gone\.jpg"):
+            await client.submit(tmp_path / "gone.jpg")
+        (tmp_path / "text.jpg").write_text("not a photo")
+        with pytest.raises(QueueRefused, match="photo"):
+            await client.submit(tmp_path / "text.jpg")
+    for key in (None, "wrong"):
+        async with QueueClient(url, key) as client:
+            with pytest.raises(QueueAuthError, match="WORKER_API_KEY"):
+                await client.tasks()
+    async with QueueClient("http://127.0.0.1:1", KEY) as client:
+        with pytest.raises(QueueUnavailable, match=r"no queue answers at http://127\.0\.0\.1:1"):
+            await client.tasks()
+
+
+async def test_ids_cannot_leave_their_place_in_the_url(url):
+    """An id comes from a command line: one with slashes or dots asks for no other resource."""
+    async with QueueClient(url, KEY) as client:
+        for item_id in ("../groups", "x/cancel", "?status=failed", "", "%2e%2e/groups"):
+            with pytest.raises((ItemMissing, QueueRefused)):
+                await client.task(item_id)
+
+
+async def test_a_lost_object_is_said(url, photo, tmp_path):
+    """The task is completed and its video is gone from the storage."""
+    async with QueueClient(url, KEY) as client:
+        [task] = await client.submit(photo)
+        leased = await client._ask("POST", "worker/next-task", json={"worker_id": "w"})
+        assert leased["item_id"] == task["id"]
+        report = {"item_id": task["id"], "worker_id": "w", "status": "completed", "video_storage_path": "videos/x.mp4"}
+        await client._ask("POST", "worker/report", json=report)
+        with pytest.raises((WrongState, StorageError), match="has no video"):
+            await client.save_video(task["id"], tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()

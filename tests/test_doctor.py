@@ -1,0 +1,104 @@
+"""The doctor finds what is wrong, says what to do about it, and looks on."""
+
+import http.server
+import threading
+
+import pytest
+
+from inference import doctor
+from inference.settings import Settings
+from tests.server.harness import KEY, config, running_server
+
+pytestmark = pytest.mark.anyio
+
+
+async def findings(**settings):
+    """Everything that it says, by what was examined."""
+    found = [it async for it in doctor.examine(lambda: Settings.isolated(**settings))]
+    return {it.name: it for it in found}
+
+
+async def test_a_sound_machine_without_a_queue():
+    """A queue is not needed to try things, so none is no failure."""
+    found = await findings()
+    assert {name: it.verdict for name, it in found.items()} == {
+        "settings": "ok",
+        "ffmpeg": "ok",
+        "disk": "ok",
+        "queue": "skip",
+        "extra server": "ok",
+        "extra heic": "ok",
+    }
+    assert "h264" in found["ffmpeg"].text
+
+
+async def test_each_problem_of_the_settings_is_a_line():
+    """And what needs them is skipped, not failed."""
+
+    def load():
+        return Settings.isolated(lease_duration_s=-1, port=-1)
+
+    found = [it async for it in doctor.examine(load)]
+    assert [it.verdict for it in found if it.name == "settings"] == ["FAIL", "FAIL"]
+    assert [it.verdict for it in found if it.name == "queue"] == ["skip"]
+
+
+async def test_a_folder_that_cannot_be_written(tmp_path):
+    """TEMP_DIR is named, for that is what to change."""
+    (tmp_path / "file").touch()
+    found = await findings(temp_dir=tmp_path / "file")
+    assert found["disk"].verdict == "FAIL"
+    assert "TEMP_DIR" in found["disk"].text
+
+
+async def test_a_disk_with_little_room(monkeypatch):
+    """Still works, but not for long."""
+    monkeypatch.setattr(doctor, "ROOM_BYTES", 10**18)
+    found = await findings()
+    assert found["disk"].verdict == "FAIL"
+    assert "GB free" in found["disk"].text
+
+
+@pytest.mark.parametrize("binary", ["/bin/false", "/nowhere/ffmpeg"])
+async def test_an_ffmpeg_that_does_not_work(monkeypatch, binary):
+    """Found by using it, not by finding it."""
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", binary)
+    found = await findings()
+    assert found["ffmpeg"].verdict == "FAIL"
+    assert "\n" not in found["ffmpeg"].text
+
+
+async def test_a_queue_that_takes_the_key_and_one_that_does_not(tmp_path):
+    """Without leasing anything; the key itself is not repeated."""
+    with running_server(config(tmp_path)) as url:
+        assert (await findings(api_url=url, api_key=KEY))["queue"].verdict == "ok"
+        refused = (await findings(api_url=url, api_key="not-the-key"))["queue"]
+    assert refused.verdict == "FAIL"
+    assert "key" in refused.text
+    assert "not-the-key" not in refused.text
+    gone = (await findings(api_url=url, api_key=KEY))["queue"]
+    assert gone.verdict == "FAIL"
+
+
+async def test_something_that_is_no_queue():
+    """A web server of another kind at that address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Page)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        found = await findings(api_url=f"http://127.0.0.1:{server.server_port}", api_key=KEY)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert found["queue"].verdict == "FAIL"
+
+
+class _Page(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    def log_message(self, *_):
+        """Nothing on stderr."""
