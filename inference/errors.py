@@ -4,7 +4,7 @@
     ├── SettingsError         configuration is missing or malformed
     ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
     ├── CancelRequested       a person cancelled the task
-    ├── InvalidTask           what the queue handed out is malformed; names the field
+    ├── InvalidTask           T  what the queue handed out is malformed; names the field
     ├── Refusal               a store of ours does not accept a write
     │   ├── ItemMissing          no such item
     │   ├── NotHolder            the writer does not hold the item's lease
@@ -17,22 +17,24 @@
     │   ├── StorageUnavailable R network, 429, 5xx; an upload may have been stored all the same
     │   ├── UrlExpired        R  presign again
     │   ├── ObjectExists         something is at that path already and was not overwritten
-    │   ├── ObjectMissing        no such object
-    │   ├── ObjectTooLarge       over a byte limit, ours or the storage's
+    │   ├── ObjectMissing     T  no such object
+    │   ├── ObjectTooLarge    T  over a byte limit, ours or the storage's
     │   ├── StorageRefused       any other refusal: signature, media type
     │   └── AddressRefused       the URL leads where a worker must not go
     ├── MediaError
-    │   ├── InvalidPhoto         not a photo we can use; says why
+    │   ├── InvalidPhoto      T  not a photo we can use; says why
     │   └── EncodeFailed         ffmpeg ended badly
-    ├── DiskFull              H  no room for temporary files
+    ├── MachineFault          H  no memory, no ffmpeg, a process killed from outside
+    │   └── DiskFull          H  no room for temporary files
     └── EngineError
-        ├── InvalidRequest       outside what the engine can do; names the field
+        ├── InvalidRequest    T  outside what the engine can do; names the field
         ├── EngineFailed      R  this attempt failed
         ├── EngineHung           no end within the hard limit of an attempt
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
 
 R  another try here can help (`retryable`).
 H  the machine is at fault, not the task: hand the lease back instead of failing the task (`hand_back`).
+T  the task is at fault, on any machine (`task_at_fault`). Without it the next task may fail here just so.
 
 Adapters map every foreign exception to one of these at their edge; nothing above them catches foreign types.
 Messages are one line, say what to do where something can be done, and never hold a credential.
@@ -46,6 +48,7 @@ class I2VError(Exception):
 
     retryable: ClassVar[bool] = False
     hand_back: ClassVar[bool] = False
+    task_at_fault: ClassVar[bool] = False
 
 
 class SettingsError(I2VError):
@@ -65,6 +68,8 @@ class InvalidTask(I2VError):
 
     `item_id` is set where the payload had a usable one, so that the task can be reported failed.
     """
+
+    task_at_fault = True
 
     def __init__(self, message: str, *, item_id: str | None = None) -> None:
         super().__init__(message)
@@ -128,9 +133,13 @@ class ObjectExists(StorageError):
 class ObjectMissing(StorageError):
     """No object at that path."""
 
+    task_at_fault = True
+
 
 class ObjectTooLarge(StorageError):
     """More bytes than a limit allows, ours or the storage's."""
+
+    task_at_fault = True
 
 
 class StorageRefused(StorageError):
@@ -148,15 +157,21 @@ class MediaError(I2VError):
 class InvalidPhoto(MediaError):
     """Not a photo we can use."""
 
+    task_at_fault = True
+
 
 class EncodeFailed(MediaError):
     """ffmpeg did not produce the video."""
 
 
-class DiskFull(I2VError):
-    """No room left for temporary files on this machine."""
+class MachineFault(I2VError):
+    """This machine cannot do it now; another could."""
 
     hand_back = True
+
+
+class DiskFull(MachineFault):
+    """No room left for temporary files on this machine."""
 
 
 class EngineError(I2VError):
@@ -165,6 +180,8 @@ class EngineError(I2VError):
 
 class InvalidRequest(EngineError):
     """The request is outside what the engine can do."""
+
+    task_at_fault = True
 
 
 class EngineFailed(EngineError):

@@ -26,6 +26,7 @@ from inference.errors import (
     EngineLost,
     I2VError,
     LeaseLost,
+    QueueAuthError,
     QueueError,
     QueueUnavailable,
 )
@@ -41,7 +42,11 @@ WORK_SHARE = 2 / 3
 """The share of a lease, since its last renewal was sent, in which work may go on (reliability.md, rule 3)."""
 
 RELEASE_LIMIT_S = 6.0
-"""How long handing a lease back may take: less than what a container runtime leaves after SIGTERM."""
+"""How long handing a lease back may take. It runs beside whatever else a stop has to wait for."""
+
+PATIENCE_ATTEMPTS = 40
+"""How often one call is put to a queue that does not answer it, about nine minutes. If the queue were really away
+the lease would have ended by then: a call that still fails beside answered heartbeats fails for this task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Keeper:
     """Keeps one lease renewed beside the work, and ends the work when it cannot be."""
 
     def __init__(self, queue: TaskQueue, lease: Lease, policy: Policy, tracker: ProgressTracker) -> None:
-        self._queue, self._lease, self._tracker = queue, lease, tracker
+        self._queue, self._lease, self._policy, self._tracker = queue, lease, policy, tracker
         length_s = lease.length_s
         # Short leases get everything in proportion, so that a few beats can fail before work has to stop.
         self._interval_s = min(policy.heartbeat_interval_s, 0.4 * length_s)
@@ -72,6 +77,8 @@ class Keeper:
         self._renewed_at = anyio.current_time()
         self.reporting = False  # from then on the report's own answer says whose the task is; beats only keep it
         self.ended: I2VError | None = None
+        self._over = False  # the work has ended by itself
+        self._released = False
 
     @property
     def lease_ends_at(self) -> float:
@@ -98,7 +105,7 @@ class Keeper:
         while True:
             self.check()
             try:
-                return await self._beat()
+                return await self.beat()
             except QueueUnavailable as error:
                 await anyio.sleep_until(min(anyio.current_time() + self._told_retry_s(error), self.work_ends_at))
 
@@ -106,6 +113,7 @@ class Keeper:
         """Runs `work` with beats beside it. Raises what work raises, or LeaseLost or CancelRequested."""
         result: T
         failure: Exception | None = None
+        self._over = False
         async with anyio.create_task_group() as tasks:
             with anyio.CancelScope() as scope:
                 tasks.start_soon(self._keep, scope, job)
@@ -113,6 +121,7 @@ class Keeper:
                     result = await work()
                 except Exception as error:  # noqa: BLE001 - raised again below, outside of the group
                     failure = error
+            self._over = True
             tasks.cancel_scope.cancel()
         if self.ended is not None and (scope.cancelled_caught or failure is not None):
             raise self.ended  # whatever else went wrong, went wrong because of this
@@ -120,13 +129,34 @@ class Keeper:
             raise failure
         return result
 
+    async def release(self) -> None:
+        """Hands the lease back as well as can be; if the queue does not hear it, the lease runs out by itself."""
+        if self._released:
+            return
+        self._released = True
+        with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
+            try:
+                await repeat(lambda: self._queue.release(self._lease), self._policy)
+            except I2VError as error:
+                log.info("release_failed", item_id=self._lease.task.item_id, error=str(error))
+
     async def _keep(self, scope: anyio.CancelScope, job: Job) -> None:
+        try:
+            await self._beat_on(scope, job)
+        except anyio.get_cancelled_exc_class():
+            # Stopped from outside: nothing will be written any more, so the task need not wait until a thread of
+            # the engine has noticed. A container runtime may leave no time for both.
+            if not self._over:
+                await self.release()
+            raise
+
+    async def _beat_on(self, scope: anyio.CancelScope, job: Job) -> None:
         wait_s = self._second_beat_s
         while True:
             await anyio.sleep_until(min(anyio.current_time() + wait_s, self.work_ends_at))
             try:
                 self.check()
-                await self._beat()
+                await self.beat()
                 wait_s = self._interval_s
             except (LeaseLost, CancelRequested) as error:
                 if self.reporting and self.ended is None:
@@ -140,7 +170,8 @@ class Keeper:
             except QueueError as error:
                 wait_s = self._told_retry_s(error)
 
-    async def _beat(self) -> None:
+    async def beat(self) -> None:
+        """Renews the lease. Raises LeaseLost, CancelRequested, QueueError."""
         sent_at = anyio.current_time()
         try:
             with anyio.fail_after(max(0.0, min(self._timeout_s, self.work_ends_at - sent_at))):
@@ -182,15 +213,16 @@ class Runner:
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
         try:
-            with scratch_folder(self._temp_dir, keep=self._policy.keep_temp) as folder:
-                await keeper.first_beat()  # fence
-                outcome = await self._to_the_end(lease, keeper, job, tracker, folder)
+            try:
+                with scratch_folder(self._temp_dir, keep=self._policy.keep_temp) as folder:
+                    await keeper.first_beat()  # fence
+                    outcome = await self._to_the_end(lease, keeper, job, tracker, folder)
+            except Exception as error:  # noqa: BLE001 - the one place where errors become an outcome
+                outcome = await self._settle(lease, error, keeper)
         except anyio.get_cancelled_exc_class():
-            await self._release(lease)
+            await keeper.release()
             log.info("lease_ended", **bound, status="released", error="this worker is stopping")
             raise
-        except Exception as error:  # noqa: BLE001 - the one place where errors become an outcome
-            outcome = await self._settle(lease, error, keeper)
         outcome = outcome.model_copy(
             update={
                 "stage_seconds": tracker.stage_seconds(),
@@ -204,17 +236,19 @@ class Runner:
     async def _to_the_end(
         self, lease: Lease, keeper: Keeper, job: Job, tracker: ProgressTracker, folder: Path
     ) -> Outcome:
+        policy = self._policy
+
         async def work() -> Outcome:
             job.report("download")
-            photo = await self._repeat(lambda: self._queue.fetch_photo(lease, folder), keeper.check)
+            photo = await repeat(lambda: self._queue.fetch_photo(lease, folder), policy, keeper.check)
             job.report("wait")
             async with self._engine_lock:
-                video = await self._repeat(lambda: self._generate(lease, photo, folder, job), keeper.check)
+                video = await repeat(lambda: self._generate(lease, photo, folder, job), policy, keeper.check)
             job.report("upload")
-            storage_path = await self._repeat(lambda: self._queue.deliver(lease, video), keeper.check)
+            storage_path = await repeat(lambda: self._queue.deliver(lease, video), policy, keeper.check)
             keeper.reporting = True
             job.report("report")
-            await self._repeat(lambda: self._queue.complete(lease, storage_path, video), keeper.check)
+            await repeat(lambda: self._queue.complete(lease, storage_path, video), policy, keeper.check)
             tracker.finish()
             return Outcome(status="completed", item_id=lease.task.item_id, video=video, storage_path=storage_path)
 
@@ -238,23 +272,26 @@ class Runner:
             case LeaseLost():
                 return Outcome(status="lease_lost", item_id=item_id, error=str(error))
             case CancelRequested():
-                await self._release(lease)
+                await keeper.release()
                 return Outcome(status="cancelled", item_id=item_id, error=str(error))
-            case QueueError() | I2VError(hand_back=True):
-                await self._release(lease)
+            case QueueAuthError() | I2VError(hand_back=True):
+                await keeper.release()
                 return Outcome(status="released", item_id=item_id, error=str(error), machine_at_fault=True)
             case I2VError():
-                message, machine_at_fault = str(error), False
+                message, machine_at_fault = str(error), not error.task_at_fault
             case _:
                 log.error("unexpected_error", item_id=item_id, exc_info=error)
                 message, machine_at_fault = f"internal error: {type(error).__name__}: {error}", True
         try:
             await self._report_failure(lease, message, keeper)
         except CancelRequested:
-            await self._release(lease)
+            await keeper.release()
             return Outcome(status="cancelled", item_id=item_id, error=message)
-        except I2VError as told:
-            return Outcome(status="lease_lost", item_id=item_id, error=f"{message} (not reported: {told})")
+        except I2VError as unreported:
+            # Not released: whoever got it next would spend as much on it, and nothing would count how often.
+            lost = isinstance(unreported, LeaseLost)
+            told = f"{message} (not reported: {unreported})"
+            return Outcome(status="lease_lost", item_id=item_id, error=told, machine_at_fault=not lost)
         return Outcome(status="failed", item_id=item_id, error=message, machine_at_fault=machine_at_fault)
 
     async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
@@ -262,63 +299,61 @@ class Runner:
 
         Raises LeaseLost, CancelRequested, QueueError.
         """
-        in_doubt = False
+        sent = False
 
         async def report() -> None:
-            nonlocal in_doubt
+            nonlocal sent
+            in_doubt, sent = sent, True
             try:
                 if in_doubt:
-                    await self._queue.heartbeat(lease)  # fence
+                    await keeper.beat()  # fence
                 await self._queue.fail(lease, message)
-            except QueueUnavailable:
-                in_doubt = True
-                raise
             except LeaseLost:
                 if not in_doubt:
                     raise
 
-        with anyio.move_on_after(max(0.0, keeper.lease_ends_at - anyio.current_time())):
-            return await self._repeat(report)
+        keeper.reporting = True
+        while (left_s := keeper.lease_ends_at - anyio.current_time()) > 0:
+            with anyio.move_on_after(left_s):  # asking about it renews the lease, and gives it more time
+                return await repeat(report, self._policy)
         raise LeaseLost("the queue could not be reached before the lease ran out")
 
-    async def _release(self, lease: Lease) -> None:
-        """Hands the lease back as well as can be; if the queue does not hear it, the lease runs out by itself."""
-        with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
-            try:
-                await self._repeat(lambda: self._queue.release(lease))
-            except I2VError as error:
-                log.info("release_failed", item_id=lease.task.item_id, error=str(error))
 
-    async def _repeat(self, operation: Callable[[], Awaitable[T]], check: Callable[[], None] | None = None) -> T:
-        """Tries again by cause: a queue that is away for as long as the lease lasts, everything else a few times.
+async def repeat(operation: Callable[[], Awaitable[T]], policy: Policy, check: Callable[[], None] | None = None) -> T:
+    """Tries again by cause: a queue that does not answer patiently, everything else that may pass a few times.
 
-        `check` stands before each try, so every boundary of a lease and every repetition is one.
-        """
-        patiently = tenacity.AsyncRetrying(
-            sleep=anyio.sleep,
-            retry=tenacity.retry_if_exception_type(QueueUnavailable),
-            wait=tenacity.wait_random_exponential(multiplier=1, max=30),
-            before_sleep=_tell,
-            reraise=True,
-        )
-        a_few_times = tenacity.AsyncRetrying(
-            sleep=anyio.sleep,
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, I2VError) and error.retryable),
-            stop=tenacity.stop_after_attempt(self._policy.attempts),
-            wait=tenacity.wait_fixed(self._policy.retry_wait_s) + tenacity.wait_random(0, 1),
-            before_sleep=_tell,
-            reraise=True,
-        )
+    `check` stands before each try, so every boundary of a lease and every repetition is one.
+    """
+    patiently = tenacity.AsyncRetrying(
+        sleep=anyio.sleep,
+        retry=tenacity.retry_if_exception_type(QueueUnavailable),
+        stop=tenacity.stop_after_attempt(PATIENCE_ATTEMPTS),
+        wait=tenacity.wait_random_exponential(multiplier=1, max=30),
+        before_sleep=_tell,
+        reraise=True,
+    )
+    a_few_times = tenacity.AsyncRetrying(
+        sleep=anyio.sleep,
+        retry=tenacity.retry_if_exception(_may_pass),
+        stop=tenacity.stop_after_attempt(policy.attempts),
+        wait=tenacity.wait_fixed(policy.retry_wait_s) + tenacity.wait_random(0, 1),
+        before_sleep=_tell,
+        reraise=True,
+    )
 
-        async def once() -> T:
-            if check:
-                check()  # fence
-            return await operation()
+    async def once() -> T:
+        if check:
+            check()  # fence
+        return await operation()
 
-        async def while_away() -> T:
-            return await patiently(once)
+    async def while_unanswered() -> T:
+        return await patiently(once)
 
-        return await a_few_times(while_away)
+    return await a_few_times(while_unanswered)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, I2VError) and error.retryable and not isinstance(error, QueueUnavailable)
 
 
 def _tell(state: tenacity.RetryCallState) -> None:

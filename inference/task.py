@@ -103,7 +103,8 @@ class Outcome(Value):
     completed   the queue accepted the video
     failed      the queue accepted an error message
     cancelled   a person cancelled the task; the lease was given up
-    lease_lost  somebody else has the task, or its lease could not be renewed in time; nothing was written
+    lease_lost  somebody else has the task, its lease could not be renewed in time, or its end could not be
+                reported; the queue decides what becomes of it
     released    handed back for another worker: shutdown, preemption, a machine that cannot work
     """
 
@@ -113,7 +114,7 @@ class Outcome(Value):
     video: Video | None = None
     storage_path: str | None = None
     stage_seconds: dict[str, float] = {}  # where the time went
-    machine_at_fault: bool = False  # the same would happen to the next task here
+    machine_at_fault: bool = False  # or may be: the same may happen to the next task here
 
 
 def explain(error: ValidationError) -> str:

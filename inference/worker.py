@@ -15,7 +15,7 @@ from inference.task import Lease, Outcome
 log = structlog.get_logger(__name__)
 
 MAX_FAULTS_IN_A_ROW = 3
-"""After this many leases that ended badly because of this machine, the next would, too: stop taking tasks."""
+"""After this many leases that ended badly, none of them through its task's own fault, stop taking tasks."""
 
 LEASE_LIMIT_S = 30.0
 """How long to wait for the answer to a lease request before giving up on it."""
@@ -65,7 +65,8 @@ class Worker:
         """Works until stopped; with `once`, takes at most one task and returns when it has ended.
 
         Raises QueueAuthError, QueueRefused where the queue will not have us, EngineHung when the engine is stuck,
-        EngineLost when leases keep ending badly because of this machine. Everything it held was handed back by then.
+        EngineLost when leases keep ending badly for reasons that may be this machine's. Everything it held was
+        handed back by then.
         """
         async with anyio.create_task_group() as beside:
             async with anyio.create_task_group() as leases:
@@ -73,6 +74,8 @@ class Worker:
                 with self._polling:
                     await self._poll(leases, once=once)
             beside.cancel_scope.cancel()
+        if self._runner.engine_hung:
+            raise EngineHung("the engine is stuck; this process has to be started again")
         if self._fault is not None:
             raise self._fault
 
@@ -91,14 +94,15 @@ class Worker:
                 lease = await self._take()
                 unanswered = 0
             except QueueUnavailable as error:
-                self._fault = error if once else None
+                if once:
+                    self._fault = self._fault or error
                 unanswered = min(unanswered + 1, 10)
                 pause_s = random.uniform(0.5, 1) * min(MAX_BACKOFF_S, self._poll_interval_s * 2.0**unanswered)
                 log.warning("queue_unavailable", error=str(error), next_try_s=round(pause_s, 1))
             except InvalidTask as error:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
             except I2VError as error:
-                self._fault = error
+                self._fault = self._fault or error
                 self.stop()
             if lease is None:
                 self._slots.release()
@@ -123,17 +127,21 @@ class Worker:
                 outcome = await self._runner.run(lease)
             if scope.cancelled_caught:
                 return
+            if self._on_outcome:
+                self._on_outcome(outcome)
+            await self._judge(outcome)
         finally:
             self._slots.release()
-        self._judge(outcome)
-        if self._on_outcome:
-            self._on_outcome(outcome)
 
-    def _judge(self, outcome: Outcome) -> None:
+    async def _judge(self, outcome: Outcome) -> None:
         self._faults_in_a_row = self._faults_in_a_row + 1 if outcome.machine_at_fault else 0
         if self._runner.engine_hung:
-            self._fault = EngineHung("the engine is stuck; this process has to be started again")
             self.stop()
         elif self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
-            self._fault = EngineLost(f"{MAX_FAULTS_IN_A_ROW} tasks in a row ended badly here: {outcome.error}")
+            fault = EngineLost(f"{MAX_FAULTS_IN_A_ROW} tasks in a row ended badly here: {outcome.error}")
+            self._fault = self._fault or fault
             self.stop()
+        elif outcome.machine_at_fault:
+            # A moment before the next, in which the machine may recover, or another worker take what was handed back.
+            with anyio.move_on_after(self._poll_interval_s * 2**self._faults_in_a_row):
+                await self._stopping.wait()

@@ -15,9 +15,10 @@ from inference.errors import (
     EngineFailed,
     EngineLost,
     I2VError,
+    InvalidRequest,
     LeaseLost,
-    ObjectMissing,
     QueueAuthError,
+    QueueRefused,
     QueueUnavailable,
     StorageUnavailable,
 )
@@ -262,17 +263,24 @@ def test_storage_is_tried_three_times_five_seconds_apart(scene, stage):
 
 
 @pytest.mark.parametrize(
-    "error, runs",
-    [(EngineFailed("out of memory"), 3), (EncodeFailed("ffmpeg ended badly"), 1), (ObjectMissing("no photo"), 1)],
+    "error, runs, suspect",
+    [
+        (EngineFailed("out of memory"), 3, True),
+        (EncodeFailed("ffmpeg ended badly"), 1, True),
+        (InvalidRequest("too long"), 1, False),
+    ],
 )
-def test_engine_errors_are_retried_by_cause(scene, error, runs):
-    """A passing failure gets another try here; what another try cannot cure is reported at once."""
+def test_engine_errors_are_retried_by_cause(scene, error, runs, suspect):
+    """A passing failure gets another try here; what another try cannot cure is reported at once.
+
+    Only where the task is certainly to blame, this machine is not suspected.
+    """
 
     @virtual_time
     async def check():
         it = scene(engine=SleepyEngine(errors=[error] * 3))
         outcome = await it.run()
-        assert (outcome.status, outcome.error, outcome.machine_at_fault) == ("failed", str(error), False)
+        assert (outcome.status, outcome.error, outcome.machine_at_fault) == ("failed", str(error), suspect)
         assert it.engine.runs == runs
         assert (it.now.status, it.now.retry_count) == ("failed", 1)
 
@@ -356,6 +364,63 @@ async def test_a_failure_whose_answer_was_lost_is_asked_about(scene):
     assert it.queue.calls.count("fail") == 1
 
 
+@pytest.mark.parametrize("call", ["fetch_photo", "deliver", "complete"])
+@pytest.mark.parametrize("error", [QueueRefused("400 malformed"), QueueUnavailable("500")])
+def test_a_call_that_fails_for_this_task_alone_ends_it(scene, call, error):
+    """Beats are answered, one call never works: the task fails, counted, instead of going round for ever."""
+
+    @virtual_time
+    async def check():
+        it = scene()
+        it.queue.script[call] = [error] * 1000
+        outcome = await it.run()
+        assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
+        assert (it.now.status, it.now.error_message) == ("failed", str(error))
+        assert it.engine.runs <= 1
+        assert anyio.current_time() < 3600
+
+    check()
+
+
+@virtual_time
+async def test_an_end_that_cannot_be_reported_is_left_to_the_lease(scene):
+    """Handing it back would have it paid for again and again, uncounted; a lease that runs out is counted."""
+    it = scene(engine=SleepyEngine(errors=[EncodeFailed("broken")]))
+    it.queue.script["fail"] = [QueueRefused("400 malformed")]
+    outcome = await it.run()
+    assert (outcome.status, outcome.machine_at_fault) == ("lease_lost", True)
+    assert "broken (not reported: 400 malformed)" in outcome.error
+    assert "release" not in it.queue.calls
+    assert it.now.status == "processing"
+
+
+@virtual_time
+async def test_a_stop_during_the_report_of_a_failure_hands_back(scene):
+    """Wherever the stop falls, the lease does not stay behind."""
+    it = scene(engine=SleepyEngine(errors=[EncodeFailed("broken")]))
+    it.queue.script["fail"] = [QueueUnavailable("500")] * 1000
+    with anyio.move_on_after(30):
+        await it.run()
+    assert anyio.current_time() == 30
+    assert it.now.status == "pending"
+
+
+@virtual_time
+async def test_a_failure_is_not_repeated_when_its_request_was_cut_off(scene):
+    """The lease's end cuts a report off in mid-air: it may have landed, so it is asked about first."""
+    it = scene(engine=SleepyEngine(errors=[EncodeFailed("broken")]))
+    landed = it.queue.fail
+
+    async def lands_and_hangs(lease, message):
+        await landed(lease, message)
+        await anyio.sleep_forever()
+
+    it.queue.fail = lands_and_hangs
+    outcome = await it.run()
+    assert it.queue.calls.count("fail") == 1
+    assert (outcome.status, it.now.status, it.now.retry_count) == ("lease_lost", "failed", 1)
+
+
 @virtual_time
 async def test_being_cancelled_hands_the_lease_back(scene):
     """Shutdown is cancellation: the task is free again before the process ends."""
@@ -364,6 +429,30 @@ async def test_being_cancelled_hands_the_lease_back(scene):
         await it.run()
     assert it.now.status == "pending"
     assert it.is_clean()
+
+
+@pytest.mark.anyio
+async def test_the_lease_is_handed_back_before_the_engine_has_stopped(scene):
+    """A long step of a blocking engine does not use up the time a container runtime leaves."""
+    released = threading.Event()
+
+    class LongStep(SleepyEngine):
+        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+            return await run_in_thread(job, lambda: released.wait(20))
+
+    it = scene(engine=LongStep())
+    tell = it.queue.release
+
+    async def release(lease):
+        await tell(lease)
+        released.set()
+
+    it.queue.release = release
+    with anyio.move_on_after(0.2):
+        await it.run()
+    assert released.is_set()
+    assert it.now.status == "pending"
+    assert not it.runner.engine_hung
 
 
 @virtual_time

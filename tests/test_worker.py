@@ -1,15 +1,26 @@
 """The polling worker: takes, runs, waits, drains, and knows when to give up."""
 
+import threading
 from dataclasses import dataclass, field
 
 import anyio
 import pytest
 
-from inference.errors import EngineLost, I2VError, InvalidTask, QueueAuthError, QueueUnavailable
+from inference.engines.base import run_in_thread
+from inference.errors import (
+    EngineFailed,
+    EngineHung,
+    EngineLost,
+    I2VError,
+    InvalidTask,
+    QueueAuthError,
+    QueueUnavailable,
+)
 from inference.queues.memory import MemoryQueue
 from inference.queues.oracle import MemoryStore
 from inference.runner import Policy, Runner
 from inference.worker import Worker
+from tests.simulation import PHOTO
 from tests.test_runner import SleepyEngine
 from tests.virtual import virtual_time
 
@@ -199,6 +210,65 @@ async def test_a_broken_machine_stops_taking_tasks(box):
         await it.worker.run()
     assert it.engine.runs == 3
     assert it.statuses() == ["pending"] * 5
+
+
+@virtual_time
+async def test_tasks_that_keep_failing_here_are_left_to_others(box):
+    """An engine or a storage that never works must not mark a whole queue failed."""
+    it = box(tasks=6, engine=SleepyEngine(errors=[EngineFailed("broken")] * 100), concurrency=1)
+    with pytest.raises(EngineLost, match="3 tasks in a row"):
+        await it.worker.run()
+    assert it.statuses() == ["failed"] * 3 + ["pending"] * 3
+
+
+@virtual_time
+async def test_bad_tasks_do_not_stop_a_good_worker(box):
+    """Photos that are none say nothing of the machine."""
+    it = box()
+    for _ in range(5):
+        it.store.add(b"not a photo")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 300)
+        await it.worker.run()
+    assert it.statuses() == ["failed"] * 5
+
+
+@virtual_time
+async def test_the_first_fault_is_the_one_told(box):
+    """A queue that goes away while a broken machine stops does not hide why it stopped."""
+    it = box(engine=SleepyEngine(seconds=20, errors=[EngineLost("GPU gone")] * 100))
+    for _ in range(3):
+        it.store.add(PHOTO)
+
+    async def goes_away():
+        while it.engine.runs < 3:
+            await anyio.sleep(1)
+        it.queue.answers_after_s = 40  # longer than the worker waits; the question is under way when it gives up
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(goes_away)
+        with pytest.raises(EngineLost, match="3 tasks in a row"):
+            await it.worker.run()
+
+
+@pytest.mark.anyio
+async def test_a_stuck_engine_is_told_even_when_the_worker_was_stopped(box):
+    """Its thread would keep the process from ending; whoever runs it has to know."""
+    never = threading.Event()
+
+    class Stuck(SleepyEngine):
+        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+            return await run_in_thread(job, never.wait, stop_grace_s=0.05)
+
+    it = box(tasks=1, engine=Stuck(), grace_s=0.05)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stop_at, it, 0.3)
+            with pytest.raises(EngineHung):
+                await it.worker.run()
+    finally:
+        never.set()
+    assert it.statuses() == ["pending"]
 
 
 @virtual_time
