@@ -1,8 +1,10 @@
 """Builds the parts from settings. Entry points do this once, at their start; nothing below them reads settings."""
 
+import os
 import secrets
+import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,10 @@ from inference.worker import Worker
 
 if TYPE_CHECKING:
     from inference.server.config import ServerConfig
+
+
+SIGNING_SECRET_CHARS = 64
+"""Hexadecimal: 256 bits, as much as the HMAC-SHA256 it keys."""
 
 
 def build_engine(settings: Settings) -> Engine:
@@ -121,11 +127,22 @@ def build_server_config(settings: Settings) -> "ServerConfig":
 
 
 def _signing_secret(path: Path) -> str:
-    """Kept in a file, so that URLs handed out before a restart work after it."""
+    """Kept in a file, so that URLs handed out before a restart work after it.
+
+    Raises SettingsError for a file that holds no secret: an empty one would let anybody sign.
+    """
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_hex(32))
-    return path.read_text().strip()
+        # Linked into place when it is whole: neither a crash nor a second server at once leaves half a secret.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent) as file:
+            file.write(secrets.token_hex(SIGNING_SECRET_CHARS // 2))
+            file.flush()
+            os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(file.name, path)
+    secret = path.read_text().strip()
+    if len(secret) < SIGNING_SECRET_CHARS:
+        raise SettingsError(f"{path} holds no signing secret; remove it, and a new one is made")
+    return secret
 
 
 def _origin(url: str) -> str:

@@ -1,12 +1,10 @@
 """`i2v …`: every way to run this on a machine of one's own. What each command does is in its help text."""
 
 import json
-import os
 import secrets
-import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
@@ -20,15 +18,13 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from inference import doctor as doctor_module
-from inference import logs, terminal
+from inference import logs, process, terminal
 from inference.build import build_engine, build_server_config, build_worker, open_queue
 from inference.client import QueueClient
 from inference.engines.base import Job
 from inference.errors import (
     DiskFull,
     EngineFailed,
-    EngineHung,
-    I2VError,
     InvalidRequest,
     QueueUnavailable,
     SettingsError,
@@ -36,7 +32,6 @@ from inference.errors import (
 from inference.progress import Progress, ProgressTracker, Sink
 from inference.settings import Settings
 from inference.task import GenerationRequest, Lease, Outcome, explain
-from inference.worker import Worker
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +77,7 @@ def demo(
         settings = Settings.isolated(
             port=0, data_dir=folder, temp_dir=folder, api_key=secrets.token_urlsafe(), worker_id="demo"
         )
-        _run(lambda: _demo(settings, photo or sample, prompt, seconds, output.absolute()))
+        process.run(lambda: _demo(settings, photo or sample, prompt, seconds, output.absolute()))
 
 
 async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, output: Path) -> None:
@@ -104,9 +99,13 @@ async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, ou
 
 
 @app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
-def up(*, verbose: Verbose = False) -> None:
+def up(
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
     """The queue server and a worker together, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = _start(None, verbose=verbose)
+    settings = _start(None, verbose=verbose, port=port)
 
     async def main() -> None:
         async with _serving(settings) as here:
@@ -116,7 +115,7 @@ def up(*, verbose: Verbose = False) -> None:
             beat_s = min(here.heartbeat_interval_s, BEAT_AT_HOME_S)
             await _work(here.model_copy(update={"heartbeat_interval_s": beat_s}))
 
-    _run(main, cancel_on_signal=False)
+    process.run(main, cancel_on_signal=False)
 
 
 @app.command(epilog="Example: `WORKER_API_KEY=… i2v serve --host 0.0.0.0`")
@@ -135,7 +134,7 @@ def serve(
             terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), data in {folder}.")
             await anyio.sleep_forever()
 
-    _run(main, stopped_exit_code=0)
+    process.run(main, stopped_exit_code=0)
 
 
 @app.command(epilog="Example: `VERCEL_API_URL=https://app.example.com WORKER_API_KEY=… i2v work`")
@@ -152,7 +151,7 @@ def work(
     left and exits 0; a second signal hands back at once.
     """
     settings = _start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency)
-    _run(lambda: _work(settings, once=once), cancel_on_signal=False)
+    process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
 
 
 async def _work(settings: Settings, *, once: bool = False) -> None:
@@ -166,7 +165,7 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         engine = build_engine(settings)
         worker = build_worker(settings, queue, engine, sink=sink)
         log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
-        tasks.start_soon(_drain_on_signal, worker, settings.shutdown_grace_s)
+        tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
         try:
             await worker.run(once=once)
         except QueueUnavailable as error:
@@ -196,7 +195,7 @@ def submit(
         _check_mp4(output)
     settings = _client_settings(url, verbose=verbose)
     if output and count > 1:
-        raise SettingsError("--output takes one video; leave out --count, or fetch the videos one by one")
+        raise SettingsError("--output takes one video; leave out --count, or save them one by one with `i2v fetch`")
 
     async def main() -> None:
         async with _client(settings) as client:
@@ -207,26 +206,35 @@ def submit(
                 return
             for task in tasks:
                 with terminal.bar(task["id"][:8]) as sink:
-                    ended = await _until_ended(client, task["id"], sink)
+                    ended = await client.until_ended(task["id"], sink)
                 if ended["status"] != "completed":
                     reason = f": {ended['error_message']}" if ended["error_message"] else ""
                     raise EngineFailed(f"task {task['id']} ended {ended['status']}{reason}")
                 if output:
                     terminal.out.print((await client.save_video(task["id"], output)).absolute())
-                else:  # presigned: for an hour, whoever has the URL has the video
-                    terminal.say(f"completed: {escape(ended['video_url'] or task['id'])}")
+                else:
+                    terminal.say(f"completed; save it with: i2v fetch {task['id']} -o out.mp4")
 
-    _run(main)
+    process.run(main)
 
 
-async def _until_ended(client: QueueClient, item_id: str, sink: Sink) -> dict[str, Any]:
-    while True:
-        task = await client.task(item_id)
-        told = task["progress"] or {"stage": task["status"], "fraction": 0}
-        sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"]))
-        if task["status"] in ("completed", "failed", "cancelled"):
-            return task
-        await anyio.sleep(1)
+@app.command(epilog="Example: `i2v fetch ID -o out.mp4`, with an ID from `i2v tasks`")
+def fetch(
+    item_id: Annotated[str, typer.Argument(metavar="ID", help="A completed task.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
+    url: Url = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """Downloads the video of a completed task from an embedded queue."""
+    _check_mp4(output)
+    settings = _client_settings(url, verbose=verbose)
+
+    async def main() -> None:
+        async with _client(settings) as client:
+            terminal.out.print(await client.save_video(item_id, output.absolute()))
+
+    process.run(main)
 
 
 @app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')
@@ -262,7 +270,7 @@ def render(
         terminal.say(f"  time  {terminal.times(tracker.stage_seconds())}")
         terminal.out.print(output.absolute())
 
-    _run(main)
+    process.run(main)
 
 
 @app.command(epilog="Example: `i2v tasks --status failed`, then `i2v tasks --retry ID`")
@@ -296,7 +304,7 @@ def tasks(
         else:
             terminal.say("No tasks.")
 
-    _run(main)
+    process.run(main)
 
 
 @app.command(epilog="Example: `i2v doctor --url https://app.example.com`")
@@ -372,42 +380,6 @@ def _log_stages(lease: Lease) -> Sink:
     return sink
 
 
-async def _drain_on_signal(worker: Worker, grace_s: float) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
-            terminal.tell(f"Finishing for up to {grace_s:g} s, then handing tasks back; again to hand back now.")
-            worker.stop()
-            break
-        async for _ in signals:
-            worker.stop_now()
-
-
-def _run(
-    main: Callable[[], Awaitable[None]], *, cancel_on_signal: bool = True, stopped_exit_code: int | None = None
-) -> None:
-    """Runs a command's program. A signal cancels it, so that it can clean up, unless it listens itself."""
-    stopped_by: list[int] = []
-
-    async def listening() -> None:
-        async with anyio.create_task_group() as tasks:
-            if cancel_on_signal:
-                tasks.start_soon(_cancel_on_signal, tasks.cancel_scope, stopped_by)
-            await main()
-            tasks.cancel_scope.cancel()
-
-    anyio.run(listening)
-    if stopped_by:
-        raise typer.Exit(128 + stopped_by[0] if stopped_exit_code is None else stopped_exit_code)
-
-
-async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            stopped_by.append(number)
-            scope.cancel()
-
-
 def _check_mp4(output: Path) -> None:
     if output.suffix.lower() != ".mp4":
         raise SettingsError(f"--output: {output} has to end in .mp4")
@@ -424,25 +396,11 @@ def _temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.Tempo
         raise DiskFull(f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None
 
 
-def _only(error: BaseException) -> BaseException:
-    """Task groups wrap what went wrong; people want to know what went wrong."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def main() -> None:
     """The `i2v` command. Errors are one line that says what to do; `-v` shows where they came from."""
-    try:
+    with process.told_errors(verbose=bool({"-v", "--verbose"}.intersection(sys.argv))):
         app()
-    except Exception as raised:
-        error = _only(raised)
-        if {"-v", "--verbose"}.intersection(sys.argv):
-            terminal.err.print_exception()
-        if not isinstance(error, I2VError):
-            raise
-        terminal.error(str(error))
-        if isinstance(error, EngineHung):  # its thread would keep the process from ending
-            sys.stderr.flush()
-            os._exit(1)
-        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,13 +4,21 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+import anyio
 import httpx
 
 from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
+from inference.progress import Progress, Sink
 from inference.queues.lifeisshort_wire import worker_api_url
 from inference.storage import Storage
 
 TIMEOUT_S = 30.0
+
+POLL_S = 1.0
+"""Between questions after a task that is waited for."""
+
+MAX_UNANSWERED = 60
+"""Questions in a row without an answer, about a minute: a server that is started again is back by then."""
 
 MAX_VIDEO_BYTES = 10_000_000_000
 """Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
@@ -59,6 +67,24 @@ class QueueClient:
         """One task; a completed one has a presigned `video_url`."""
         task: dict[str, Any] = await self._ask("GET", _path(item_id))
         return task
+
+    async def until_ended(self, item_id: str, sink: Sink) -> dict[str, Any]:
+        """Follows a task to its end, telling `sink` how far it is. A queue that is away for a while is waited for."""
+        unanswered = 0
+        while True:
+            try:
+                task = await self.task(item_id)
+                unanswered = 0
+            except QueueUnavailable:
+                unanswered += 1
+                if unanswered > MAX_UNANSWERED:
+                    raise
+            else:
+                told = task["progress"] or {"stage": task["status"], "fraction": 0}
+                sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"]))
+                if task["status"] in ("completed", "failed", "cancelled"):
+                    return task
+            await anyio.sleep(POLL_S)
 
     async def cancel(self, item_id: str) -> dict[str, Any]:
         """Cancels a waiting task, or asks the worker that has it to stop."""

@@ -51,10 +51,16 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
     )
 
 
+# Plain tracebacks: structlog's pretty ones print local variables, and among them keys and presigned URLs.
+_FOR_PEOPLE = structlog.dev.ConsoleRenderer(
+    colors=True, pad_event_to=20, exception_formatter=structlog.dev.plain_traceback
+)
+
+
 def _formatter(shared: list[Processor], *, as_json: bool) -> structlog.stdlib.ProcessorFormatter:
     last: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_json:
         last += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
     else:
-        last += [structlog.dev.ConsoleRenderer(colors=True, pad_event_to=20)]
+        last += [_FOR_PEOPLE]
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last)

@@ -15,6 +15,9 @@ if sys.platform != "win32":
 
 PREFIX = "i2v-lease-"
 
+MIN_FREE_BYTES = 200_000_000
+"""Less is not worth beginning with: a photo of 50 MB and a clip of 60 s have to fit, and others write there too."""
+
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterator[Path]:
@@ -24,6 +27,11 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
     """
     lock = None
     try:
+        free_bytes = shutil.disk_usage(parent or tempfile.gettempdir()).free
+        if free_bytes < MIN_FREE_BYTES:
+            raise DiskFull(
+                f"only {free_bytes / 1e6:.0f} MB are free for temporary files; free some, or set TEMP_DIR elsewhere"
+            )
         # Under another name until it is locked, or a sweep could take it for one that is left over.
         new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
         folder = new.with_name(new.name.removeprefix("."))

@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from inference.errors import SettingsError
+from inference.queues.lifeisshort_wire import worker_api_url
 
 S = TypeVar("S", bound="Settings")
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -53,7 +54,7 @@ class Settings(BaseSettings):
     poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = _setting(
         5.0, "POLL_INTERVAL", about="Seconds between questions to an empty queue."
     )
-    lease_duration_s: Seconds = _setting(
+    lease_duration_s: Annotated[float, Field(ge=2, le=86_400)] = _setting(
         600.0, "LEASE_DURATION", about="Seconds for which a task is taken: longer than a cold start."
     )
     lease_extension_s: Annotated[float, Field(ge=2, le=86_400)] = _setting(
@@ -110,6 +111,24 @@ class Settings(BaseSettings):
         if scheme.lower() not in ("http", "https") or not rest.strip("/"):
             raise ValueError("has to be a URL such as https://app.example.com")
         return value.strip() if value else None
+
+    @field_validator("api_url")
+    @classmethod
+    def _is_safe_for_the_key(cls, value: str | None) -> str | None:
+        try:
+            if value:
+                worker_api_url(value)
+        except SettingsError as error:
+            raise ValueError(str(error).removeprefix("VERCEL_API_URL: ")) from None
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        key = value.get_secret_value() if value else ""
+        if not key.isascii() or not key.isprintable():
+            raise ValueError("has to be printable ASCII")
+        return value
 
     @field_validator("worker_id", mode="before")
     @classmethod

@@ -20,7 +20,7 @@ LAYERS = [
     {"server", "client"},
     {"settings", "logs", "terminal", "assets"},
     {"build"},
-    {"doctor"},
+    {"doctor", "process"},
     {"cli"},
 ]
 """From the bottom up: a module imports from its own layer and those below. Settings stand above all that is built

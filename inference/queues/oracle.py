@@ -147,7 +147,7 @@ class MemoryStore:
         if item.status == "cancelled":
             return item
         if item.status == "pending" or self._ran_out(item):
-            return self._write("cancel", item, None, status="cancelled", leased_until=None, cancel_requested=True)
+            return self._write("cancel", item, None, status="cancelled", cancel_requested=True)
         if item.status == "processing":
             return self._write("cancel", item, None, cancel_requested=True)
         raise WrongState(f"the task is {item.status}: there is nothing to cancel")

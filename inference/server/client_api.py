@@ -1,9 +1,10 @@
 """The other half of the queue: photos in, tasks followed, cancelled and retried, videos out."""
 
-from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Annotated
 
+import anyio
+import anyio.to_thread
 from fastapi import APIRouter, File, Form, Path, Query, Request, UploadFile
 from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
@@ -35,6 +36,8 @@ PHOTO_TYPES = {
 
 MAX_VIDEOS = 20
 MAX_PAGE = 200
+PHOTOS_AT_ONCE = 2
+"""Decoding a photo of the largest size allowed takes some 400 MB, and beats must find a thread meanwhile."""
 MIN_DURATION_S = 0.5
 
 
@@ -106,9 +109,10 @@ Cursor = Annotated[Name | SkipJsonSchema[None], Query(description="`cursor` of t
 def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner) -> APIRouter:
     """The routes a person's program calls."""
     routes = APIRouter(prefix="/api", tags=["tasks"])
+    decoding = anyio.CapacityLimiter(PHOTOS_AT_ONCE)
 
     @routes.post("/tasks", status_code=201, responses=errors(400, 401), openapi_extra=PHOTO_TYPES)
-    def create(  # noqa: PLR0917 - FastAPI passes them by name
+    async def create(  # noqa: PLR0917 - FastAPI passes them by name
         photo: Annotated[UploadFile, File(description="JPEG, PNG, WebP or HEIC")],
         prompt: Annotated[Prompt, Form()] = "",
         seconds: Seconds = 5.0,
@@ -119,13 +123,11 @@ def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
         inference_provider: Annotated[Provider | SkipJsonSchema[None], Form()] = None,
     ) -> Answer[Created]:
         """Stores a photo and asks for videos of it."""
-        stored = store_photo(photo, group, store, objects, config.max_photo_bytes)
-        try:
-            wanted = NewItem(prompt, frame_num(seconds), inference_provider)
-            items = store.add(stored, [replace(wanted, id=new_id()) for _ in range(count)])
-        except BaseException:
-            objects.remove(stored.storage_path)
-            raise
+        stored = await anyio.to_thread.run_sync(
+            store_photo, photo, group, store, objects, config.max_photo_bytes, limiter=decoding
+        )
+        wanted = [NewItem(prompt, frame_num(seconds), inference_provider) for _ in range(count)]
+        items = await anyio.to_thread.run_sync(add_items, stored, wanted, store, objects)
         views = [task_view(item) for item in items]
         return Answer(data=Created(group_id=stored.group_id, photo_id=stored.id, items=views))
 
@@ -198,6 +200,15 @@ def store_photo(photo: UploadFile, group: str | None, store: Store, objects: Obj
         height=info.height,
         size_bytes=size_bytes,
     )
+
+
+def add_items(photo: NewPhoto, wanted: list[NewItem], store: Store, objects: ObjectStore) -> list[Item]:
+    """Asks for videos of a stored photo; where that fails, the photo goes as well."""
+    try:
+        return store.add(photo, wanted)
+    except BaseException:
+        objects.remove(photo.storage_path)
+        raise
 
 
 def frame_num(seconds: float) -> int:

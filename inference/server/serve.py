@@ -1,5 +1,6 @@
 """The application behind uvicorn, in a task group of whoever starts it."""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,4 +100,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise SettingsError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+        reason = os.strerror(error.errno) if error.errno else error.strerror
+        raise SettingsError(
+            f"cannot listen on {host}, port {port}: {reason}; set I2V_HOST and I2V_PORT, or --host and --port"
+        ) from None

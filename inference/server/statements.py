@@ -269,8 +269,7 @@ CANCEL = Statement(
     )
     .values(
         status=case((or_(items.c.status == PENDING, items.c.leased_until <= now), CANCELLED), else_=items.c.status),
-        leased_until=case((items.c.leased_until > now, items.c.leased_until), else_=null()),
-        cancel_requested=true(),
+        cancel_requested=true(),  # and leased_until as it is: a second look at the clock might not agree
         updated_at=Clock(),
     )
     .returning(*row),

@@ -1,0 +1,85 @@
+"""The process that a command is: signals, errors on their way out, exit codes."""
+
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import anyio
+import structlog
+
+from inference import terminal
+from inference.errors import EngineHung, I2VError
+from inference.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+
+def run(
+    main: Callable[[], Awaitable[None]], *, cancel_on_signal: bool = True, stopped_exit_code: int | None = None
+) -> None:
+    """Runs a command's program. SIGINT and SIGTERM cancel it, so that it can clean up, unless it listens itself.
+
+    A program that was stopped exits with `stopped_exit_code`, or as shells have it, with 128 and the signal.
+    """
+    stopped_by: list[int] = []
+
+    async def listening() -> None:
+        async with anyio.create_task_group() as tasks:
+            if cancel_on_signal:
+                tasks.start_soon(_cancel_on_signal, tasks.cancel_scope, stopped_by)
+            await main()
+            tasks.cancel_scope.cancel()
+
+    anyio.run(listening)
+    if stopped_by:
+        sys.exit(128 + stopped_by[0] if stopped_exit_code is None else stopped_exit_code)
+
+
+async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            stopped_by.append(number)
+            scope.cancel()
+
+
+async def drain_on_signal(worker: Worker, grace_s: float) -> None:
+    """Stops a worker on the first SIGINT or SIGTERM, at once on the second. Runs until cancelled."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
+            terminal.tell(f"Finishing for up to {grace_s:g} s, then handing tasks back; again to hand back now.")
+            worker.stop()
+            break
+        async for _ in signals:
+            worker.stop_now()
+
+
+@contextmanager
+def told_errors(*, verbose: bool) -> Iterator[None]:
+    """Ends the process with one line for an error of ours; a traceback is for bugs, and for `verbose`."""
+    try:
+        yield
+    except Exception as raised:
+        error = _only(raised)
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has had enough (`i2v tasks | head`); what is still buffered goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if verbose:
+            terminal.err.print_exception()
+        if not isinstance(error, I2VError):
+            raise
+        terminal.error(str(error))
+        if isinstance(error, EngineHung):  # its thread would keep the process from ending
+            sys.stderr.flush()
+            os._exit(1)
+        sys.exit(1)
+
+
+def _only(error: BaseException) -> BaseException:
+    """Task groups wrap what went wrong; people want to know what went wrong."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
