@@ -38,6 +38,8 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
         lock = _lock(new)
         new.rename(folder)
     except OSError as error:
+        if lock is not None:
+            os.close(lock)
         raise DiskFull(f"no temporary folder can be made: {error.strerror}; set TEMP_DIR to another place") from None
     try:
         yield folder
@@ -51,7 +53,7 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
 def sweep(parent: Path | None = None) -> int:
     """Removes the folders that killed processes left in `parent`; returns how many."""
     removed = 0
-    for folder in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):  # not those still being made
         with suppress(OSError):  # somebody else's, or gone by now
             lock = _lock(folder)
             if lock is None:

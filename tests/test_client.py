@@ -89,3 +89,27 @@ async def test_a_lost_object_is_said(url, photo, tmp_path):
         with pytest.raises((WrongState, StorageError), match="has no video"):
             await client.save_video(task["id"], tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
+
+
+async def test_waiting_outlasts_a_server_that_is_started_again(url, photo, monkeypatch):
+    """A task is followed to its end through questions that nobody answered."""
+    monkeypatch.setattr("inference.client.POLL_S", 0.01)
+    async with QueueClient(url, KEY) as client:
+        [task] = await client.submit(photo)
+        away = [QueueUnavailable("away")] * 5
+        ask = client.task
+
+        async def sometimes(item_id):
+            if away:
+                raise away.pop()
+            await client.cancel(item_id)
+            return await ask(item_id)
+
+        client.task = sometimes
+        seen = []
+        ended = await client.until_ended(task["id"], seen.append)
+        assert ended["status"] == "cancelled"
+        assert len(seen) == 1
+        away += [QueueUnavailable("away")] * 100
+        with pytest.raises(QueueUnavailable):
+            await client.until_ended(task["id"], seen.append)

@@ -84,3 +84,19 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         logs.configure("info", log_dir=tmp_path / "file" / "logs")
+
+
+def test_a_traceback_for_people_shows_no_local_variables(capsys):
+    """Among them are keys, and URLs whose query is as good as a key."""
+    logs.configure("info", as_json=False)
+
+    def ask(api_key, url):
+        raise ValueError(f"unexpected, {len(api_key)} and {len(url)} characters")
+
+    try:
+        ask("SECRET-KEY", "https://storage.example/v?token=SECRET-TOKEN")
+    except ValueError as error:
+        structlog.get_logger().error("unexpected_error", exc_info=error)
+    said = capsys.readouterr().err
+    assert "ValueError: unexpected, 10 and 44 characters" in said
+    assert "SECRET" not in said.replace('ask("SECRET-KEY", "https://storage.example/v?token=SECRET-TOKEN")', "")

@@ -57,3 +57,11 @@ def test_no_folder_is_the_machines_fault(tmp_path):
     """A full or missing disk hands the task back."""
     with pytest.raises(DiskFull, match="TEMP_DIR"), scratch_folder(tmp_path / "absent"):
         pass
+
+
+def test_too_little_room_is_found_out_before_the_work(tmp_path, monkeypatch):
+    """Nothing is spent on a clip that could not be written."""
+    monkeypatch.setattr("inference.scratch.MIN_FREE_BYTES", 10**18)
+    with pytest.raises(DiskFull, match="MB are free"), scratch_folder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,85 @@
+"""What entry points build from settings, and what they refuse to build."""
+
+import stat
+import threading
+
+import pytest
+
+from inference.build import build_engine, build_server_config, build_worker, open_queue
+from inference.engines.preview import PreviewEngine
+from inference.errors import DiskFull, SettingsError
+from inference.queues.memory import MemoryQueue
+from inference.queues.oracle import MemoryStore
+from inference.scratch import scratch_folder
+from inference.settings import Settings
+
+
+def test_the_signing_secret_is_made_once_and_kept_private(tmp_path):
+    """URLs handed out before a restart work after it; nobody else on the machine can read the secret."""
+    settings = Settings.isolated(data_dir=tmp_path / "data")
+    first, second = build_server_config(settings), build_server_config(settings)
+    assert first.signing_secret == second.signing_secret
+    assert len(first.signing_secret) == 64
+    assert stat.S_IMODE((tmp_path / "data" / "signing.key").stat().st_mode) == 0o600
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["signing.key"]
+
+
+def test_servers_that_start_together_share_one_secret(tmp_path):
+    """Whoever comes second takes what is there."""
+    settings = Settings.isolated(data_dir=tmp_path)
+    made, together = [], threading.Barrier(8)
+
+    def start():
+        together.wait()
+        made.append(build_server_config(settings).signing_secret)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 8
+    assert len(set(made)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "short\n"])
+def test_a_file_without_a_secret_is_refused(tmp_path, content):
+    """With an empty secret anybody could sign."""
+    (tmp_path / "signing.key").write_text(content)
+    with pytest.raises(SettingsError, match="no signing secret"):
+        build_server_config(Settings.isolated(data_dir=tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    """By the name of its setting."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskFull, match="I2V_DATA_DIR"):
+        build_server_config(Settings.isolated(data_dir=tmp_path / "file" / "data"))
+    queue = MemoryQueue(MemoryStore())
+    with pytest.raises(SettingsError, match="TEMP_DIR"):
+        build_worker(Settings.isolated(temp_dir=tmp_path / "file" / "temp"), queue, PreviewEngine())
+
+
+@pytest.mark.anyio
+async def test_a_worker_clears_away_what_was_left_unless_told_to_keep_it(tmp_path):
+    """AUTO_CLEANUP_TEMP=false keeps the folders of earlier runs, too."""
+    with scratch_folder(tmp_path, keep=True) as left:
+        pass
+    queue = MemoryQueue(MemoryStore())
+    build_worker(Settings.isolated(temp_dir=tmp_path, auto_cleanup_temp=False), queue, PreviewEngine())
+    assert left.exists()
+    build_worker(Settings.isolated(temp_dir=tmp_path), queue, PreviewEngine())
+    assert not left.exists()
+
+
+def test_the_engine_is_the_one_named():
+    """By I2V_ENGINE."""
+    assert build_engine(Settings.isolated(engine="preview")).name == "preview"
+
+
+@pytest.mark.anyio
+async def test_no_queue_without_an_address():
+    """Said by the name of the setting."""
+    with pytest.raises(SettingsError, match="VERCEL_API_URL"):
+        async with open_queue(Settings.isolated()):
+            pass
