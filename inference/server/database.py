@@ -7,6 +7,7 @@ writes later fails as soon as another wrote in between, whatever the timeout.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ class Database:
         self._begin = "BEGIN IMMEDIATE" if self._sqlite else "BEGIN"
         # SQLite has one writer at a time, and a process that finds it busy sleeps for milliseconds before it looks
         # again. Threads of one process take turns here instead, and wake when it is theirs.
-        self._turn: threading.Lock | None = threading.Lock() if self._sqlite else None
+        self._turns = Turns() if self._sqlite else None
         self._engine = _open_sqlite(self._url) if self._sqlite else _open_postgresql(self._url)
         self._compiled: dict[Statement, tuple[str, Mapping[str, Any]]] = {}
         self._columns: dict[Statement, tuple[str, ...]] = {}
@@ -115,7 +116,7 @@ class Database:
             connection.exec_driver_sql("COMMIT")
 
     def _taking_turns(self) -> AbstractContextManager[object]:
-        return _turn(self._turn) if self._turn else nullcontext()
+        return self._turns.take() if self._turns else nullcontext()
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
@@ -140,14 +141,49 @@ class Transaction:
         return self._database._run(self._connection, statement, parameters)  # noqa: SLF001 - its other half
 
 
-@contextmanager
-def _turn(lock: threading.Lock) -> Iterator[None]:
-    if not lock.acquire(timeout=BUSY_S):
-        raise QueueUnavailable("the database is not available, try again: too many writers")
-    try:
-        yield
-    finally:
-        lock.release()
+class Turns:
+    """A lock that is handed over in the order it was asked for.
+
+    Python's own goes to whoever grabs it first, mostly the thread that has just let go: with eight writers the
+    slowest claim in a hundred then waited 15 to 30 ms for its turn, handed over it waits for seven others.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    @contextmanager
+    def take(self) -> Iterator[None]:
+        """Waits for its turn, BUSY_S at the longest. Raises QueueUnavailable."""
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _acquire(self) -> None:
+        with self._mutex:
+            if not self._taken:
+                self._taken = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        if gate.acquire(timeout=BUSY_S):
+            return
+        with self._mutex:
+            if gate in self._waiting:
+                self._waiting.remove(gate)
+                raise QueueUnavailable("the database is not available, try again: too many writers")
+        # Handed over in the very moment it gave up: it is its turn after all.
+
+    def _release(self) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False
 
 
 def _reason(error: Exception) -> str:
