@@ -148,14 +148,15 @@ class Turns:
     slowest claim in a hundred then waited 15 to 30 ms for its turn, handed over it waits for seven others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = BUSY_S) -> None:
+        self._patience_s = patience_s
         self._mutex = threading.Lock()
         self._taken = False
         self._waiting: deque[threading.Lock] = deque()
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Waits for its turn, BUSY_S at the longest. Raises QueueUnavailable."""
+        """Waits for its turn. Raises QueueUnavailable where that takes too long."""
         self._acquire()
         try:
             yield
@@ -170,7 +171,7 @@ class Turns:
             gate = threading.Lock()
             gate.acquire()
             self._waiting.append(gate)
-        if gate.acquire(timeout=BUSY_S):
+        if gate.acquire(timeout=self._patience_s):
             return
         with self._mutex:
             if gate in self._waiting:

@@ -1,0 +1,55 @@
+"""Turns: a lock that is handed over in order, and given up on in time."""
+
+import threading
+
+import pytest
+
+from inference.errors import QueueUnavailable
+from inference.server.database import Turns
+
+
+def test_turns_come_in_the_order_they_were_asked_for():
+    """Nobody overtakes, and no two have it at once."""
+    turns, order, inside = Turns(), [], []
+
+    def work(number):
+        with turns.take():
+            inside.append(number)
+            assert len(inside) == 1
+            order.append(number)
+            inside.pop()
+
+    threads = []
+    with turns.take():
+        for number in range(8):
+            thread = threading.Thread(target=work, args=(number,))
+            thread.start()
+            threads.append(thread)
+            while len(turns._waiting) <= number:
+                threading.Event().wait(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(8))
+
+
+def test_a_turn_that_does_not_come_is_given_up_and_leaves_no_gap():
+    """Whoever gave up is not handed the lock later on."""
+    turns = Turns(patience_s=0.01)
+    with turns.take(), pytest.raises(QueueUnavailable, match="too many writers"), turns.take():
+        pass
+    with turns.take():
+        pass
+
+
+def test_an_error_inside_ends_the_turn():
+    """The next one gets it."""
+    turns = Turns(patience_s=0.01)
+
+    def fails():
+        with turns.take():
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fails()
+    with turns.take():
+        pass
