@@ -9,7 +9,7 @@ import httpx
 
 from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
 from inference.progress import Progress, Sink
-from inference.queues.lifeisshort_wire import worker_api_url
+from inference.queues.lifeisshort_wire import may_be_proxied, worker_api_url
 from inference.storage import Storage
 
 TIMEOUT_S = 30.0
@@ -33,7 +33,8 @@ class QueueClient:
     def __init__(self, api_url: str, api_key: str | None) -> None:
         base = worker_api_url(api_url).removesuffix("worker/")
         headers = {"Authorization": f"Worker {api_key}"} if api_key else {}
-        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_S)
+        trust_env = may_be_proxied(base)
+        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_S, trust_env=trust_env)
         # The operator's own queue, asked by the operator.
         self._storage = Storage(allow_private=True, max_download_bytes=MAX_VIDEO_BYTES)
 

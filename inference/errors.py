@@ -198,3 +198,12 @@ class EngineLost(EngineError):
     """The engine cannot work on this machine any more."""
 
     hand_back = True
+
+
+def one_line(text: str, limit: int) -> str:
+    """`text` as a message holds it: one line of at most `limit` characters, all printable.
+
+    PostgreSQL takes neither NUL nor lone surrogates, and a terminal takes escapes for orders.
+    """
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:limit]

@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -101,7 +102,10 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         if not self._allow_private and (host, port) not in self._trusted:
             for address in addresses:
                 if not is_public(address):
-                    raise AddressRefused(f"{host} is at {address}: not a public address, and not a trusted origin")
+                    raise AddressRefused(
+                        f"{host} is at {address}: not a public address, and not a trusted origin; "
+                        "if this storage is meant to be private, set I2V_ALLOW_PRIVATE_ADDRESSES=true"
+                    )
         return addresses
 
 
@@ -125,7 +129,11 @@ class DuplexStream(httpcore.AsyncNetworkStream):
         return await self._stream.read(max_bytes, timeout)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """Writes all of `buffer`. Raises WriteError, after which httpcore goes on to read the answer."""
+        """Writes all of `buffer`. Raises WriteTimeout, or WriteError, after which httpcore goes on to read the answer.
+
+        Reading and writing share one TLS connection, where either may get an error that httpcore does not map:
+        anyio.BusyResourceError when both answer a key update at once, EndOfStream, ssl.SSLError.
+        """
         failure: httpcore.WriteError | httpcore.WriteTimeout | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._listen)
@@ -137,6 +145,8 @@ class DuplexStream(httpcore.AsyncNetworkStream):
                 await self._stream.write(buffer, timeout)
             except (httpcore.WriteError, httpcore.WriteTimeout) as error:
                 failure = error
+            except Exception as error:  # noqa: BLE001  out of the group, and as what httpcore knows
+                failure = httpcore.WriteError(f"{type(error).__name__} {error}")
             tasks.cancel_scope.cancel()
         if failure is not None and self._early:
             raise httpcore.WriteError("answered before the request was whole")
@@ -144,12 +154,11 @@ class DuplexStream(httpcore.AsyncNetworkStream):
             raise failure
 
     async def _listen(self) -> None:
-        try:
+        with suppress(Exception):  # whoever writes or reads next finds out for themselves
             while data := await self._stream.read(65_536):
                 self._early.append(data)
                 self._heard.set()
-        except httpcore.ReadError:
-            self._heard.set()  # the write will find out for itself
+        self._heard.set()  # not when cancelled: then there may be more to hear during the next write
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -167,12 +176,15 @@ class DuplexStream(httpcore.AsyncNetworkStream):
 
 
 class GuardedTransport(httpx.AsyncHTTPTransport):
-    """httpx's own transport over a GuardedNetwork. One connection per request; proxies of the environment unused."""
+    """httpx's own transport over a GuardedNetwork. Proxies of the environment are not used.
+
+    One connection per request and as many as there are requests: a transfer that waits for another would time out.
+    """
 
     def __init__(self, network: GuardedNetwork) -> None:
         context = httpx.create_ssl_context()
         super().__init__(verify=context)
         # httpx has no argument for httpcore's network backend.
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context, max_keepalive_connections=0, network_backend=network
+            ssl_context=context, max_connections=None, max_keepalive_connections=0, network_backend=network
         )

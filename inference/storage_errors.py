@@ -6,6 +6,7 @@ Nothing that comes out of here holds the query, userinfo or fragment of a URL: t
 import errno
 import json
 import re
+import ssl
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -23,6 +24,7 @@ from inference.errors import (
     StorageRefused,
     StorageUnavailable,
     UrlExpired,
+    one_line,
 )
 
 MAX_REASON_CHARS = 200
@@ -64,6 +66,7 @@ TRANSIENT = (
     httpx.TransportError,
     TimeoutError,
     ConnectionError,
+    ssl.SSLError,
     anyio.BrokenResourceError,
     anyio.ClosedResourceError,
     anyio.EndOfStream,
@@ -83,7 +86,7 @@ FOREIGN = (
 def redact(url: str) -> str:
     """scheme://host/path of a URL, for logs and errors: no query, userinfo or fragment. Never raises."""
     bare = re.split(r"[?#]", url, maxsplit=1)[0]
-    return _one_line(re.sub(r"//[^/]*@", "//", bare))
+    return one_line(re.sub(r"//[^/]*@", "//", bare), MAX_REASON_CHARS)
 
 
 def media_type(response: httpx.Response) -> str:
@@ -148,9 +151,4 @@ def _scrub(text: str, url: str) -> str:
     for secret in re.split("[&=?#]", url.partition("?")[2]):
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, "…").replace(unquote(secret), "…")
-    return _one_line(re.sub(r"\?\S+", "?…", text))
-
-
-def _one_line(text: str) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:MAX_REASON_CHARS]
+    return one_line(re.sub(r"\?\S+", "?…", text), MAX_REASON_CHARS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import anyio
+import anyio.lowlevel
 import httpcore
 import httpx
 import pytest
@@ -19,6 +20,7 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
+import inference.storage
 from inference.errors import (
     AddressRefused,
     DiskFull,
@@ -76,6 +78,8 @@ class Loopback:
                     serve(loopback.seen[-1], self.request)
 
         class Server(socketserver.ThreadingTCPServer):
+            request_queue_size = 32
+
             def finish_request(self, request, client_address) -> None:
                 if tls is not None:
                     try:
@@ -277,6 +281,22 @@ async def test_redirects_are_followed_five_times(tmp_path, hops, arrives):
     assert len(server.seen) == 6
 
 
+async def test_as_many_transfers_at_once_as_there_are(tmp_path, monkeypatch):
+    """None waits for another's connection until it times out: here none ends before all have begun."""
+    monkeypatch.setattr(inference.storage, "IDLE_TIMEOUT_S", 5.0)
+    everybody = threading.Barrier(12, timeout=20)
+
+    def answer(_: Seen) -> bytes:
+        everybody.wait()
+        return reply(200, b"photo")
+
+    with sending(answer) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage, anyio.create_task_group() as tasks:
+            for number in range(12):
+                tasks.start_soon(storage.download, f"{server.origin}/p.jpg", tmp_path / f"{number}.jpg")
+    assert len(left_in(tmp_path)) == 12
+
+
 # Uploads
 
 
@@ -392,6 +412,83 @@ async def test_a_server_that_answers_and_stops_reading():
     assert await stream.read(1000) == b"HTTP/1.1 400 Said\r\n\r\n"
     with pytest.raises(httpcore.WriteTimeout):
         await DuplexStream(Stuck([])).write(b"x")
+
+
+UNMAPPED = [anyio.BusyResourceError("reading from"), anyio.EndOfStream(), ssl.SSLError(1, "bad record mac")]
+"""What a TLS stream of anyio may raise and httpcore does not know."""
+
+
+@pytest.mark.parametrize("error", UNMAPPED, ids=lambda error: type(error).__name__)
+async def test_trouble_while_listening_is_not_the_writes(error):
+    """Whoever reads the answer finds out; the bytes went out."""
+
+    class Deaf(httpcore.AsyncMockStream):
+        async def read(self, *_: object) -> bytes:
+            raise error
+
+        def get_extra_info(self, info: str) -> object:
+            return info == "is_readable"
+
+    with anyio.fail_after(1):  # 5 s if each write waited for what can no longer come
+        stream = DuplexStream(Deaf([]))
+        for _ in range(100):
+            await stream.write(b"x")
+    with pytest.raises(type(error)):
+        await stream.read(1000)
+
+
+@pytest.mark.parametrize("error", UNMAPPED, ids=lambda error: type(error).__name__)
+async def test_what_httpcore_does_not_know_is_a_failed_write(error):
+    """No group of exceptions, and after a WriteError httpcore still reads the answer."""
+
+    class Dumb(httpcore.AsyncMockStream):
+        async def write(self, *_: object) -> None:
+            raise error
+
+    with pytest.raises(httpcore.WriteError, match=type(error).__name__):
+        await DuplexStream(Dumb([])).write(b"x")
+
+
+async def test_an_ended_answer_does_not_slow_the_writes():
+    """A server that has closed its side stays readable for ever, with nothing to wait for."""
+
+    class Ended(httpcore.AsyncMockStream):
+        def get_extra_info(self, info: str) -> object:
+            return info == "is_readable"
+
+    stream = DuplexStream(Ended([]))
+    with anyio.fail_after(1):  # 5 s if each waited
+        for _ in range(100):
+            await stream.write(b"x")
+
+
+async def test_an_answer_between_two_writes_is_heard():
+    """That the first write ended is not yet something heard: the second waits for the bytes that are there."""
+
+    class Late(httpcore.AsyncMockStream):
+        reads = writes = 0
+
+        async def read(self, *_: object) -> bytes:
+            self.reads += 1
+            if self.reads != 2:
+                await anyio.sleep_forever()
+            for _ in range(5):
+                await anyio.lowlevel.checkpoint()
+            return b"HTTP/1.1 400 Said\r\n\r\n"
+
+        async def write(self, *_: object) -> None:
+            self.writes += 1
+            if self.writes == 2:
+                raise httpcore.WriteError
+
+        def get_extra_info(self, info: str) -> object:
+            return info == "is_readable" and self.writes == 1
+
+    stream = DuplexStream(Late([]))
+    await stream.write(b"x")
+    with pytest.raises(httpcore.WriteError, match="answered before"):
+        await stream.write(b"y")
+    assert await stream.read(1000) == b"HTTP/1.1 400 Said\r\n\r\n"
 
 
 async def test_a_server_that_dies_during_an_upload(video):
@@ -519,6 +616,7 @@ async def test_no_exception_of_httpx_escapes(tmp_path, kind):
         (anyio.BrokenResourceError(), StorageUnavailable),
         (anyio.ClosedResourceError(), StorageUnavailable),
         (anyio.EndOfStream(), StorageUnavailable),
+        (ssl.SSLError(1, "bad record mac"), StorageUnavailable),
         (UnicodeError(), StorageRefused),
     ],
 )
@@ -663,7 +761,7 @@ async def test_this_machine_is_refused_however_it_is_spelled(tmp_path, video, ho
     """A photo URL must not reach what listens here, by either verb."""
     with sending(reply(200, b"secret")) as server:
         async with Storage() as storage:
-            with pytest.raises(AddressRefused):
+            with pytest.raises(AddressRefused, match="set I2V_ALLOW_PRIVATE_ADDRESSES=true"):
                 await storage.download(f"http://{host}:{server.port}/?t={SECRET}", tmp_path / "photo.jpg")
             with pytest.raises(AddressRefused):
                 await storage.upload(f"http://{host}:{server.port}/?t={SECRET}", video)

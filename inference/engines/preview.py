@@ -19,11 +19,10 @@ from inference.engines.base import Job, run_in_thread
 from inference.errors import InvalidRequest
 from inference.media import photo as photos
 from inference.media.video import VideoWriter
-from inference.task import GenerationRequest, Video
+from inference.task import MAX_DURATION_S, GenerationRequest, Video
 
 FPS = 24
 MIN_DURATION_S = 0.5
-MAX_DURATION_S = 20.0
 
 # The framing of Wan2.2 5B, for which the preview stands in (github.com/Wan-Video/Wan2.2, wan_ti2v_5B.py).
 MAX_AREA_PX = 1280 * 704
@@ -171,7 +170,7 @@ class PreviewEngine:
     stages: Mapping[str, float] = {"render": 1.0}  # encoding goes on beside it, in ffmpeg
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """Makes `preview.mp4` in `folder`. Raises InvalidRequest, InvalidPhoto, EncodeFailed, DiskFull."""
+        """Makes `preview.mp4` in `folder`. Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault."""
         if not MIN_DURATION_S <= request.duration_s <= MAX_DURATION_S:
             raise InvalidRequest(
                 f"duration_s is {request.duration_s:g}; a preview lasts {MIN_DURATION_S:g} to {MAX_DURATION_S:g} s"

@@ -1,7 +1,8 @@
 """Photos: read with care, oriented, in sRGB, and framed for a video.
 
 A photo comes from a stranger's phone: it may be cut short, a bomb, sideways, transparent, 16-bit or Display P3.
-Everything here blocks (callers put it on a thread) and refuses with InvalidPhoto, one line for people.
+Everything here blocks (callers put it on a thread), refuses with InvalidPhoto, one line for people, and raises
+MachineFault where the trouble is this machine's and another could read the same photo.
 
     measure    its size, from the header alone
     verify     the same, and that every byte decodes
@@ -10,6 +11,7 @@ Everything here blocks (callers put it on a thread) and refuses with InvalidPhot
     load       the picture, scaled and cropped to a size in one resample
 """
 
+import errno
 import io
 import math
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from inference.errors import I2VError, InvalidPhoto
+from inference.errors import I2VError, InvalidPhoto, MachineFault
 
 MAX_PIXELS = 100_000_000
 """More than the largest phone sensor in ordinary use (48 and 64 MP); decoded, 300 MB."""
@@ -40,6 +42,9 @@ Pillow's `thumbnail`, it leaves no visible trace."""
 
 # HEVC still images and sequences (ISO/IEC 23008-12, B.4). `mif1` alone may also mean AVIF.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+
+# Why the system would not read a file that may be all right: it ran out of something, a disk fails, our rights.
+MACHINE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES}
 
 EXIF_ORIENTATION = 0x0112
 
@@ -66,13 +71,13 @@ class PhotoInfo:
 
 
 def measure(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
-    """Size and format, from the header; the picture itself is not decoded. Raises InvalidPhoto."""
+    """Size and format, from the header; the picture itself is not decoded. Raises InvalidPhoto, MachineFault."""
     with _opened(path, max_pixels) as image:
         return _info(image)
 
 
 def verify(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
-    """Reads the whole file and checks that it decodes. Raises InvalidPhoto.
+    """Reads the whole file and checks that it decodes. Raises InvalidPhoto, MachineFault.
 
     A JPEG is decoded at an eighth of its size: that still reads every byte of its scans, so one cut short shows.
     """
@@ -129,7 +134,8 @@ def open_photo(path: Path, *, cover: tuple[int, int] | None = None, max_pixels: 
     """The upright picture, whole, as 8-bit sRGB; transparency lies over white.
 
     `cover` is the (width, height) that the caller will scale it down to cover: a JPEG is then decoded straight to
-    a half, a quarter or an eighth of its size where that still covers it. Raises InvalidPhoto.
+    a half, a quarter or an eighth of its size where that still covers it.
+    Raises InvalidPhoto, MachineFault.
     """
     with _opened(path, max_pixels) as image:
         orientation = _orientation(image)
@@ -143,7 +149,7 @@ def open_photo(path: Path, *, cover: tuple[int, int] | None = None, max_pixels: 
 def load(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """The picture as uint8 [height, width, 3] sRGB of exactly `size` (width, height), writable.
 
-    Scaled to cover and cropped around its centre in one resample. Raises InvalidPhoto.
+    Scaled to cover and cropped around its centre in one resample. Raises InvalidPhoto, MachineFault.
     """
     picture = open_photo(path, cover=size, max_pixels=max_pixels)
     with _refusing():
@@ -160,6 +166,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
         try:
             file = path.open("rb")
         except OSError as error:
+            if error.errno in MACHINE_ERRNOS:
+                raise
             raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from error
         with file:
             image = _read_header(file)
@@ -179,8 +187,10 @@ def _refusing() -> Iterator[None]:
     except I2VError:
         raise
     except MemoryError as error:
-        raise InvalidPhoto("decoding the photo takes more memory than there is") from error
+        raise MachineFault("decoding the photo takes more memory than this machine has left") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:  # Pillow's own have no errno
+            raise MachineFault(f"this machine cannot read the photo: {error.strerror}") from error
         raise InvalidPhoto("the photo is damaged or cut short: it does not decode") from error
 
 

@@ -22,7 +22,7 @@ import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from inference.errors import DiskFull, EncodeFailed, MediaError
+from inference.errors import DiskFull, EncodeFailed, MachineFault, MediaError, one_line
 from inference.task import Video
 
 CRF = 18
@@ -49,6 +49,14 @@ PROBE_TIMEOUT_S = 60.0
 STDERR_LINES = 20
 """How much of what ffmpeg said last is kept."""
 
+MAX_REASON_CHARS = 500
+
+# Ends that others put to ffmpeg: the kernel out of memory, a shutdown. Of SIGTERM and SIGINT it makes a silent 255.
+# A crash (SIGSEGV, SIGABRT) is its own, and may happen again with the same frames on any machine.
+STOPPED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+STOPPED_CODE = 255
+NO_MEMORY = "Cannot allocate memory"
+
 # What the operating system says when there is no room: the disk, a quota, a limit on file size.
 NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 NO_ROOM_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -65,8 +73,8 @@ class VideoWriter:
     ...         writer.write(frame)
     >>> writer.video(seed=7)
 
-    Raises EncodeFailed, and DiskFull where there was no room for the file. An exception of the block itself comes
-    out as it is.
+    Raises EncodeFailed; DiskFull where there was no room for the file; MachineFault where ffmpeg could not start, was
+    stopped from outside or got no memory. An exception of the block itself comes out as it is.
     """
 
     def __init__(
@@ -104,8 +112,8 @@ class VideoWriter:
                 # pipe closes with it, and ffmpeg comes to its end by itself.
                 start_new_session=True,
             )
-        except (OSError, RuntimeError) as error:  # RuntimeError: imageio-ffmpeg found no binary
-            raise EncodeFailed(f"ffmpeg did not start: {_one_line(str(error))}") from error
+        except (OSError, RuntimeError) as error:
+            raise _no_start(error) from error
         # Read beside the writing: a full stderr pipe would stop ffmpeg, and that would stop us.
         self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
@@ -168,7 +176,7 @@ class VideoWriter:
         except OSError as error:
             raise _from_os(error) from error
 
-    def _failure(self) -> EncodeFailed | DiskFull:
+    def _failure(self) -> EncodeFailed | MachineFault:
         """Why ffmpeg ended before its time."""
         with suppress(OSError):
             self._stdin.close()
@@ -225,22 +233,25 @@ class VideoInfo:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Reads an mp4's packets, without decoding them. Raises MediaError."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin"]
+    """Reads an mp4's packets, without decoding them. Raises MediaError, and MachineFault as VideoWriter does."""
     # The file may be a stranger's: a playlist under the name of an mp4 must not send ffmpeg anywhere.
-    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-i", f"file:{path.absolute()}"]
-    command += ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    options = ["-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]
+    options += ["-i", f"file:{path.absolute()}", "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
     try:
         ran = subprocess.run(  # noqa: S603  a fixed command and a path
-            command,
+            [imageio_ffmpeg.get_ffmpeg_exe(), *options],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
             timeout=PROBE_TIMEOUT_S,
             start_new_session=True,
         )
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-        raise MediaError(f"{path.name} could not be probed: {_one_line(str(error))}") from error
+    except (OSError, RuntimeError) as error:
+        raise _no_start(error) from error
+    except subprocess.TimeoutExpired as error:
+        raise MediaError(f"{path.name} could not be probed within {PROBE_TIMEOUT_S:g} s") from error
+    if ran.returncode in STOPPED:
+        raise _stopped(ran.returncode)
     said = ran.stderr.decode(errors="replace")
     stream = STREAM_LINE.search(said)
     packets = re.findall(rb"(?m)^0, +-?\d+, +(-?\d+), +(\d+),", ran.stdout)  # (pts, duration) in ticks
@@ -298,21 +309,32 @@ def _index_comes_first(path: Path) -> bool:
     return False
 
 
-def _judge(code: int, said: deque[str]) -> EncodeFailed | DiskFull:
+def _no_start(error: OSError | RuntimeError) -> MachineFault:
+    """RuntimeError is what imageio-ffmpeg says when it finds no binary."""
+    return MachineFault(one_line(f"ffmpeg did not start: {error}", MAX_REASON_CHARS))
+
+
+def _stopped(code: int) -> MachineFault:
+    by = signal.Signals(-code).name if code < 0 else "a signal"
+    return MachineFault(f"ffmpeg was stopped by {by}: this machine is out of memory or shutting down")
+
+
+def _judge(code: int, said: deque[str]) -> EncodeFailed | MachineFault:
     text = " ".join(said)
     if any(reason in text for reason in NO_ROOM) or code == -signal.SIGXFSZ:
         return DiskFull("there is no room left for the video on this machine's disk")
+    if NO_MEMORY in text:
+        return MachineFault("this machine has no memory left to encode the video")
+    if code in STOPPED or (code == STOPPED_CODE and not said):
+        return _stopped(code)
     if code < 0:
-        return EncodeFailed(f"ffmpeg was killed by {signal.Signals(-code).name}")
-    return EncodeFailed(f"ffmpeg ended with {code}: {_one_line(said[0] if said else 'it did not say why')}")
+        return EncodeFailed(f"ffmpeg crashed: {signal.Signals(-code).name}")
+    # Without the address of a part of ffmpeg before what it says: [libx264 @ 0x55…]
+    reason = re.sub(r"^\[[^]]*\] *", "", said[0].strip()) if said else "it did not say why"
+    return EncodeFailed(one_line(f"ffmpeg ended with {code}: {reason}", MAX_REASON_CHARS))
 
 
-def _from_os(error: OSError) -> EncodeFailed | DiskFull:
+def _from_os(error: OSError) -> EncodeFailed | MachineFault:
     if error.errno in NO_ROOM_ERRNOS:
         return DiskFull("there is no room left for the video on this machine's disk")
     return EncodeFailed(f"the video could not be put in place: {error.strerror}")
-
-
-def _one_line(text: str) -> str:
-    """The first line of what ffmpeg said, without the addresses it puts before it."""
-    return re.sub(r"^\[[^]]*\] *", "", text.strip().splitlines()[0] if text.strip() else "").strip()

@@ -29,6 +29,7 @@ from inference.errors import (
     QueueUnavailable,
     SettingsError,
     UrlExpired,
+    one_line,
 )
 from inference.media import photo
 from inference.progress import Progress
@@ -37,6 +38,7 @@ from inference.queues.lifeisshort_wire import (
     SignedDownload,
     SignedUpload,
     identifier,
+    may_be_proxied,
     parse_task,
     worker_api_url,
 )
@@ -50,6 +52,9 @@ logger = structlog.get_logger(__name__)
 
 MAX_MESSAGE_CHARS = 1000
 """Of an error reported to the queue, or of a payload in the log."""
+
+# Supabase's words for a path that is taken; a Next.js server passes them on with whatever status.
+TAKEN = re.compile("already exists|duplicate", re.IGNORECASE)
 
 REPORTED_IDS = ("runway_task_id", "veo_operation_id")  # the only external ids the report call knows
 
@@ -94,10 +99,12 @@ class LifeIsShortQueue:
             raise SettingsError("LEASE_DURATION: leases and their extensions last from 2 s to a day")
         # A server that never spoke of cancelling may refuse fields it does not know, so ours wait for that.
         self._speaks_progress = False
+        base_url = worker_api_url(api_url)
         self._client = httpx.AsyncClient(
-            base_url=worker_api_url(api_url),
+            base_url=base_url,
             headers={"Authorization": f"{auth_scheme.capitalize()} {self._api_key}"} if self._api_key else {},
             timeout=request_timeout_s,
+            trust_env=may_be_proxied(base_url),
             transport=transport,
         )
 
@@ -184,7 +191,7 @@ class LifeIsShortQueue:
 
     async def fail(self, lease: Lease, message: str) -> None:
         """As TaskQueue.fail. Every one that lands adds to the task's retry_count."""
-        body = {**_fence(lease), "status": "failed", "error_message": _one_line(message) or "no reason given"}
+        body = {**_fence(lease), "status": "failed", "error_message": _bounded(message) or "no reason given"}
         self._data_of_own_lease(await self._ask("report", body), lease)
 
     async def release(self, lease: Lease) -> None:
@@ -193,7 +200,7 @@ class LifeIsShortQueue:
         self._data_of_own_lease(answer, lease)
 
     async def _report_malformed(self, item_id: str, worker_id: str, message: str) -> None:
-        body = {"item_id": item_id, "worker_id": worker_id, "status": "failed", "error_message": _one_line(message)}
+        body = {"item_id": item_id, "worker_id": worker_id, "status": "failed", "error_message": _bounded(message)}
         try:
             (await self._ask("report", body)).data()
         except I2VError as error:
@@ -211,6 +218,9 @@ class LifeIsShortQueue:
     async def _presign_upload(self, lease: Lease, extension: str) -> SignedUpload:
         body = {"operation": "upload", "video_item_id": lease.task.item_id, "file_extension": extension}
         answer = await self._ask("presign", body)
+        if answer.success is False and TAKEN.search(answer.error):
+            # Supabase signs no upload to a path that is taken, unless told to overwrite.
+            raise ObjectExists(f"presign: {answer.status} {answer.error}")
         if answer.refused_with(404):
             # No task, or a hiccup of the database. Only a heartbeat may call a lease lost.
             raise QueueUnavailable(f"presign: 404 {answer.error}: no upload for task {lease.task.item_id} now")
@@ -265,7 +275,7 @@ class LifeIsShortQueue:
         )
 
     def _clean(self, text: str) -> str:
-        return _one_line(text.replace(self._api_key, "…") if self._api_key else text)
+        return _bounded(text.replace(self._api_key, "…") if self._api_key else text)
 
 
 def _token() -> str:
@@ -287,7 +297,5 @@ def _suffix(path: str) -> str:
     return suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ""
 
 
-def _one_line(text: str) -> str:
-    """Bounded and printable: PostgreSQL takes neither NUL nor lone surrogates."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:MAX_MESSAGE_CHARS]
+def _bounded(message: str) -> str:
+    return one_line(message, MAX_MESSAGE_CHARS)

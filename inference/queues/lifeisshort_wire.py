@@ -8,15 +8,8 @@ import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from inference.errors import InvalidTask, QueueAuthError, QueueRefused, QueueUnavailable, SettingsError
-from inference.task import (
-    DEFAULT_FRAME_NUM,
-    MAX_DURATION_S,
-    MAX_PROMPT_CHARS,
-    QUEUE_FPS,
-    Identifier,
-    Task,
-    explain,
-)
+from inference.queues.item import duration_s
+from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, QUEUE_FPS, Identifier, Task, explain
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -62,14 +55,13 @@ def parse_task(payload: object) -> Task:
         except ValidationError:
             usable = None
         raise InvalidTask(f"malformed task: {explain(error)}", item_id=usable) from None
-    frame_num = DEFAULT_FRAME_NUM if wire.frame_num is None else wire.frame_num
     return Task(
         item_id=wire.item_id,
         group_id=wire.group_id,
         photo_id=wire.photo_id,
         prompt=wire.prompt or "",
         photo_storage_path=wire.photo_storage_path,
-        duration_s=(frame_num - 1) / QUEUE_FPS,
+        duration_s=duration_s(wire.frame_num),
         provider=wire.inference_provider,
         extras=wire.model_extra or {},
     )
@@ -141,6 +133,14 @@ def worker_api_url(api_url: str) -> str:
         raise SettingsError(f"VERCEL_API_URL: must be https, since {url.host} is not this machine")
     path = url.path.rstrip("/").removesuffix("/api")
     return str(url.copy_with(path=f"{path}/api/worker/"))
+
+
+def may_be_proxied(url: str) -> bool:
+    """Whether a client of this worker API goes through the environment's proxy.
+
+    Plain http leads to this machine only: a proxy would look for it on its own, and read the key.
+    """
+    return httpx.URL(url).scheme == "https"
 
 
 def _is_this_machine(host: str) -> bool:

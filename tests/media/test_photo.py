@@ -1,6 +1,8 @@
 """Photos as strangers' phones make them: every kind read right, every broken one refused in one line."""
 
+import errno
 import io
+import os
 import struct
 import sys
 import zlib
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from inference.errors import InvalidPhoto
+from inference.errors import I2VError, InvalidPhoto, MachineFault
 from inference.media.photo import (
     MAX_ASPECT_RATIO,
     PhotoInfo,
@@ -284,6 +286,38 @@ def test_a_missing_file_is_refused_without_its_path(tmp_path):
     with pytest.raises(InvalidPhoto) as caught:
         verify(tmp_path / "none.jpg")
     assert str(caught.value) == "the photo cannot be read: No such file or directory"
+
+
+class Failing(type(Path())):
+    """A file that is there and cannot be opened, or not be read, for a reason of the machine."""
+
+    opening: BaseException | None = None
+    reading: BaseException | None = None
+
+    def open(self, *_: object) -> io.BytesIO:
+        if self.opening:
+            raise self.opening
+        failing = self
+
+        class File(io.BytesIO):
+            def read(self, *_: object) -> bytes:
+                raise failing.reading
+
+        return File()
+
+
+@pytest.mark.parametrize("when", ["opening", "reading"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES, None])
+def test_trouble_of_this_machine_is_not_the_photos(when, number):
+    """Another machine can read it: the task must not end for that."""
+    path = Failing("photo.jpg")
+    setattr(path, when, OSError(number, os.strerror(number)) if number else MemoryError())
+    for read in (verify, lambda path: load(path, (64, 64))):
+        with pytest.raises(I2VError) as caught:
+            read(path)
+        assert type(caught.value) is MachineFault
+        assert caught.value.hand_back
+        assert "photo.jpg" not in str(caught.value)
 
 
 def test_heic_without_the_extra_says_what_to_install(file, monkeypatch):

@@ -12,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from inference.errors import DiskFull, EncodeFailed, I2VError, MediaError
+from inference.errors import DiskFull, EncodeFailed, I2VError, MachineFault, MediaError
 from inference.media import video as videos
 from inference.media.video import VideoWriter, probe
 
@@ -220,8 +220,9 @@ def test_an_exception_in_the_block_comes_out_and_leaves_nothing(tmp_path, error)
 
 
 @pytest.mark.parametrize("frames", [3, 2000])
-def test_a_killed_ffmpeg_is_an_error_and_leaves_nothing(tmp_path, frames):
-    """As the kernel does when memory runs out: while frames are written, or when only the end is missing."""
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_an_ffmpeg_killed_from_outside_is_the_machines_fault_and_leaves_nothing(tmp_path, frames, kill):
+    """As the kernel does when memory runs out and a service that stops: between frames, or after the last."""
     writer = started(tmp_path)
 
     def kill_at_the_third():
@@ -229,9 +230,9 @@ def test_a_killed_ffmpeg_is_an_error_and_leaves_nothing(tmp_path, frames):
             for index, frame in enumerate(noise(frames)):
                 writer.write(frame)
                 if index == 2:
-                    os.kill(writer._process.pid, signal.SIGKILL)
+                    os.kill(writer._process.pid, kill)
 
-    with pytest.raises(EncodeFailed, match="ffmpeg was killed by SIGKILL"):
+    with pytest.raises(MachineFault, match="ffmpeg was stopped by"):
         kill_at_the_third()
     assert writer.frames < 2000
     assert list(tmp_path.iterdir()) == []
@@ -292,8 +293,10 @@ def test_a_missing_folder_is_one_line_without_our_path(tmp_path):
 def test_no_ffmpeg_is_one_line(tmp_path, monkeypatch):
     """A binary that does not start."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
-    with pytest.raises(EncodeFailed, match="ffmpeg did not start"):
+    with pytest.raises(MachineFault, match="ffmpeg did not start"):
         encode(tmp_path / "a.mp4", noise(1))
+    with pytest.raises(MachineFault, match="ffmpeg did not start"):
+        probe(tmp_path / "a.mp4")
 
 
 @pytest.fixture
@@ -315,6 +318,30 @@ def test_a_talkative_ffmpeg_does_not_block(tmp_path, fake_ffmpeg):
     fake_ffmpeg("i=0; while [ $i -lt 9000 ]; do printf '%0120d\\n' $i >&2; i=$((i+1)); done; cat >/dev/null; exit 1")
     with pytest.raises(EncodeFailed, match="ffmpeg ended with 1"):
         encode(tmp_path / "a.mp4", noise(20))
+
+
+@pytest.mark.parametrize(
+    "script,error,says",
+    [
+        ("kill -SEGV $$", EncodeFailed, "ffmpeg crashed: SIGSEGV"),  # it may again, on any machine
+        ("cat >/dev/null; echo '[h264 @ 0x5] odd' >&2; exit 255", EncodeFailed, "ffmpeg ended with 255: odd"),
+        ("echo 'malloc: Cannot allocate memory' >&2; exit 244", MachineFault, "no memory"),
+        ("kill -KILL $$", MachineFault, "SIGKILL"),
+    ],
+)
+def test_whose_fault_the_end_of_ffmpeg_was(tmp_path, fake_ffmpeg, script, error, says):
+    """A lease goes back only for what another machine would do better."""
+    fake_ffmpeg(script)
+    with pytest.raises(I2VError, match=says) as caught:
+        encode(tmp_path / "a.mp4", noise(20))
+    assert type(caught.value) is error
+
+
+def test_an_ffmpeg_killed_while_it_probes(tmp_path, fake_ffmpeg):
+    """It says nothing about the video."""
+    fake_ffmpeg("kill -KILL $$")
+    with pytest.raises(MachineFault, match="SIGKILL"):
+        probe(tmp_path / "a.mp4")
 
 
 def test_an_ffmpeg_that_never_ends_is_killed(tmp_path, fake_ffmpeg, monkeypatch):

@@ -1,10 +1,13 @@
 """The Life-is-Short dialect, against a small server that behaves as the real one does."""
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.abc
 import httpx
 import pytest
 import structlog
@@ -69,6 +72,7 @@ class RealServer:
         self.hiccups: list[str] = []
         self.lost_replies: list[str] = []
         self.expired = 0
+        self.taken: httpx.Response | None = None  # answers a presign for a taken path; None: it is signed
         self.heartbeat_data: dict[str, Any] = {"leased_until": "2026-01-01T00:10:00.000Z"}
 
     def sent(self, call: str) -> list[dict[str, Any]]:
@@ -101,11 +105,8 @@ class RealServer:
                 if (body["item_id"], body["worker_id"], self.status) != (ITEM, self.holder, "processing"):
                     return refusal(404, "Task not found or lease expired")
                 return success(self.heartbeat_data)
-            case "presign" if body["operation"] == "download":
-                return success({"url": self._sign(f"photos/{body['storage_path']}"), "expires_in": 3600})
             case "presign":
-                path = f"videos/{body['video_item_id']}.{body['file_extension']}"
-                return success({"url": self._sign(path), "expires_in": 7200, "storage_path": path})
+                return self._presign(body)
             case "report":
                 if body["worker_id"] != self.holder:
                     return refusal(403, "Worker ID mismatch")
@@ -113,6 +114,14 @@ class RealServer:
                 self.retry_count += body["status"] == "failed"
                 return success(None)
         return refusal(404, "Not found")
+
+    def _presign(self, body: dict[str, Any]) -> httpx.Response:
+        if body["operation"] == "download":
+            return success({"url": self._sign(f"photos/{body['storage_path']}"), "expires_in": 3600})
+        path = f"videos/{body['video_item_id']}.{body['file_extension']}"
+        if self.taken and path in self.objects:
+            return self.taken
+        return success({"url": self._sign(path), "expires_in": 7200, "storage_path": path})
 
     def _sign(self, path: str) -> str:
         self.expired -= 1
@@ -517,6 +526,21 @@ async def test_the_video_of_an_earlier_prompt_is_not_ours(video):
     assert server.objects == {f"videos/{ITEM}.mp4": b"of the earlier prompt", path: b"an mp4"}
 
 
+@pytest.mark.parametrize("status", [200, 400, 409, 500])
+@pytest.mark.parametrize("says", ["Failed to presign: The resource already exists", "DUPLICATE"])
+async def test_a_taken_path_that_is_not_even_presigned(video, status, says):
+    """As Supabase does where overwriting was not asked for, whatever status its words are passed on with."""
+    server = RealServer()
+    server.taken = refusal(status, says)
+    server.objects[f"videos/{ITEM}.mp4"] = b"of the earlier prompt"
+    async with queue_on(server) as queue:
+        second = await queue.deliver(held(), video)
+        third = await queue.deliver(held(), video)
+    assert second == f"videos/{ITEM}.abcdef012345.mp4"
+    assert third.startswith(f"videos/{ITEM}.abcdef012345-")
+    assert server.objects == {f"videos/{ITEM}.mp4": b"of the earlier prompt", second: b"an mp4", third: b"an mp4"}
+
+
 async def test_an_upload_whose_answer_was_lost(video):
     """It was stored all the same; each further try finds a path of its own."""
     server = RealServer()
@@ -739,6 +763,43 @@ async def test_this_machine_may_do_without_https_and_key(url):
     transport = httpx.MockTransport(lambda request: success(None) if "Authorization" not in request.headers else None)
     async with LifeIsShortQueue(url, None, worker_id="w", storage=Storage(), transport=transport) as queue:
         assert await queue.lease() is None
+
+
+@asynccontextmanager
+async def listening(answer: bytes) -> AsyncIterator[tuple[str, list[str]]]:
+    """A server on loopback that answers everything so: its origin, and the first line of each request."""
+    seen = []
+
+    async def serve(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            request = await stream.receive()
+            while not request.startswith(b"CONNECT") and b"}" not in request:
+                request += await stream.receive()
+            seen.append(request.partition(b"\r\n")[0].decode())
+            await stream.send(answer)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, serve)
+        yield f"http://127.0.0.1:{listener.extra(anyio.abc.SocketAttribute.local_port)}", seen
+        tasks.cancel_scope.cancel()
+
+
+async def test_this_machine_is_not_looked_for_behind_a_proxy(monkeypatch):
+    """A proxy would look for the embedded server on itself, and be told the key; over https it learns a name."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    answer = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"success":true}'
+    async with listening(b"HTTP/1.1 502 No\r\n\r\n") as (proxy, asked), listening(answer) as (origin, seen):
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+        async with LifeIsShortQueue(origin, KEY, worker_id="w", storage=Storage()) as queue:
+            assert await queue.lease() is None
+        assert (len(seen), asked) == (1, [])
+        async with LifeIsShortQueue("https://queue.example", KEY, worker_id="w", storage=Storage()) as queue:
+            with pytest.raises(QueueUnavailable):
+                await queue.lease()
+        assert asked == ["CONNECT queue.example:443 HTTP/1.1"]
 
 
 @pytest.mark.parametrize(
