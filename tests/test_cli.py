@@ -201,9 +201,10 @@ def test_render_replaces_its_output_whole_or_not_at_all(home):
     assert (ran.exit_code, ran.out) == (0, f"{output}\n"), ran.err
     assert probe(output).frames == 13
     first = output.read_bytes()
-    ran = home.i2v("render", "photo.jpg", "--seconds", "60", "-o", output)
+    (home.folder / "broken.jpg").write_bytes(jpeg()[:200])
+    ran = home.i2v("render", "broken.jpg", "--seconds", "0.5", "-o", output)
     assert (ran.exit_code, ran.out, len(ran.errors)) == (1, "", 1)
-    assert "0.5 to 20 s" in ran.errors[0]
+    assert "the photo is damaged" in ran.errors[0]
     assert output.read_bytes() == first
     assert home.is_tidy()
 

@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Makes the video in `folder`, which is the lease's own and is removed afterwards.
 
         One call at a time. A failed or cancelled call leaves the engine as good as new.
-        Raises InvalidRequest, InvalidPhoto, EncodeFailed, DiskFull, EngineFailed, EngineLost.
+        Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault, EngineFailed, EngineLost.
         """
         ...
 

@@ -35,7 +35,7 @@ class TaskQueue(Protocol):
     async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
         """Puts the task's photo into `folder` and returns its path. It is known to decode.
 
-        Raises StorageError, InvalidPhoto, DiskFull.
+        Raises StorageError, InvalidPhoto, MachineFault.
         """
         ...
 

@@ -61,13 +61,13 @@ class Database:
 
     def write(self, statement: Statement, **parameters: Any) -> list[Row]:
         """Runs one statement as a transaction of its own; the rows it returns are committed."""
-        with self._taking_turns(), self._connection() as connection:
+        with self._connection() as connection, self._taking_turns():
             return self._run(connection, statement, parameters)
 
     @contextmanager
     def transaction(self) -> Iterator["Transaction"]:
         """Several statements that happen together or not at all."""
-        with self._taking_turns(), self._connection() as connection:
+        with self._connection() as connection, self._taking_turns():
             connection.execute(self._begin)
             try:
                 yield Transaction(self, connection)
