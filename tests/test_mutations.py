@@ -15,18 +15,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# A mutant that hangs is noticed as well: the thread method of pytest-timeout ends the process.
 PYTEST = (
-    sys.executable,
-    "-m",
-    "pytest",
-    "-x",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "pytest_timeout",
-    "-p",
-    "anyio.pytest_plugin",
+    *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
+    *("-p", "pytest_timeout", "--timeout", "10", "--timeout-method", "thread"),
+    *("-p", "anyio.pytest_plugin"),
 )
 SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "--seeds", "400")
 CHECKS = {
