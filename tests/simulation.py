@@ -1,6 +1,6 @@
 """The fleet under trio's virtual clock: hours of leases, faults and restarts in milliseconds, replayable by seed.
 
-`python tests/simulation.py --seeds 10000` runs as many as wanted; `--seed 42` replays one and prints its log.
+`python -m tests.simulation --seeds 10000` runs as many as wanted; `--seed 42` replays one and prints its log.
 
 One seed makes one world: a MemoryStore, workers with the real Worker and Runner on faulty connections, a simulated
 engine, people who cancel, processes that die and come back, outages. When the storms are over, the world is given

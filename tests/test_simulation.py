@@ -1,4 +1,4 @@
-"""The promises of reliability.md over many seeds. More of them: `python tests/simulation.py --seeds 10000`."""
+"""The promises of reliability.md over many seeds. More of them: `python -m tests.simulation --seeds 10000`."""
 
 import pytest
 

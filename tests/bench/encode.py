@@ -4,7 +4,7 @@ The peer is diffusers 0.42's `export_to_video` (diffusers/utils/export_utils.py)
 feed it: a list of float32 frames. Both sides get the same frames from the same stand-in for a decoder, each in a
 process of its own, in turn, within one run.
 
-    python tests/bench/encode.py [--frames 121] [--rounds 3] [--out PATH]
+    python -m tests.bench.encode [--frames 121] [--rounds 3] [--out PATH]
 """
 
 import argparse

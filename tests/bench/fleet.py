@@ -1,6 +1,6 @@
 """How busy a worker keeps its GPU while there is a backlog: this runner against a plain sequential loop.
 
-    python tests/bench/fleet.py [--tasks 12] [--clip-seconds 8] [--round-trip-ms 100] [--mbit 100]
+    python -m tests.bench.fleet [--tasks 12] [--clip-seconds 8] [--round-trip-ms 100] [--mbit 100]
 
 Both sides take the same tasks from the same embedded queue (a process of its own) through the same proxy, which
 adds the round trip to every connection and request and limits the bandwidth. The engine takes a fixed time, as a GPU

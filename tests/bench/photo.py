@@ -3,7 +3,7 @@
 Both sides run in turn, in one process, on one file; what is compared is the ratio of their medians, and how far apart
 their pixels are.
 
-    python tests/bench/photo.py [--rounds 9] [--out PATH]
+    python -m tests.bench.photo [--rounds 9] [--out PATH]
 """
 
 import argparse
