@@ -13,10 +13,11 @@ import httpx
 from inference.engines.base import Engine
 from inference.engines.preview import PreviewEngine
 from inference.errors import DiskFull, SettingsError
+from inference.keeper import Policy
 from inference.progress import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
-from inference.runner import Policy, Runner
+from inference.runner import Runner
 from inference.scratch import sweep
 from inference.settings import Settings
 from inference.storage import Storage

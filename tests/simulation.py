@@ -35,10 +35,11 @@ from inference.errors import (
     QueueUnavailable,
     Refusal,
 )
+from inference.keeper import Policy
 from inference.queues.item import Item
 from inference.queues.memory import Faults, MemoryQueue
 from inference.queues.oracle import Event, MemoryStore
-from inference.runner import Policy, Runner
+from inference.runner import Runner
 from inference.task import GenerationRequest, Lease, Video
 from inference.worker import Worker
 from tests.virtual import run_virtual

@@ -15,6 +15,7 @@ LAYERS = [
     {"task"},
     {"progress", "media", "network", "storage", "storage_errors", "scratch"},
     {"queues", "engines"},
+    {"keeper"},
     {"runner"},
     {"worker"},
     {"server", "client"},

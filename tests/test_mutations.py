@@ -23,6 +23,7 @@ PYTEST = (
 )
 SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "--seeds", "400")
 CHECKS = {
+    "inference/keeper.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
     "inference/runner.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
     "inference/queues/oracle.py": [(*PYTEST, "tests/server/test_store.py", "-k", "memory")],
     "inference/server/statements.py": [(*PYTEST, "tests/server/test_store.py", "-k", "sqlite")],
@@ -58,12 +59,12 @@ def fences() -> list[Mutant]:
 def weakened() -> list[Mutant]:
     """Rules that are not a line of their own: made weaker instead of taken out."""
     changes = [
-        ("inference/runner.py", "WORK_SHARE = 2 / 3", "WORK_SHARE = 100"),
-        ("inference/runner.py", "wait_s = self._second_beat_s", "wait_s = self._interval_s"),
+        ("inference/keeper.py", "WORK_SHARE = 2 / 3", "WORK_SHARE = 100"),
+        ("inference/keeper.py", "wait_s = self._second_beat_s", "wait_s = self._interval_s"),
         ("inference/runner.py", "async with self._engine_lock:", "if True:"),
         ("inference/runner.py", "with anyio.move_on_after(limit_s):", "with anyio.move_on_after(1e9):"),
         (
-            "inference/runner.py",
+            "inference/keeper.py",
             "with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):",
             "with anyio.move_on_after(RELEASE_LIMIT_S):",
         ),

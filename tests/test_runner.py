@@ -22,9 +22,10 @@ from inference.errors import (
     QueueUnavailable,
     StorageUnavailable,
 )
+from inference.keeper import Policy
 from inference.queues.memory import MemoryQueue
 from inference.queues.oracle import MemoryStore
-from inference.runner import Policy, Runner
+from inference.runner import Runner
 from inference.task import Video
 from tests.virtual import virtual_time
 

@@ -16,9 +16,10 @@ from inference.errors import (
     QueueAuthError,
     QueueUnavailable,
 )
+from inference.keeper import Policy
 from inference.queues.memory import MemoryQueue
 from inference.queues.oracle import MemoryStore
-from inference.runner import Policy, Runner
+from inference.runner import Runner
 from inference.worker import Worker
 from tests.simulation import PHOTO
 from tests.test_runner import SleepyEngine
