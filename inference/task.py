@@ -72,6 +72,7 @@ class GenerationRequest(Value):
     steps: Annotated[int, Field(ge=1, le=200)] | None = None
     guidance: Annotated[float, Field(ge=0, le=50)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    last_photo: Path | None = None  # what the video ends on, where the engine can do that
 
     @classmethod
     def from_task(cls, task: Task) -> Self:

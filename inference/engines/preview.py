@@ -163,7 +163,7 @@ class PreviewEngine:
     """Renders a camera move over the photo on the CPU, framed as Wan2.2 5B would frame it.
 
     24 frames a second and one more than the duration holds, as queues count them: 5 s are 121 frames. The same
-    request gives the same frames. Seed, steps, guidance and the negative prompt mean nothing to it.
+    request gives the same frames. Seed, steps, guidance, the negative prompt and a last photo mean nothing to it.
     """
 
     name = "preview"
@@ -175,7 +175,7 @@ class PreviewEngine:
             raise InvalidRequest(
                 f"duration_s is {request.duration_s:g}; a preview lasts {MIN_DURATION_S:g} to {MAX_DURATION_S:g} s"
             )
-        ignored = request.model_dump(include={"seed", "steps", "guidance", "negative_prompt"}, exclude_none=True)
+        ignored = request.model_dump(include={"seed", "steps", "guidance", "negative_prompt", "last_photo"}, exclude_none=True)
         if ignored:
             log.debug("a preview ignores these", **ignored)
         return await run_in_thread(job, lambda: self._make(request, photo, folder / "preview.mp4", job))

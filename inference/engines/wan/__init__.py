@@ -1,0 +1,1 @@
+"""Wan2.2 image-to-video on one GPU."""

@@ -1,0 +1,373 @@
+"""The Wan engine: one photo and a prompt into one clip, on one GPU, again and again.
+
+    encode   prompt → text embeddings (remembered), photo → latents
+    denoise  noise → latents, one report a step
+    decode   latents → frames → ffmpeg, chunk by chunk: the encoder works on one while the next is decoded
+
+Whatever ends a generation, the engine is as good as new afterwards: nothing of a request is kept on a model, and what
+an error still holds on to is let go before the error leaves.
+"""
+
+import secrets
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+
+from inference.engines.base import Job, run_in_thread
+from inference.engines.wan import tokens, vae
+from inference.engines.wan.loading import Models, load
+from inference.engines.wan.placement import GB
+from inference.engines.wan.presets import FRAME_STRIDE, Preset
+from inference.engines.wan.schedule import Guide, denoise, make_scheduler
+from inference.engines.wan.speed import Switches
+from inference.errors import (
+    EngineFailed,
+    EngineLost,
+    I2VError,
+    InvalidRequest,
+    MachineFault,
+    SettingsError,
+    one_line,
+)
+from inference.media import photo as photos
+from inference.media.video import VideoWriter
+from inference.task import GenerationRequest, Video
+
+MAX_REASON_CHARS = 300
+
+# What libraries below torch say in its name when memory is what they lack.
+NO_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
+NO_HOST_MEMORY = "DefaultCPUAllocator"
+
+MAX_SEED = 2**32
+"""Drawn seeds are short enough to be typed in again; given ones may be any 63 bits."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request in the model's own terms."""
+
+    width: int  # pixels
+    height: int  # pixels
+    frames: int
+    seed: int
+    steps: int
+    guidance: tuple[float, float]
+    negative_prompt: str | None  # None where nothing is guided
+
+
+class WanEngine:
+    """Wan2.2 as `preset` has it. One generation at a time; `generate` may be called from any event loop."""
+
+    name = "wan"
+
+    def __init__(self, preset: Preset, models: Models, *, area_px: int | None = None) -> None:
+        self.preset = preset
+        self.stages: Mapping[str, float] = preset.stages
+        self._models = models
+        self._area_px = area_px or preset.max_area_px
+
+    @classmethod
+    def load(
+        cls,
+        preset: Preset,
+        weights_dir: Path,
+        *,
+        device: torch.device | None = None,
+        switches: Switches | None = None,
+        area_px: int | None = None,
+    ) -> Self:
+        """Loads the weights of `preset`: seconds to minutes, on CUDA where there is one.
+
+        `area_px` is width x height of clips whose request does not say, the preset's own if None. Raises
+        WeightsError; EngineLost where the GPU is unusable or too small; SettingsError for a switch that cannot be.
+        """
+        if area_px is not None and area_px > preset.max_area_px:
+            raise SettingsError(
+                f"I2V_WAN_AREA: it is {area_px} pixels; preset {preset.name} makes at most {preset.max_area_px}"
+            )
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        started = time.perf_counter()
+        try:
+            models = load(preset, weights_dir, device, switches or Switches())
+        except torch.OutOfMemoryError:
+            raise EngineLost(
+                f"the GPU has no room for preset {preset.name}, which needs {preset.gpu_memory_gb} GB"
+            ) from None
+        log.info("engine_ready", preset=preset.name, seconds=round(time.perf_counter() - started, 2))
+        return cls(preset, models, area_px=area_px)
+
+    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+        """Makes `wan.mp4` in `folder`.
+
+        Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault; EngineFailed, after one try with more offload
+        where the GPU ran out of memory; EngineLost when the GPU does not answer any more.
+        """
+        self.preset.refuse(request)
+        return await run_in_thread(job, lambda: self._generate(request, photo, folder / "wan.mp4", job))
+
+    def _generate(self, request: GenerationRequest, photo: Path, path: Path, job: Job) -> Video:
+        plan = self._plan(request, photo)
+        started = time.perf_counter()
+        with _peak_memory(self._models.device) as peak:
+            try:
+                video = self._attempt(request, plan, photo, path, job)
+            except OutOfRoom as error:
+                if not self._models.offload_more():
+                    raise self._too_large(error, plan) from None
+                log.warning("out_of_memory", error=str(error), offload=self._models.offload.name.lower())
+                try:
+                    video = self._attempt(request, plan, photo, path, job)
+                except OutOfRoom as again:
+                    raise self._too_large(again, plan) from None
+        log.info(
+            "generated",
+            preset=self.preset.name,
+            seed=plan.seed,
+            size=f"{plan.width}x{plan.height}",
+            frames=plan.frames,
+            steps=plan.steps,
+            seconds=round(time.perf_counter() - started, 2),
+            **peak,
+        )
+        return video
+
+    def _too_large(self, error: Exception, plan: Plan) -> EngineFailed:
+        return EngineFailed(
+            f"{error} at {plan.width}x{plan.height}, {plan.frames} frames, offload "
+            f"{self._models.offload.name.lower()}; a smaller I2V_WAN_AREA may fit"
+        )
+
+    def _attempt(self, request: GenerationRequest, plan: Plan, photo: Path, path: Path, job: Job) -> Video:
+        """Raises OutOfRoom and errors of our tree, after which the GPU holds the weights and nothing else."""
+        try:
+            with _torch_errors(), torch.inference_mode():
+                return self._stages(request, plan, photo, path, job)
+        except (I2VError, OutOfRoom):
+            if self._models.device.type == "cuda":
+                with suppress(RuntimeError):  # a GPU that is gone cannot free anything either
+                    torch.cuda.empty_cache()
+            raise
+
+    def _stages(self, request: GenerationRequest, plan: Plan, photo: Path, path: Path, job: Job) -> Video:
+        job.report("encode")
+        guide = self._guide(request, plan)
+        job.raise_if_cancelled()
+        condition = self._condition(request, plan, photo, job)
+        job.report("encode", 1)
+        generator = torch.Generator().manual_seed(plan.seed)  # on the CPU: the same noise on every GPU
+        latents = self._denoise(plan, guide, condition, generator, job)
+        return self._decode(plan, latents, path, job)
+
+    def _plan(self, request: GenerationRequest, photo: Path) -> Plan:
+        """Raises InvalidRequest, InvalidPhoto."""
+        preset = self.preset
+        info = photos.measure(photo)
+        area_px = request.max_area_px or self._area_px
+        try:
+            width, height = photos.fit(info.width, info.height, max_area_px=area_px, multiple=preset.multiple_px)
+        except ValueError as error:
+            raise InvalidRequest(f"max_area_px is {area_px}: {error}") from None
+        guidance = preset.guidance if request.guidance is None else (request.guidance, request.guidance)
+        guided = max(guidance) > 1
+        if request.negative_prompt is not None and not guided:
+            log.info("ignored", field="negative_prompt", because=f"preset {preset.name} runs without guidance")
+        if request.last_photo is not None and not preset.takes_last_photo:
+            log.info("ignored", field="last_photo", because=f"preset {preset.name} starts from one photo")
+        frames = preset.frames(request.duration_s)
+        if frames > preset.trained_frames:
+            log.warning("long_clip", frames=frames, trained_frames=preset.trained_frames, expect="drifting colours")
+        return Plan(
+            width=width,
+            height=height,
+            frames=frames,
+            seed=secrets.randbelow(MAX_SEED) if request.seed is None else request.seed,
+            steps=request.steps or preset.schedule.steps,
+            guidance=guidance,
+            negative_prompt=(preset.negative_prompt if request.negative_prompt is None else request.negative_prompt)
+            if guided
+            else None,
+        )
+
+    def _guide(self, request: GenerationRequest, plan: Plan) -> Guide:
+        models = self._models
+
+        def encode(prompt: str) -> torch.Tensor:
+            return models.prompts.encode(prompt, device=models.device, dtype=models.dtype)
+
+        negative = None if plan.negative_prompt is None else encode(plan.negative_prompt)
+        return Guide(encode(request.prompt), negative, plan.guidance)
+
+    def _condition(self, request: GenerationRequest, plan: Plan, photo: Path, job: Job) -> torch.Tensor:
+        """What the transformer is shown of the photo, fp32, with z the channels of a latent.
+
+        5B: [1, z, 1, h, w], the first latent frame. A14B: [1, 4 + z, T, h, w], for each latent frame which of its
+        four frames are given, and the latents of a clip that is blank but for them.
+        """
+        models, preset = self._models, self.preset
+
+        def pixels(path: Path) -> torch.Tensor:
+            picture = torch.from_numpy(photos.load(path, (plan.width, plan.height)))
+            return vae.to_pixels(picture.to(models.device))
+
+        first = pixels(photo)
+        if preset.first_frame_is_clean:
+            return vae.encode(models.vae, first, None, 1)
+        last = None if request.last_photo is None else pixels(request.last_photo)
+        latents = vae.encode(models.vae, first, last, plan.frames, job.raise_if_cancelled)
+        given = torch.zeros_like(latents[:, :FRAME_STRIDE])
+        given[:, :, 0] = 1
+        if last is not None:
+            given[:, -1, -1] = 1
+        return torch.cat([given, latents], dim=1)
+
+    def _denoise(
+        self, plan: Plan, guide: Guide, condition: torch.Tensor, generator: torch.Generator, job: Job
+    ) -> torch.Tensor:
+        """Clean latents [1, z, T, h, w], fp32."""
+        models, preset = self._models, self.preset
+        config = models.vae.config
+        stride = config.scale_factor_spatial
+        shape = (1, config.z_dim, (plan.frames - 1) // FRAME_STRIDE + 1, plan.height // stride, plan.width // stride)
+        noise = torch.randn(shape, generator=generator).to(models.device)
+        scheduler = make_scheduler(preset.schedule, plan.steps)
+
+        def forward(
+            expert: int, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+        ) -> torch.Tensor:
+            job.raise_if_cancelled()
+            if preset.first_frame_is_clean:
+                shown = torch.cat([condition, latents[:, :, 1:]], dim=2)
+            else:
+                shown = torch.cat([latents, condition], dim=1)
+            with models.experts[expert].on_device() as model:
+                clean = preset.first_frame_is_clean
+                return call(model, shown.to(models.dtype), timestep.to(models.device), text, clean=clean)
+
+        def on_step(done: int) -> None:
+            job.report("denoise", done, plan.steps)
+            job.raise_if_cancelled()
+
+        job.report("denoise", 0, plan.steps)
+        latents = denoise(preset, scheduler, noise, guide, forward, generator=generator, on_step=on_step)
+        if preset.first_frame_is_clean:
+            latents = torch.cat([condition, latents[:, :, 1:]], dim=2)
+        return latents
+
+    def _decode(self, plan: Plan, latents: torch.Tensor, path: Path, job: Job) -> Video:
+        metadata = {"comment": f"{self.preset.label or 'Wan2.2'}, preset {self.preset.name}, seed {plan.seed}"}
+        total = plan.frames
+        with (
+            VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata) as writer,
+            ThreadPoolExecutor(1, "encode") as pool,  # ends before the writer does: nothing is written after it
+        ):
+
+            def write(frames: npt.NDArray[np.uint8]) -> None:
+                for frame in frames:
+                    writer.write(frame)
+
+            writing: Future[None] | None = None
+            for frames in on_host(vae.decode(self._models.vae, latents)):
+                job.raise_if_cancelled()
+                if writing is not None:
+                    writing.result()  # at most one chunk waits: ffmpeg sets the pace where it is the slower one
+                    job.report("decode", writer.frames, total)
+                writing = pool.submit(write, frames)
+            if writing is not None:
+                writing.result()
+            job.report("decode", writer.frames, total)
+        return writer.video(seed=plan.seed)
+
+
+def call(model: Any, shown: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *, clean: bool) -> torch.Tensor:
+    """The velocity [1, z, T, h, w], fp32, that an expert sees in `shown` at a scalar `timestep`.
+
+    `clean` says that the first frame is the photo's and without noise.
+    """
+    if clean and not isinstance(model, tokens.SharedTransformer):
+        timesteps = tokens.per_token(timestep, shown.shape, model.config.patch_size)
+    else:
+        timesteps = timestep.reshape(1)
+    velocity: torch.Tensor = model(hidden_states=shown, timestep=timesteps, encoder_hidden_states=text)[0]
+    return velocity.float()
+
+
+def on_host(chunks: Iterator[torch.Tensor]) -> Iterator[npt.NDArray[np.uint8]]:
+    """Chunks as arrays, each handed out when the next is already under way: the GPU never waits for the reader."""
+    ahead: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+    for chunk in chunks:
+        started = _start_copy(chunk)
+        if ahead is not None:
+            yield _finish_copy(*ahead)
+        ahead = started
+    if ahead is not None:
+        yield _finish_copy(*ahead)
+
+
+def _start_copy(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    if chunk.device.type != "cuda":
+        return chunk, None
+    host = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True)
+    host.copy_(chunk, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
+
+
+def _finish_copy(host: torch.Tensor, copied: torch.cuda.Event | None) -> npt.NDArray[np.uint8]:
+    if copied is not None:
+        copied.synchronize()
+    array: npt.NDArray[np.uint8] = host.numpy()
+    return array
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """On CUDA, gets the block's `peak_gpu_gb` when it ends."""
+    peak: dict[str, float] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    if device.type == "cuda":
+        peak["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(device) / GB, 2)
+
+
+class OutOfRoom(Exception):
+    """The GPU had no memory left: worth another attempt with more offload."""
+
+
+@contextmanager
+def _torch_errors() -> Iterator[None]:
+    """Maps what torch raises, and lets go of the tensors that a traceback would keep alive."""
+    try:
+        yield
+    except I2VError as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    except Exception as error:
+        log.debug("engine_error", exc_info=error)
+        traceback.clear_frames(error.__traceback__)
+        raise _ours(error) from error
+
+
+def _ours(error: Exception) -> Exception:
+    said = one_line(str(error), MAX_REASON_CHARS)
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in NO_GPU_MEMORY):
+        return OutOfRoom("the GPU ran out of memory")
+    if isinstance(error, MemoryError) or NO_HOST_MEMORY in said:
+        return MachineFault("this machine has no memory left to generate")
+    if isinstance(error, torch.AcceleratorError):
+        return EngineLost(f"the GPU does not work any more: {said}")
+    return EngineFailed(f"{type(error).__name__}: {said}")

@@ -1,0 +1,193 @@
+"""Models from a folder, ready to run.
+
+The order is the one that composes: load in the dtype they run in → fuse LoRAs → 8 bits → attention → place → compile.
+Nothing is fetched: a file that is not there is an error that names the command which should have put it there.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+from diffusers.utils import logging as diffusers_logging
+from transformers import UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+from inference.engines.wan import placement, speed, tokens, weights
+from inference.engines.wan.placement import GB, Offload, Placed, Sizes
+from inference.engines.wan.presets import ComponentName, Dtype, Preset
+from inference.engines.wan.speed import Switches
+from inference.engines.wan.text import PromptEncoder
+from inference.errors import WeightsError, one_line
+
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+ROOM_TO_BREATHE = 0.95
+"""Share of the free GPU memory that is counted on: the allocator's blocks never fit exactly."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Models:
+    """What a preset needs, loaded."""
+
+    prompts: PromptEncoder
+    text_encoder: Placed
+    vae: AutoencoderKLWan
+    experts: tuple[Placed, ...]  # one, or that for high noise and that for low noise
+    dtype: torch.dtype  # of the experts' inputs
+    device: torch.device
+    offload: Offload
+
+    def offload_more(self) -> bool:
+        """Takes one more step off the GPU; False where there is none left."""
+        if self.offload == Offload.BLOCKS:
+            return False
+        self.place(Offload(self.offload + 1))
+        return True
+
+    def place(self, offload: Offload) -> None:
+        """Moves models off the device as far as `offload` says. What has left does not come back to stay."""
+        if offload >= Offload.TEXT:
+            self.text_encoder.send_home()
+        for expert in self.experts:
+            if offload == Offload.MODELS:
+                expert.send_home()
+            elif offload == Offload.BLOCKS:
+                expert.stream_blocks()
+        self.offload = offload
+
+
+def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Switches) -> Models:
+    """Loads `preset` from `weights_dir`. Takes seconds to minutes; each component's time is logged.
+
+    Raises WeightsError, SettingsError, and torch's OutOfMemoryError.
+    """
+    weights.require(preset, weights_dir)
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()  # what they warn of, a tensor without weights, is an error here
+    folders = {
+        name: weights.folder_of(weights_dir, part.repository) / part.path for name, part in preset.components.items()
+    }
+    # Free before anything of ours is there. Weights go straight to where they will stay.
+    free_gb = torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE if device.type == "cuda" else float("inf")
+    sizes = _sizes(preset, folders, fp8=switches.fp8)
+    offload = placement.choose(sizes, free_gb) if switches.offload is None else switches.offload
+    log.info(
+        "placement",
+        preset=preset.name,
+        device=str(device),
+        offload=offload.name.lower(),
+        peak_gb=round(sizes.peak(offload), 1),
+        free_gb=round(free_gb, 1) if device.type == "cuda" else None,
+    )
+    host = torch.device("cpu")
+
+    def dtype_of(name: ComponentName) -> torch.dtype:
+        return DTYPES[preset.components[name].dtype]
+
+    with _loading("text_encoder"):
+        text_encoder = _read(
+            UMT5EncoderModel,
+            folders["text_encoder"],
+            host if offload >= Offload.TEXT else device,
+            dtype=dtype_of("text_encoder"),
+        )
+    with _loading("vae"):
+        vae = _read(AutoencoderKLWan, folders["vae"], device)
+        for part in (vae.decoder, vae.post_quant_conv):
+            part.to(dtype_of("vae"))
+        if switches.plain_upsampling:
+            speed.plain_upsampling(vae)
+        if switches.channels_last:
+            speed.channels_last(vae)
+    attention = speed.choose_attention(switches.attention, device)
+    experts = []
+    for name in ("transformer", "transformer_2"):
+        if name not in folders:
+            continue
+        with _loading(name):
+            model = _read(
+                WanTransformer3DModel,
+                folders[name],
+                host if offload >= Offload.MODELS else device,
+                dtype=dtype_of(name),
+            )
+            for lora in preset.loras:
+                if lora.expert == name:
+                    fuse(model, weights.folder_of(weights_dir, lora.repository) / lora.path, lora.scale)
+            if switches.shared_timesteps and preset.first_frame_is_clean:
+                tokens.share_timesteps(model)
+            if switches.fp8:
+                speed.to_fp8(model)
+            speed.set_attention(model, attention)
+            experts.append(Placed(name, model, device))
+    log.info("attention", backend=attention)
+    placed_text = Placed("text_encoder", text_encoder, device)
+    models = Models(
+        prompts=PromptEncoder(folders["tokenizer"], placed_text),
+        text_encoder=placed_text,
+        vae=vae,
+        experts=tuple(experts),
+        dtype=dtype_of("transformer"),
+        device=device,
+        offload=Offload.NONE,
+    )
+    models.place(offload)
+    if switches.compile is not None:
+        for expert in models.experts:
+            with expert.on_device() as model:
+                speed.compile_blocks(model, switches.compile)
+    return models
+
+
+def _read(kind: Any, folder: Path, device: torch.device, **dtype: torch.dtype) -> Any:
+    """A model from local files, straight to `device`. Raises WeightsError where tensors are missing or unknown."""
+    model, info = kind.from_pretrained(
+        folder, device_map={"": device}, local_files_only=True, output_loading_info=True, **dtype
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise WeightsError(one_line(f"{folder} does not fit its config: {problem} {sorted(info[problem])}", 300))
+    return model.requires_grad_(False).eval()
+
+
+def fuse(model: WanTransformer3DModel, path: Path, scale: float) -> None:
+    """Adds a LoRA file to the weights of `model` and forgets it: W + scale·(alpha/rank)·up·down."""
+    state = WanLoraLoaderMixin.lora_state_dict(str(path.parent), weight_name=path.name, local_files_only=True)
+    model.load_lora_adapter(state, prefix="transformer")
+    model.fuse_lora(lora_scale=scale, safe_fusing=True)
+    model.unload_lora()
+    log.info("lora_fused", file=path.name, scale=scale)
+
+
+def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, fp8: bool) -> Sizes:
+    """From the files: known before anything is loaded."""
+
+    def gb(name: ComponentName) -> float:
+        return sum(file.stat().st_size for file in folders[name].glob("*.safetensors")) / GB
+
+    transformers = tuple(gb(name) / (2 if fp8 else 1) for name in ("transformer", "transformer_2") if name in folders)
+    layers = 30  # 5B; the A14B's 40 make smaller shares of larger files
+    return Sizes(gb("text_encoder"), transformers, gb("vae"), preset.working_gb, max(transformers) / layers)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Says how long a component took. Maps what a damaged file makes the libraries raise."""
+    started = time.perf_counter()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise WeightsError(one_line(f"{name} cannot be loaded: {error}", 300)) from error
+    log.info("loaded", component=name, seconds=round(time.perf_counter() - started, 2))

@@ -1,0 +1,116 @@
+"""Which weights lie on the GPU, and which visit it only while they are used.
+
+    none     everything stays on the GPU
+    text     the text encoder visits: it is needed once a prompt, for a moment
+    models   the transformers visit too, one at a time
+    blocks   a transformer's blocks follow one another through the GPU: slow, for when nothing else fits
+
+The VAE always stays: it is small, and the last to run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import structlog
+import torch
+
+GB = 1e9
+
+log = structlog.get_logger(__name__)
+
+
+class Offload(IntEnum):
+    """How much is kept off the GPU; each level includes those before it."""
+
+    NONE = 0
+    TEXT = 1
+    MODELS = 2
+    BLOCKS = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a preset's parts take, in GB of GPU memory."""
+
+    text_encoder: float
+    transformers: tuple[float, ...]
+    vae: float
+    working: float  # beside the weights, while it generates
+    block: float  # the largest block of a transformer
+
+    def peak(self, offload: Offload) -> float:
+        """The most that is on the GPU at one time."""
+        match offload:
+            case Offload.NONE:
+                moving = self.text_encoder + sum(self.transformers) + self.working
+            case Offload.TEXT:
+                moving = sum(self.transformers) + max(self.text_encoder, self.working)
+            case Offload.MODELS:
+                moving = max(self.text_encoder, max(self.transformers) + self.working)
+            case Offload.BLOCKS:  # one at work, the next on its way
+                moving = max(self.text_encoder, 2 * self.block + self.working)
+        return self.vae + moving
+
+
+def choose(sizes: Sizes, free_gb: float) -> Offload:
+    """The least offload that fits into `free_gb`; the most there is, where nothing does."""
+    return next((level for level in Offload if sizes.peak(level) <= free_gb), Offload.BLOCKS)
+
+
+class Placed:
+    """A model with a place: on the device, or in host memory and on the device while it is used."""
+
+    def __init__(self, name: str, model: Any, device: torch.device) -> None:
+        self.name = name
+        self.device = device
+        self._model = model
+        self._home: dict[torch.Tensor, torch.Tensor] | None = None  # tensors of the model → what they are at home
+        self._streamed = False
+
+    @contextmanager
+    def on_device(self) -> Iterator[Any]:
+        """The model, usable for the length of the block."""
+        if self._home is None:
+            yield self._model
+            return
+        for tensor, home in self._home.items():
+            tensor.data = home.to(self.device, non_blocking=True, copy=True)
+        try:
+            yield self._model
+        finally:
+            for tensor, home in self._home.items():
+                tensor.data = home
+
+    def send_home(self) -> None:
+        """From now on it visits. Weights never change, so leaving is to drop the copy."""
+        if self._home is None and not self._streamed:
+            pin = self.device.type == "cuda"
+            tensors = [*self._model.parameters(), *self._model.buffers()]
+            self._home = {}
+            for tensor in tensors:  # one at a time: where room is short, there is none for a second copy
+                home = tensor.data.cpu()
+                self._home[tensor] = home.pin_memory() if pin else home
+                tensor.data = self._home[tensor]
+            log.info("offloaded", component=self.name, to="host memory")
+
+    def stream_blocks(self) -> None:
+        """From now on its blocks follow one another through the device. There is no way back."""
+        if not self._streamed:
+            self.send_home()
+            self._home, self._streamed = None, True
+            self._model.enable_group_offload(
+                onload_device=self.device,
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=self.device.type == "cuda",
+            )
+            log.info("offloaded", component=self.name, to="host memory, block by block")
+
+
+def size_gb(model: torch.nn.Module) -> float:
+    """Its parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())) / GB

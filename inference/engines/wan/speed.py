@@ -1,0 +1,86 @@
+"""What makes it faster or smaller without changing the picture: each a switch of its own.
+
+Their effects are in tests/bench/LOG.md, measured by `python -m tests.bench.wan`; what has not paid is off.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
+from diffusers.utils import is_flash_attn_3_available
+from torch import nn
+
+from inference.engines.wan.placement import Offload
+from inference.errors import SettingsError
+
+HOPPER = (9, 0)
+"""CUDA capability of H100 and H200, for which flash-attention 3 is written."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How a preset is run."""
+
+    attention: str = "auto"  # one of diffusers' attention backends; auto takes the fastest that is installed
+    compile: str | None = None  # the torch.compile backend for the transformer's blocks: inductor
+    shared_timesteps: bool = True  # 5B: modulation once for the photo and once for the rest, not once a token
+    plain_upsampling: bool = True  # VAE: copy pixels as they are, not through fp32 and back
+    channels_last: bool = False  # VAE: memory layout of the decoder
+    fp8: bool = False  # transformers' linear layers in 8 bits: half the memory
+    offload: Offload | None = None  # None: chosen from the memory that is there
+
+
+def choose_attention(wanted: str, device: torch.device) -> str:
+    """The name of an attention backend: `wanted`, or for `auto` the fastest that is there. Never fetches one."""
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
+        return "native"
+    return "_flash_3" if is_flash_attn_3_available() else "_native_cudnn"
+
+
+def set_attention(model: WanTransformer3DModel, backend: str) -> None:
+    """Raises SettingsError for a backend that is unknown or not installed."""
+    try:
+        model.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingsError(f"I2V_WAN_ATTENTION: {error}") from None
+
+
+def to_fp8(model: WanTransformer3DModel) -> None:
+    """Stores the linear layers of the blocks as float8 with a scale a row; they compute in bf16.
+
+    Embeddings, norms and the output layer stay: they are small, and errors there reach every token.
+    Raises SettingsError where torchao is missing.
+    """
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, quantize_  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise SettingsError(f"I2V_WAN_FP8 needs: pip install 'serverless-i2v[fp8]' ({error})") from None
+    for block in model.blocks:
+        quantize_(block, Float8WeightOnlyConfig())
+
+
+def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
+    """Compiles the block that the model repeats, once for all of them (pytorch.org: regional compilation)."""
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+
+
+def plain_upsampling(vae: AutoencoderKLWan) -> None:
+    """Upsampling by nearest pixels copies values, so the round trip through fp32 only moves bytes. Same result."""
+    for module in vae.decoder.modules():
+        if isinstance(module, WanUpsample):
+            module.__class__ = nn.Upsample
+
+
+def channels_last(vae: AutoencoderKLWan) -> None:
+    """Lays out the decoder's convolutions with channels innermost."""
+    layouts: dict[int, Any] = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.decoder.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.to(memory_format=layouts[parameter.dim()])

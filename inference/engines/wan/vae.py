@@ -1,0 +1,86 @@
+"""Photos into latents and latents into frames, chunk by chunk.
+
+The VAE is causal in time: given what its convolutions remember of earlier frames, each latent frame stands alone. So
+nothing here ever holds a clip: blank frames are encoded four at a time, and frames leave the decoder four at a time,
+the same as from one call. What is remembered lives in a list of one generation, not on the model, where diffusers
+keeps it: a call that fails leaves nothing behind.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+
+from inference.engines.wan.presets import FRAME_STRIDE
+
+
+def encode(
+    vae: AutoencoderKLWan,
+    first: torch.Tensor,
+    last: torch.Tensor | None,
+    frames: int,
+    check: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Normalised latents [1, z, 1 + (frames - 1) / 4, h, w], fp32, of a clip that is blank but for its ends.
+
+    `first` and `last` are pictures [1, 3, 1, H, W] in -1..1; blank is 0, grey. `check` is called between chunks,
+    and what it raises ends the work. Encoding is in fp32: the photo is all the model knows of the family.
+    """
+    remembered = [None] * vae._cached_conv_counts["encoder"]  # noqa: SLF001 - counted once, when it was made
+    blank = torch.zeros_like(first).expand(-1, -1, FRAME_STRIDE, -1, -1)
+    chunks = [_encode_chunk(vae, first, remembered)]
+    for start in range(1, frames, FRAME_STRIDE):
+        check()
+        chunk = blank
+        if last is not None and start + FRAME_STRIDE >= frames:
+            chunk = torch.cat([blank[:, :, 1:], last], dim=2)
+        chunks.append(_encode_chunk(vae, chunk, remembered))
+    moments = vae.quant_conv(torch.cat(chunks, dim=2))
+    mean, std = _statistics(vae, moments)
+    return (moments[:, : vae.config.z_dim] - mean) / std  # the mode of the distribution: its mean
+
+
+def _encode_chunk(vae: AutoencoderKLWan, pictures: torch.Tensor, remembered: list[torch.Tensor | None]) -> torch.Tensor:
+    if vae.config.patch_size is not None:
+        pictures = patchify(pictures, patch_size=vae.config.patch_size)
+    encoded: torch.Tensor = vae.encoder(pictures.float(), feat_cache=remembered, feat_idx=[0])
+    return encoded
+
+
+def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Frames of normalised `latents` [1, z, T, h, w]: one [1, H, W, 3] of uint8, then T - 1 times [4, H, W, 3].
+
+    They are on the device, and on CUDA perhaps not computed yet: whoever reads them waits for them.
+    """
+    dtype = next(vae.decoder.parameters()).dtype
+    mean, std = _statistics(vae, latents)
+    hidden = vae.post_quant_conv((latents * std + mean).to(dtype))
+    remembered: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["decoder"]  # noqa: SLF001
+    for index in range(hidden.shape[2]):
+        chunk = vae.decoder(
+            hidden[:, :, index : index + 1], feat_cache=remembered, feat_idx=[0], first_chunk=index == 0
+        )
+        if vae.config.patch_size is not None:
+            chunk = unpatchify(chunk, patch_size=vae.config.patch_size)
+        yield to_frames(chunk)
+
+
+def to_pixels(picture: torch.Tensor) -> torch.Tensor:
+    """uint8 [H, W, 3] as [1, 3, 1, H, W] in -1..1, fp32."""
+    return picture.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+
+
+def to_frames(chunk: torch.Tensor) -> torch.Tensor:
+    """[1, 3, F, H, W] in -1..1 as uint8 [F, H, W, 3], rounded."""
+    scaled = (chunk[0].float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def _statistics(vae: AutoencoderKLWan, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of its latents by channel: [1, z, 1, 1, 1] each, fp32."""
+    mean, std = (
+        torch.tensor(values, device=like.device, dtype=torch.float32).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std

@@ -1,0 +1,83 @@
+"""What the Wan tests share: the tiny checkpoints, built once, and engines over them."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="the Wan engine needs: pip install 'serverless-i2v[wan]'")
+
+import torch
+
+from inference.engines.wan import tiny
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.loading import load
+from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.speed import Switches
+from inference.task import GenerationRequest
+from tests.engines.contract import landscape
+
+torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
+
+SMALL = GenerationRequest(prompt="slow push", duration_s=0.5, max_area_px=96 * 64, seed=1)
+"""The smallest clip worth a test: 96x64 pixels, 13 frames at 24 fps and 9 at 16."""
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@functools.cache
+def tiny_weights() -> Path:
+    """A folder with both tiny checkpoints, for as long as this process."""
+    keep = tempfile.TemporaryDirectory(prefix="i2v-tiny-")
+    tiny_weights.keep = keep  # removed when the process ends
+    for name in ("tiny", "tiny-a14b"):
+        tiny.build(name, Path(keep.name))
+    return Path(keep.name)
+
+
+@functools.cache
+def shared_models(name: str, device: str = "cpu"):
+    """The models of a preset, loaded once: engines over them have nothing of their own but these."""
+    return load(PRESETS[name], tiny_weights(), torch.device(device), Switches())
+
+
+def make_engine(name: str, **switches) -> WanEngine:
+    """An engine over shared models; with switches, over models of its own."""
+    if switches:
+        return WanEngine.load(
+            PRESETS[name], tiny_weights(), device=torch.device("cpu"), switches=Switches(**switches)
+        )
+    return WanEngine(PRESETS[name], shared_models(name))
+
+
+@pytest.fixture
+def weights_dir() -> Path:
+    """Both tiny checkpoints."""
+    return tiny_weights()
+
+
+@pytest.fixture(params=["tiny", "tiny-a14b"])
+def shape(request) -> str:
+    """Both shapes of the model: 5B-like and A14B-like."""
+    return request.param
+
+
+@pytest.fixture
+def engine(shape) -> WanEngine:
+    """An engine of either shape."""
+    return make_engine(shape)
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """A small landscape with a colour in each corner."""
+    return landscape(tmp_path / "photo.jpg")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A lease's own folder."""
+    folder = tmp_path / "lease"
+    folder.mkdir()
+    return folder
