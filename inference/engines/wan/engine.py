@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -153,13 +153,15 @@ class WanEngine:
     def _attempt(self, request: GenerationRequest, plan: Plan, photo: Path, path: Path, job: Job) -> Video:
         """Raises OutOfRoom and errors of our tree, after which the GPU holds the weights and nothing else."""
         try:
-            with _torch_errors(), torch.inference_mode():
+            with torch.inference_mode():
                 return self._stages(request, plan, photo, path, job)
-        except (I2VError, OutOfRoom):
-            if self._models.device.type == "cuda":
-                with suppress(RuntimeError):  # a GPU that is gone cannot free anything either
-                    torch.cuda.empty_cache()
-            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model or a driver comes up with
+            raised = _ours(error)
+        _forget_tracebacks(raised)
+        if self._models.device.type == "cuda":
+            with suppress(RuntimeError):  # a GPU that is gone cannot free anything either
+                torch.cuda.empty_cache()
+        raise raised
 
     def _stages(self, request: GenerationRequest, plan: Plan, photo: Path, path: Path, job: Job) -> Video:
         job.report("encode")
@@ -244,24 +246,28 @@ class WanEngine:
         noise = torch.randn(shape, generator=generator).to(models.device)
         scheduler = make_scheduler(preset.schedule, plan.steps)
 
-        def forward(
-            expert: int, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
-        ) -> torch.Tensor:
-            job.raise_if_cancelled()
-            if preset.first_frame_is_clean:
-                shown = torch.cat([condition, latents[:, :, 1:]], dim=2)
-            else:
-                shown = torch.cat([latents, condition], dim=1)
-            with models.experts[expert].on_device() as model:
+        with ExitStack() as visit:
+            here: dict[int, Any] = {}  # the expert in use: it stays from step to step
+
+            def forward(
+                expert: int, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+            ) -> torch.Tensor:
+                job.raise_if_cancelled()
+                if expert not in here:
+                    here.clear()
+                    visit.close()
+                    here[expert] = visit.enter_context(models.experts[expert].on_device())
                 clean = preset.first_frame_is_clean
-                return call(model, shown.to(models.dtype), timestep.to(models.device), text, clean=clean)
+                shown = torch.cat([condition, latents[:, :, 1:]] if clean else [latents, condition], dim=2 if clean else 1)
+                timestep = timestep.to(models.device)
+                return call(here[expert], shown.to(models.dtype), timestep, text, clean=clean)
 
-        def on_step(done: int) -> None:
-            job.report("denoise", done, plan.steps)
-            job.raise_if_cancelled()
+            def on_step(done: int) -> None:
+                job.report("denoise", done, plan.steps)
+                job.raise_if_cancelled()
 
-        job.report("denoise", 0, plan.steps)
-        latents = denoise(preset, scheduler, noise, guide, forward, generator=generator, on_step=on_step)
+            job.report("denoise", 0, plan.steps)
+            latents = denoise(preset, scheduler, noise, guide, forward, generator=generator, on_step=on_step)
         if preset.first_frame_is_clean:
             latents = torch.cat([condition, latents[:, :, 1:]], dim=2)
         return latents
@@ -285,6 +291,7 @@ class WanEngine:
                     writing.result()  # at most one chunk waits: ffmpeg sets the pace where it is the slower one
                     job.report("decode", writer.frames, total)
                 writing = pool.submit(write, frames)
+            job.raise_if_cancelled()
             if writing is not None:
                 writing.result()
             job.report("decode", writer.frames, total)
@@ -348,26 +355,24 @@ class OutOfRoom(Exception):
     """The GPU had no memory left: worth another attempt with more offload."""
 
 
-@contextmanager
-def _torch_errors() -> Iterator[None]:
-    """Maps what torch raises, and lets go of the tensors that a traceback would keep alive."""
-    try:
-        yield
-    except I2VError as error:
-        traceback.clear_frames(error.__traceback__)
-        raise
-    except Exception as error:
-        log.debug("engine_error", exc_info=error)
-        traceback.clear_frames(error.__traceback__)
-        raise _ours(error) from error
-
-
 def _ours(error: Exception) -> Exception:
+    """An error of our tree, or OutOfRoom, for whatever a generation ended with."""
     said = one_line(str(error), MAX_REASON_CHARS)
+    if isinstance(error, I2VError):
+        return error
     if isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in NO_GPU_MEMORY):
         return OutOfRoom("the GPU ran out of memory")
     if isinstance(error, MemoryError) or NO_HOST_MEMORY in said:
         return MachineFault("this machine has no memory left to generate")
     if isinstance(error, torch.AcceleratorError):
         return EngineLost(f"the GPU does not work any more: {said}")
+    log.error("engine_error", traceback="".join(traceback.format_exception(error)))
     return EngineFailed(f"{type(error).__name__}: {said}")
+
+
+def _forget_tracebacks(error: BaseException) -> None:
+    """They hold frames, and frames the tensors of the request, for as long as anybody keeps the error."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__

@@ -20,7 +20,7 @@ from transformers import UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from inference.engines.wan import placement, speed, tokens, weights
-from inference.engines.wan.placement import GB, Offload, Placed, Sizes
+from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
 from inference.engines.wan.presets import ComponentName, Dtype, Preset
 from inference.engines.wan.speed import Switches
 from inference.engines.wan.text import PromptEncoder
@@ -79,28 +79,11 @@ def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Swit
     }
     # Free before anything of ours is there. Weights go straight to where they will stay.
     free_gb = torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE if device.type == "cuda" else float("inf")
-    sizes = _sizes(preset, folders, fp8=switches.fp8)
-    offload = placement.choose(sizes, free_gb) if switches.offload is None else switches.offload
-    log.info(
-        "placement",
-        preset=preset.name,
-        device=str(device),
-        offload=offload.name.lower(),
-        peak_gb=round(sizes.peak(offload), 1),
-        free_gb=round(free_gb, 1) if device.type == "cuda" else None,
-    )
     host = torch.device("cpu")
 
     def dtype_of(name: ComponentName) -> torch.dtype:
         return DTYPES[preset.components[name].dtype]
 
-    with _loading("text_encoder"):
-        text_encoder = _read(
-            UMT5EncoderModel,
-            folders["text_encoder"],
-            host if offload >= Offload.TEXT else device,
-            dtype=dtype_of("text_encoder"),
-        )
     with _loading("vae"):
         vae = _read(AutoencoderKLWan, folders["vae"], device)
         for part in (vae.decoder, vae.post_quant_conv):
@@ -109,6 +92,23 @@ def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Swit
             speed.plain_upsampling(vae)
         if switches.channels_last:
             speed.channels_last(vae)
+    sizes = _sizes(preset, folders, vae_gb=size_gb(vae), fp8=switches.fp8)
+    offload = placement.choose(sizes, free_gb) if switches.offload is None else switches.offload
+    log.info(
+        "placement",
+        preset=preset.name,
+        device=str(device),
+        offload=offload.name.lower(),
+        peak_gb=round(sizes.peak(offload), 1),
+        **({"free_gb": round(free_gb, 1)} if device.type == "cuda" else {}),
+    )
+    with _loading("text_encoder"):
+        text_encoder = _read(
+            UMT5EncoderModel,
+            folders["text_encoder"],
+            host if offload >= Offload.TEXT else device,
+            dtype=dtype_of("text_encoder"),
+        )
     attention = speed.choose_attention(switches.attention, device)
     experts = []
     for name in ("transformer", "transformer_2"):
@@ -169,15 +169,15 @@ def fuse(model: WanTransformer3DModel, path: Path, scale: float) -> None:
     log.info("lora_fused", file=path.name, scale=scale)
 
 
-def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, fp8: bool) -> Sizes:
-    """From the files: known before anything is loaded."""
+def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, vae_gb: float, fp8: bool) -> Sizes:
+    """From the files: known before the large ones are loaded."""
 
     def gb(name: ComponentName) -> float:
         return sum(file.stat().st_size for file in folders[name].glob("*.safetensors")) / GB
 
     transformers = tuple(gb(name) / (2 if fp8 else 1) for name in ("transformer", "transformer_2") if name in folders)
     layers = 30  # 5B; the A14B's 40 make smaller shares of larger files
-    return Sizes(gb("text_encoder"), transformers, gb("vae"), preset.working_gb, max(transformers) / layers)
+    return Sizes(gb("text_encoder"), transformers, vae_gb, preset.working_gb, max(transformers) / layers)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import quote
@@ -49,15 +49,16 @@ PAUSES_S = (1.0, 5.0, 20.0)
 
 LOCK = "weights.lock.json"
 PARTIAL = ".partial"
+TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
-LOADABLE = (".safetensors", ".json", ".model", ".txt")
+LOADABLE = (TENSORS, ".json", ".model", ".txt")
 """What loading reads: no pictures, and never a pickle."""
 
 KEPT_IN_FP32 = frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
 """Parts of the names of tensors that stay as published (diffusers, WanTransformer3DModel._keep_in_fp32_modules)."""
 
-CHUNK_BYTES = 1024 * 1024
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_CHARS = 500
 
 log = structlog.get_logger(__name__)
@@ -69,15 +70,14 @@ class FileProgress:
 
     repository: str
     path: str  # in its repository
-    step: Literal["download", "verify", "convert"]
-    done_bytes: int
     size_bytes: int
     number: int  # of this file, from 1
     count: int  # of the files of this call
+    step: Literal["download", "verify", "convert"] = "download"
+    done_bytes: int = 0
 
 
 Sink = Callable[[FileProgress], None]
-Report = Callable[[Literal["download", "verify", "convert"], int], None]  # the step of one file, and its done_bytes
 
 
 class Entry(BaseModel):
@@ -143,7 +143,8 @@ def fetch(
             jobs += _jobs(_listed(preset, repository, folder, hub), _parts(preset, repository), folder)
         _refuse_the_impossible(jobs, weights_dir)
         for number, job in enumerate(jobs, 1):
-            job.run(hub, _reporter(sink, job.lock, job.path, job.entry.published_bytes, number, len(jobs)))
+            progress = FileProgress(job.lock.repository, job.path, job.entry.published_bytes, number, len(jobs))
+            job.run(hub, _reporter(sink, progress))
         for repository in preset.repositories:
             shutil.rmtree(folder_of(weights_dir, repository) / PARTIAL, ignore_errors=True)
         if problem := next(_problems(preset, weights_dir), None):
@@ -171,9 +172,9 @@ def require(preset: Preset, weights_dir: Path) -> None:
 def weight_files(preset: Preset, weights_dir: Path) -> list[Path]:
     """The safetensors files of a preset, in the order of its parts."""
     found: list[Path] = []
-    for part in (*preset.components.values(), *preset.loras):
+    for part in _parts(preset):
         path = folder_of(weights_dir, part.repository) / part.path
-        found += sorted(path.glob("*.safetensors")) if isinstance(part, Component) else [path]
+        found += sorted(path.glob(f"*{TENSORS}")) if isinstance(part, Component) else [path]
     return found
 
 
@@ -190,7 +191,7 @@ def read_ahead(paths: Iterable[Path]) -> threading.Thread:
                 if sys.platform == "linux":
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    # On a thread, because the call waits where the disk has no room left in its queue.
+    # On a thread, because the call waits while the disk has a full queue.
     thread = threading.Thread(target=advise, args=(list(paths),), name="read-ahead", daemon=True)
     thread.start()
     return thread
@@ -199,8 +200,9 @@ def read_ahead(paths: Iterable[Path]) -> threading.Thread:
 # What is there, and what should be
 
 
-def _parts(preset: Preset, repository: Repository) -> list[Component | Lora]:
-    return [part for part in (*preset.components.values(), *preset.loras) if part.repository == repository]
+def _parts(preset: Preset, repository: Repository | None = None) -> list[Component | Lora]:
+    parts: list[Component | Lora] = [*preset.components.values(), *preset.loras]
+    return [part for part in parts if repository in {None, part.repository}]
 
 
 def _covers(part: Component | Lora, path: str) -> bool:
@@ -227,7 +229,7 @@ def _problems(preset: Preset, weights_dir: Path, *, thorough: bool = False, sink
     for repository in preset.repositories:
         if repository.built_here:
             continue
-        folder = folder_of(weights_dir, repository)
+        folder, parts = folder_of(weights_dir, repository), _parts(preset, repository)
         try:
             lock = _read_lock(repository, folder)
         except WeightsError as error:
@@ -236,36 +238,38 @@ def _problems(preset: Preset, weights_dir: Path, *, thorough: bool = False, sink
         if lock is None:
             yield f"{folder / LOCK} is missing"
             continue
-        parts = _parts(preset, repository)
-        files = [path for path in sorted(lock.files) if any(_covers(part, path) for part in parts)]
-        for number, path in enumerate(files, 1):
-            entry = lock.files[path]
-            if not (folder / path).is_file():
-                yield f"{folder / path} is missing"
-            elif not _is_whole(folder / path, entry):
-                yield f"{folder / path} is not as long as it should be"
+        entries = {path: lock.files[path] for path in sorted(lock.files) if any(_covers(part, path) for part in parts)}
+        for number, (name, entry) in enumerate(entries.items(), 1):
+            path = folder / name
+            if not path.is_file():
+                yield f"{path} is missing"
+            elif not _is_whole(path, entry):
+                yield f"{path} is not as long as it should be"
             elif thorough:
-                report = _reporter(sink, lock, path, entry.size_bytes or 0, number, len(files))
-                if _sha256(folder / path, report) != entry.sha256:
-                    yield f"{folder / path} is damaged: remove it"
-    yield from (f"{path} is missing" for path in _read_by_loading(preset, weights_dir) if not path.is_file())
+                progress = FileProgress(lock.repository, name, entry.size_bytes or 0, number, len(entries))
+                if _sha256(path, _reporter(sink, progress)) != entry.sha256:
+                    yield f"{path} is damaged: remove it"
+    yield from _unloadable(preset, weights_dir)
 
 
-def _read_by_loading(preset: Preset, weights_dir: Path) -> Iterator[Path]:
-    """Files without which nothing can be loaded, whether a lock knows of them or not."""
+def _unloadable(preset: Preset, weights_dir: Path) -> Iterator[str]:
+    """What loading would stumble over, whether a lock knows of it or not."""
+    needed = [folder_of(weights_dir, lora.repository) / lora.path for lora in preset.loras]
     for name, component in preset.components.items():
         folder = folder_of(weights_dir, component.repository) / component.path
         if name == "tokenizer":
-            yield folder / "tokenizer_config.json"
+            needed.append(folder / "tokenizer_config.json")
             continue
-        yield folder / "config.json"
+        needed.append(folder / "config.json")
         indexes = list(folder.glob(f"*{INDEX}"))
+        if not indexes and not any(folder.glob(f"*{TENSORS}")):
+            needed.append(folder / f"*{TENSORS}")
         for index in indexes:
-            yield from (folder / shard for shard in _shards(_read_index(index)))
-        if not indexes and not any(folder.glob("*.safetensors")):
-            yield folder / "*.safetensors"
-    for lora in preset.loras:
-        yield folder_of(weights_dir, lora.repository) / lora.path
+            try:
+                needed += [folder / shard for shard in _shards(_read_index(index))]
+            except WeightsError as error:
+                yield str(error)
+    yield from (f"{path} is missing" for path in needed if not path.is_file())
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -277,7 +281,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def _shards(index: dict[str, Any]) -> list[str]:
-    return sorted({str(name) for name in index["weight_map"].values()})
+    return sorted({str(shard) for shard in index["weight_map"].values()})
 
 
 def _listed(preset: Preset, repository: Repository, folder: Path, hub: "_Hub") -> Lock:
@@ -304,7 +308,28 @@ def _listed(preset: Preset, repository: Repository, folder: Path, hub: "_Hub") -
     return lock
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the right to write into a folder. Raises WeightsError where another process has it."""
+    with (folder / ".fetch.lock").open("w") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _error(f"another fetch is at work in {folder}: wait until it has ended") from None
+            except OSError:
+                log.warning("this file system has no locks: see that nobody else fetches", folder=str(folder))
+        yield
+
+
 # One file
+
+
+Report = Callable[[Literal["download", "verify", "convert"], int], None]  # the step, and its done_bytes
+
+
+def _reporter(sink: Sink | None, progress: FileProgress) -> Report:
+    return lambda step, done_bytes: sink(replace(progress, step=step, done_bytes=done_bytes)) if sink else None
 
 
 @dataclass(frozen=True)
@@ -327,17 +352,20 @@ class _Job:
 
     def run(self, hub: "_Hub", report: Report) -> None:
         """Puts the file in its place and into the lock. Raises WeightsError, OSError."""
-        self.partial.parent.mkdir(exist_ok=True)
+        target = self.folder / self.path
+        for folder in (self.partial.parent, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         self._download(hub, report)
-        new, target = self.partial, self.folder / self.path
-        if self.as_bf16 and self.path.endswith(".safetensors"):
+        new = self.partial
+        if self.as_bf16 and self.path.endswith((TENSORS, INDEX)):
             new = self.partial.with_suffix(".bf16")
-            _save_as_bf16(self.partial, new, report)
-        elif self.as_bf16 and self.path.endswith(INDEX):
-            new = self.partial.with_suffix(".bf16")
-            _save_index_of(target.parent, _read_index(self.partial), new)
-        here = {"sha256": _sha256(new, report), "size_bytes": _size_bytes(new)}
-        target.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.endswith(TENSORS):
+                _save_as_bf16(self.partial, new, report)
+            else:
+                _save_index(_read_index(self.partial), target.parent, new)
+        as_published = new == self.partial and len(self.entry.published_digest) == 64
+        sha256 = self.entry.published_digest if as_published else _sha256(new)
+        here = {"sha256": sha256, "size_bytes": _size_bytes(new)}
         new.replace(target)
         self.lock.files[self.path] = self.entry.model_copy(update=here)
         self.lock.save(self.folder)
@@ -363,9 +391,9 @@ def _jobs(lock: Lock, parts: list[Component | Lora], folder: Path) -> Iterator[_
 
 def _refuse_the_impossible(jobs: list[_Job], weights_dir: Path) -> None:
     """What would go wrong an hour later. Raises WeightsError, DiskFull."""
-    converted = [job.entry.published_bytes for job in jobs if job.as_bf16 and job.path.endswith(".safetensors")]
+    converted = [job.entry.published_bytes for job in jobs if job.as_bf16 and job.path.endswith(TENSORS)]
     if converted and not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
-        raise _error("to save weights as bf16 takes torch: pip install 'serverless-i2v[wan]'")
+        raise _error("saving weights as bf16 takes torch: pip install 'serverless-i2v[wan]'")
     # Converting halves a file; while it does, both are there.
     all_bytes = sum(job.entry.published_bytes for job in jobs) - sum(converted) // 2 + max(converted, default=0)
     needed_bytes = all_bytes - sum(_size_bytes(job.partial) for job in jobs)
@@ -378,8 +406,8 @@ def _refuse_the_impossible(jobs: list[_Job], weights_dir: Path) -> None:
 
 
 def _save_as_bf16(published: Path, new: Path, report: Report) -> None:
-    """As loading with torch_dtype=bfloat16 would leave the tensors. Holds the half of a shard in memory."""
-    import torch  # noqa: PLC0415  here and not above, see the module
+    """As loading with torch_dtype=bfloat16 leaves the tensors. Takes memory for half of what was published."""
+    import torch  # noqa: PLC0415  see the module
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -387,7 +415,7 @@ def _save_as_bf16(published: Path, new: Path, report: Report) -> None:
     tensors = {}
     try:
         with safe_open(published, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118  not a dict
+            for name in shard.keys():  # noqa: SIM118  it is no dict
                 tensor = shard.get_tensor(name)
                 kept = not tensor.is_floating_point() or not KEPT_IN_FP32.isdisjoint(name.split("."))
                 tensors[name] = tensor if kept else tensor.to(torch.bfloat16)
@@ -395,14 +423,14 @@ def _save_as_bf16(published: Path, new: Path, report: Report) -> None:
                 report("convert", done_bytes)
             save_file(tensors, new, metadata=shard.metadata() or {"format": "pt"})
     except SafetensorError as error:
-        if found := re.search(r"os error (\d+)", str(error)):  # a full disk, in words
+        if found := re.search(r"os error (\d+)", str(error)):  # such as a full disk, in words
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(new)) from None
         raise _error(f"{published} is no safetensors file: {error}") from None
-    new.chmod(published.stat().st_mode)  # save_file leaves it to its owner alone
+    new.chmod(published.stat().st_mode)  # save_file lets nobody else read it
 
 
-def _save_index_of(folder: Path, index: dict[str, Any], new: Path) -> None:
-    """The index with the size of the shards as they are now."""
+def _save_index(index: dict[str, Any], folder: Path, new: Path) -> None:
+    """With the size of the shards as they lie in `folder`."""
     total_bytes = 0
     for shard in _shards(index):
         with (folder / shard).open("rb") as file:  # the length of the header, the header, the tensors
@@ -415,61 +443,40 @@ def _size_bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _sha256(path: Path, report: Report) -> str:
-    return _hash(hashlib.sha256(), path, report)
+def _sha256(path: Path, report: Report | None = None) -> str:
+    return _digest(hashlib.sha256(), path, report)
 
 
 def _git_sha1(path: Path, report: Report) -> str:
-    return _hash(hashlib.sha1(b"blob %d\0" % _size_bytes(path), usedforsecurity=False), path, report)
+    return _digest(hashlib.sha1(b"blob %d\0" % _size_bytes(path), usedforsecurity=False), path, report)
 
 
-def _hash(digest: Any, path: Path, report: Report) -> str:
+def _digest(digest: Any, path: Path, report: Report | None) -> str:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-            report("verify", file.tell())
+            if report:
+                report("verify", file.tell())
     return str(digest.hexdigest())
-
-
-def _reporter(sink: Sink | None, lock: Lock, path: str, size_bytes: int, number: int, count: int) -> Report:
-    def report(step: Literal["download", "verify", "convert"], done_bytes: int) -> None:
-        if sink:
-            sink(FileProgress(lock.repository, path, step, done_bytes, size_bytes, number, count))
-
-    return report
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the right to write into a folder. Raises WeightsError where another process has it."""
-    with (folder / ".fetch.lock").open("w") as file:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise _error(f"another fetch is at work in {folder}: wait until it has ended") from None
-            except OSError:
-                log.warning("no locks on this file system: make sure that nobody else fetches", folder=str(folder))
-        yield
 
 
 # The hub
 
 
 class _Hub:
-    """What huggingface.co, or a mirror, publishes."""
+    """What huggingface.co, or a mirror of it, publishes."""
 
     def __init__(self, endpoint: str, token: str | None, pauses_s: Sequence[float]) -> None:
         if token and not re.fullmatch("[!-~]+", token):
-            raise _error("the token for the hub holds characters that no token has")
+            raise _error("the token for the hub has characters that no token has")
         headers = {"Accept-Encoding": "identity", "User-Agent": "serverless-i2v"}  # identity, or ranges would not fit
         if token:
-            headers["Authorization"] = f"Bearer {token}"  # httpx leaves it out where a redirect leads to another host
+            headers["Authorization"] = f"Bearer {token}"  # httpx drops it where a redirect leads to another origin
         try:
             timeout = httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
             self._client = httpx.Client(base_url=endpoint, headers=headers, timeout=timeout, follow_redirects=True)
         except (httpx.InvalidURL, UnicodeError):
-            raise _error("the endpoint of the hub is not a URL such as https://huggingface.co") from None
+            raise _error(f"the hub's address is not a URL such as {ENDPOINT}") from None
         self._pauses_s = pauses_s
 
     def __enter__(self) -> Self:
@@ -486,9 +493,9 @@ class _Hub:
             with self._answer(path, f"{name} at {revision}", params={"blobs": "true"}) as response:
                 return response.read()
 
+        files = {}
         try:
             said = json.loads(self._persist(ask))
-            files = {}
             for file in said["siblings"]:
                 path, lfs = file["rfilename"], file.get("lfs")
                 if path.endswith(LOADABLE) and ".." not in path.split("/"):
@@ -498,7 +505,7 @@ class _Hub:
                     )
             return Lock(repository=name, revision=said["sha"], files=files)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise _error(f"{self._client.base_url.host} did not answer as a hub does about {name}") from None
+            raise _error(f"{self._client.base_url.host} does not answer as a hub about {name}") from None
 
     def download(self, lock: Lock, path: str, partial: Path, report: Report) -> None:
         """Adds to `partial` what it lacks. Raises WeightsError, OSError."""
@@ -509,11 +516,11 @@ class _Hub:
             with partial.open("ab") as file:
                 headers = {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
                 with self._answer(url, f"{lock.repository}: {path}", headers=headers) as response:
-                    if response.status_code != 206:  # not the rest, but all of it; or no such rest (416)
+                    if response.status_code != 206:  # the whole instead of the rest; or no such rest (416)
                         file.seek(0)
                         file.truncate()
                     if response.status_code == 416:
-                        raise httpx.RemoteProtocolError("416")
+                        raise httpx.RemoteProtocolError("the hub's file is shorter")
                     for chunk in response.iter_bytes():
                         file.write(chunk)
                         report("download", file.tell())
@@ -528,15 +535,13 @@ class _Hub:
 
     @contextmanager
     def _answer(self, path: str, what: str, **options: Any) -> Iterator[httpx.Response]:
-        """Raises httpx.HTTPError where it may help to ask again, else WeightsError for what is no success."""
+        """Raises httpx.HTTPError where it can help to ask again, else WeightsError for what is no success."""
         with self._client.stream("GET", path, **options) as response:
             status = response.status_code
             if status in {408, 429} or status >= 500:
                 response.raise_for_status()
             if status in {401, 403}:
-                raise _error(
-                    f"{what}: refused ({status}); it is gated, or has another name: give a token that may read it"
-                )
+                raise _error(f"{what}: refused ({status}); there is no such name, or it takes a token that may read it")
             if status != 416 and not response.is_success:
                 raise _error(f"{what}: not there ({status}); correct the name or the revision in the preset")
             yield response
@@ -564,7 +569,7 @@ class _Hub:
 
 
 def _reason(error: httpx.HTTPError) -> str:
-    """In words without addresses and headers, since those may hold credentials."""
+    """Without addresses and headers, which may hold credentials."""
     if isinstance(error, httpx.HTTPStatusError):
         return f"HTTP {error.response.status_code}"
     return str(error) if isinstance(error, httpx.ConnectError) else type(error).__name__

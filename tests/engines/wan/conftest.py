@@ -23,8 +23,6 @@ torch.set_num_threads(1)  # the suite runs in as many processes as there are cor
 SMALL = GenerationRequest(prompt="slow push", duration_s=0.5, max_area_px=96 * 64, seed=1)
 """The smallest clip worth a test: 96x64 pixels, 13 frames at 24 fps and 9 at 16."""
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
 
 @functools.cache
 def tiny_weights() -> Path:
@@ -81,3 +79,9 @@ def folder(tmp_path) -> Path:
     folder = tmp_path / "lease"
     folder.mkdir()
     return folder
+
+
+def pytest_runtest_setup(item) -> None:
+    """Tests for a GPU are for where there is one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

@@ -30,7 +30,7 @@ diffusers_logging.set_verbosity_error()
 def force_sigmas(scheduler, sigmas) -> None:
     """The pipeline can only say how many steps; this says which."""
     spread = scheduler.set_timesteps
-    scheduler.set_timesteps = lambda _steps, device=None: spread(sigmas=list(sigmas), device=device)
+    scheduler.set_timesteps = lambda _steps, device=None: spread(sigmas=np.asarray(sigmas), device=device)
 
 
 def stock_pipeline(preset) -> WanImageToVideoPipeline:

@@ -1,0 +1,64 @@
+"""What stays on the GPU and what visits: the arithmetic, and that a visit changes nothing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.engines.base import Job
+from inference.engines.wan.placement import Offload, Placed, Sizes, choose
+from tests.engines.wan.conftest import SMALL, make_engine
+from tests.engines.wan.test_engine import frames_of
+
+gb = st.floats(0.01, 200)
+A14B = Sizes(text_encoder=11.4, transformers=(28.6, 28.6), vae=0.5, working=12, block=0.7)
+TI2V = Sizes(text_encoder=11.4, transformers=(10.0,), vae=1.7, working=8, block=0.3)
+
+
+@given(sizes=st.builds(Sizes, gb, st.lists(gb, min_size=1, max_size=2).map(tuple), gb, gb, gb), free_gb=gb)
+def test_the_least_that_fits(sizes, free_gb):
+    """What is chosen fits, and nothing less would have; where nothing fits, the most there is."""
+    chosen = choose(sizes, free_gb)
+    assert all(sizes.peak(level) > free_gb for level in Offload if level < chosen)
+    assert sizes.peak(chosen) <= free_gb or chosen == Offload.BLOCKS
+
+
+@pytest.mark.parametrize(
+    "sizes, gpu_gb, expected",
+    [
+        (A14B, 139 * 0.95, Offload.NONE),  # H200
+        (A14B, 84 * 0.95, Offload.TEXT),  # H100 80 GB: what 80 GiB come to
+        (A14B, 47 * 0.95, Offload.MODELS),  # L40S
+        (A14B, 25 * 0.95, Offload.BLOCKS),
+        (TI2V, 84 * 0.95, Offload.NONE),
+        (TI2V, 25 * 0.95, Offload.TEXT),  # RTX 4090
+    ],
+)
+def test_gpus_people_have(sizes, gpu_gb, expected):
+    """A14B within 80 GB and 5B within 24, as they are meant."""
+    assert choose(sizes, gpu_gb) == expected
+
+
+def test_a_visitor_goes_home():
+    """On the device only within the block, from the same weights each time, also when the block ends badly."""
+    model = torch.nn.Linear(2, 2)
+    home = model.weight.data.data_ptr()
+    placed = Placed("layer", model, torch.device("cpu"))
+    placed.send_home()
+    home = model.weight.data.data_ptr()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), placed.on_device() as visiting:
+            assert visiting.weight.data.data_ptr() != home
+            raise ZeroDivisionError
+        assert model.weight.data.data_ptr() == home
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("offload", [Offload.TEXT, Offload.MODELS, Offload.BLOCKS])
+async def test_every_level_makes_the_same_clip(shape, offload, photo, folder):
+    """Where weights lie is nobody's business but the memory's."""
+    expected = frames_of(await make_engine(shape).generate(SMALL, photo, folder, Job()))
+    engine = make_engine(shape, offload=offload)
+    assert engine._models.offload == offload
+    for _ in range(2):
+        assert torch.equal(frames_of(await engine.generate(SMALL, photo, folder, Job())), expected)

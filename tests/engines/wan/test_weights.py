@@ -1,0 +1,743 @@
+"""Weights, from a hub on loopback: fetched, interrupted, damaged, refused."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import structlog
+import torch
+import trustme
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
+
+from inference.engines.wan import weights
+from inference.engines.wan.presets import PRESETS, Preset, Repository
+from inference.engines.wan.weights import LOCK, check, folder_of, read_ahead, require, weight_files
+from inference.errors import DiskFull, WeightsError
+from tests.engines.wan.conftest import tiny_weights
+from tests.engines.wan.hub import Fault, Hub, git_sha1, sha256
+from tests.processes import until
+
+ROOT = Path(__file__).parents[3]
+MODEL, LORAS = "wan/model", "light/loras"
+TOKEN = "hf_c2VjcmV0"
+SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+CONFIG = "transformer/config.json"
+
+
+def published() -> dict[str, bytes]:
+    """The tiny checkpoint of the A14B's shape, in fp32 and in shards, among files that nobody needs."""
+    folder = tiny_weights() / "tiny-a14b"
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    unneeded = [
+        "README.md",
+        "transformer/pickle.bin",
+        "transformer/picture.png",
+        "assets/a.json",
+        "transformerx/b.json",
+    ]
+    return files | dict.fromkeys(unneeded, b"unneeded")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_certificates(tmp_path_factory):
+    """One instead of all the world's, which every client would take 80 ms to read; these tests speak plain HTTP."""
+    path = tmp_path_factory.mktemp("certificates") / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(path))
+        yield
+
+
+@contextmanager
+def hub_with_the_model():
+    """And with its LoRAs, in another repository."""
+    files = published()
+    loras = {lora.path: files.pop(f"loras/{Path(lora.path).name}") for lora in PRESETS["a14b-fast"].loras}
+    with Hub() as hub:
+        hub.publish(MODEL, files)
+        hub.publish(LORAS, loras)
+        yield hub
+
+
+@pytest.fixture
+def hub():
+    """Where to fetch from."""
+    with hub_with_the_model() as hub:
+        yield hub
+
+
+def whole_at(hub: Hub) -> Preset:
+    """`a14b-fast` as this hub has it."""
+    preset = PRESETS["a14b-fast"]
+    model = Repository(MODEL, hub.revision(MODEL), "Apache-2.0")
+    loras = Repository(LORAS, hub.revision(LORAS), "Apache-2.0")
+    return replace(
+        preset,
+        components={name: replace(it, repository=model) for name, it in preset.components.items()},
+        loras=tuple(replace(lora, repository=loras) for lora in preset.loras),
+    )
+
+
+def preset_at(hub: Hub, **changes) -> Preset:
+    """Two parts of it, from a repository that differs in something."""
+    whole = whole_at(hub)
+    parts = {name: whole.components[name] for name in ("vae", "transformer")}
+    parts = {name: replace(it, repository=replace(it.repository, **changes)) for name, it in parts.items()}
+    return replace(whole, components=parts, loras=())
+
+
+@pytest.fixture
+def whole(hub) -> Preset:
+    """Pinned to what the hub has."""
+    return whole_at(hub)
+
+
+@pytest.fixture
+def preset(hub) -> Preset:
+    """The parts that suffice for most tests."""
+    return preset_at(hub)
+
+
+@pytest.fixture
+def fetch(hub, preset, tmp_path):
+    """Fetches from the hub into the test's folder, without pauses."""
+
+    def fetch(preset=preset, folder=tmp_path, **options) -> int:
+        return weights.fetch(preset, folder, **{"endpoint": hub.url, "pauses_s": (0, 0), **options})
+
+    return fetch
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """What a fetch leaves."""
+    folder = tmp_path_factory.mktemp("finished")
+    with hub_with_the_model() as hub:
+        weights.fetch(whole_at(hub), folder, endpoint=hub.url)
+    return folder
+
+
+@pytest.fixture
+def there(finished, tmp_path) -> None:
+    """All was fetched before."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def folder(preset, tmp_path) -> Path:
+    """Where the model will lie."""
+    return folder_of(tmp_path, preset.components["vae"].repository)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Everything but the lock of the running process."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(files.items()) if path.name != ".fetch.lock"}
+
+
+# What is fetched
+
+
+def test_what_is_there_after_a_fetch(hub, whole, fetch, tmp_path, folder):
+    """All that is needed and nothing else: as published, or as bf16 where the preset says so. Then all is well."""
+    assert fetch(whole) == 16
+    files = files_in(folder)
+    lock = json.loads(files.pop(LOCK))
+    originals = {path: it for path, it in hub.files(MODEL).items() if it != b"unneeded" and "/" in path}
+    originals = {path: it for path, it in originals.items() if not path.startswith("scheduler/")}
+    assert files.keys() == originals.keys() == lock["files"].keys()
+    assert (lock["repository"], lock["revision"]) == (MODEL, hub.revision(MODEL))
+    for path, content in files.items():
+        assert lock["files"][path] == {
+            "published_bytes": len(originals[path]),
+            "published_digest": (sha256 if path.endswith(".safetensors") else git_sha1)(originals[path]),
+            "sha256": sha256(content),
+            "size_bytes": len(content),
+        }
+        as_bf16 = path.startswith("transformer") and path.endswith((".safetensors", ".index.json"))
+        assert (content == originals[path]) != as_bf16, path
+    loras = files_in(folder_of(tmp_path, whole.loras[0].repository))
+    assert {path: it for path, it in loras.items() if path != LOCK} == hub.files(LORAS)
+    assert check(whole, tmp_path) == []
+    require(whole, tmp_path)
+    assert {path.name for path in weight_files(whole, tmp_path)} >= {Path(SHARD).name, "high_noise_model.safetensors"}
+
+
+@pytest.mark.usefixtures("there")
+def test_a_second_fetch_asks_for_nothing(hub, fetch, tmp_path):
+    """Names and sizes are compared, and that is all; it says so."""
+    before, hub.requests[:] = files_in(tmp_path), []
+    with structlog.testing.capture_logs() as logs:
+        assert fetch() == 0
+    assert [it["event"] for it in logs] == ["weights were there already"]
+    assert hub.requests == []
+    assert files_in(tmp_path) == before
+
+
+def test_progress(fetch, preset, tmp_path, folder):
+    """Every file from its first to its last byte, in each step; and of a check as well."""
+    seen = []
+    count = fetch(sink=seen.append)
+    assert {it.number for it in seen} == set(range(1, count + 1))
+    assert all(it.count == count and 0 <= it.done_bytes <= it.size_bytes for it in seen)
+    ends = {(it.path, it.step) for it in seen if it.done_bytes == it.size_bytes}
+    assert {(SHARD, "download"), (SHARD, "verify"), (CONFIG, "download"), (CONFIG, "verify")} <= ends
+    assert [it.step for it in seen if it.path == SHARD and it.step == "convert"] == ["convert"] * len(
+        load_file(folder / SHARD)
+    )
+    seen.clear()
+    check(preset, tmp_path, sink=seen.append)
+    assert {it.path for it in seen} == files_in(folder).keys() - {LOCK}
+    assert {it.step for it in seen} == {"verify"}
+
+
+@pytest.mark.usefixtures("there")
+def test_bf16_is_what_loading_would_make_of_it(folder):
+    """The transformer loads to the same bits as the published one does with the same arguments."""
+    for expert in ("transformer", "transformer_2"):
+        models = [
+            WanTransformer3DModel.from_pretrained(where / expert, torch_dtype=torch.bfloat16)
+            for where in (tiny_weights() / "tiny-a14b", folder)
+        ]
+        want, have = (model.state_dict() for model in models)
+        assert {name: it.dtype for name, it in have.items()} == {name: it.dtype for name, it in want.items()}
+        assert {it.dtype for it in have.values()} == {torch.bfloat16, torch.float32}
+        assert all(torch.equal(have[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("there")
+def test_bf16_on_disk(folder):
+    """Tensor by tensor; the index says how large they are now; and whoever may read the folder may read the file."""
+    index = json.loads((folder / INDEX).read_bytes())
+    original = json.loads((tiny_weights() / "tiny-a14b" / INDEX).read_bytes())
+    total_bytes = 0
+    assert len(set(index["weight_map"].values())) == 2
+    for shard in set(index["weight_map"].values()):
+        have = load_file(folder / "transformer" / shard)
+        want = load_file(tiny_weights() / "tiny-a14b" / "transformer" / shard)
+        assert have.keys() == want.keys()
+        for name, tensor in have.items():
+            kept = not weights.KEPT_IN_FP32.isdisjoint(name.split("."))
+            assert tensor.dtype == (torch.float32 if kept else torch.bfloat16)
+            assert torch.equal(tensor, want[name].to(tensor.dtype))
+            total_bytes += tensor.nbytes
+    assert index == {**original, "metadata": {**original["metadata"], "total_size": total_bytes}}
+    assert total_bytes < original["metadata"]["total_size"] * 0.6
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.safetensors")}
+    assert modes == {0o666 & ~umask()}
+
+
+def umask() -> int:
+    """Of this process."""
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def test_what_stays_fp32_is_what_diffusers_keeps():
+    """Should diffusers keep more one day, files saved before would have lost it."""
+    assert set(WanTransformer3DModel._keep_in_fp32_modules) == weights.KEPT_IN_FP32
+
+
+def test_the_same_files_everywhere(fetch, whole, finished, tmp_path):
+    """Two machines that fetch the same have the same bytes, locks included."""
+    fetch(whole)
+    assert files_in(tmp_path) == files_in(finished)
+
+
+def test_presets_share_a_folder(hub, preset, whole, fetch, folder):
+    """What the second needs beyond the first is added; what is there is left alone."""
+    assert fetch() == 6
+    assert check(preset, folder.parent) == []
+    assert f"{folder / 'text_encoder/config.json'} is missing" in check(whole, folder.parent)
+    assert fetch(whole) == 10
+    assert len(hub.asked(VAE)) == 1
+    assert check(preset, folder.parent) == check(whole, folder.parent) == []
+
+
+# Interrupted
+
+
+def test_a_dropped_connection_goes_on_with_a_range(hub, fetch, preset, tmp_path):
+    """Twice in one file, and in one small one; without a new byte it ends, after as many tries as it has pauses."""
+    size_bytes = len(hub.files(MODEL)[VAE])
+    hub.go_wrong(VAE, Fault(cut_after=1000), Fault(cut_after=0), Fault(cut_after=500), Fault(cut_after=0))
+    hub.go_wrong(CONFIG, Fault(cut_after=10))
+    fetch()
+    assert [it.range for it in hub.asked(VAE)] == [None, *(f"bytes={at}-" for at in (1000, 1000, 1500, 1500))]
+    assert size_bytes > 2000
+    assert [it.range for it in hub.asked(CONFIG)] == [None, "bytes=10-"]
+    assert check(preset, tmp_path) == []
+
+
+def test_no_new_byte_ends_it_and_the_next_call_goes_on(hub, fetch, preset, tmp_path, folder):
+    """The message says so. Nothing is at the file's name until it is whole."""
+    hub.go_wrong(VAE, Fault(cut_after=1000), *[Fault(cut_after=0)] * 2)
+    with pytest.raises(WeightsError, match=r"127\.0\.0\.1 could not be reached .*run the same command again, it cont"):
+        fetch()
+    assert not (folder / VAE).exists()
+    assert f"{folder / VAE} is missing" in check(preset, tmp_path)
+    hub.requests.clear()
+    fetch()
+    assert [it.range for it in hub.asked(VAE)] == ["bytes=1000-"]
+    assert check(preset, tmp_path) == []
+
+
+def test_a_killed_process_goes_on(hub, fetch, preset, tmp_path, folder):
+    """SIGKILL in the middle of a file loses at most what was not written yet; finished files are not asked for."""
+    hold = threading.Event()
+    hub.go_wrong(SHARD, Fault(cut_after=200_000, hold=hold))
+    program = f"""
+from dataclasses import replace
+from pathlib import Path
+from inference.engines.wan.presets import *
+from inference.engines.wan.presets import Repository
+from inference.engines.wan.weights import fetch
+model = Repository({MODEL!r}, {hub.revision(MODEL)!r}, "")
+parts = {{name: replace(it, repository=model) for name, it in PRESETS["a14b-quality"].components.items()}}
+fetch(replace(PRESETS["a14b-quality"], components=parts), Path({str(tmp_path)!r}), endpoint={hub.url!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    partial = folder / ".partial" / sha256(hub.files(MODEL)[SHARD])
+    try:
+        until(lambda: partial.exists() and partial.stat().st_size > 100_000, 30, "some of the shard is on disk")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        hold.set()
+    there_bytes, finished = partial.stat().st_size, [path for path in files_in(folder) if path == CONFIG]
+    assert finished == [CONFIG]
+    hub.requests.clear()
+    fetch()
+    assert [it.range for it in hub.asked(SHARD)] == [f"bytes={there_bytes}-"]
+    assert hub.asked(CONFIG) == []
+    assert check(preset, tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["download", "verify", "convert"])
+def test_ctrl_c(hub, fetch, preset, tmp_path, step):
+    """In any step; what had arrived is not asked for again."""
+
+    def stop(progress) -> None:
+        if (progress.path, progress.step) == (SHARD, step):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(sink=stop)
+    assert check(preset, tmp_path) != []
+    fetch()
+    assert check(preset, tmp_path) == []
+    ranges = [it.range for it in hub.asked(SHARD)]
+    assert ranges[0] is None
+    assert len(ranges) == (2 if step == "download" else 1)
+    assert None not in ranges[1:]
+
+
+def test_a_server_that_does_not_do_ranges(hub, fetch, preset, tmp_path):
+    """It sends all of it, and all of it is taken."""
+    hub.go_wrong(VAE, Fault(cut_after=1000), Fault(ignore_range=True))
+    fetch()
+    assert len(hub.asked(VAE)) == 2
+    assert check(preset, tmp_path) == []
+
+
+def test_a_server_that_is_busy(hub, fetch, preset, tmp_path):
+    """429 and 5xx pass, for listings and files; if they do not, it says where it stopped."""
+    hub.go_wrong(MODEL, Fault(status=503), Fault(status=429))
+    hub.go_wrong(VAE, Fault(status=500), Fault(status=502))
+    hub.go_wrong(CONFIG, *[Fault(status=503)] * 3)
+    with pytest.raises(WeightsError, match=r"could not be reached \(HTTP 503\)"):
+        fetch()
+    fetch()
+    assert check(preset, tmp_path) == []
+
+
+def test_no_network(fetch):
+    """A closed port."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(WeightsError, match=r"could not be reached .*refused.* run the same command again"):
+            fetch(endpoint=f"http://127.0.0.1:{closed.getsockname()[1]}")
+
+
+def test_two_at_once(fetch):
+    """The second says who is there, and does nothing."""
+    refused = []
+
+    def second(_: object) -> None:
+        if not refused:
+            with pytest.raises(WeightsError, match="another fetch is at work in") as caught:
+                fetch()
+            refused.append(caught.value)
+
+    assert fetch(sink=second) == 6
+    assert len(refused) == 1
+
+
+# Damaged
+
+
+@pytest.mark.parametrize("path", [SHARD, VAE, CONFIG])
+def test_wrong_bytes(hub, fetch, preset, folder, path):
+    """Once is repaired; twice is an error that names the file, and nothing is at its name."""
+    hub.go_wrong(path, *[Fault(garble=True)] * 3)
+    with pytest.raises(WeightsError, match=f"{path} came twice with another content"):
+        fetch()
+    assert not (folder / path).exists()
+    fetch()
+    assert [it.range for it in hub.asked(path)] == [None] * 4
+    assert check(preset, folder.parent) == []
+
+
+def test_a_file_of_another_length(hub, fetch, preset, tmp_path):
+    """Too long is cut off, too short ends with no such range: neither is kept, and neither fills the disk."""
+    hub.go_wrong(VAE, Fault(body=bytes(5_000_000)))
+    hub.go_wrong(CONFIG, Fault(body=b"{}"), Fault(body=b"{}"))
+    fetch()
+    assert [it.range for it in hub.asked(VAE)] == [None, None]
+    assert [it.range for it in hub.asked(CONFIG)] == [None, "bytes=2-", None]
+    assert check(preset, tmp_path) == []
+
+
+@pytest.mark.usefixtures("there")
+def test_a_damaged_file_on_disk(fetch, preset, tmp_path, folder):
+    """Only a thorough check sees it, and names it; without the file, the next fetch repairs it."""
+    content = bytearray((folder / SHARD).read_bytes())
+    content[-1] ^= 1
+    (folder / SHARD).write_bytes(content)
+    require(preset, tmp_path)
+    assert check(preset, tmp_path, thorough=False) == []
+    assert check(preset, tmp_path) == [f"{folder / SHARD} is damaged: remove it"]
+    (folder / SHARD).unlink()
+    assert fetch() == 1
+    assert check(preset, tmp_path) == []
+
+
+@pytest.mark.usefixtures("there")
+def test_a_missing_or_short_shard(fetch, preset, tmp_path, folder):
+    """An engine that starts says which, and the way out; fetching is that way."""
+    (folder / SHARD).write_bytes(b"short")
+    with pytest.raises(WeightsError, match=f"{SHARD} is not as long as it should be; run: i2v weights fetch a14b-fast"):
+        require(preset, tmp_path)
+    (folder / SHARD).unlink()
+    with pytest.raises(WeightsError, match=f"{SHARD} is missing; run: i2v weights fetch a14b-fast$"):
+        require(preset, tmp_path)
+    assert check(preset, tmp_path) == [f"{folder / SHARD} is missing"]
+    assert fetch() == 1
+    require(preset, tmp_path)
+
+
+def test_nothing_there(preset, tmp_path):
+    """Of a preset that is fetched and of one that is built."""
+    assert f"{folder_of(tmp_path, preset.repositories[0]) / LOCK} is missing" in check(preset, tmp_path)
+    with pytest.raises(WeightsError, match=r"weights\.lock\.json is missing; run: i2v weights fetch a14b-fast"):
+        require(preset, tmp_path)
+    with pytest.raises(WeightsError, match=r"tiny/tokenizer/tokenizer_config\.json is missing; run: i2v weights fetch"):
+        require(PRESETS["tiny"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-a14b"])
+def test_what_is_built_here(name, tmp_path):
+    """Has no lock, but what loading needs; it is not fetched."""
+    require(PRESETS[name], tiny_weights())
+    assert check(PRESETS[name], tiny_weights()) == []
+    shutil.copytree(tiny_weights() / name, tmp_path / name)
+    (tmp_path / name / SHARD).unlink()
+    assert check(PRESETS[name], tmp_path) == [f"{tmp_path / name / SHARD} is missing"]
+    with pytest.raises(ValueError, match="is built here"):
+        weights.fetch(PRESETS[name], tmp_path)
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"repository": "a", "revision": "main", "files": {}}', "\udcff"])
+def test_a_damaged_lock(fetch, preset, tmp_path, folder, content):
+    """Says so, and what to remove."""
+    (folder / LOCK).write_text(content, errors="surrogateescape")
+    said = f"{folder / LOCK} is damaged: remove {folder}"
+    assert check(preset, tmp_path) == [said]
+    with pytest.raises(WeightsError, match="is damaged"):
+        require(preset, tmp_path)
+    with pytest.raises(WeightsError, match="is damaged"):
+        fetch()
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"weight_map": []}', b"\xff"])
+def test_a_damaged_index(preset, tmp_path, folder, content):
+    """It is read at every start, so it must not end in a traceback."""
+    size_bytes = (folder / INDEX).stat().st_size
+    (folder / INDEX).write_bytes(content.ljust(size_bytes))
+    with pytest.raises(WeightsError, match="is damaged: remove it; run: i2v weights fetch a14b-fast"):
+        require(preset, tmp_path)
+    assert f"{folder / INDEX} is damaged: remove it" in check(preset, tmp_path)
+
+
+def test_what_was_published_without_its_weights(hub, tmp_path):
+    """A shard that the index knows, and the repository does not."""
+    files = hub.files(MODEL)
+    hub.publish(MODEL, {path: content for path, content in files.items() if path != SHARD})
+    preset = preset_at(hub)
+    preset = replace(
+        preset, components={**preset.components, "transformer": replace(preset.components["vae"], path="transformer")}
+    )
+    with pytest.raises(WeightsError, match=f"{SHARD} is missing, and was not published either"):
+        weights.fetch(preset, tmp_path, endpoint=hub.url)
+
+
+def test_what_is_no_safetensors_file(hub, tmp_path):
+    """Though it came as it was published."""
+    hub.publish(MODEL, {**hub.files(MODEL), SHARD: b"pickle" * 100})
+    with pytest.raises(WeightsError, match=r"is no safetensors file: .*header"):
+        weights.fetch(preset_at(hub), tmp_path, endpoint=hub.url)
+
+
+# Which revision
+
+
+@pytest.mark.usefixtures("there")
+def test_a_lock_of_another_revision(hub, fetch, tmp_path, folder):
+    """Nothing is overwritten and nothing is asked for: a person decides."""
+    before, hub.requests[:] = files_in(tmp_path), []
+    newer = preset_at(hub, revision="0" * 40)
+    said = rf"{folder} holds revision {hub.revision(MODEL)}, not the pinned 0{{40}}: remove it"
+    with pytest.raises(WeightsError, match=said):
+        fetch(newer)
+    with pytest.raises(WeightsError, match=f"{said}; run: i2v weights fetch a14b-fast"):
+        require(newer, tmp_path)
+    assert [line for line in check(newer, tmp_path) if "revision" in line] == check(newer, tmp_path)
+    assert files_in(tmp_path) == before
+    assert hub.requests == []
+
+
+def test_a_hub_that_answers_with_another_revision(hub, fetch, tmp_path):
+    """As a mirror might that only knows the newest."""
+    body = json.dumps({"sha": "f" * 40, "siblings": []}).encode()
+    hub.go_wrong(MODEL, Fault(body=body))
+    with pytest.raises(
+        WeightsError, match=f"{MODEL}: the hub answered with revision f+, pinned is {hub.revision(MODEL)}"
+    ):
+        fetch()
+    assert files_in(tmp_path) == {}
+
+
+def test_no_revision_is_pinned(hub, fetch, tmp_path, folder):
+    """The first fetch takes `main`, warns, and keeps to it when `main` moves on."""
+    preset = preset_at(hub, revision=None)
+    first = hub.revision(MODEL)
+    with structlog.testing.capture_logs() as logs:
+        fetch(preset)
+    assert [it for it in logs if it["log_level"] == "warning"] == [
+        {"event": "no revision is pinned", "log_level": "warning", "repository": MODEL, "taken": first}
+    ]
+    assert json.loads((folder / LOCK).read_bytes())["revision"] == first
+    assert check(preset, tmp_path) == []
+    hub.publish(MODEL, {**hub.files(MODEL), CONFIG: b"{}"})
+    assert fetch(preset) == 0
+    (folder / CONFIG).unlink()
+    with pytest.raises(WeightsError, match=r"not there \(404\)"):
+        fetch(preset)
+
+
+# Refused
+
+
+def test_non_commercial(hub, fetch):
+    """Not without saying so."""
+    preset = preset_at(hub, commercial_use=False, license="CC BY-NC-SA 4.0")
+    with pytest.raises(WeightsError, match=rf"{MODEL} is for non-commercial use only \(CC BY-NC-SA 4\.0\)"):
+        fetch(preset)
+    assert hub.requests == []
+    assert fetch(preset, accept_non_commercial=True) == 6
+
+
+@pytest.mark.parametrize("status,said", [(401, "refused"), (403, "refused"), (404, "not there"), (400, "not there")])
+@pytest.mark.parametrize("about", [MODEL, VAE, CONFIG])
+def test_refusals(hub, fetch, about, status, said):
+    """Gated, private, misspelled: at once, since asking again does not help, and in one line."""
+    hub.go_wrong(about, Fault(status=status, headers={"X-Error-Message": "a\tb"}, body=b"<html>"))
+    what = f"{MODEL} at {hub.revision(MODEL)}" if about == MODEL else f"{MODEL}: {about}"
+    with pytest.raises(WeightsError, match=rf"^{what}: {said} \({status}\).*$"):
+        fetch()
+    assert len(hub.asked(about)) == 1
+
+
+def test_names_that_the_hub_does_not_know(hub, whole, fetch):
+    """A repository, a revision, a folder, a file."""
+    with pytest.raises(WeightsError, match=r"wan/other at [0-9a-f]+: refused \(401\)"):
+        fetch(preset_at(hub, name="wan/other"))
+    with pytest.raises(WeightsError, match=r"wan/model at 0+: not there \(404\)"):
+        fetch(preset_at(hub, revision="0" * 40))
+    part = replace(whole.components["vae"], path="vae_2")
+    with pytest.raises(WeightsError, match=rf"{MODEL} has no vae_2 at revision {hub.revision(MODEL)}"):
+        fetch(replace(whole, components={**whole.components, "vae": part}))
+    with pytest.raises(WeightsError, match=rf"{LORAS} has no other\.safetensors at revision"):
+        fetch(replace(whole, loras=(replace(whole.loras[0], path="other.safetensors"),)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>Sign in to the hotel</html>",
+        b"[]",
+        b"{}",
+        b'{"sha": "main", "siblings": []}',
+        b'{"sha": "%s", "siblings": [{"rfilename": "vae/config.json"}]}' % (b"a" * 40),
+        b'{"sha": "%s", "siblings": [{"rfilename": "a.json", "size": 1, "blobId": "../../x"}]}' % (b"a" * 40),
+    ],
+)
+def test_what_is_no_hub(hub, fetch, body):
+    """A captive portal, or somebody who means no good: digests become names of files here."""
+    hub.go_wrong(MODEL, Fault(body=body))
+    with pytest.raises(WeightsError, match=r"127\.0\.0\.1 does not answer as a hub about wan/model"):
+        fetch()
+
+
+def test_a_path_that_leads_out(hub, tmp_path):
+    """Of a folder that only we write to."""
+    hub.publish(MODEL, {**hub.files(MODEL), "vae/../../../evil.json": b"{}"})
+    weights.fetch(preset_at(hub), tmp_path / "weights", endpoint=hub.url)
+    assert not list(tmp_path.rglob("evil.json"))
+    assert not any("evil" in it.path for it in hub.requests)
+
+
+@pytest.mark.parametrize("endpoint", ["", "nowhere", "ftp://h", "http://[::1", "http://h:port"])
+def test_what_is_no_address(fetch, endpoint):
+    """In one line."""
+    with pytest.raises(WeightsError, match=r"is not a URL|could not be reached"):
+        fetch(endpoint=endpoint or "://")
+
+
+def test_the_token_is_for_the_hub_alone(hub, fetch, caplog):
+    """The CDN has the credential of the redirect; errors and logs have neither."""
+    fetch(token=TOKEN)
+    assert {it.authorization for it in hub.requests if not it.of_cdn} == {f"Bearer {TOKEN}"}
+    assert {it.authorization for it in hub.requests if it.of_cdn} == {None}
+    assert TOKEN not in caplog.text
+
+
+def test_no_error_shows_a_credential(hub, fetch, tmp_path):
+    """Not even those of a token with a line feed, which httpx would print."""
+    hub.go_wrong(VAE, *[Fault(status=503)] * 3, Fault(status=403), *[Fault(cut_after=0)] * 3)
+    for _ in range(3):
+        with pytest.raises(WeightsError) as caught:
+            fetch(token=TOKEN)
+        assert not {TOKEN, "Signature", "credential"} & set(str(caught.value).replace("=", " ").split())
+    for token in (f"{TOKEN}\n", f"{TOKEN}ß"):
+        with pytest.raises(WeightsError, match="characters that no token has") as caught:
+            fetch(folder=tmp_path / "other", token=token)
+        assert TOKEN not in str(caught.value)
+
+
+# The machine
+
+
+@contextmanager
+def small_disk(folder: Path, size: str):
+    """A filesystem of its own, of so many bytes. Skips where mounting is not allowed."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small disk takes the right to mount one: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_too_little_room_is_known_beforehand(hub, fetch, tmp_path):
+    """Before the first byte; what has arrived is not counted twice."""
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        with pytest.raises(DiskFull, match=rf"GB are to come and 0\.001.* GB are free in {disk}: free some"):
+            fetch(folder=disk)
+        assert not any("/resolve/" in it.path for it in hub.requests)
+
+
+@pytest.mark.parametrize("step", ["download", "convert"])
+def test_a_disk_that_fills_up(fetch, preset, tmp_path, step):
+    """By somebody else, half-way: what arrived is kept, and with room it goes on."""
+    with small_disk(tmp_path / "disk", "30m") as disk:
+        filler = tmp_path / "disk" / "filler"
+
+        def fill(progress) -> None:
+            if (progress.path, progress.step) == (SHARD, step) and not filler.exists():
+                with filler.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - 4096)
+
+        with pytest.raises(DiskFull, match=r"no room is left in .* run the same command again"):
+            fetch(folder=disk, sink=fill)
+        filler.unlink()
+        fetch(folder=disk)
+        assert check(preset, disk) == []
+
+
+def test_a_folder_that_cannot_be(fetch, preset, tmp_path):
+    """One line that names it."""
+    (tmp_path / "file").touch()
+    for call in (fetch, check, require):
+        with pytest.raises(WeightsError, match="file"):
+            call(preset, tmp_path / "file") if call is not fetch else fetch(folder=tmp_path / "file")
+
+
+def test_torch_is_not_imported():
+    """An engine's start reads ahead while torch is imported; and a machine without it can check."""
+    program = f"""
+import sys
+from pathlib import Path
+for name in ("torch", "safetensors", "huggingface_hub", "diffusers"): sys.modules[name] = None
+from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.weights import check, fetch, read_ahead, require, weight_files
+where = Path({str(tiny_weights())!r})
+require(PRESETS["tiny"], where)
+read_ahead(weight_files(PRESETS["tiny"], where)).join()
+assert len(check(PRESETS["a14b-fast"], where)) > 2
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=ROOT, timeout=60)
+
+
+def test_saving_as_bf16_takes_torch(hub, fetch, monkeypatch):
+    """Known before the first byte of a hundred gigabytes."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(WeightsError, match=r"takes torch: pip install 'serverless-i2v\[wan\]'"):
+        fetch()
+    assert not any("/resolve/" in it.path for it in hub.requests)
+
+
+def test_reading_ahead_is_only_a_hint(tmp_path):
+    """It waits for nothing and complains of nothing."""
+    (tmp_path / "there").write_bytes(bytes(10))
+    thread = read_ahead([tmp_path / "missing", tmp_path, tmp_path / "there"])
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+# The hub of these tests
+
+
+def test_the_hub_is_one_to_its_own_client(hub, tmp_path):
+    """huggingface_hub lists and downloads from it: what it takes for an answer, these tests may, too."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.url, token=False)
+    info = api.model_info(MODEL, revision=hub.revision(MODEL), files_metadata=True)
+    assert info.sha == hub.revision(MODEL)
+    listed = {it.rfilename: it.lfs.sha256 if it.lfs else it.blob_id for it in info.siblings}
+    assert listed[SHARD] == sha256(hub.files(MODEL)[SHARD])
+    assert listed[CONFIG] == git_sha1(hub.files(MODEL)[CONFIG])
+    for path in (SHARD, CONFIG):
+        got = api.hf_hub_download(MODEL, path, revision=info.sha, local_dir=tmp_path / "got")
+        assert Path(got).read_bytes() == hub.files(MODEL)[path]
