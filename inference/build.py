@@ -3,15 +3,17 @@
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 
-from inference.engines.base import Engine
+from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
+from inference.engines.wan import weights
+from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
 from inference.keeper import Policy
 from inference.progress import Sink
@@ -21,7 +23,7 @@ from inference.runner import Runner
 from inference.scratch import sweep
 from inference.settings import Settings
 from inference.storage import Storage
-from inference.task import Lease, Outcome
+from inference.task import GenerationRequest, Lease, Outcome
 from inference.worker import Worker
 
 if TYPE_CHECKING:
@@ -32,9 +34,83 @@ SIGNING_SECRET_CHARS = 64
 """Hexadecimal: 256 bits, as much as the HMAC-SHA256 it keys."""
 
 
-def build_engine(settings: Settings) -> Engine:
-    """The engine that `settings.engine` names."""
-    return {"preview": PreviewEngine}[settings.engine]()
+PREVIEW_NOTE = "a camera move over the photo, not a generation"
+
+
+def build_engine(settings: Settings, check: Callable[[], None] = lambda: None) -> Engine:
+    """The engine that `settings.engine` names, ready to generate: for one with a model, seconds to minutes.
+
+    `check` is called between the parts of a model, and what it raises ends the loading. Raises SettingsError, and
+    EngineLost or its WeightsError where this machine cannot run it.
+    """
+    return PreviewEngine() if settings.engine == "preview" else _build_wan(settings, check)
+
+
+async def load_engine(settings: Settings) -> Engine:
+    """The same from an event loop, which goes on meanwhile; stops loading where it is cancelled."""
+    job = Job()
+    return await run_in_thread(job, lambda: build_engine(settings, job.raise_if_cancelled))
+
+
+def refuse(settings: Settings, request: GenerationRequest) -> None:
+    """Raises InvalidRequest for what the engine of `settings` would refuse anyway, before it is loaded."""
+    if settings.engine == "wan":
+        PRESETS[settings.wan_preset].refuse(request)
+
+
+def engine_note(settings: Settings) -> str:
+    """The engine of `settings`, for people, and what to expect of it."""
+    if settings.engine == "preview":
+        return f"preview: {PREVIEW_NOTE}"
+    preset = PRESETS[settings.wan_preset]
+    return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
+
+
+def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
+    preset = PRESETS[settings.wan_preset]
+    if not preset.built_here:
+        weights.require(preset, settings.weights_dir)
+        weights.read_ahead(weights.weight_files(preset, settings.weights_dir))  # while torch takes seconds to import
+    build_weights(preset, settings.weights_dir)
+    with needing_extra("wan", "the Wan engine"):
+        from inference.engines.wan.engine import WanEngine  # noqa: PLC0415 - an extra
+        from inference.engines.wan.placement import Offload  # noqa: PLC0415
+        from inference.engines.wan.speed import Switches  # noqa: PLC0415
+    switches = Switches(
+        attention=settings.wan_attention,
+        compile="inductor" if settings.wan_compile else None,
+        fp8=settings.wan_fp8,
+        offload=None if settings.wan_offload == "auto" else Offload[settings.wan_offload.upper()],
+    )
+    return WanEngine.load(preset, settings.weights_dir, switches=switches, area_px=settings.wan_area_px, check=check)
+
+
+def build_weights(preset: Preset, weights_dir: Path) -> None:
+    """Makes the weights of a preset that is built here and not there yet. Raises SettingsError, DiskFull."""
+    if not preset.built_here or weights.folder_of(weights_dir, preset.repositories[0]).is_dir():
+        return
+    with needing_extra("wan", "the Wan engine"):
+        from inference.engines.wan import tiny  # noqa: PLC0415 - an extra
+    try:
+        tiny.build(preset.name, weights_dir)
+    except OSError as error:
+        raise DiskFull(f"I2V_WEIGHTS_DIR: {weights_dir} cannot be written: {error.strerror or error}") from None
+
+
+def describe_gpu() -> tuple[str, float] | None:
+    """Name and memory in GB of the GPU that the Wan engine would take; None without one. Raises SettingsError."""
+    with needing_extra("wan", "the Wan engine"):
+        from inference.engines.wan.placement import describe_gpu as describe  # noqa: PLC0415 - an extra
+    return describe()
+
+
+@contextmanager
+def needing_extra(extra: str, what: str) -> Iterator[None]:
+    """Says what to install where an import in the block fails. Raises SettingsError."""
+    try:
+        yield
+    except ImportError as error:
+        raise SettingsError(f"{what} needs an extra: pip install 'serverless-i2v[{extra}]' ({error})") from None
 
 
 @asynccontextmanager
@@ -101,12 +177,8 @@ def build_worker(
 
 def build_server_config(settings: Settings) -> "ServerConfig":
     """What the embedded queue server is told. Makes its folder. Raises SettingsError, DiskFull."""
-    try:
-        from inference.server.config import ServerConfig  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise SettingsError(
-            f"the queue server needs an extra: pip install 'serverless-i2v[server]' ({error})"
-        ) from None
+    with needing_extra("server", "the queue server"):
+        from inference.server.config import ServerConfig  # noqa: PLC0415
     data_dir = settings.data_dir.absolute()
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

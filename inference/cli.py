@@ -19,7 +19,15 @@ from rich.markup import escape
 
 from inference import doctor as doctor_module
 from inference import logs, process, terminal
-from inference.build import build_engine, build_server_config, build_worker, open_queue
+from inference.build import (
+    build_server_config,
+    build_worker,
+    engine_note,
+    load_engine,
+    open_queue,
+    refuse,
+)
+from inference.cli_weights import app as weights_app
 from inference.client import QueueClient
 from inference.engines.base import Job
 from inference.errors import (
@@ -52,7 +60,6 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step,
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
 BEAT_AT_HOME_S = 2.0
-PREVIEW_NOTE = "a camera move over the photo, not a generation"
 
 
 @app.command(epilog='Example: `i2v demo holiday.jpg --prompt "pan left"`')
@@ -83,11 +90,11 @@ def demo(
 async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, output: Path) -> None:
     outcomes: list[Outcome] = []
     async with _serving(settings) as here, _client(here) as client, open_queue(here) as queue:
-        terminal.say(f"A queue is open at {here.api_url}. The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
+        terminal.say(f"A queue is open at {here.api_url}. The engine is {engine_note(here)}.")
         [task] = await client.submit(photo, prompt, seconds=seconds)
         terminal.say(f"  submitted  {escape(photo.name)}, “{escape(prompt)}”, {seconds:g} s → task {task['id']}")
         with terminal.bar("working") as sink:
-            engine = build_engine(here)
+            engine = await load_engine(here)
             await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(once=True)
         [outcome] = outcomes
         if outcome.video is None:
@@ -162,7 +169,7 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         return _log_stages(lease)
 
     async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
-        engine = build_engine(settings)
+        engine = await load_engine(settings)  # before a task is taken: nobody else should wait for these weights
         worker = build_worker(settings, queue, engine, sink=sink)
         log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
@@ -244,30 +251,40 @@ def render(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
     seconds: Seconds = 5,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.", min=0)] = None,
-    engine: Annotated[Literal["preview"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    engine: Annotated[Literal["preview", "wan"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of the Wan engine, instead of I2V_WAN_PRESET.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What should not be seen, where the preset can do that.")] = None,
+    last: Annotated[
+        Path | None, typer.Option(help="A photo to end on, where the preset can do that.", exists=True, dir_okay=False)
+    ] = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """One photo, no queue: straight through the engine into a file."""
     _check_mp4(output)
-    settings = _start("warning", verbose=verbose, engine=engine)
+    settings = _start("warning", verbose=verbose, engine=engine, wan_preset=preset)
     try:
-        request = GenerationRequest(prompt=prompt, duration_s=seconds, seed=seed)
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed, last_photo=last
+        )
     except ValidationError as error:
         raise InvalidRequest(explain(error)) from None
+    refuse(settings, request)
 
     async def main() -> None:
-        chosen = build_engine(settings)
-        if chosen.name == "preview":
-            terminal.say(f"The engine is [bold]preview[/bold]: {PREVIEW_NOTE}.")
+        terminal.say(f"The engine is {engine_note(settings)}.")
+        started = anyio.current_time()
+        chosen = await load_engine(settings)
+        loaded_s = anyio.current_time() - started
         # Beside the output, on the same filesystem: the finished file appears whole or not at all.
         with _temporary_folder(".i2v-", output.absolute().parent) as folder, terminal.bar("rendering") as sink:
             tracker = ProgressTracker(chosen.stages, sink)
             video = await chosen.generate(request, photo, Path(folder), Job(tracker))
             video.path.replace(output)
             tracker.finish()
-        terminal.say(f"  {terminal.describe(video)}")
-        terminal.say(f"  time  {terminal.times(tracker.stage_seconds())}")
+        seed_used = "" if video.seed is None else f" · seed {video.seed}"
+        terminal.say(f"  {terminal.describe(video)}{seed_used}")
+        terminal.say(f"  time  {terminal.times({'load': loaded_s} | tracker.stage_seconds())}")
         terminal.out.print(output.absolute())
 
     process.run(main)
@@ -305,6 +322,9 @@ def tasks(
             terminal.say("No tasks.")
 
     process.run(main)
+
+
+app.add_typer(weights_app)
 
 
 @app.command(epilog="Example: `i2v doctor --url https://app.example.com`")

@@ -13,7 +13,9 @@ import anyio.to_thread
 import imageio_ffmpeg
 import numpy as np
 
-from inference.build import build_engine, open_queue
+from inference.build import describe_gpu, engine_note, open_queue
+from inference.engines.wan import weights
+from inference.engines.wan.presets import PRESETS
 from inference.errors import I2VError
 from inference.media.video import VideoWriter, probe
 from inference.settings import Settings
@@ -22,12 +24,15 @@ ROOM_BYTES = 1_000_000_000
 """Room for the temporary files of a few tasks: photos up to 50 MB, videos far smaller."""
 
 
+Verdict = Literal["ok", "FAIL", "skip"]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What one check found."""
 
     name: str
-    verdict: Literal["ok", "FAIL", "skip"]
+    verdict: Verdict
     text: str
 
 
@@ -40,14 +45,48 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)
     else:
-        yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {build_engine(settings).name}")
+        yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
+        if settings.engine == "wan":
+            yield await anyio.to_thread.run_sync(_weights, settings)
+            yield await anyio.to_thread.run_sync(_gpu, settings)
     yield await anyio.to_thread.run_sync(_ffmpeg)
     yield await anyio.to_thread.run_sync(_disk, settings.temp_dir if settings else None)
     yield await _queue(settings)
-    for package, extra, use in (("fastapi", "server", "the embedded queue"), ("pillow_heif", "heic", "HEIC photos")):
+    for package, extra, use in (
+        ("fastapi", "server", "the embedded queue"),
+        ("pillow_heif", "heic", "HEIC photos"),
+        ("diffusers", "wan", "the Wan engine"),
+    ):
         here = find_spec(package) is not None
         text = use if here else f"{use} need it: pip install 'serverless-i2v[{extra}]'"
         yield Finding(f"extra {extra}", "ok" if here else "skip", text)
+
+
+def _weights(settings: Settings) -> Finding:
+    preset = PRESETS[settings.wan_preset]
+    try:
+        if not preset.built_here:
+            weights.require(preset, settings.weights_dir)
+    except I2VError as error:
+        return Finding("weights", "FAIL", str(error))
+    text = "built when first used" if preset.built_here else "all there; `i2v weights check` reads them through"
+    return Finding("weights", "ok", f"{preset.name}: {text}")
+
+
+def _gpu(settings: Settings) -> Finding:
+    preset = PRESETS[settings.wan_preset]
+    try:
+        gpu = describe_gpu()
+    except I2VError as error:
+        return Finding("gpu", "FAIL", str(error))
+    if gpu is None:
+        verdict: Verdict = "ok" if preset.built_here else "FAIL"
+        return Finding("gpu", verdict, f"torch finds no CUDA device; {preset.name} is made for {preset.gpu_memory_gb} GB")
+    name, memory_gb = gpu
+    text = f"{name}, {memory_gb:.0f} GB"
+    if memory_gb < preset.gpu_memory_gb:
+        text += f"; {preset.name} is made for {preset.gpu_memory_gb} GB and will be slow: its weights come and go"
+    return Finding("gpu", "ok", text)
 
 
 def _ffmpeg() -> Finding:

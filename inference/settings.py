@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.queues.lifeisshort_wire import worker_api_url
 
@@ -65,8 +66,10 @@ class Settings(BaseSettings):
     )
 
     # The worker
-    engine: Literal["preview"] = _setting(
-        "preview", "I2V_ENGINE", about="What makes the videos. `preview`: a camera move over the photo, no model."
+    engine: Literal["preview", "wan"] = _setting(
+        "preview",
+        "I2V_ENGINE",
+        about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU.",
     )
     concurrency: Annotated[int, Field(ge=1, le=64)] = _setting(
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
@@ -90,6 +93,35 @@ class Settings(BaseSettings):
     log_dir: Path | None = _setting(None, "LOG_DIR", about="Folder for a log file besides the terminal. Default: none.")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "I2V_LOG_LEVEL", about="`debug`, `info`, `warning` or `error`."
+    )
+
+    # The Wan engine
+    wan_preset: str = _setting(
+        "a14b-fast", "I2V_WAN_PRESET", about=f"Model and schedule, one of {', '.join(f'`{name}`' for name in PRESETS)}."
+    )
+    weights_dir: Path = _setting(
+        Path("~/.cache/serverless-i2v"), "I2V_WEIGHTS_DIR", about="Folder of the weights; `i2v weights fetch` fills it."
+    )
+    hf_token: SecretStr | None = _setting(
+        None, "HF_TOKEN", about="Token of huggingface.co, for `i2v weights fetch`; public weights need none."
+    )
+    wan_area_px: Annotated[int, Field(ge=64 * 64)] | None = _setting(
+        None, "I2V_WAN_AREA", about="Largest width x height of a clip; 399360 is 480p. Default: the preset's, 720p."
+    )
+    wan_offload: Literal["auto", "none", "text", "models", "blocks"] = _setting(
+        "auto",
+        "I2V_WAN_OFFLOAD",
+        about="What visits the GPU instead of staying: `none`, the `text` encoder, all `models`, or `blocks` of them. "
+        "`auto` goes by its memory.",
+    )
+    wan_attention: str = _setting(
+        "auto", "I2V_WAN_ATTENTION", about="Attention backend of diffusers; `auto` takes the fastest installed."
+    )
+    wan_compile: bool = _setting(
+        False, "I2V_WAN_COMPILE", about="Compile the transformer: a slower start, then faster clips."
+    )
+    wan_fp8: bool = _setting(
+        False, "I2V_WAN_FP8", about="Keep the transformers in 8 bits, in half the memory. Needs the extra `fp8`."
     )
 
     # The embedded queue server
@@ -129,6 +161,18 @@ class Settings(BaseSettings):
         if not key.isascii() or not key.isprintable():
             raise ValueError("has to be printable ASCII")
         return value
+
+    @field_validator("wan_preset")
+    @classmethod
+    def _is_a_preset(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"there is no preset {value!r}; choose one of {', '.join(PRESETS)}")
+        return value
+
+    @field_validator("weights_dir")
+    @classmethod
+    def _of_a_person(cls, value: Path) -> Path:
+        return value.expanduser()
 
     @field_validator("worker_id", mode="before")
     @classmethod

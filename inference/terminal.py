@@ -1,15 +1,24 @@
 """What people see: progress bars, summaries, tables, error lines."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
+from inference.engines.wan.weights import FileProgress
 from inference.progress import Progress as Snapshot
 from inference.progress import Sink
 from inference.task import Video
@@ -61,6 +70,33 @@ def bar(label: str) -> Iterator[Sink]:
         def sink(snapshot: Snapshot) -> None:
             count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
             progress.update(task, completed=snapshot.fraction, stage=f"{snapshot.stage}{count}")
+
+        yield sink
+
+
+@contextmanager
+def files() -> Iterator[Callable[[FileProgress], None]]:
+    """A progress bar for the file at hand while the block runs; a line per file and step where nobody watches."""
+    last: tuple[str, str] | None = None
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=30),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("")
+
+        def sink(file: FileProgress) -> None:
+            nonlocal last
+            described = f"{file.number}/{file.count} {file.step} {file.path}"
+            if last != (file.path, file.step):
+                last = file.path, file.step
+                if not err.is_terminal:
+                    say(f"  {described} ({file.size_bytes / 1e6:.1f} MB)")
+                progress.reset(task, description=escape(described), total=file.size_bytes or None)
+            progress.update(task, completed=file.done_bytes)
 
         yield sink
 

@@ -11,7 +11,7 @@ an error still holds on to is let go before the error leaves.
 import secrets
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -88,11 +88,13 @@ class WanEngine:
         device: torch.device | None = None,
         switches: Switches | None = None,
         area_px: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Self:
         """Loads the weights of `preset`: seconds to minutes, on CUDA where there is one.
 
-        `area_px` is width x height of clips whose request does not say, the preset's own if None. Raises
-        WeightsError; EngineLost where the GPU is unusable or too small; SettingsError for a switch that cannot be.
+        `area_px` is width x height of clips whose request does not say, the preset's own if None. `check` is called
+        between components, and what it raises ends the loading. Raises WeightsError; EngineLost where the GPU is
+        unusable or too small; SettingsError for a switch that cannot be.
         """
         if area_px is not None and area_px > preset.max_area_px:
             raise SettingsError(
@@ -101,7 +103,7 @@ class WanEngine:
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         started = time.perf_counter()
         try:
-            models = load(preset, weights_dir, device, switches or Switches())
+            models = load(preset, weights_dir, device, switches or Switches(), check)
         except torch.OutOfMemoryError:
             raise EngineLost(
                 f"the GPU has no room for preset {preset.name}, which needs {preset.gpu_memory_gb} GB"

@@ -5,7 +5,7 @@ Nothing is fetched: a file that is not there is an error that names the command 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,14 @@ from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
 from inference.engines.wan.presets import ComponentName, Dtype, Preset
 from inference.engines.wan.speed import Switches
 from inference.engines.wan.text import PromptEncoder
-from inference.errors import WeightsError, one_line
+from inference.errors import I2VError, WeightsError, one_line
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 ROOM_TO_BREATHE = 0.95
 """Share of the free GPU memory that is counted on: the allocator's blocks never fit exactly."""
+
+MAX_REASON_CHARS = 300
 
 log = structlog.get_logger(__name__)
 
@@ -65,15 +67,19 @@ class Models:
         self.offload = offload
 
 
-def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Switches) -> Models:
+def load(
+    preset: Preset,
+    weights_dir: Path,
+    device: torch.device,
+    switches: Switches,
+    check: Callable[[], None] = lambda: None,
+) -> Models:
     """Loads `preset` from `weights_dir`. Takes seconds to minutes; each component's time is logged.
 
-    Raises WeightsError, SettingsError, and torch's OutOfMemoryError.
+    `check` is called before each component. Raises WeightsError, SettingsError, and torch's OutOfMemoryError.
     """
     weights.require(preset, weights_dir)
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()  # what they warn of, a tensor without weights, is an error here
+    quiet_libraries()
     folders = {
         name: weights.folder_of(weights_dir, part.repository) / part.path for name, part in preset.components.items()
     }
@@ -102,6 +108,7 @@ def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Swit
         peak_gb=round(sizes.peak(offload), 1),
         **({"free_gb": round(free_gb, 1)} if device.type == "cuda" else {}),
     )
+    check()
     with _loading("text_encoder"):
         text_encoder = _read(
             UMT5EncoderModel,
@@ -114,6 +121,7 @@ def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Swit
     for name in ("transformer", "transformer_2"):
         if name not in folders:
             continue
+        check()
         with _loading(name):
             model = _read(
                 WanTransformer3DModel,
@@ -149,6 +157,13 @@ def load(preset: Preset, weights_dir: Path, device: torch.device, switches: Swit
     return models
 
 
+def quiet_libraries() -> None:
+    """No bars and no warnings: what they warn of when loading, a tensor without weights, is an error here."""
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+
+
 def _read(kind: Any, folder: Path, device: torch.device, **dtype: torch.dtype) -> Any:
     """A model from local files, straight to `device`. Raises WeightsError where tensors are missing or unknown."""
     model, info = kind.from_pretrained(
@@ -156,7 +171,7 @@ def _read(kind: Any, folder: Path, device: torch.device, **dtype: torch.dtype) -
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise WeightsError(one_line(f"{folder} does not fit its config: {problem} {sorted(info[problem])}", 300))
+            raise WeightsError(one_line(f"{folder} does not fit its config: {problem} {sorted(info[problem])}", MAX_REASON_CHARS))
     return model.requires_grad_(False).eval()
 
 
@@ -186,8 +201,9 @@ def _loading(name: str) -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise WeightsError(one_line(f"{name} cannot be loaded: {error}", 300)) from error
+    except (I2VError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = "its files lack tensors that its config asks for" if "meta tensor" in str(error) else str(error)
+        raise WeightsError(one_line(f"{name} cannot be loaded: {why}", MAX_REASON_CHARS)) from error
     log.info("loaded", component=name, seconds=round(time.perf_counter() - started, 2))

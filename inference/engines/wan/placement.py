@@ -111,6 +111,14 @@ class Placed:
             log.info("offloaded", component=self.name, to="host memory, block by block")
 
 
+def describe_gpu() -> tuple[str, float] | None:
+    """Name and memory in GB of the CUDA device that is taken unless another is named."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return properties.name, properties.total_memory / GB
+
+
 def size_gb(model: torch.nn.Module) -> float:
     """Its parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers())) / GB

@@ -122,6 +122,11 @@ class Preset:
         return self.schedule.sigmas is not None
 
     @property
+    def built_here(self) -> bool:
+        """Its weights are made, not fetched."""
+        return all(repository.built_here for repository in self.repositories)
+
+    @property
     def takes_last_photo(self) -> bool:
         """Whether a last frame can be given beside the first: only where frames are conditioned by channels."""
         return not self.first_frame_is_clean

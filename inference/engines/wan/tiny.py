@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import UMT5Config, UMT5EncoderModel
 
+from inference.engines.wan.loading import quiet_libraries
+
 SEED = 22
 MAX_SHARD_SIZE = "600KB"  # so that the transformers come in several files with an index, as the real ones do
 LORA_RANK = 4
@@ -66,6 +68,7 @@ def build(name: str, weights_dir: Path) -> Path:
     make = {"tiny": _build_5b, "tiny-a14b": _build_a14b}.get(name)
     if make is None:
         raise ValueError(f"{name} is not built here, but fetched")
+    quiet_libraries()
     weights_dir.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=weights_dir))
     try:

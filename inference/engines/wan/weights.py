@@ -57,8 +57,12 @@ LOADABLE = (TENSORS, ".json", ".model", ".txt")
 KEPT_IN_FP32 = frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"})
 """Parts of the names of tensors that stay as published (diffusers, WanTransformer3DModel._keep_in_fp32_modules)."""
 
+READ_AHEAD_BYTES = 64 * 1024 * 1024
+"""A read. 2 GB from a cold disk beside a busy interpreter: 1.4 s, and 10.4 s by the MiB, since every return waits for
+the interpreter's lock. posix_fadvise(WILLNEED) takes in 8 MB of a file and no more; by the MiB it waits likewise."""
+
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-CHUNK_BYTES = 1024 * 1024
+CHUNK_BYTES = 1024 * 1024  # per read, where content is hashed
 MAX_MESSAGE_CHARS = 500
 
 log = structlog.get_logger(__name__)
@@ -70,7 +74,7 @@ class FileProgress:
 
     repository: str
     path: str  # in its repository
-    size_bytes: int
+    size_bytes: int  # as published; in a check, of what lies here
     number: int  # of this file, from 1
     count: int  # of the files of this call
     step: Literal["download", "verify", "convert"] = "download"
@@ -80,12 +84,14 @@ class FileProgress:
 Sink = Callable[[FileProgress], None]
 
 
+Digest = Annotated[str, Field(pattern="^([0-9a-f]{64}|[0-9a-f]{40})$")]
+"""The hub's name for content: of an LFS file its sha256, of any other git's sha1. Here it names files, too."""
+
+
 class Entry(BaseModel):
     """One file, as it was published and as it lies here."""
 
-    published_digest: Annotated[
-        str, Field(pattern="^([0-9a-f]{64}|[0-9a-f]{40})$")
-    ]  # sha256 of an LFS file, else git's
+    published_digest: Digest
     published_bytes: Annotated[int, Field(ge=0)]
     sha256: str | None = None  # None until it is here
     size_bytes: int | None = None
@@ -179,20 +185,19 @@ def weight_files(preset: Preset, weights_dir: Path) -> list[Path]:
 
 
 def read_ahead(paths: Iterable[Path]) -> threading.Thread:
-    """Has the operating system read files into its cache while something else goes on, such as importing torch.
+    """Has files read into the operating system's cache while something else goes on, such as importing torch.
 
-    A hint: it returns at once, raises nothing, and does nothing where there is no such call. The thread ends when all
-    has been asked for.
+    Returns at once and raises nothing; the thread ends with the last byte. Give it no more than fits into memory.
     """
 
-    def advise(paths: list[Path]) -> None:
+    def read(paths: list[Path]) -> None:
+        buffer = bytearray(READ_AHEAD_BYTES)
         for path in paths:
-            with suppress(OSError), path.open("rb") as file:
-                if sys.platform == "linux":
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError), path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
-    # On a thread, because the call waits while the disk has a full queue.
-    thread = threading.Thread(target=advise, args=(list(paths),), name="read-ahead", daemon=True)
+    thread = threading.Thread(target=read, args=(list(paths),), name="read-ahead", daemon=True)
     thread.start()
     return thread
 
@@ -244,7 +249,7 @@ def _problems(preset: Preset, weights_dir: Path, *, thorough: bool = False, sink
             if not path.is_file():
                 yield f"{path} is missing"
             elif not _is_whole(path, entry):
-                yield f"{path} is not as long as it should be"
+                yield f"{path} is not whole"
             elif thorough:
                 progress = FileProgress(lock.repository, name, entry.size_bytes or 0, number, len(entries))
                 if _sha256(path, _reporter(sink, progress)) != entry.sha256:
@@ -401,7 +406,7 @@ def _refuse_the_impossible(jobs: list[_Job], weights_dir: Path) -> None:
     if needed_bytes > free_bytes:
         raise DiskFull(
             f"{needed_bytes / 1e9:.3g} GB are to come and {free_bytes / 1e9:.3g} GB are free in {weights_dir}: "
-            "free some, or choose another folder"
+            "free some, or set I2V_WEIGHTS_DIR to another folder"
         )
 
 
@@ -541,7 +546,9 @@ class _Hub:
             if status in {408, 429} or status >= 500:
                 response.raise_for_status()
             if status in {401, 403}:
-                raise _error(f"{what}: refused ({status}); there is no such name, or it takes a token that may read it")
+                raise _error(
+                    f"{what}: refused ({status}); there is no such name, or HF_TOKEN has to be one that may read it"
+                )
             if status != 416 and not response.is_success:
                 raise _error(f"{what}: not there ({status}); correct the name or the revision in the preset")
             yield response

@@ -1,6 +1,8 @@
 """What the Wan tests share: the tiny checkpoints, built once, and engines over them."""
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -27,11 +29,11 @@ SMALL = GenerationRequest(prompt="slow push", duration_s=0.5, max_area_px=96 * 6
 @functools.cache
 def tiny_weights() -> Path:
     """A folder with both tiny checkpoints, for as long as this process."""
-    keep = tempfile.TemporaryDirectory(prefix="i2v-tiny-")
-    tiny_weights.keep = keep  # removed when the process ends
+    folder = Path(tempfile.mkdtemp(prefix="i2v-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in ("tiny", "tiny-a14b"):
-        tiny.build(name, Path(keep.name))
-    return Path(keep.name)
+        tiny.build(name, folder)
+    return folder
 
 
 @functools.cache

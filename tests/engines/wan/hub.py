@@ -113,9 +113,7 @@ class Hub:
             def answer(self) -> None:
                 hub._answer(self, of_cdn=of_cdn)
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        return server
+        return _Server(("127.0.0.1", 0), Handler)
 
     def _answer(self, handler: "_Handler", *, of_cdn: bool) -> None:
         path = unquote(urlsplit(handler.path).path)
@@ -165,6 +163,13 @@ class Hub:
             handler.send(206, headers, body[start:], fault)
         else:
             handler.send(200, headers, body, fault)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that break off are what the tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,0 +1,160 @@
+"""Loading: LoRAs in the weights, dtypes where they belong, damage told, switches that change nothing visible."""
+
+import shutil
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from inference.engines.base import Job
+from inference.engines.wan import speed
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.loading import load
+from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.speed import Switches
+from inference.errors import CancelRequested, SettingsError, WeightsError
+from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
+from tests.engines.wan.test_engine import frames_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def own_weights(tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(tiny_weights(), tmp_path / "weights")
+
+
+@pytest.mark.parametrize("expert, noise", [("transformer", "high"), ("transformer_2", "low")])
+def test_loras_are_in_the_weights(weights_dir, expert, noise):
+    """W + alpha/rank · up · down for each layer of each expert, and nothing of peft left on the model."""
+    models = load(PRESETS["tiny-a14b"], weights_dir, CPU, Switches())
+    fused = models.experts[expert == "transformer_2"]._model
+    plain = WanTransformer3DModel.from_pretrained(weights_dir / "tiny-a14b" / expert)
+    update = load_file(weights_dir / "tiny-a14b" / "loras" / f"{noise}_noise_model.safetensors")
+    names = {"attn1.to_q": "self_attn.q", "attn2.to_out.0": "cross_attn.o", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
+    for ours, theirs in names.items():
+        prefix = f"diffusion_model.blocks.1.{theirs}"
+        down, up, alpha = (update[f"{prefix}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+        before = plain.blocks[1].get_submodule(ours).weight
+        after = fused.blocks[1].get_submodule(ours).weight
+        assert torch.allclose(after, before + alpha / 4 * up @ down, atol=1e-6)
+        assert (after - before).abs().max() > 1e-3
+    assert not hasattr(fused, "peft_config")
+    assert not [name for name, _ in fused.named_modules() if "lora" in name]
+
+
+def test_each_component_has_its_dtype(weights_dir):
+    """bf16 transformer with fp32 norms and time embedding, fp32 encoder, bf16 decoder: as production loads them."""
+    preset = PRESETS["tiny-a14b"]
+    components = {name: replace(part, dtype="bf16") for name, part in preset.components.items()}
+    models = load(replace(preset, components=components), weights_dir, CPU, Switches())
+    for expert in models.experts:
+        dtypes = {name: parameter.dtype for name, parameter in expert._model.named_parameters()}
+        assert dtypes["blocks.0.ffn.net.2.weight"] == torch.bfloat16
+        assert dtypes["blocks.0.norm2.weight"] == torch.float32
+        assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    assert {p.dtype for p in models.vae.encoder.parameters()} == {torch.float32}
+    assert {p.dtype for p in models.vae.decoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in models.text_encoder._model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.anyio
+async def test_bf16_makes_a_clip_like_fp32(shape, weights_dir, photo, folder):
+    """The dtypes of production, on the CPU."""
+    preset = PRESETS[shape]
+    components = {name: replace(part, dtype="bf16") for name, part in preset.components.items()}
+    engine = WanEngine.load(replace(preset, components=components), weights_dir, device=CPU)
+    clip = frames_of(await engine.generate(SMALL, photo, folder, Job())).float()
+    exact = frames_of(await make_engine(shape).generate(SMALL, photo, folder, Job())).float()
+    assert (clip - exact).abs().mean() < 12  # of 255; x264 adds its own to noise
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "switches", [{"shared_timesteps": False}, {"plain_upsampling": False}, {"channels_last": True}], ids=str
+)
+async def test_switches_change_nothing_that_is_seen(switches, photo, folder):
+    """Each is another way to the same picture."""
+    clip = frames_of(await make_engine("tiny", **switches).generate(SMALL, photo, folder, Job())).float()
+    usual = frames_of(await make_engine("tiny").generate(SMALL, photo, folder, Job())).float()
+    assert (clip - usual).abs().mean() < 1
+
+
+@pytest.mark.anyio
+async def test_fp8_is_close(shape, photo, folder):
+    """Half the memory for the blocks, embeddings and output as they were."""
+    engine = make_engine(shape, fp8=True)
+    block = engine._models.experts[0]._model.blocks[0]
+    assert type(block.ffn.net[2].weight).__name__ == "Float8Tensor"
+    assert type(engine._models.experts[0]._model.proj_out.weight) is torch.nn.Parameter
+    video = await engine.generate(SMALL, photo, folder, Job())
+    usual = await make_engine(shape).generate(SMALL, photo, folder, Job())
+    assert video.frames == usual.frames
+
+
+def test_attention_is_chosen_from_what_is_there():
+    """Torch's own on the CPU; what is asked for by name is taken at its word, or told by the name of its setting."""
+    assert speed.choose_attention("auto", CPU) == "native"
+    assert speed.choose_attention("_flash_3", CPU) == "_flash_3"
+    with pytest.raises(SettingsError, match="I2V_WAN_ATTENTION"):
+        make_engine("tiny", attention="nonsense")
+    with pytest.raises(SettingsError, match="I2V_WAN_ATTENTION"):
+        make_engine("tiny", attention="_flash_3")
+
+
+@pytest.mark.parametrize(
+    "file, damage, said",
+    [
+        ("vae/config.json", lambda path: path.write_text("{"), "vae"),
+        ("vae/diffusion_pytorch_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:5000]), "vae"),
+        ("text_encoder/model.safetensors", lambda path: path.write_bytes(b"x" * 100), "text_encoder"),
+        ("transformer/config.json", lambda path: path.write_text(path.read_text().replace("256", "128")), "transformer"),
+        ("tokenizer/tokenizer.json", lambda path: path.write_text("[]"), "tokenizer"),
+    ],
+)
+def test_damage_is_told_by_its_component(own_weights, file, damage, said):
+    """Cut short, garbled: a WeightsError of one line."""
+    damage(own_weights / "tiny" / file)
+    with pytest.raises(WeightsError, match=said) as caught:
+        load(PRESETS["tiny"], own_weights, CPU, Switches())
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_tensors_are_an_error(own_weights):
+    """Not a warning and whatever the memory held in their place."""
+    path = own_weights / "tiny" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors[sorted(tensors)[3]]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="vae .*lack tensors"):
+        load(PRESETS["tiny"], own_weights, CPU, Switches())
+
+
+def test_a_missing_file_names_the_step_that_makes_it(own_weights):
+    """So that whoever built the image knows what it lacks."""
+    (own_weights / "tiny" / "vae" / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"config.json is missing.*i2v weights fetch tiny"):
+        load(PRESETS["tiny"], own_weights, CPU, Switches())
+
+
+def test_loading_can_be_stopped(weights_dir):
+    """Between components: nobody waits a minute for Ctrl-C."""
+    job = Job()
+    job.cancel(CancelRequested("stop"))
+    with pytest.raises(CancelRequested):
+        WanEngine.load(PRESETS["tiny"], weights_dir, device=CPU, check=job.raise_if_cancelled)
+
+
+def test_nothing_is_asked_of_the_network(shape, weights_dir, monkeypatch):
+    """Loading, with every connection refused at the socket and the hub not told to be offline."""
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    load(PRESETS[shape], weights_dir, CPU, Switches())
