@@ -80,8 +80,8 @@ def _gpu(settings: Settings) -> Finding:
     except I2VError as error:
         return Finding("gpu", "FAIL", str(error))
     if gpu is None:
-        verdict: Verdict = "ok" if preset.built_here else "FAIL"
-        return Finding("gpu", verdict, f"torch finds no CUDA device; {preset.name} is made for {preset.gpu_memory_gb} GB")
+        text = f"torch finds no CUDA device; {preset.name} is made for {preset.gpu_memory_gb} GB"
+        return Finding("gpu", "FAIL", text) if not preset.built_here else Finding("gpu", "ok", "none, none needed")
     name, memory_gb = gpu
     text = f"{name}, {memory_gb:.0f} GB"
     if memory_gb < preset.gpu_memory_gb:

@@ -31,7 +31,7 @@
         ├── EngineFailed      R  this attempt failed
         ├── EngineHung           no end within the hard limit of an attempt
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
-            └── WeightsError  H  weights are missing, damaged or not what was pinned; names the step that puts them there
+            └── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
 
 R  another try here can help (`retryable`).
 H  the machine is at fault, not the task: hand the lease back instead of failing the task (`hand_back`).

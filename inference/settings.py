@@ -121,7 +121,7 @@ class Settings(BaseSettings):
         False, "I2V_WAN_COMPILE", about="Compile the transformer: a slower start, then faster clips."
     )
     wan_fp8: bool = _setting(
-        False, "I2V_WAN_FP8", about="Keep the transformers in 8 bits, in half the memory. Needs the extra `fp8`."
+        False, "I2V_WAN_FP8", about="Keep the transformers in 8 bits: half the memory, a little less exact."
     )
 
     # The embedded queue server

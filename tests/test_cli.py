@@ -359,7 +359,9 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home):
     ran = home.i2v("doctor", "--url", site.url, WORKER_API_KEY=KEY)
     assert (ran.exit_code, ran.err) == (0, "")
     verdicts = {line[6:18].strip(): line[:4].strip() for line in ran.out.splitlines()}
-    assert verdicts == dict.fromkeys(["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic"], "ok")
+    assert verdicts == dict.fromkeys(
+        ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan"], "ok"
+    )
     ran = home.i2v("doctor", "--url", site.url, WORKER_API_KEY="another-key")
     assert ran.exit_code == 1
     assert "FAIL  queue" in ran.out

@@ -28,6 +28,7 @@ async def test_a_sound_machine_without_a_queue():
         "queue": "skip",
         "extra server": "ok",
         "extra heic": "ok",
+        "extra wan": "ok",
     }
     assert "h264" in found["ffmpeg"].text
 

@@ -175,7 +175,8 @@ class PreviewEngine:
             raise InvalidRequest(
                 f"duration_s is {request.duration_s:g}; a preview lasts {MIN_DURATION_S:g} to {MAX_DURATION_S:g} s"
             )
-        ignored = request.model_dump(include={"seed", "steps", "guidance", "negative_prompt", "last_photo"}, exclude_none=True)
+        unused = {"seed", "steps", "guidance", "negative_prompt", "last_photo"}
+        ignored = request.model_dump(include=unused, exclude_none=True)
         if ignored:
             log.debug("a preview ignores these", **ignored)
         return await run_in_thread(job, lambda: self._make(request, photo, folder / "preview.mp4", job))

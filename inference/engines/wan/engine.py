@@ -251,18 +251,18 @@ class WanEngine:
         with ExitStack() as visit:
             here: dict[int, Any] = {}  # the expert in use: it stays from step to step
 
-            def forward(
-                expert: int, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
-            ) -> torch.Tensor:
+            def forward(expert: int, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
                 job.raise_if_cancelled()
                 if expert not in here:
                     here.clear()
                     visit.close()
                     here[expert] = visit.enter_context(models.experts[expert].on_device())
-                clean = preset.first_frame_is_clean
-                shown = torch.cat([condition, latents[:, :, 1:]] if clean else [latents, condition], dim=2 if clean else 1)
-                timestep = timestep.to(models.device)
-                return call(here[expert], shown.to(models.dtype), timestep, text, clean=clean)
+                if preset.first_frame_is_clean:
+                    shown = torch.cat([condition, latents[:, :, 1:]], dim=2)
+                else:
+                    shown = torch.cat([latents, condition], dim=1)
+                timestep, shown = timestep.to(models.device), shown.to(models.dtype)
+                return call(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
 
             def on_step(done: int) -> None:
                 job.report("denoise", done, plan.steps)
@@ -330,7 +330,7 @@ def _start_copy(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | N
         return chunk, None
     host = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True)
     host.copy_(chunk, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
     return host, copied
 

@@ -28,6 +28,9 @@ from inference.errors import I2VError, WeightsError, one_line
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+EXPERTS: tuple[ComponentName, ...] = ("transformer", "transformer_2")
+LAYERS = 30  # of the 5B; the A14B's 40 make smaller shares of larger files
+
 ROOM_TO_BREATHE = 0.95
 """Share of the free GPU memory that is counted on: the allocator's blocks never fit exactly."""
 
@@ -87,17 +90,17 @@ def load(
     free_gb = torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE if device.type == "cuda" else float("inf")
     host = torch.device("cpu")
 
-    def dtype_of(name: ComponentName) -> torch.dtype:
-        return DTYPES[preset.components[name].dtype]
+    def read(name: ComponentName, kind: Any, dtype: torch.dtype, where: torch.device) -> Any:
+        check()
+        with _loading(name):
+            model = _read(kind, folders[name], where, dtype)
+            for lora in preset.loras:
+                if lora.expert == name:
+                    fuse(model, weights.folder_of(weights_dir, lora.repository) / lora.path, lora.scale)
+        return model
 
-    with _loading("vae"):
-        vae = _read(AutoencoderKLWan, folders["vae"], device)
-        for part in (vae.decoder, vae.post_quant_conv):
-            part.to(dtype_of("vae"))
-        if switches.plain_upsampling:
-            speed.plain_upsampling(vae)
-        if switches.channels_last:
-            speed.channels_last(vae)
+    vae = read("vae", AutoencoderKLWan, torch.float32, device)
+    prepare_vae(vae, preset, switches)
     sizes = _sizes(preset, folders, vae_gb=size_gb(vae), fp8=switches.fp8)
     offload = placement.choose(sizes, free_gb) if switches.offload is None else switches.offload
     log.info(
@@ -108,53 +111,66 @@ def load(
         peak_gb=round(sizes.peak(offload), 1),
         **({"free_gb": round(free_gb, 1)} if device.type == "cuda" else {}),
     )
-    check()
-    with _loading("text_encoder"):
-        text_encoder = _read(
-            UMT5EncoderModel,
-            folders["text_encoder"],
-            host if offload >= Offload.TEXT else device,
-            dtype=dtype_of("text_encoder"),
-        )
+    where = host if offload >= Offload.TEXT else device
+    text_encoder = read("text_encoder", UMT5EncoderModel, dtype_of(preset, "text_encoder"), where)
+    where = host if offload >= Offload.MODELS else device
+    experts: dict[str, WanTransformer3DModel] = {}
+    for name in EXPERTS:
+        if name in folders:
+            experts[name] = read(name, WanTransformer3DModel, dtype_of(preset, name), where)
+            prepare_expert(experts[name], preset, switches, device)
+    models = assemble(preset, folders["tokenizer"], text_encoder, vae, experts, device)
+    models.place(offload)
+    return models
+
+
+def prepare_vae(vae: AutoencoderKLWan, preset: Preset, switches: Switches) -> None:
+    """Makes a VAE that was read in fp32 what the switches say; it goes on encoding in fp32."""
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.to(dtype_of(preset, "vae"))
+    if switches.plain_upsampling:
+        speed.plain_upsampling(vae)
+    if switches.channels_last:
+        speed.channels_last(vae)
+
+
+def prepare_expert(model: WanTransformer3DModel, preset: Preset, switches: Switches, device: torch.device) -> None:
+    """Makes a transformer what the switches say: 8 bits → attention → compile. Raises SettingsError."""
+    if switches.shared_timesteps and preset.first_frame_is_clean:
+        tokens.share_timesteps(model)
+    if switches.fp8:
+        speed.to_fp8(model)
     attention = speed.choose_attention(switches.attention, device)
-    experts = []
-    for name in ("transformer", "transformer_2"):
-        if name not in folders:
-            continue
-        check()
-        with _loading(name):
-            model = _read(
-                WanTransformer3DModel,
-                folders[name],
-                host if offload >= Offload.MODELS else device,
-                dtype=dtype_of(name),
-            )
-            for lora in preset.loras:
-                if lora.expert == name:
-                    fuse(model, weights.folder_of(weights_dir, lora.repository) / lora.path, lora.scale)
-            if switches.shared_timesteps and preset.first_frame_is_clean:
-                tokens.share_timesteps(model)
-            if switches.fp8:
-                speed.to_fp8(model)
-            speed.set_attention(model, attention)
-            experts.append(Placed(name, model, device))
-    log.info("attention", backend=attention)
-    placed_text = Placed("text_encoder", text_encoder, device)
-    models = Models(
-        prompts=PromptEncoder(folders["tokenizer"], placed_text),
-        text_encoder=placed_text,
+    speed.set_attention(model, attention)
+    if switches.compile is not None:
+        speed.compile_blocks(model, switches.compile)
+    log.info("prepared", attention=attention, fp8=switches.fp8, compile=switches.compile)
+
+
+def assemble(
+    preset: Preset,
+    tokenizer_folder: Path,
+    text_encoder: UMT5EncoderModel,
+    vae: AutoencoderKLWan,
+    experts: dict[str, WanTransformer3DModel],
+    device: torch.device,
+) -> Models:
+    """Models that are read and prepared, as an engine takes them. Raises WeightsError for the tokenizer."""
+    placed = Placed("text_encoder", text_encoder, device)
+    return Models(
+        prompts=PromptEncoder(tokenizer_folder, placed),
+        text_encoder=placed,
         vae=vae,
-        experts=tuple(experts),
-        dtype=dtype_of("transformer"),
+        experts=tuple(Placed(name, model, device) for name, model in experts.items()),
+        dtype=dtype_of(preset, "transformer"),
         device=device,
         offload=Offload.NONE,
     )
-    models.place(offload)
-    if switches.compile is not None:
-        for expert in models.experts:
-            with expert.on_device() as model:
-                speed.compile_blocks(model, switches.compile)
-    return models
+
+
+def dtype_of(preset: Preset, name: ComponentName) -> torch.dtype:
+    """What a component of a preset computes in."""
+    return DTYPES[preset.components[name].dtype]
 
 
 def quiet_libraries() -> None:
@@ -164,14 +180,15 @@ def quiet_libraries() -> None:
         library.set_verbosity_error()
 
 
-def _read(kind: Any, folder: Path, device: torch.device, **dtype: torch.dtype) -> Any:
+def _read(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A model from local files, straight to `device`. Raises WeightsError where tensors are missing or unknown."""
     model, info = kind.from_pretrained(
-        folder, device_map={"": device}, local_files_only=True, output_loading_info=True, **dtype
+        folder, dtype=dtype, device_map={"": device}, local_files_only=True, output_loading_info=True
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
-            raise WeightsError(one_line(f"{folder} does not fit its config: {problem} {sorted(info[problem])}", MAX_REASON_CHARS))
+            names = sorted(info[problem])
+            raise WeightsError(one_line(f"{folder} does not fit its config: {problem} {names}", MAX_REASON_CHARS))
     return model.requires_grad_(False).eval()
 
 
@@ -190,9 +207,8 @@ def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, vae_gb: float,
     def gb(name: ComponentName) -> float:
         return sum(file.stat().st_size for file in folders[name].glob("*.safetensors")) / GB
 
-    transformers = tuple(gb(name) / (2 if fp8 else 1) for name in ("transformer", "transformer_2") if name in folders)
-    layers = 30  # 5B; the A14B's 40 make smaller shares of larger files
-    return Sizes(gb("text_encoder"), transformers, vae_gb, preset.working_gb, max(transformers) / layers)
+    transformers = tuple(gb(name) / (2 if fp8 else 1) for name in EXPERTS if name in folders)
+    return Sizes(gb("text_encoder"), transformers, vae_gb, preset.working_gb, max(transformers) / LAYERS)
 
 
 @contextmanager

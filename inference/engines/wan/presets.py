@@ -140,7 +140,7 @@ class Preset:
     @property
     def repositories(self) -> tuple[Repository, ...]:
         """Every repository it takes files from, each once."""
-        parts = (*self.components.values(), *self.loras)
+        parts: list[Component | Lora] = [*self.components.values(), *self.loras]
         return tuple(dict.fromkeys(part.repository for part in parts))
 
     def frames(self, duration_s: float) -> int:
@@ -164,9 +164,7 @@ class Preset:
                 f"max_area_px is {request.max_area_px}; preset {self.name} makes at most {self.max_area_px}"
             )
         if self.distilled and request.steps not in {None, self.schedule.steps}:
-            raise InvalidRequest(
-                f"steps is {request.steps}; preset {self.name} is distilled for {self.schedule.steps}"
-            )
+            raise InvalidRequest(f"steps is {request.steps}; preset {self.name} is distilled for {self.schedule.steps}")
         if self.distilled and request.guidance is not None and request.guidance > 1:
             raise InvalidRequest(
                 f"guidance is {request.guidance:g}; preset {self.name} is distilled to run without (at most 1)"
@@ -176,6 +174,7 @@ class Preset:
 _WAN_5B = Repository("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "b8fff7315c768468a5333511427288870b2e9635", "Apache-2.0")
 _WAN_A14B = Repository("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "596658fd9ca6b7b71d5057529bbf319ecbc61d74", "Apache-2.0")
 _LIGHTNING = Repository("lightx2v/Wan2.2-Lightning", "18bccf8884ec0a078eed79785eb4ef13ea16ce1e", "Apache-2.0")
+_SEKO = "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1"
 _FASTWAN = Repository(
     "FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", "3e187042a324f6f5fb68fd22110a78725253de8f", "Apache-2.0"
 )
@@ -255,9 +254,9 @@ _ALL = (
         name="a14b-fast",
         schedule=Schedule("euler", steps=4, shift=5.0, sigmas=(1.0, 0.75, 0.5, 0.25)),  # [lx2v]
         guidance=(1.0, 1.0),
-        loras=tuple(
-            Lora(_LIGHTNING, f"Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1/{noise}_noise_model.safetensors", expert)
-            for noise, expert in (("high", "transformer"), ("low", "transformer_2"))
+        loras=(
+            Lora(_LIGHTNING, f"{_SEKO}/high_noise_model.safetensors", "transformer"),
+            Lora(_LIGHTNING, f"{_SEKO}/low_noise_model.safetensors", "transformer_2"),
         ),
     ),
     _A14B_QUALITY,

@@ -6,6 +6,7 @@ The schedulers are diffusers'; what is ours is that a distilled model gets exact
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from inference.engines.wan.presets import Preset, Schedule
 TRAIN_TIMESTEPS = 1000
 """Timestep = sigma x 1000 (num_train_timesteps in wan/configs/shared_config.py)."""
 
-Scheduler = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
+Scheduler: TypeAlias = FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler
 
 Forward = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(expert, latents, timestep, text) → velocity: latents and velocity [1, z, T, h, w], timestep a scalar."""

@@ -177,5 +177,3 @@ def _save_index(folder: Path, *, experts: tuple[str, ...], **config: Any) -> Non
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-
-

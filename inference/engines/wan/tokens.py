@@ -43,7 +43,7 @@ class SharedTransformer(WanTransformer3DModel):
 
     _repeated_blocks: ClassVar[list[str]] = ["SharedBlock"]  # what `compile_repeated_blocks` looks for
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor]:
         """hidden_states [1, z, T, h, w] whose first frame is the photo's, timestep [1], text [1, 512, d]."""
@@ -64,10 +64,10 @@ class SharedTransformer(WanTransformer3DModel):
 class SharedBlock(WanTransformerBlock):
     """A block that takes its modulation as two rows: for the first `frame` tokens, and for all others."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, tokens: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, rotary: Any, frame: int
     ) -> torch.Tensor:
-        """tokens [1, N, d], text [1, 512, d], modulation [2, 6, d]."""
+        """Tokens [1, N, d], text [1, 512, d], modulation [2, 6, d]."""
         rows = (self.scale_shift_table + modulation.float()).chunk(6, dim=1)  # [2, 1, d] each
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
 
@@ -89,7 +89,7 @@ def modulate(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, fra
 
 
 def add_gated(tokens: torch.Tensor, update: torch.Tensor, gate: torch.Tensor, frame: int) -> torch.Tensor:
-    """tokens + update·gate, summed in fp32, row 0 of the gate for the first `frame` tokens."""
+    """Tokens + update·gate, summed in fp32, row 0 of the gate for the first `frame` tokens."""
     update = update.float()
     summed = torch.addcmul(tokens.float(), update, gate[1])
     summed[:, :frame] = torch.addcmul(tokens[:, :frame].float(), update[:, :frame], gate[0])

@@ -27,7 +27,7 @@ def encode(
     `first` and `last` are pictures [1, 3, 1, H, W] in -1..1; blank is 0, grey. `check` is called between chunks,
     and what it raises ends the work. Encoding is in fp32: the photo is all the model knows of the family.
     """
-    remembered = [None] * vae._cached_conv_counts["encoder"]  # noqa: SLF001 - counted once, when it was made
+    remembered: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["encoder"]  # noqa: SLF001 - counted once, when it was made
     blank = torch.zeros_like(first).expand(-1, -1, FRAME_STRIDE, -1, -1)
     chunks = [_encode_chunk(vae, first, remembered)]
     for start in range(1, frames, FRAME_STRIDE):
@@ -38,7 +38,8 @@ def encode(
         chunks.append(_encode_chunk(vae, chunk, remembered))
     moments = vae.quant_conv(torch.cat(chunks, dim=2))
     mean, std = _statistics(vae, moments)
-    return (moments[:, : vae.config.z_dim] - mean) / std  # the mode of the distribution: its mean
+    latents: torch.Tensor = (moments[:, : vae.config.z_dim] - mean) / std  # the mode of the distribution is its mean
+    return latents
 
 
 def _encode_chunk(vae: AutoencoderKLWan, pictures: torch.Tensor, remembered: list[torch.Tensor | None]) -> torch.Tensor:

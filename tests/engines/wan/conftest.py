@@ -45,9 +45,7 @@ def shared_models(name: str, device: str = "cpu"):
 def make_engine(name: str, **switches) -> WanEngine:
     """An engine over shared models; with switches, over models of its own."""
     if switches:
-        return WanEngine.load(
-            PRESETS[name], tiny_weights(), device=torch.device("cpu"), switches=Switches(**switches)
-        )
+        return WanEngine.load(PRESETS[name], tiny_weights(), device=torch.device("cpu"), switches=Switches(**switches))
     return WanEngine(PRESETS[name], shared_models(name))
 
 

@@ -157,7 +157,7 @@ class Hub:
         if asked and not fault.ignore_range:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
             if start >= len(body):
-                handler.send(416, {"Content-Range": f"bytes */{len(body)}"}, b"")
+                handler.send(416, {"Content-Range": f"bytes */{len(body)}"}, b"<html>no such range</html>")
                 return
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
             handler.send(206, headers, body[start:], fault)

@@ -34,7 +34,7 @@ def force_sigmas(scheduler, sigmas) -> None:
 
 
 def stock_pipeline(preset) -> WanImageToVideoPipeline:
-    """diffusers' own, from the same folder; LoRAs loaded and fused its way."""
+    """Diffusers' own, from the same folder; LoRAs loaded and fused its way."""
     pipeline = WanImageToVideoPipeline.from_pretrained(tiny_weights() / preset.name, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     for lora in preset.loras:
@@ -97,7 +97,9 @@ def our_latents(engine, request, photo, plan) -> torch.Tensor:
         return engine._denoise(plan, guide, condition, torch.Generator().manual_seed(plan.seed), job)
 
 
-@pytest.mark.parametrize("schedule, guidance", [(DMD, NONE), (EULER, NONE), (UNIPC, STRONG)], ids=["dmd", "euler", "unipc+cfg"])
+@pytest.mark.parametrize(
+    "schedule, guidance", [(DMD, NONE), (EULER, NONE), (UNIPC, STRONG)], ids=["dmd", "euler", "unipc+cfg"]
+)
 def test_latents_are_those_of_the_pipeline(shape, schedule, guidance, photo):
     """Both shapes, every solver, with guidance and without; Korean, entities and double spaces in the prompt."""
     preset = replace(PRESETS[shape], schedule=schedule, guidance=guidance)

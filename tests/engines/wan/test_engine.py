@@ -123,7 +123,9 @@ async def test_cancel_is_obeyed_at_each_step(shape, photo, folder):
             with pytest.raises(CancelRequested, match="enough"):
                 await engine.generate(SMALL, photo, folder, cancels.job)
             assert len(cancels.heard) <= at + 1
-            assert len(forwards) == (done if stage == "denoise" else 0 if stage == "encode" else engine.preset.schedule.steps)
+            assert len(forwards) == (
+                done if stage == "denoise" else 0 if stage == "encode" else engine.preset.schedule.steps
+            )
             assert list(folder.iterdir()) == []
     finally:
         for hook in hooks:
@@ -182,7 +184,7 @@ async def test_a_failure_at_any_stage_leaves_the_engine_as_new(shape, number, ph
 
 @pytest.mark.anyio
 async def test_a_killed_encoder_is_the_machines_fault(photo, folder):
-    """ffmpeg dies between two chunks: MachineFault, nothing left, and the next clip is fine."""
+    """Ffmpeg dies between two chunks: MachineFault, nothing left, and the next clip is fine."""
     engine = make_engine("tiny")
 
     def kill(*_):

@@ -136,5 +136,5 @@ class TestPromptEncoder:
     def test_a_damaged_tokenizer_is_a_weights_error(self, tmp_path):
         """Named by its path."""
         (tmp_path / "tokenizer.json").write_text("{")
-        with pytest.raises(WeightsError, match="tokenizer.json"):
+        with pytest.raises(WeightsError, match=r"tokenizer\.json"):
             PromptEncoder(tmp_path, None)

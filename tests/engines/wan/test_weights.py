@@ -393,10 +393,12 @@ def test_two_at_once(fetch):
 @pytest.mark.parametrize("path", [SHARD, VAE, CONFIG])
 def test_wrong_bytes(hub, fetch, preset, folder, path):
     """Once is repaired; twice is an error that names the file, and nothing is at its name."""
-    hub.go_wrong(path, *[Fault(garble=True)] * 3)
+    hub.go_wrong(path, *[Fault(garble=True)] * 2)
     with pytest.raises(WeightsError, match=f"{path} came twice with another content"):
         fetch()
     assert not (folder / path).exists()
+    assert [it.range for it in hub.asked(path)] == [None, None]
+    hub.go_wrong(path, Fault(garble=True))
     fetch()
     assert [it.range for it in hub.asked(path)] == [None] * 4
     assert check(preset, folder.parent) == []
@@ -406,7 +408,9 @@ def test_a_file_of_another_length(hub, fetch, preset, tmp_path):
     """Too long is cut off, too short ends with no such range: neither is kept, and neither fills the disk."""
     hub.go_wrong(VAE, Fault(body=bytes(5_000_000)))
     hub.go_wrong(CONFIG, Fault(body=b"{}"), Fault(body=b"{}"))
-    fetch()
+    seen = []
+    fetch(sink=seen.append)
+    assert max(it.done_bytes for it in seen if it.path == VAE) < 2_000_000
     assert [it.range for it in hub.asked(VAE)] == [None, None]
     assert [it.range for it in hub.asked(CONFIG)] == [None, "bytes=2-", None]
     assert check(preset, tmp_path) == []
@@ -546,9 +550,9 @@ def test_no_revision_is_pinned(hub, fetch, tmp_path, folder):
     assert check(preset, tmp_path) == []
     hub.publish(MODEL, {**hub.files(MODEL), CONFIG: b"{}"})
     assert fetch(preset) == 0
-    (folder / CONFIG).unlink()
-    with pytest.raises(WeightsError, match=r"not there \(404\)"):
-        fetch(preset)
+    more = replace(preset, components={**preset.components, "vae": replace(preset.components["vae"], path="tokenizer")})
+    with pytest.raises(WeightsError, match=rf"{MODEL} at {first}: not there \(404\)"):
+        fetch(more)
 
 
 # Refused
@@ -629,12 +633,15 @@ def test_the_token_is_for_the_hub_alone(hub, fetch, caplog):
 
 
 def test_no_error_shows_a_credential(hub, fetch, tmp_path):
-    """Not even those of a token with a line feed, which httpx would print."""
+    """Not of the token, not of a redirect; nor of a token with a line feed, which httpx would print."""
+    lost = Fault(status=302, headers={"Location": "http://cdn:port/?Signature=credential"})
     hub.go_wrong(VAE, *[Fault(status=503)] * 3, Fault(status=403), *[Fault(cut_after=0)] * 3)
-    for _ in range(3):
+    hub.go_wrong(CONFIG, *[lost] * 3)
+    for _ in range(4):
         with pytest.raises(WeightsError) as caught:
             fetch(token=TOKEN)
-        assert not {TOKEN, "Signature", "credential"} & set(str(caught.value).replace("=", " ").split())
+        assert TOKEN not in str(caught.value)
+        assert "credential" not in str(caught.value)
     for token in (f"{TOKEN}\n", f"{TOKEN}ß"):
         with pytest.raises(WeightsError, match="characters that no token has") as caught:
             fetch(folder=tmp_path / "other", token=token)
@@ -660,11 +667,25 @@ def small_disk(folder: Path, size: str):
 
 
 def test_too_little_room_is_known_beforehand(hub, fetch, tmp_path):
-    """Before the first byte; what has arrived is not counted twice."""
+    """Before the first byte."""
     with small_disk(tmp_path / "disk", "1m") as disk:
         with pytest.raises(DiskFull, match=rf"GB are to come and 0\.001.* GB are free in {disk}: free some"):
             fetch(folder=disk)
         assert not any("/resolve/" in it.path for it in hub.requests)
+
+
+def test_room_that_is_taken_already(hub, fetch, preset, tmp_path):
+    """By what has arrived: it is not asked for twice."""
+    vae = replace(preset, components={"vae": preset.components["vae"]})
+
+    def stop(progress) -> None:
+        if (progress.path, progress.step) == (VAE, "verify"):
+            raise KeyboardInterrupt
+
+    with small_disk(tmp_path / "disk", str(len(hub.files(MODEL)[VAE]) * 3 // 2)) as disk:
+        with pytest.raises(KeyboardInterrupt):
+            fetch(vae, folder=disk, sink=stop)
+        assert fetch(vae, folder=disk) == 1
 
 
 @pytest.mark.parametrize("step", ["download", "convert"])

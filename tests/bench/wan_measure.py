@@ -1,0 +1,301 @@
+"""How the Wan engine and stock diffusers are timed: by the same hooks, on the device's own clock, within a budget."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import anyio
+import torch
+from diffusers.utils import export_to_video, load_image
+from PIL import Image, ImageOps
+
+from inference.engines.base import Job
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.placement import GB
+from inference.engines.wan.presets import Preset
+from inference.engines.wan.speed import Switches
+from inference.errors import CancelRequested
+from inference.progress import Progress, ProgressTracker
+from inference.task import GenerationRequest
+from tests.bench.wan_models import Parts, Shape
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "The camera moves in slowly while grandmother turns, smiles and waves at whoever holds the picture, take"
+
+Until = Literal["latents", "mp4"]
+Run = Callable[[Preset], dict[str, Any]]
+Side = Callable[[], Run]  # brings the models into its form
+
+
+@dataclass
+class Budget:
+    """How long this may take."""
+
+    seconds: float
+    skipped: list[str] = field(default_factory=list)
+    _started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.seconds - (time.monotonic() - self._started)
+
+    def allows(self, what: str, seconds: float, *, share: float = 1.0) -> bool:
+        """Whether `share` of the time left is enough for it; says so where it is not."""
+        if seconds <= self.left() * share:
+            return True
+        self.skipped.append(f"{what}: about {seconds:.0f} s, and {max(self.left(), 0) * share:.0f} s to spend")
+        print(f"skipped: {self.skipped[-1]}", flush=True)
+        return False
+
+
+class Stopwatch:
+    """When what was reached, by the device's own clock: what is asked of a GPU returns before it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._marks: list[tuple[str, Any]] = []
+        self._begun = self._now()
+
+    def mark(self, label: str) -> None:
+        """Notes that everything asked for so far was done at some moment, without waiting for it."""
+        self._marks.append((label, self._now()))
+
+    @contextmanager
+    def watching(self, parts: Parts) -> Iterator[None]:
+        """Marks where stages begin and end, the same for both sides: both call the same modules."""
+        at = {
+            "text done": (parts.text_encoder._model.register_forward_hook,),
+            "image": (parts.vae.encoder.register_forward_pre_hook,),
+            "image done": (parts.vae.quant_conv.register_forward_hook,),
+            "forward": tuple(expert._model.register_forward_pre_hook for expert in parts.experts),
+            "decode": (parts.vae.post_quant_conv.register_forward_pre_hook,),
+            "decode done": (parts.vae.decoder.register_forward_hook,),
+        }
+        hooks = [add(lambda *_, label=label: self.mark(label)) for label, adds in at.items() for add in adds]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def stages(self, total_s: float) -> dict[str, Any]:
+        """Seconds of each stage. `other_s` is what lies between them; `mp4_s` what comes after the last frame."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        at: dict[str, list[float]] = {}
+        for label, mark in self._marks:
+            at.setdefault(label, []).append(
+                self._begun.elapsed_time(mark) / 1000 if self._on_gpu else mark - self._begun
+            )
+        begun, decode = at["begin"][0], at.get("decode", at.get("denoised"))[0]
+        forwards = [*at["forward"], at.get("denoised", [decode])[0]]
+        steps = [after - before for before, after in zip(forwards, forwards[1:], strict=False)]
+        seconds = {
+            "text_s": at.get("text done", [begun])[-1] - begun,
+            "image_s": at["image done"][-1] - at["image"][0],
+            "latents_s": decode,
+            "steps_s": steps,
+            "denoise_s": sum(steps),
+        }
+        if "decode done" in at:
+            decoded = at["decode done"][-1]
+            named = seconds["text_s"] + seconds["image_s"] + sum(steps)
+            seconds |= {"decode_s": decoded - decode, "mp4_s": total_s - decoded, "total_s": total_s}
+            seconds["other_s"] = decode - named
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Peak:
+    """The most memory from here on: on CUDA of the device's, as tensors; else of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):  # without it: since the process began
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def gb(self) -> float:
+        """In GB."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / GB
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / GB
+
+
+class Subject:
+    """A shape on a device, with a photo of its format; its models are made when they are first asked for."""
+
+    def __init__(self, shape: Shape, device: torch.device, folder: Path) -> None:
+        self.shape = shape
+        self.device = device
+        self.photo = folder / f"{shape.name}.jpg"
+        with Image.open(ROOT / "inference" / "assets" / "sample.jpg") as sample:
+            ImageOps.fit(sample, (2 * shape.width, 2 * shape.height)).save(self.photo, quality=90)
+        self._folder = folder
+        self._parts: Parts | None = None
+        self._spoilt = False  # they have a form from which there is no way back
+        self._takes = 0
+
+    @property
+    def parts(self) -> Parts:
+        """The models, as they are."""
+        if self._parts is None:
+            self._parts = Parts.make(self.shape, self.device, self._folder)
+        return self._parts
+
+    def forget(self) -> None:
+        """Makes room."""
+        self._parts, self._spoilt = None, False
+        torch.compiler.reset()
+        make_room(self.device)
+
+    def ours(self, switches: Switches, until: Until = "mp4") -> Side:
+        """The engine."""
+
+        def prepare() -> Run:
+            spoils = switches.compile is not None or switches.fp8 or switches.offload is not None
+            if self._spoilt or spoils:
+                self.forget()
+            models = self.parts.dress(self.shape.preset, switches)._models
+            self._spoilt = spoils
+            return lambda preset: self._generate(WanEngine(preset, models), until)
+
+        return prepare
+
+    def stock(self) -> Side:
+        """The stock pipeline, as its example has it: VAE in fp32, attention as torch has it, all frames at once."""
+
+        def prepare() -> Run:
+            self.parts.undress()
+            return self._run_pipeline
+
+        return prepare
+
+    def request(self) -> GenerationRequest:
+        """Of the clip, never twice the same: a prompt that is remembered would cost nothing."""
+        self._takes += 1
+        return GenerationRequest(
+            prompt=f"{PROMPT} {self._takes}",
+            duration_s=(self.shape.frames - 1) / self.shape.preset.fps,
+            max_area_px=self.shape.width * self.shape.height,
+            seed=self._takes,
+        )
+
+    def _generate(self, engine: WanEngine, until: Until) -> dict[str, Any]:
+        def follow(progress: Progress) -> None:
+            if (progress.stage, progress.done) == ("denoise", progress.total):
+                watch.mark("denoised")
+                if until == "latents":
+                    job.cancel(CancelRequested("the rest is the same"))
+
+        job = Job(ProgressTracker(engine.stages, follow))
+        request = self.request()
+        with self._measuring() as (watch, measured):
+            watch.mark("begin")
+            with suppress(CancelRequested):
+                anyio.run(engine.generate, request, self.photo, self._folder, job)
+        return measured | {"offload": engine._models.offload.name.lower()}
+
+    def _run_pipeline(self, preset: Preset) -> dict[str, Any]:
+        shape, request = self.shape, self.request()
+        pipeline = self.parts.pipeline(preset)
+        text: dict[str, Any] = {"prompt": request.prompt}
+        if pipeline.text_encoder is None:
+            text = {"prompt_embeds": self.parts.embed(request.prompt)}
+        with self._measuring() as (watch, measured):
+            image = load_image(str(self.photo)).resize((shape.width, shape.height))
+            watch.mark("begin")
+            frames = pipeline(
+                image=image,
+                **text,
+                width=shape.width,
+                height=shape.height,
+                num_frames=shape.frames,
+                num_inference_steps=preset.schedule.steps,
+                guidance_scale=1.0,
+                generator=torch.Generator(self.device).manual_seed(request.seed),
+            ).frames[0]
+            export_to_video(frames, str(self._folder / "stock.mp4"), fps=preset.fps)
+        return measured | {"text": "prompt" if "prompt" in text else "given as embeddings, in no time"}
+
+    @contextmanager
+    def _measuring(self) -> Iterator[tuple[Stopwatch, dict[str, Any]]]:
+        measured: dict[str, Any] = {}
+        peak, watch, started = Peak(self.device), Stopwatch(self.device), time.perf_counter()
+        with watch.watching(self.parts):
+            yield watch, measured
+        measured |= watch.stages(time.perf_counter() - started) | {"peak_gb": peak.gb()}
+
+
+def make_room(device: torch.device) -> None:
+    """Gives back what nobody holds on to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def race(sides: Mapping[str, Side], whole: Preset, device: torch.device, rounds: int, budget: Budget) -> dict[str, Any]:
+    """Runs each side `rounds` times, after one short run, and returns the medians; or why there are none.
+
+    In turn on a CPU, whose speed changes with its neighbours; one after the other on a GPU, so that its memory is as
+    in production. After its first run a side may take half of the time that is left.
+    """
+    order = list(sides) * rounds if device.type == "cpu" else [name for name in sides for _ in range(rounds)]
+    short = replace(whole, schedule=replace(whole.schedule, steps=1, sigmas=(1.0,)))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    warm: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    formed, run = "", None
+    for name in order:
+        if name in failed:
+            continue
+        try:
+            if name != formed:
+                run = None  # it holds on to models
+                make_room(device)
+                formed, run = name, sides[name]()
+            if name not in warm:
+                started = time.perf_counter()
+                warm[name] = run(short)
+                warm[name]["first_run_s"] = time.perf_counter() - started
+            expected_s = warm[name].get("total_s", warm[name]["latents_s"])
+            expected_s += (whole.schedule.steps - 1) * warm[name]["denoise_s"]
+            if budget.allows(f"{name}, run {len(runs[name]) + 1}", expected_s, share=0.5 if runs[name] else 1.0):
+                runs[name].append(run(whole))
+        except Exception as error:  # noqa: BLE001 - the next part may work, and device time is dear
+            failed[name], formed = f"{type(error).__name__}: {error}"[:300], ""
+            print(f"failed: {name}: {failed[name]}", flush=True)
+    return {
+        name: {"failed": failed[name]}
+        if name in failed
+        else {**middle(runs[name]), "warm_up": warm[name], "runs": runs[name]}
+        for name in sides
+        if name in failed or runs[name]
+    }
+
+
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of what is a number, step by step; of all else the last."""
+
+    def of(values: list[Any]) -> Any:
+        if isinstance(values[0], list):
+            return [of(list(each)) for each in zip(*values, strict=True)]
+        return median(values) if isinstance(values[0], float) else values[-1]
+
+    return {name: of([run[name] for run in runs]) for name in runs[0]}

@@ -1,0 +1,326 @@
+"""Wan models of their true sizes with random weights, which run as fast as trained ones, made where they will run.
+
+The same modules stand in two forms, so that two of them need not fit: stock, as diffusers' example loads them, and
+ours, as the engine runs them. `python -m tests.bench.wan` measures both.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from inference.engines.wan import placement, speed, tokens, vae, weights
+from inference.engines.wan.engine import WanEngine, call
+from inference.engines.wan.loading import DTYPES, ROOM_TO_BREATHE, Models
+from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
+from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, PRESETS, Preset
+from inference.engines.wan.schedule import make_scheduler
+from inference.engines.wan.speed import Switches
+from inference.engines.wan.text import PromptEncoder
+
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a clip."""
+
+    name: str
+    preset: Preset
+    width: int  # pixels
+    height: int  # pixels
+    frames: int
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by component; empty: those of `tiny`
+    forward_tflop: float | None = None  # what performance.md says, all by a FLOP counter on meta tensors
+    decode_tflop: float | None = None
+    encode_tflop: float | None = None
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of its transformers."""
+        return [name for name in self.preset.components if name.startswith("transformer")]
+
+    @property
+    def true_size(self) -> bool:
+        """Whether there is a published model of this size."""
+        return self.forward_tflop is not None
+
+    def config(self, component: str, tiny_dir: Path) -> dict[str, Any]:
+        """What its class is made with."""
+        if self.configs:
+            return dict(self.configs["transformer" if component == "transformer_2" else component])
+        return json.loads((tiny_dir / self.preset.name / component / "config.json").read_text())
+
+    def latents(self, stride: int, channels: int) -> tuple[int, int, int, int, int]:
+        """Their shape, [1, z, T, h, w]."""
+        return (1, channels, (self.frames - 1) // FRAME_STRIDE + 1, self.height // stride, self.width // stride)
+
+
+_UMT5_XXL = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_VAE_5B = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+_DIT_5B = {"num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "num_layers": 30}
+_DIT_A14B = {"num_attention_heads": 40, "in_channels": 36, "out_channels": 16, "ffn_dim": 13824, "num_layers": 40}
+_5B = {"text_encoder": _UMT5_XXL, "vae": _VAE_5B, "transformer": _DIT_5B}
+_A14B = {"text_encoder": _UMT5_XXL, "vae": {"base_dim": 96}, "transformer": _DIT_A14B}
+_MID = {
+    "text_encoder": _UMT5_XXL | {"vocab_size": 384, "d_model": 256, "d_ff": 512, "num_layers": 2, "num_heads": 4},
+    "vae": _VAE_5B | {"base_dim": 16, "decoder_base_dim": 32},
+    "transformer": _DIT_5B | {"num_attention_heads": 4, "ffn_dim": 2048, "num_layers": 6, "text_dim": 256},
+}
+_5B_4_STEPS = PRESETS["5b-turbo"]  # the targets are for four steps
+
+SHAPES: Mapping[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape("tiny", PRESETS["tiny"], 160, 96, 25),
+        Shape("tiny-a14b", PRESETS["tiny-a14b"], 160, 96, 25),
+        Shape("mid", replace(_5B_4_STEPS, name="mid", working_gb=1.0), 512, 384, 49, _MID),
+        Shape("5b", _5B_4_STEPS, 1280, 704, 121, _5B, 520.7, 2011, None),
+        Shape("a14b-480p", PRESETS["a14b-fast"], 832, 480, 81, _A14B, 1678, None, None),
+        Shape("a14b-720p", PRESETS["a14b-fast"], 1280, 720, 81, _A14B, 6523, 639, 382),
+    )
+}
+
+
+def forward_flops(n: int, d: int, f: int, layers: int, text: int = MAX_PROMPT_TOKENS) -> int:
+    """Of one forward, as in performance.md: n tokens of d channels, f of the FFN; embeddings and heads left out."""
+    linear = 8 * n * d * d + 4 * n * d * d + 4 * text * d * d + 4 * n * d * f
+    return layers * (linear + 4 * n * n * d + 4 * n * text * d)
+
+
+@dataclass
+class Parts:
+    """The models of a shape. They are ours after `dress`, stock after `undress`."""
+
+    shape: Shape
+    device: torch.device
+    tiny_dir: Path
+    offload: Offload  # the least with which ours fits
+    text_encoder: Placed
+    vae: AutoencoderKLWan
+    experts: tuple[Placed, ...]
+
+    @classmethod
+    def make(cls, shape: Shape, device: torch.device, tiny_dir: Path) -> "Parts":
+        """Random models on `device`, seconds; those that do not fit go to host memory one by one."""
+        offload = Offload.NONE
+        if device.type == "cuda":
+            offload = placement.choose(_sizes(shape, tiny_dir), _free_gb(device) * ROOM_TO_BREATHE)
+
+        def placed(name: str) -> Placed:
+            return Placed(name, _make(shape, name, tiny_dir, device), device)
+
+        text_encoder = placed("text_encoder")
+        parts = cls(shape, device, tiny_dir, offload, text_encoder, _make(shape, "vae", tiny_dir, device), ())
+        if offload >= Offload.TEXT:
+            text_encoder.send_home()
+        for name in shape.experts:
+            parts.experts += (placed(name),)
+            parts._models().place(offload)
+        return parts
+
+    def dress(self, preset: Preset, switches: Switches) -> WanEngine:
+        """The engine over these models, in the order of loading.load."""
+        self.undress()
+        for part in (self.vae.decoder, self.vae.post_quant_conv):
+            part.to(DTYPES[preset.components["vae"].dtype])
+        if switches.plain_upsampling:
+            speed.plain_upsampling(self.vae)
+        if switches.channels_last:
+            speed.channels_last(self.vae)
+        for expert in self.experts:
+            if switches.shared_timesteps and preset.first_frame_is_clean:
+                tokens.share_timesteps(expert._model)
+            if switches.fp8:
+                speed.to_fp8(expert._model)
+            speed.set_attention(expert._model, speed.choose_attention(switches.attention, self.device))
+        models = self._models()
+        models.place(self.offload if switches.offload is None else switches.offload)
+        if switches.compile is not None:
+            for expert in models.experts:
+                with expert.on_device() as model:
+                    speed.compile_blocks(model, switches.compile)
+        return WanEngine(preset, models)
+
+    def undress(self) -> None:
+        """Back to what diffusers loads: its classes, its attention, the VAE in fp32. Not from compile, fp8, offload."""
+        for module in self.vae.decoder.modules():
+            if type(module) is nn.Upsample:
+                module.__class__ = WanUpsample
+        self.vae.to(torch.float32)
+        for parameter in self.vae.parameters():
+            parameter.data = parameter.data.contiguous()
+        for expert in self.experts:
+            expert._model.__class__ = WanTransformer3DModel
+            for block in expert._model.blocks:
+                block.__class__ = WanTransformerBlock
+            expert._model.set_attention_backend("native")
+
+    def pipeline(self, preset: Preset) -> WanImageToVideoPipeline:
+        """The stock pipeline over these models with the schedule of `preset`.
+
+        Without the text encoder where that does not fit beside the rest: then it is to be given embeddings.
+        """
+        self.undress()
+        scheduler = make_scheduler(preset.schedule)
+        spread = scheduler.set_timesteps  # the pipeline can only say how many steps; this says which
+        sigmas = np.asarray(preset.schedule.sigmas)
+        scheduler.set_timesteps = lambda _steps, device=None: spread(sigmas=sigmas, device=device)
+        folder = self.tiny_dir / "tiny" / "tokenizer"
+        pipeline = WanImageToVideoPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            text_encoder=self.text_encoder._model if self.offload < Offload.TEXT else None,
+            vae=self.vae,
+            scheduler=scheduler,
+            transformer=self.experts[0]._model,
+            transformer_2=self.experts[1]._model if len(self.experts) > 1 else None,
+            boundary_ratio=preset.boundary,
+            expand_timesteps=preset.first_frame_is_clean,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def embed(self, prompt: str) -> torch.Tensor:
+        """[1, 512, d]: for a pipeline without a text encoder."""
+        models = self._models()
+        with torch.inference_mode():
+            return models.prompts.encode(prompt, device=self.device, dtype=models.dtype)
+
+    def size_gb(self) -> float:
+        """Of all models, the VAE in fp32."""
+        self.undress()
+        modules = (self.text_encoder._model, self.vae, *(expert._model for expert in self.experts))
+        return sum(map(size_gb, modules))
+
+    def save(self, weights_dir: Path) -> None:
+        """Puts them where the preset looks for its weights, with the lock files of a fetch."""
+        self.undress()
+        components = self.shape.preset.components
+        modules = {placed.name: placed._model for placed in (self.text_encoder, *self.experts)} | {"vae": self.vae}
+        for name, component in components.items():
+            folder = weights.folder_of(weights_dir, component.repository) / component.path
+            if name == "tokenizer":
+                shutil.copytree(self.tiny_dir / "tiny" / name, folder)
+            else:
+                modules[name].save_pretrained(folder, max_shard_size="5GB")
+        for repository in self.shape.preset.repositories:
+            folder = weights.folder_of(weights_dir, repository)
+            files = {}
+            for path in filter(Path.is_file, folder.rglob("*")):
+                size, digest = path.stat().st_size, "0" * 64
+                files[path.relative_to(folder).as_posix()] = weights.Entry(
+                    published_digest=digest, published_bytes=size, sha256=digest, size_bytes=size
+                )
+            weights.Lock(repository=repository.name, revision=repository.revision, files=files).save(folder)
+
+    def _models(self) -> Models:
+        return Models(
+            prompts=PromptEncoder(self.tiny_dir / "tiny" / "tokenizer", self.text_encoder),
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            experts=self.experts,
+            dtype=DTYPES[self.shape.preset.components["transformer"].dtype],
+            device=self.device,
+            offload=self.offload,
+        )
+
+
+def count_tflop(shape: Shape, tiny_dir: Path) -> dict[str, float]:
+    """TFLOP by the counter, on tensors without contents: the stock forward, ours, decode and encode."""
+    meta = torch.device("meta")
+    model, codec = (_make(shape, name, tiny_dir, meta) for name in ("transformer", "vae"))
+    latents = torch.empty(shape.latents(codec.config.scale_factor_spatial, codec.config.z_dim), device=meta)
+    shown = torch.empty(1, model.config.in_channels, *latents.shape[2:], device=meta, dtype=model.dtype)
+    text = torch.empty(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=meta, dtype=model.dtype)
+    first = torch.empty(1, 3, 1, shape.height, shape.width, device=meta)
+    clean = shape.preset.first_frame_is_clean
+
+    def forward() -> None:
+        call(model, shown, torch.tensor(1000.0, device=meta), text, clean=clean)
+
+    def count(work: Any) -> float:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / TERA
+
+    counted = {
+        "formula": by_formula(model, latents.shape)[1],
+        "forward stock": count(forward),
+        "decode": count(lambda: list(vae.decode(codec, latents))),
+        "encode": count(lambda: vae.encode(codec, first, None, 1 if clean else shape.frames)),
+    }
+    if clean:
+        tokens.share_timesteps(model)
+        counted["forward ours"] = count(forward)
+    return counted
+
+
+def by_formula(model: WanTransformer3DModel, latents: Sequence[int]) -> tuple[int, float]:
+    """Tokens that `latents` [1, z, T, h, w] make, and TFLOP of one forward over them."""
+    config = model.config
+    count = math.prod(latents[2:]) // math.prod(config.patch_size)
+    d = config.num_attention_heads * config.attention_head_dim
+    return count, forward_flops(count, d, config.ffn_dim, config.num_layers) / TERA
+
+
+def _make(shape: Shape, name: str, tiny_dir: Path, device: torch.device) -> Any:
+    """A component with weights as its class draws them, in the dtypes that loading leaves it in."""
+    config, component = shape.config(name, tiny_dir), shape.preset.components[name]
+    # The VAE is stored in fp32, and ours casts its decoder.
+    torch.set_default_dtype(torch.float32 if name == "vae" else DTYPES[component.dtype])
+    try:
+        with device:
+            if name == "text_encoder":
+                model = UMT5EncoderModel(UMT5Config(**config))
+            else:
+                model = (AutoencoderKLWan if name == "vae" else WanTransformer3DModel).from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if name in shape.experts:
+        for path, parameter in model.named_parameters():
+            if not weights.KEPT_IN_FP32.isdisjoint(path.split(".")):
+                parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
+
+
+def _sizes(shape: Shape, tiny_dir: Path) -> Sizes:
+    gb = {name: size_gb(_make(shape, name, tiny_dir, torch.device("meta"))) for name in ("text_encoder", "vae")}
+    expert = _make(shape, "transformer", tiny_dir, torch.device("meta"))
+    transformers = (size_gb(expert),) * len(shape.experts)
+    block = size_gb(expert.blocks[0])
+    return Sizes(gb["text_encoder"], transformers, gb["vae"], shape.preset.working_gb, block)
+
+
+def _free_gb(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] / GB
