@@ -65,7 +65,7 @@ def compare(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
     sides: dict[str, Side] = {"ours": subject.ours(Switches())}
     if parts.offload <= Offload.TEXT:
         sides["stock"] = subject.stock()
-    measured = race(sides, shape.preset, subject.device, rounds, budget)
+    measured = race(subject, sides, shape.preset, rounds, budget)
     result = {"tokens": count, "forward_tflop": tflop, "offload": parts.offload.name.lower(), **measured}
     for side in sides:
         if "total_s" in measured.get(side, {}):
@@ -104,7 +104,7 @@ def switches(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
     for stage, cases, until, whole in (("denoise", before, "latents", preset), ("decode", after, "mp4", short)):
         if cases:
             sides = {name: subject.ours(each, until) for name, each in {"default": Switches(), **cases}.items()}
-            result[stage] = race(sides, whole, device, rounds, budget)
+            result[stage] = race(subject, sides, whole, rounds, budget)
     return result
 
 
@@ -156,7 +156,7 @@ def print_flops(name: str, row: Mapping[str, Any]) -> None:
     shape = SHAPES[name]
     said = {"forward stock": shape.forward_tflop, "decode": shape.decode_tflop, "encode": shape.encode_tflop}
     cells = (f"{key} {value:.1f}" + (f" ({said[key]})" if said.get(key) else "") for key, value in row.items())
-    print(f"\n{name}, TFLOP by the counter, in brackets performance.md: " + ", ".join(cells))
+    print(f"\n{name}, TFLOP by the counter, in brackets as performance.md has it: " + ", ".join(cells))
     print(f"  formula / ours: {row['formula'] / row.get('forward ours', row['forward stock']):.4f}")
 
 
@@ -241,6 +241,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {os.cpu_count()} cores",
         "gpu_memory_gb": torch.cuda.get_device_properties(device).total_memory / GB if on_gpu else None,
         "attention": choose_attention("auto", device),
+        "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -255,7 +256,8 @@ def main() -> None:
     parts = {"flops": print_flops, "compare": print_compare, "start": print_start, "switches": print_switches}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = list(TARGETS) if on_gpu else ["tiny", "tiny-a14b"]
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=shapes)
+    possible = [name for name, shape in SHAPES.items() if on_gpu or not shape.true_size]
+    parser.add_argument("--shape", nargs="+", choices=possible, default=shapes)
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts)[on_gpu:])  # a GPU has better to do
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--budget-s", type=float, default=540.0, help="of wall time")
@@ -265,6 +267,8 @@ def main() -> None:
     logs.configure("warning")
     quiet_libraries()
     device = torch.device("cuda" if on_gpu else "cpu")
+    if not on_gpu:
+        torch.set_num_threads(1)  # the engine has a thread of its own: OpenMP's two pools would fight, 4 times slower
     result: dict[str, Any] = {
         "at": datetime.now(UTC).isoformat(),
         "conditions": conditions(device) | {"rounds": asked.rounds, "budget_s": asked.budget_s},

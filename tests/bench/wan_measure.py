@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -96,7 +97,7 @@ class Stopwatch:
             )
         begun, decode = at["begin"][0], at.get("decode", at.get("denoised"))[0]
         forwards = [*at["forward"], at.get("denoised", [decode])[0]]
-        steps = [after - before for before, after in zip(forwards, forwards[1:], strict=False)]
+        steps = [after - before for before, after in pairwise(forwards)]
         seconds = {
             "text_s": at.get("text done", [begun])[-1] - begun,
             "image_s": at["image done"][-1] - at["image"][0],
@@ -158,6 +159,12 @@ class Subject:
         if self._parts is None:
             self._parts = Parts.make(self.shape, self.device, self._folder)
         return self._parts
+
+    @property
+    def guess_s(self) -> float:
+        """Seconds of a short run that nothing is known of yet; more than it should take on a large GPU."""
+        tflop = (self.shape.forward_tflop, self.shape.decode_tflop, self.shape.encode_tflop)
+        return 3 + sum(filter(None, tflop)) / 150
 
     def forget(self) -> None:
         """Makes room."""
@@ -250,12 +257,15 @@ def make_room(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def race(sides: Mapping[str, Side], whole: Preset, device: torch.device, rounds: int, budget: Budget) -> dict[str, Any]:
+def race(
+    subject: Subject, sides: Mapping[str, Side], whole: Preset, rounds: int, budget: Budget
+) -> dict[str, dict[str, Any]]:
     """Runs each side `rounds` times, after one short run, and returns the medians; or why there are none.
 
     In turn on a CPU, whose speed changes with its neighbours; one after the other on a GPU, so that its memory is as
     in production. After its first run a side may take half of the time that is left.
     """
+    device = subject.device
     order = list(sides) * rounds if device.type == "cpu" else [name for name in sides for _ in range(rounds)]
     short = replace(whole, schedule=replace(whole.schedule, steps=1, sigmas=(1.0,)))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
@@ -264,6 +274,9 @@ def race(sides: Mapping[str, Side], whole: Preset, device: torch.device, rounds:
     formed, run = "", None
     for name in order:
         if name in failed:
+            continue
+        if name not in warm and not budget.allows(f"{name}, first run", subject.guess_s):
+            failed[name] = "no time"
             continue
         try:
             if name != formed:

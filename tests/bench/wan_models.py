@@ -43,7 +43,7 @@ class Shape:
     height: int  # pixels
     frames: int
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by component; empty: those of `tiny`
-    forward_tflop: float | None = None  # what performance.md says, all by a FLOP counter on meta tensors
+    forward_tflop: float | None = None  # of the true sizes: performance.md, and the counter of `flops`
     decode_tflop: float | None = None
     encode_tflop: float | None = None
 
@@ -106,8 +106,8 @@ SHAPES: Mapping[str, Shape] = {
         Shape("tiny", PRESETS["tiny"], 160, 96, 25),
         Shape("tiny-a14b", PRESETS["tiny-a14b"], 160, 96, 25),
         Shape("mid", replace(_5B_4_STEPS, name="mid", working_gb=1.0), 512, 384, 49, _MID),
-        Shape("5b", _5B_4_STEPS, 1280, 704, 121, _5B, 520.7, 2011, None),
-        Shape("a14b-480p", PRESETS["a14b-fast"], 832, 480, 81, _A14B, 1678, None, None),
+        Shape("5b", _5B_4_STEPS, 1280, 704, 121, _5B, 520.7, 2011, 4.2),
+        Shape("a14b-480p", PRESETS["a14b-fast"], 832, 480, 81, _A14B, 1678, 275.4, 163.7),
         Shape("a14b-720p", PRESETS["a14b-fast"], 1280, 720, 81, _A14B, 6523, 639, 382),
     )
 }

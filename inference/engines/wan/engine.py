@@ -27,9 +27,9 @@ from inference.engines.base import Job, run_in_thread
 from inference.engines.wan import tokens, vae
 from inference.engines.wan.loading import Models, load
 from inference.engines.wan.placement import GB
-from inference.engines.wan.presets import FRAME_STRIDE, Preset
-from inference.engines.wan.schedule import Guide, denoise, make_scheduler
-from inference.engines.wan.speed import Switches
+from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, Preset
+from inference.engines.wan.schedule import TRAIN_TIMESTEPS, Guide, denoise, make_scheduler
+from inference.engines.wan.speed import Switches, compile_cache
 from inference.errors import (
     EngineFailed,
     EngineLost,
@@ -48,6 +48,9 @@ MAX_REASON_CHARS = 300
 # What libraries below torch say in its name when memory is what they lack.
 NO_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
 NO_HOST_MEMORY = "DefaultCPUAllocator"
+
+WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
+"""Shapes that phones take, upright or not (that changes no number of tokens), and seconds that apps offer."""
 
 MAX_SEED = 2**32
 """Drawn seeds are short enough to be typed in again; given ones may be any 63 bits."""
@@ -101,15 +104,46 @@ class WanEngine:
                 f"I2V_WAN_AREA: it is {area_px} pixels; preset {preset.name} makes at most {preset.max_area_px}"
             )
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        switches = switches or Switches()
         started = time.perf_counter()
         try:
-            models = load(preset, weights_dir, device, switches or Switches(), check)
+            models = load(preset, weights_dir, device, switches, check)
         except torch.OutOfMemoryError:
             raise EngineLost(
                 f"the GPU has no room for preset {preset.name}, which needs {preset.gpu_memory_gb} GB"
             ) from None
+        engine = cls(preset, models, area_px=area_px)
+        if switches.compile is not None:
+            with compile_cache(weights_dir / "compiled" / _cache_name(preset, device)):
+                engine.warm_up()
         log.info("engine_ready", preset=preset.name, seconds=round(time.perf_counter() - started, 2))
-        return cls(preset, models, area_px=area_px)
+        return engine
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compiles what is to be compiled, on two clips: the first for itself, the second for all that differ from it.
+
+        A block sees a clip as a number of tokens, so photos of another shape and clips of another length need no more.
+        """
+        models, preset = self._models, self.preset
+        for shape, duration_s in WARM_UPS:
+            width, height = photos.fit(*shape, max_area_px=self._area_px, multiple=preset.multiple_px)
+            started = time.perf_counter()
+            for expert in models.experts:
+                with expert.on_device() as model:
+                    size = (1, model.config.in_channels, *self._latent_size(width, height, preset.frames(duration_s)))
+                    shown = torch.zeros(size, device=models.device, dtype=models.dtype)
+                    text = torch.zeros(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=models.device)
+                    timestep = torch.tensor(float(TRAIN_TIMESTEPS), device=models.device)
+                    call(model, shown, timestep, text.to(models.dtype), clean=preset.first_frame_is_clean)
+            if models.device.type == "cuda":
+                torch.cuda.synchronize(models.device)
+            log.info("warmed_up", size=f"{width}x{height}", seconds=round(time.perf_counter() - started, 2))
+
+    def _latent_size(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
+        """(T, h, w) of a clip's latents."""
+        stride = self._models.vae.config.scale_factor_spatial
+        return (frames - 1) // FRAME_STRIDE + 1, height // stride, width // stride
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         """Makes `wan.mp4` in `folder`.
@@ -242,9 +276,7 @@ class WanEngine:
     ) -> torch.Tensor:
         """Clean latents [1, z, T, h, w], fp32."""
         models, preset = self._models, self.preset
-        config = models.vae.config
-        stride = config.scale_factor_spatial
-        shape = (1, config.z_dim, (plan.frames - 1) // FRAME_STRIDE + 1, plan.height // stride, plan.width // stride)
+        shape = (1, models.vae.config.z_dim, *self._latent_size(plan.width, plan.height, plan.frames))
         noise = torch.randn(shape, generator=generator).to(models.device)
         scheduler = make_scheduler(preset.schedule, plan.steps)
 
@@ -378,3 +410,9 @@ def _forget_tracebacks(error: BaseException) -> None:
     while link is not None:
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
+
+
+def _cache_name(preset: Preset, device: torch.device) -> str:
+    """Compiled code is for one GPU and one torch."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return f"{preset.name} {gpu} {torch.__version__}".replace(" ", "-").replace("/", "-") + ".bin"

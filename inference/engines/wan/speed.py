@@ -3,9 +3,14 @@
 Their effects are in tests/bench/LOG.md, measured by `python -m tests.bench.wan`; what has not paid is off.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
@@ -17,6 +22,8 @@ from inference.errors import SettingsError
 
 HOPPER = (9, 0)
 """CUDA capability of H100 and H200, for which flash-attention 3 is written."""
+
+log = structlog.get_logger(__name__)
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -86,6 +93,33 @@ def to_fp8(model: WanTransformer3DModel) -> None:
 def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
     """Compiles the block that the model repeats, once for all of them (pytorch.org: regional compilation)."""
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
+
+
+@contextmanager
+def compile_cache(path: Path) -> Iterator[None]:
+    """What earlier processes compiled is there in the block, and what it compiles is there for later ones.
+
+    A cache that cannot be read or written costs time and nothing else.
+    """
+    try:
+        known = path.read_bytes()
+    except OSError:
+        known = b""
+    if known and torch.compiler.load_cache_artifacts(known) is None:
+        log.warning("compile_cache_unusable", path=str(path))
+    yield
+    artifacts = torch.compiler.save_cache_artifacts()
+    if artifacts is None or artifacts[0] == known:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_bytes(artifacts[0])
+        new.replace(path)
+    except OSError as error:
+        log.warning("compile_cache_not_kept", path=str(path), error=error.strerror)
+    else:
+        log.info("compile_cache_kept", path=str(path), megabytes=round(len(artifacts[0]) / 1e6, 1))
 
 
 def plain_upsampling(vae: AutoencoderKLWan) -> None:

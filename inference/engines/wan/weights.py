@@ -215,7 +215,7 @@ def _covers(part: Component | Lora, path: str) -> bool:
 
 
 def _is_whole(path: Path, entry: Entry) -> bool:
-    return entry.sha256 is not None and path.is_file() and path.stat().st_size == entry.size_bytes
+    return path.is_file() and path.stat().st_size == entry.size_bytes
 
 
 def _read_lock(repository: Repository, folder: Path) -> Lock | None:

@@ -1,13 +1,17 @@
 """Loading: LoRAs in the weights, dtypes where they belong, damage told, switches that change nothing visible."""
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from inference.engines.base import Job
 from inference.engines.wan import speed
@@ -162,3 +166,50 @@ def test_nothing_is_asked_of_the_network(shape, weights_dir, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     load(PRESETS[shape], weights_dir, CPU, Switches())
+
+
+@pytest.mark.anyio
+async def test_two_shapes_warm_up_for_all(weights_dir, photo, folder):
+    """After them, a clip of another shape and length compiles nothing more; and the clip is the usual one."""
+    usual = frames_of(await make_engine("tiny").generate(SMALL, photo, folder, Job())).float()
+    torch.compiler.reset()
+    engine = WanEngine.load(
+        PRESETS["tiny"], weights_dir, device=CPU, switches=Switches(compile="eager"), area_px=64 * 64
+    )
+    compiled = dict(counters["stats"])
+    assert compiled["unique_graphs"] > 0
+    clip = frames_of(await engine.generate(SMALL, photo, folder, Job())).float()
+    assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"]
+    assert (clip - usual).abs().mean() < 1
+
+
+@pytest.mark.slow
+def test_compiled_code_is_kept_for_the_next_process(tmp_path, weights_dir):
+    """The real compiler, twice: the second start finds the first one's work and is faster for it."""
+    program = """
+import sys, time
+from pathlib import Path
+import torch
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.speed import Switches
+started = time.perf_counter()
+WanEngine.load(PRESETS["tiny"], Path(sys.argv[1]), device=torch.device("cpu"), switches=Switches(compile="inductor"),
+               area_px=64 * 64)
+print(time.perf_counter() - started)
+"""
+    own = shutil.copytree(weights_dir, tmp_path / "weights")
+    seconds = []
+    for number in range(2):
+        cache = tmp_path / f"inductor-{number}"  # not the same: what is found is what was kept
+        ran = subprocess.run(
+            [sys.executable, "-c", program, str(own)],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        seconds.append(float(ran.stdout.split()[-1]))
+    assert len(list((own / "compiled").iterdir())) == 1
+    assert seconds[1] < seconds[0] * 0.8, seconds

@@ -634,7 +634,7 @@ def test_the_token_is_for_the_hub_alone(hub, fetch, caplog):
 
 def test_no_error_shows_a_credential(hub, fetch, tmp_path):
     """Not of the token, not of a redirect; nor of a token with a line feed, which httpx would print."""
-    lost = Fault(status=302, headers={"Location": "http://cdn:port/?Signature=credential"})
+    lost = Fault(status=302, headers={"Location": "http://cdn:credential/"})
     hub.go_wrong(VAE, *[Fault(status=503)] * 3, Fault(status=403), *[Fault(cut_after=0)] * 3)
     hub.go_wrong(CONFIG, *[lost] * 3)
     for _ in range(4):
@@ -672,6 +672,21 @@ def test_too_little_room_is_known_beforehand(hub, fetch, tmp_path):
         with pytest.raises(DiskFull, match=rf"GB are to come and 0\.001.* GB are free in {disk}: free some"):
             fetch(folder=disk)
         assert not any("/resolve/" in it.path for it in hub.requests)
+
+
+def test_room_for_the_finished_files_and_one_more(hub, fetch, preset, finished, tmp_path):
+    """That much is needed, and no more."""
+    files = files_in(folder_of(finished, preset.components["vae"].repository))
+    finished_bytes = sum(len(content) for path, content in files.items() if path.startswith(("vae", "transformer/")))
+    shard_bytes = len(hub.files(MODEL)[SHARD])
+    with (
+        small_disk(tmp_path / "small", str(finished_bytes + shard_bytes // 2)) as disk,
+        pytest.raises(DiskFull, match="are to come"),
+    ):
+        fetch(folder=disk)
+    with small_disk(tmp_path / "enough", str(finished_bytes + shard_bytes + 100_000)) as disk:
+        assert fetch(folder=disk) == 6
+        assert not list(disk.rglob(".partial"))
 
 
 def test_room_that_is_taken_already(hub, fetch, preset, tmp_path):
