@@ -1,4 +1,4 @@
-"""The README says what is there. Its two commands are run by `.ci/run`."""
+"""The README says what is there. Its marked commands are run by `.ci/run`."""
 
 import re
 from pathlib import Path
@@ -18,20 +18,22 @@ def test_it_is_short():
     assert len(README.splitlines()) < 200
 
 
-def test_ci_finds_both_commands():
+def test_ci_finds_its_commands():
     """Each in the code block after its marker, starting with a virtual environment of its own."""
-    for name in ("demo", "test"):
+    for name in ("demo", "wan", "test"):
         block = re.search(rf"<!-- ci: {name} -->\n```sh\n(.+?)\n```", README, re.DOTALL)
         assert block
         assert block[1].startswith("python3 -m venv .venv && .venv/bin/pip install")
 
 
 def test_the_tree_has_every_module():
-    """One line per file of the package; the server's folder is one line for all."""
+    """One line per file of the package; for the server and for Wan2.2, one line for all."""
     tree = re.search(r"## The tree\n\n```text\n(.+?)```", README, re.DOTALL)[1]
     told = set(re.findall(r"[\w/]+\.py|\w+/", tree))
     modules = {path.relative_to(ROOT / "inference").as_posix() for path in (ROOT / "inference").rglob("*.py")}
-    expected = {name for name in modules if not name.endswith("__init__.py") and not name.startswith("server/")}
+    folders = ("server/", "engines/wan/")
+    expected = {name for name in modules if not name.endswith("__init__.py") and not name.startswith(folders)}
+    assert set(folders) <= {*re.findall(r"^ +([\w/]+/) ", tree, re.MULTILINE)}
     assert expected <= told
     assert {name for name in told if name.endswith(".py")} <= modules
 

@@ -50,6 +50,9 @@ __all__ = ["LifeIsShortQueue", "parse_task"]
 
 logger = structlog.get_logger(__name__)
 
+LEASE_SEQ = "lease_seq"
+"""The one extra that is used: it goes back with every write (see `_fence`). All others are ignored."""
+
 MAX_MESSAGE_CHARS = 1000
 """Of an error reported to the queue, or of a payload in the log."""
 
@@ -140,6 +143,9 @@ class LifeIsShortQueue:
             if error.item_id is not None:
                 await self._report_malformed(error.item_id, worker_id, str(error))
             raise
+        ignored = sorted(task.extras.keys() - {LEASE_SEQ})
+        if ignored:
+            logger.info("ignored", item_id=task.item_id, fields=ignored)
         return Lease(task=task, worker_id=worker_id, length_s=self._extension_s)
 
     async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
@@ -285,9 +291,9 @@ def _token() -> str:
 def _fence(lease: Lease) -> dict[str, Any]:
     """What every write about a lease carries; `lease_seq` only where the server hands it out."""
     fence: dict[str, Any] = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
-    lease_seq = lease.task.extras.get("lease_seq")
+    lease_seq = lease.task.extras.get(LEASE_SEQ)
     if isinstance(lease_seq, int) and not isinstance(lease_seq, bool):
-        fence["lease_seq"] = lease_seq
+        fence[LEASE_SEQ] = lease_seq
     return fence
 
 

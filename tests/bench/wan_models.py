@@ -103,8 +103,8 @@ _5B_4_STEPS = PRESETS["5b-turbo"]  # the targets are for four steps
 SHAPES: Mapping[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape("tiny", PRESETS["tiny"], 160, 96, 25),
-        Shape("tiny-a14b", PRESETS["tiny-a14b"], 160, 96, 25),
+        Shape("tiny", PRESETS["tiny"], 160, 96, 13),
+        Shape("tiny-a14b", PRESETS["tiny-a14b"], 160, 96, 13),
         Shape("mid", replace(_5B_4_STEPS, name="mid", working_gb=1.0), 512, 384, 49, _MID),
         Shape("5b", _5B_4_STEPS, 1280, 704, 121, _5B, 520.7, 2011, 4.2),
         Shape("a14b-480p", PRESETS["a14b-fast"], 832, 480, 81, _A14B, 1678, 275.4, 163.7),

@@ -268,6 +268,17 @@ def test_frames_are_seconds_at_24_a_second(frame_num, seconds):
     assert parse_task(WIRE_TASK | {"frame_num": frame_num}).duration_s == seconds
 
 
+@pytest.mark.anyio
+async def test_what_a_task_carries_beyond_that_is_ignored_with_one_line():
+    """By name: whoever wonders why `resolution` did nothing finds out. What we use is not among it."""
+    for extras, lines in (({"resolution": "4k", "lease_seq": 3, "end_photo": "x"}, 1), ({"lease_seq": 3}, 0)):
+        with structlog.testing.capture_logs() as logs:
+            async with queue_on(lambda _, task=WIRE_TASK | extras: success(task)) as queue:
+                assert await queue.lease() is not None
+        ignored = [line for line in logs if line["event"] == "ignored"]
+        assert [line["fields"] for line in ignored] == [["end_photo", "resolution"]] * lines
+
+
 def test_an_older_deployment():
     """Fields it does not send have their meaning all the same."""
     wire = {name: WIRE_TASK[name] for name in ("item_id", "group_id", "photo_id", "photo_storage_path")}

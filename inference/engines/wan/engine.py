@@ -107,15 +107,19 @@ class WanEngine:
         switches = switches or Switches()
         started = time.perf_counter()
         try:
-            models = load(preset, weights_dir, device, switches, check)
+            engine = cls(preset, load(preset, weights_dir, device, switches, check), area_px=area_px)
+            if switches.compile is not None:
+                with compile_cache(weights_dir / "compiled" / _cache_name(preset, device)):
+                    engine.warm_up()
+        except I2VError:
+            raise
         except torch.OutOfMemoryError:
-            raise EngineLost(
-                f"the GPU has no room for preset {preset.name}, which needs {preset.gpu_memory_gb} GB"
-            ) from None
-        engine = cls(preset, models, area_px=area_px)
-        if switches.compile is not None:
-            with compile_cache(weights_dir / "compiled" / _cache_name(preset, device)):
-                engine.warm_up()
+            needed = f"which is made for {preset.gpu_memory_gb} GB"
+            raise EngineLost(f"the GPU has no room for preset {preset.name}, {needed}") from None
+        except Exception as error:
+            said = one_line(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
+            hint = "; without I2V_WAN_COMPILE it may work" if switches.compile else ""
+            raise EngineLost(f"preset {preset.name} cannot run here: {said}{hint}") from error
         log.info("engine_ready", preset=preset.name, seconds=round(time.perf_counter() - started, 2))
         return engine
 
@@ -161,9 +165,8 @@ class WanEngine:
             try:
                 video = self._attempt(request, plan, photo, path, job)
             except OutOfRoom as error:
-                if not self._models.offload_more():
+                if not self._offload_more(str(error)):
                     raise self._too_large(error, plan) from None
-                log.warning("out_of_memory", error=str(error), offload=self._models.offload.name.lower())
                 try:
                     video = self._attempt(request, plan, photo, path, job)
                 except OutOfRoom as again:
@@ -179,6 +182,15 @@ class WanEngine:
             **peak,
         )
         return video
+
+    def _offload_more(self, why: str) -> bool:
+        """Takes one more step off the GPU; False where there is none left. Raises MachineFault."""
+        try:
+            more = self._models.offload_more()
+        except (MemoryError, RuntimeError) as error:  # torch says both of host memory
+            raise MachineFault(f"{why}, and this machine has no memory left to offload to") from error
+        log.warning("out_of_memory", error=why, offload=self._models.offload.name.lower(), retried=more)
+        return more
 
     def _too_large(self, error: Exception, plan: Plan) -> EngineFailed:
         return EngineFailed(

@@ -217,8 +217,8 @@ def _loading(name: str) -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield
-    except (I2VError, torch.OutOfMemoryError):
-        raise
+    except (I2VError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # not of the weights
     except Exception as error:
         why = "its files lack tensors that its config asks for" if "meta tensor" in str(error) else str(error)
         raise WeightsError(one_line(f"{name} cannot be loaded: {why}", MAX_REASON_CHARS)) from error
