@@ -6,7 +6,7 @@ import typer
 
 from inference import logs, terminal
 from inference.build import build_weights
-from inference.engines.wan import weights
+from inference.engines.wan import fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import SettingsError, WeightsError
 from inference.settings import Settings
@@ -39,7 +39,7 @@ def fetch(
         count = 0
     else:
         with terminal.files() as sink:
-            count = weights.fetch(
+            count = fetching.fetch(
                 chosen,
                 settings.weights_dir,
                 sink=sink,
@@ -62,7 +62,9 @@ def check(
     with terminal.files() as sink:
         problems = weights.check(chosen, settings.weights_dir, thorough=not quick, sink=sink)
     if problems:
-        raise WeightsError("\n".join([*problems, f"remove what is damaged, then: i2v weights fetch {preset}"]))
+        if not problems[-1].endswith(way_out := f"i2v weights fetch {preset}"):
+            problems.append(f"remove what is damaged, then: {way_out}")
+        raise WeightsError("\n".join(problems))
     terminal.say(f"{preset}: all there, in {settings.weights_dir}")
 
 

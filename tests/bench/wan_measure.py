@@ -72,10 +72,10 @@ class Stopwatch:
     def watching(self, parts: Parts) -> Iterator[None]:
         """Marks where stages begin and end, the same for both sides: both call the same modules."""
         at = {
-            "text done": (parts.text_encoder._model.register_forward_hook,),
+            "text done": (parts.text_encoder.register_forward_hook,),
             "image": (parts.vae.encoder.register_forward_pre_hook,),
             "image done": (parts.vae.quant_conv.register_forward_hook,),
-            "forward": tuple(expert._model.register_forward_pre_hook for expert in parts.experts),
+            "forward": tuple(model.register_forward_pre_hook for model in parts.experts.values()),
             "decode": (parts.vae.post_quant_conv.register_forward_pre_hook,),
             "decode done": (parts.vae.decoder.register_forward_hook,),
         }
@@ -176,11 +176,13 @@ class Subject:
         """The engine."""
 
         def prepare() -> Run:
-            spoils = switches.compile is not None or switches.fp8 or switches.offload is not None
-            if self._spoilt or spoils:
+            if self._spoilt:
                 self.forget()
-            models = self.parts.dress(self.shape.preset, switches)._models
-            self._spoilt = spoils
+            parts, self._spoilt = self.parts, True  # until it has come to a form that can be undone
+            models = parts.dress(switches)
+            if switches.compile is not None:
+                WanEngine(self.shape.preset, models, area_px=self.shape.width * self.shape.height).warm_up()
+            self._spoilt = switches.compile is not None or switches.fp8 or switches.offload is not None
             return lambda preset: self._generate(WanEngine(preset, models), until)
 
         return prepare
@@ -189,6 +191,8 @@ class Subject:
         """The stock pipeline, as its example has it: VAE in fp32, attention as torch has it, all frames at once."""
 
         def prepare() -> Run:
+            if self._spoilt:
+                self.forget()
             self.parts.undress()
             return self._run_pipeline
 
@@ -217,7 +221,9 @@ class Subject:
             watch.mark("begin")
             with suppress(CancelRequested):
                 anyio.run(engine.generate, request, self.photo, self._folder, job)
-        return measured | {"offload": engine._models.offload.name.lower()}
+        offload = engine._models.offload
+        self._spoilt |= offload != self.parts.offload  # memory was short, and what has left does not come back
+        return measured | {"offload": offload.name.lower()}
 
     def _run_pipeline(self, preset: Preset) -> dict[str, Any]:
         shape, request = self.shape, self.request()
@@ -239,7 +245,7 @@ class Subject:
                 generator=torch.Generator(self.device).manual_seed(request.seed),
             ).frames[0]
             export_to_video(frames, str(self._folder / "stock.mp4"), fps=preset.fps)
-        return measured | {"text": "prompt" if "prompt" in text else "given as embeddings, in no time"}
+        return measured | {"text": "prompt" if "prompt" in text else "embeddings"}
 
     @contextmanager
     def _measuring(self) -> Iterator[tuple[Stopwatch, dict[str, Any]]]:
@@ -279,28 +285,29 @@ def race(
             failed[name] = "no time"
             continue
         try:
+            started = time.perf_counter()
             if name != formed:
                 run = None  # it holds on to models
                 make_room(device)
                 formed, run = name, sides[name]()
             if name not in warm:
-                started = time.perf_counter()
-                warm[name] = run(short)
-                warm[name]["first_run_s"] = time.perf_counter() - started
+                prepared_s = time.perf_counter() - started
+                warm[name] = run(short) | {"prepared_s": prepared_s}
             expected_s = warm[name].get("total_s", warm[name]["latents_s"])
             expected_s += (whole.schedule.steps - 1) * warm[name]["denoise_s"]
             if budget.allows(f"{name}, run {len(runs[name]) + 1}", expected_s, share=0.5 if runs[name] else 1.0):
                 runs[name].append(run(whole))
+                took = runs[name][-1]
+                print(f"{subject.shape.name}, {name}: {took.get('total_s', took['latents_s']):.3f} s", flush=True)
         except Exception as error:  # noqa: BLE001 - the next part may work, and device time is dear
             failed[name], formed = f"{type(error).__name__}: {error}"[:300], ""
             print(f"failed: {name}: {failed[name]}", flush=True)
-    return {
-        name: {"failed": failed[name]}
-        if name in failed
-        else {**middle(runs[name]), "warm_up": warm[name], "runs": runs[name]}
-        for name in sides
-        if name in failed or runs[name]
-    }
+    result = {}
+    for name in sides:
+        result[name] = {"warm_up": warm.get(name), "runs": runs[name]} | (middle(runs[name]) if runs[name] else {})
+        if not runs[name]:
+            result[name]["failed"] = failed.get(name, "no time")
+    return result
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,9 +21,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from inference.engines.wan import placement, speed, tokens, vae, weights
-from inference.engines.wan.engine import WanEngine, call
-from inference.engines.wan.loading import DTYPES, ROOM_TO_BREATHE, Models
+from inference.engines.wan import bf16, placement, tokens, vae, weights
+from inference.engines.wan.loading import (
+    EXPERTS,
+    ROOM_TO_BREATHE,
+    Models,
+    assemble,
+    dtype_of,
+    prepare_expert,
+    prepare_vae,
+)
 from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
 from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, PRESETS, Preset
 from inference.engines.wan.schedule import make_scheduler
@@ -50,7 +57,7 @@ class Shape:
     @property
     def experts(self) -> list[str]:
         """The names of its transformers."""
-        return [name for name in self.preset.components if name.startswith("transformer")]
+        return [name for name in EXPERTS if name in self.preset.components]
 
     @property
     def true_size(self) -> bool:
@@ -127,51 +134,41 @@ class Parts:
     device: torch.device
     tiny_dir: Path
     offload: Offload  # the least with which ours fits
-    text_encoder: Placed
+    text_encoder: UMT5EncoderModel
     vae: AutoencoderKLWan
-    experts: tuple[Placed, ...]
+    experts: dict[str, WanTransformer3DModel]
 
     @classmethod
     def make(cls, shape: Shape, device: torch.device, tiny_dir: Path) -> "Parts":
         """Random models on `device`, seconds; those that do not fit go to host memory one by one."""
         offload = Offload.NONE
         if device.type == "cuda":
-            offload = placement.choose(_sizes(shape, tiny_dir), _free_gb(device) * ROOM_TO_BREATHE)
+            free_gb = torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE
+            offload = placement.choose(_sizes(shape, tiny_dir), free_gb)
+        if offload == Offload.BLOCKS:
+            raise ValueError(f"{shape.name} is too large for this GPU")
 
-        def placed(name: str) -> Placed:
-            return Placed(name, _make(shape, name, tiny_dir, device), device)
+        def made(name: str, stays_up_to: Offload) -> Any:
+            model = _make(shape, name, tiny_dir, device)
+            if offload > stays_up_to:
+                Placed(name, model, device).send_home()
+                torch.cuda.empty_cache()
+            return model
 
-        text_encoder = placed("text_encoder")
-        parts = cls(shape, device, tiny_dir, offload, text_encoder, _make(shape, "vae", tiny_dir, device), ())
-        if offload >= Offload.TEXT:
-            text_encoder.send_home()
-        for name in shape.experts:
-            parts.experts += (placed(name),)
-            parts._models().place(offload)
-        return parts
+        text_encoder, codec = made("text_encoder", Offload.NONE), made("vae", Offload.BLOCKS)
+        experts = {name: made(name, Offload.TEXT) for name in shape.experts}
+        return cls(shape, device, tiny_dir, offload, text_encoder, codec, experts)
 
-    def dress(self, preset: Preset, switches: Switches) -> WanEngine:
-        """The engine over these models, in the order of loading.load."""
+    def dress(self, switches: Switches) -> Models:
+        """As the engine takes them, prepared and put together by its own loading."""
         self.undress()
-        for part in (self.vae.decoder, self.vae.post_quant_conv):
-            part.to(DTYPES[preset.components["vae"].dtype])
-        if switches.plain_upsampling:
-            speed.plain_upsampling(self.vae)
-        if switches.channels_last:
-            speed.channels_last(self.vae)
-        for expert in self.experts:
-            if switches.shared_timesteps and preset.first_frame_is_clean:
-                tokens.share_timesteps(expert._model)
-            if switches.fp8:
-                speed.to_fp8(expert._model)
-            speed.set_attention(expert._model, speed.choose_attention(switches.attention, self.device))
-        models = self._models()
+        preset = self.shape.preset
+        prepare_vae(self.vae, preset, switches)
+        for model in self.experts.values():
+            prepare_expert(model, preset, switches, self.device)
+        models = assemble(preset, self._tokenizer, self.text_encoder, self.vae, self.experts, self.device)
         models.place(self.offload if switches.offload is None else switches.offload)
-        if switches.compile is not None:
-            for expert in models.experts:
-                with expert.on_device() as model:
-                    speed.compile_blocks(model, switches.compile)
-        return WanEngine(preset, models)
+        return models
 
     def undress(self) -> None:
         """Back to what diffusers loads: its classes, its attention, the VAE in fp32. Not from compile, fp8, offload."""
@@ -181,30 +178,27 @@ class Parts:
         self.vae.to(torch.float32)
         for parameter in self.vae.parameters():
             parameter.data = parameter.data.contiguous()
-        for expert in self.experts:
-            expert._model.__class__ = WanTransformer3DModel
-            for block in expert._model.blocks:
+        for model in self.experts.values():
+            model.__class__ = WanTransformer3DModel
+            for block in model.blocks:
                 block.__class__ = WanTransformerBlock
-            expert._model.set_attention_backend("native")
+            model.set_attention_backend("native")
 
     def pipeline(self, preset: Preset) -> WanImageToVideoPipeline:
         """The stock pipeline over these models with the schedule of `preset`.
 
         Without the text encoder where that does not fit beside the rest: then it is to be given embeddings.
         """
-        self.undress()
         scheduler = make_scheduler(preset.schedule)
         spread = scheduler.set_timesteps  # the pipeline can only say how many steps; this says which
         sigmas = np.asarray(preset.schedule.sigmas)
         scheduler.set_timesteps = lambda _steps, device=None: spread(sigmas=sigmas, device=device)
-        folder = self.tiny_dir / "tiny" / "tokenizer"
         pipeline = WanImageToVideoPipeline(
-            tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            text_encoder=self.text_encoder._model if self.offload < Offload.TEXT else None,
+            tokenizer=AutoTokenizer.from_pretrained(self._tokenizer, local_files_only=True),
+            text_encoder=self.text_encoder if self.offload < Offload.TEXT else None,
             vae=self.vae,
             scheduler=scheduler,
-            transformer=self.experts[0]._model,
-            transformer_2=self.experts[1]._model if len(self.experts) > 1 else None,
+            **self.experts,
             boundary_ratio=preset.boundary,
             expand_timesteps=preset.first_frame_is_clean,
         )
@@ -213,28 +207,29 @@ class Parts:
 
     def embed(self, prompt: str) -> torch.Tensor:
         """[1, 512, d]: for a pipeline without a text encoder."""
-        models = self._models()
+        visitor = Placed("text_encoder", self.text_encoder, self.device)
+        visitor.send_home()
+        dtype = dtype_of(self.shape.preset, "transformer")
         with torch.inference_mode():
-            return models.prompts.encode(prompt, device=self.device, dtype=models.dtype)
+            return PromptEncoder(self._tokenizer, visitor).encode(prompt, device=self.device, dtype=dtype)
 
     def size_gb(self) -> float:
         """Of all models, the VAE in fp32."""
         self.undress()
-        modules = (self.text_encoder._model, self.vae, *(expert._model for expert in self.experts))
-        return sum(map(size_gb, modules))
+        return sum(map(size_gb, (self.text_encoder, self.vae, *self.experts.values())))
 
     def save(self, weights_dir: Path) -> None:
         """Puts them where the preset looks for its weights, with the lock files of a fetch."""
         self.undress()
-        components = self.shape.preset.components
-        modules = {placed.name: placed._model for placed in (self.text_encoder, *self.experts)} | {"vae": self.vae}
-        for name, component in components.items():
+        preset = self.shape.preset
+        modules = {"text_encoder": self.text_encoder, "vae": self.vae, **self.experts}
+        for name, component in preset.components.items():
             folder = weights.folder_of(weights_dir, component.repository) / component.path
             if name == "tokenizer":
-                shutil.copytree(self.tiny_dir / "tiny" / name, folder)
+                shutil.copytree(self._tokenizer, folder)
             else:
                 modules[name].save_pretrained(folder, max_shard_size="5GB")
-        for repository in self.shape.preset.repositories:
+        for repository in preset.repositories:
             folder = weights.folder_of(weights_dir, repository)
             files = {}
             for path in filter(Path.is_file, folder.rglob("*")):
@@ -244,16 +239,9 @@ class Parts:
                 )
             weights.Lock(repository=repository.name, revision=repository.revision, files=files).save(folder)
 
-    def _models(self) -> Models:
-        return Models(
-            prompts=PromptEncoder(self.tiny_dir / "tiny" / "tokenizer", self.text_encoder),
-            text_encoder=self.text_encoder,
-            vae=self.vae,
-            experts=self.experts,
-            dtype=DTYPES[self.shape.preset.components["transformer"].dtype],
-            device=self.device,
-            offload=self.offload,
-        )
+    @property
+    def _tokenizer(self) -> Path:
+        return self.tiny_dir / "tiny" / "tokenizer"
 
 
 def count_tflop(shape: Shape, tiny_dir: Path) -> dict[str, float]:
@@ -267,7 +255,7 @@ def count_tflop(shape: Shape, tiny_dir: Path) -> dict[str, float]:
     clean = shape.preset.first_frame_is_clean
 
     def forward() -> None:
-        call(model, shown, torch.tensor(1000.0, device=meta), text, clean=clean)
+        tokens.velocity(model, shown, torch.tensor(1000.0, device=meta), text, clean=clean)
 
     def count(work: Any) -> float:
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -296,9 +284,8 @@ def by_formula(model: WanTransformer3DModel, latents: Sequence[int]) -> tuple[in
 
 def _make(shape: Shape, name: str, tiny_dir: Path, device: torch.device) -> Any:
     """A component with weights as its class draws them, in the dtypes that loading leaves it in."""
-    config, component = shape.config(name, tiny_dir), shape.preset.components[name]
-    # The VAE is stored in fp32, and ours casts its decoder.
-    torch.set_default_dtype(torch.float32 if name == "vae" else DTYPES[component.dtype])
+    config = shape.config(name, tiny_dir)
+    torch.set_default_dtype(torch.float32 if name == "vae" else dtype_of(shape.preset, name))
     try:
         with device:
             if name == "text_encoder":
@@ -308,19 +295,16 @@ def _make(shape: Shape, name: str, tiny_dir: Path, device: torch.device) -> Any:
     finally:
         torch.set_default_dtype(torch.float32)
     if name in shape.experts:
+        kept = set(model._keep_in_fp32_modules)
         for path, parameter in model.named_parameters():
-            if not weights.KEPT_IN_FP32.isdisjoint(path.split(".")):
+            if not bf16.KEPT_IN_FP32.isdisjoint(path.split(".")):
                 parameter.data = parameter.data.float()
     return model.requires_grad_(False).eval()
 
 
 def _sizes(shape: Shape, tiny_dir: Path) -> Sizes:
-    gb = {name: size_gb(_make(shape, name, tiny_dir, torch.device("meta"))) for name in ("text_encoder", "vae")}
-    expert = _make(shape, "transformer", tiny_dir, torch.device("meta"))
-    transformers = (size_gb(expert),) * len(shape.experts)
-    block = size_gb(expert.blocks[0])
-    return Sizes(gb["text_encoder"], transformers, gb["vae"], shape.preset.working_gb, block)
-
-
-def _free_gb(device: torch.device) -> float:
-    return torch.cuda.mem_get_info(device)[0] / GB
+    text_encoder, codec, expert = (
+        _make(shape, name, tiny_dir, torch.device("meta")) for name in ("text_encoder", "vae", "transformer")
+    )
+    experts = (size_gb(expert),) * len(shape.experts)
+    return Sizes(size_gb(text_encoder), experts, size_gb(codec), shape.preset.working_gb, size_gb(expert.blocks[0]))

@@ -49,14 +49,12 @@ def main() -> None:
     def follow(progress: Progress) -> None:
         if progress.stage != "denoise":
             return
-        if progress.done == 0:
-            marks["text and photo"] = time.monotonic()
-            return
         torch = sys.modules["torch"]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        marks["first step"] = time.monotonic()
-        job.cancel(CancelRequested("it has begun"))
+        marks["first step" if progress.done else "text and photo"] = time.monotonic()
+        if progress.done:
+            job.cancel(CancelRequested("it has begun"))
 
     job = Job(ProgressTracker(engine.stages, follow))
     try:

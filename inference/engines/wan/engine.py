@@ -10,21 +10,19 @@ an error still holds on to is let go before the error leaves.
 
 import secrets
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 import torch
 
 from inference.engines.base import Job, run_in_thread
 from inference.engines.wan import tokens, vae
+from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, mapped
+from inference.engines.wan.frames import stream
 from inference.engines.wan.loading import Models, load
 from inference.engines.wan.placement import GB
 from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, Preset
@@ -42,12 +40,6 @@ from inference.errors import (
 from inference.media import photo as photos
 from inference.media.video import VideoWriter
 from inference.task import GenerationRequest, Video
-
-MAX_REASON_CHARS = 300
-
-# What libraries below torch say in its name when memory is what they lack.
-NO_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
-NO_HOST_MEMORY = "DefaultCPUAllocator"
 
 WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
 """Shapes that phones take, upright or not (that changes no number of tokens), and seconds that apps offer."""
@@ -139,7 +131,7 @@ class WanEngine:
                     shown = torch.zeros(size, device=models.device, dtype=models.dtype)
                     text = torch.zeros(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=models.device)
                     timestep = torch.tensor(float(TRAIN_TIMESTEPS), device=models.device)
-                    call(model, shown, timestep, text.to(models.dtype), clean=preset.first_frame_is_clean)
+                    tokens.velocity(model, shown, timestep, text.to(models.dtype), clean=preset.first_frame_is_clean)
             if models.device.type == "cuda":
                 torch.cuda.synchronize(models.device)
             log.info("warmed_up", size=f"{width}x{height}", seconds=round(time.perf_counter() - started, 2))
@@ -204,8 +196,7 @@ class WanEngine:
             with torch.inference_mode():
                 return self._stages(request, plan, photo, path, job)
         except Exception as error:  # noqa: BLE001 - whatever a model or a driver comes up with
-            raised = _ours(error)
-        _forget_tracebacks(raised)
+            raised = mapped(error)
         if self._models.device.type == "cuda":
             with suppress(RuntimeError):  # a GPU that is gone cannot free anything either
                 torch.cuda.empty_cache()
@@ -306,7 +297,7 @@ class WanEngine:
                 else:
                     shown = torch.cat([latents, condition], dim=1)
                 timestep, shown = timestep.to(models.device), shown.to(models.dtype)
-                return call(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
+                return tokens.velocity(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
 
             def on_step(done: int) -> None:
                 job.report("denoise", done, plan.steps)
@@ -320,70 +311,13 @@ class WanEngine:
 
     def _decode(self, plan: Plan, latents: torch.Tensor, path: Path, job: Job) -> Video:
         metadata = {"comment": f"{self.preset.label or 'Wan2.2'}, preset {self.preset.name}, seed {plan.seed}"}
-        total = plan.frames
-        with (
-            VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata) as writer,
-            ThreadPoolExecutor(1, "encode") as pool,  # ends before the writer does: nothing is written after it
-        ):
 
-            def write(frames: npt.NDArray[np.uint8]) -> None:
-                for frame in frames:
-                    writer.write(frame)
+        def report(written: int) -> None:
+            job.report("decode", written, plan.frames)
 
-            writing: Future[None] | None = None
-            for frames in on_host(vae.decode(self._models.vae, latents)):
-                job.raise_if_cancelled()
-                if writing is not None:
-                    writing.result()  # at most one chunk waits: ffmpeg sets the pace where it is the slower one
-                    job.report("decode", writer.frames, total)
-                writing = pool.submit(write, frames)
-            job.raise_if_cancelled()
-            if writing is not None:
-                writing.result()
-            job.report("decode", writer.frames, total)
+        with VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata) as writer:
+            stream(vae.decode(self._models.vae, latents), writer, job.raise_if_cancelled, report)
         return writer.video(seed=plan.seed)
-
-
-def call(model: Any, shown: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *, clean: bool) -> torch.Tensor:
-    """The velocity [1, z, T, h, w], fp32, that an expert sees in `shown` at a scalar `timestep`.
-
-    `clean` says that the first frame is the photo's and without noise.
-    """
-    if clean and not isinstance(model, tokens.SharedTransformer):
-        timesteps = tokens.per_token(timestep, shown.shape, model.config.patch_size)
-    else:
-        timesteps = timestep.reshape(1)
-    velocity: torch.Tensor = model(hidden_states=shown, timestep=timesteps, encoder_hidden_states=text)[0]
-    return velocity.float()
-
-
-def on_host(chunks: Iterator[torch.Tensor]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Chunks as arrays, each handed out when the next is already under way: the GPU never waits for the reader."""
-    ahead: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-    for chunk in chunks:
-        started = _start_copy(chunk)
-        if ahead is not None:
-            yield _finish_copy(*ahead)
-        ahead = started
-    if ahead is not None:
-        yield _finish_copy(*ahead)
-
-
-def _start_copy(chunk: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    if chunk.device.type != "cuda":
-        return chunk, None
-    host = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True)
-    host.copy_(chunk, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-    return host, copied
-
-
-def _finish_copy(host: torch.Tensor, copied: torch.cuda.Event | None) -> npt.NDArray[np.uint8]:
-    if copied is not None:
-        copied.synchronize()
-    array: npt.NDArray[np.uint8] = host.numpy()
-    return array
 
 
 @contextmanager
@@ -395,33 +329,6 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     yield peak
     if device.type == "cuda":
         peak["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(device) / GB, 2)
-
-
-class OutOfRoom(Exception):
-    """The GPU had no memory left: worth another attempt with more offload."""
-
-
-def _ours(error: Exception) -> Exception:
-    """An error of our tree, or OutOfRoom, for whatever a generation ended with."""
-    said = one_line(str(error), MAX_REASON_CHARS)
-    if isinstance(error, I2VError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in NO_GPU_MEMORY):
-        return OutOfRoom("the GPU ran out of memory")
-    if isinstance(error, MemoryError) or NO_HOST_MEMORY in said:
-        return MachineFault("this machine has no memory left to generate")
-    if isinstance(error, torch.AcceleratorError):
-        return EngineLost(f"the GPU does not work any more: {said}")
-    log.error("engine_error", traceback="".join(traceback.format_exception(error)))
-    return EngineFailed(f"{type(error).__name__}: {said}")
-
-
-def _forget_tracebacks(error: BaseException) -> None:
-    """They hold frames, and frames the tensors of the request, for as long as anybody keeps the error."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
 
 
 def _cache_name(preset: Preset, device: torch.device) -> str:

@@ -60,7 +60,7 @@ _VAE_A14B: dict[str, Any] = {"base_dim": 4, "z_dim": 16}  # latents_mean and _st
 def build(name: str, weights_dir: Path) -> Path:
     """Builds `tiny` or `tiny-a14b` in `weights_dir` and returns its folder; leaves one that is there alone.
 
-    The folder appears whole or not at all. Raises ValueError for another name, OSError.
+    The folder appears whole or not at all, and anybody may read it. Raises ValueError for another name, OSError.
     """
     folder = weights_dir / name
     if folder.is_dir():
@@ -75,7 +75,8 @@ def build(name: str, weights_dir: Path) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             make(staging)
-        staging.chmod(0o755)
+        for path in (staging, *staging.rglob("*")):  # mkdtemp and save_file let nobody else read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         try:
             staging.rename(folder)
         except OSError:

@@ -15,6 +15,21 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 
+def velocity(
+    model: Any, shown: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, *, clean: bool
+) -> torch.Tensor:
+    """The velocity [1, z, T, h, w], fp32, that an expert sees in `shown` at a scalar `timestep`.
+
+    `clean` says that the first frame is the photo's and without noise.
+    """
+    if clean and not isinstance(model, SharedTransformer):
+        timesteps = per_token(timestep, shown.shape, model.config.patch_size)
+    else:
+        timesteps = timestep.reshape(1)
+    seen: torch.Tensor = model(hidden_states=shown, timestep=timesteps, encoder_hidden_states=text)[0]
+    return seen.float()
+
+
 def per_token(timestep: torch.Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> torch.Tensor:
     """[1, tokens]: 0 for the tokens of the first latent frame and `timestep` for the others.
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -51,6 +53,17 @@ def test_one_that_is_there_stays(tmp_path):
     config.write_text("changed")
     assert tiny.build("tiny", tmp_path) == folder
     assert config.read_text() == "changed"
+
+
+def test_others_may_read_it(tmp_path):
+    """Built by one user, such as root in an image, and run by another; whatever the umask was."""
+    umask = os.umask(0o077)
+    try:
+        folder = tiny.build("tiny-a14b", tmp_path)
+    finally:
+        os.umask(umask)
+    modes = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in (folder, *folder.rglob("*"))}
+    assert modes == {(True, 0o755), (False, 0o644)}
 
 
 def test_a_real_preset_is_not_built(tmp_path):

@@ -5,7 +5,6 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from inference.engines.wan import speed, tokens
-from inference.engines.wan.engine import call
 
 
 @pytest.fixture
@@ -32,8 +31,10 @@ def test_same_velocity(pair, timestep):
     """For every token of every frame, at any noise level."""
     plain, shared, latents, text = pair
     told = torch.tensor(timestep)
-    expected = call(plain, latents, told, text, clean=True)
-    assert torch.allclose(call(shared, latents, told, text, clean=True), expected, atol=1e-4 * expected.abs().max())
+    expected = tokens.velocity(plain, latents, told, text, clean=True)
+    assert torch.allclose(
+        tokens.velocity(shared, latents, told, text, clean=True), expected, atol=1e-4 * expected.abs().max()
+    )
     everywhere = plain(latents, told.reshape(1), text)[0]
     assert (everywhere - expected).abs().max() > 1e-2  # the photo's own timestep does matter
 
@@ -49,8 +50,8 @@ def test_blocks_compile_without_a_break(pair):
     _, shared, latents, text = pair
     told = torch.tensor(600.0)
     larger = torch.cat([latents, latents], dim=4)
-    expected = [call(shared, each, told, text, clean=True) for each in (latents, larger)]
+    expected = [tokens.velocity(shared, each, told, text, clean=True) for each in (latents, larger)]
     torch.compiler.reset()
     speed.compile_blocks(shared, "eager")
     for each, velocity in zip((latents, larger), expected, strict=True):
-        assert torch.allclose(call(shared, each, told, text, clean=True), velocity, atol=1e-5)
+        assert torch.allclose(tokens.velocity(shared, each, told, text, clean=True), velocity, atol=1e-5)

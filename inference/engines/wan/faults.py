@@ -1,0 +1,48 @@
+"""What torch raises, as errors of our tree."""
+
+import traceback
+
+import structlog
+import torch
+
+from inference.errors import EngineFailed, EngineLost, I2VError, MachineFault, one_line
+
+MAX_REASON_CHARS = 300
+
+# What libraries below torch say in its name when memory is what they lack.
+NO_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
+NO_HOST_MEMORY = "DefaultCPUAllocator"
+
+log = structlog.get_logger(__name__)
+
+
+class OutOfRoom(Exception):
+    """The GPU had no memory left: worth another attempt with more offload. Never leaves the engine."""
+
+
+def mapped(error: Exception) -> Exception:
+    """An error of our tree, or OutOfRoom, for whatever a generation ended with.
+
+    No traceback is left on it: it would hold frames, and frames the tensors of the request, for as long as anybody
+    keeps the error. Of an error that nobody foresaw, the traceback is logged instead.
+    """
+    ours = _mapped(error)
+    link: BaseException | None = ours
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return ours
+
+
+def _mapped(error: Exception) -> Exception:
+    said = one_line(str(error), MAX_REASON_CHARS)
+    if isinstance(error, I2VError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in NO_GPU_MEMORY):
+        return OutOfRoom("the GPU ran out of memory")
+    if isinstance(error, MemoryError) or NO_HOST_MEMORY in said:
+        return MachineFault("this machine has no memory left to generate")
+    if isinstance(error, torch.AcceleratorError):
+        return EngineLost(f"the GPU does not work any more: {said}")
+    log.error("engine_error", traceback="".join(traceback.format_exception(error)))
+    return EngineFailed(f"{type(error).__name__}: {said}")
