@@ -36,7 +36,6 @@ FOREIGN = {
     "fastapi": "inference/server/",
     "uvicorn": "inference/server/",
     "sqlalchemy": "inference/server/",
-    "peft": "inference/engines/wan/",
     "typer": "inference/cli",
 }
 """Heavy or optional packages, and the only place that imports each."""

@@ -37,7 +37,7 @@ from diffusers.utils import is_flash_attn_3_available
 
 from inference import logs
 from inference.engines.wan import tiny
-from inference.engines.wan.loading import quiet_libraries
+from inference.engines.wan.loading import dtype_of, quiet_libraries
 from inference.engines.wan.placement import GB, Offload
 from inference.engines.wan.speed import Switches, choose_attention
 from tests.bench.wan_measure import ROOT, Budget, Side, Subject, race
@@ -52,8 +52,9 @@ TARGET_START_S = 10.0
 STARTED = ("5b", "tiny")
 """Shapes whose start is measured: the A14B's weights would take 70 GB of disk."""
 
+# Guesses, to know whether there is time.
 SAVED_GB_PER_S = 0.5
-"""A guess, to know whether there is time to save them."""
+COMPILE_S = 90.0
 
 
 def compare(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def switches(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
         before["shared_timesteps off"] = Switches(shared_timesteps=False)
     if device.type == "cuda":
         there = ["native", "_native_cudnn", *(["_flash_3"] if is_flash_attn_3_available() else [])]
-        taken = choose_attention("auto", device)
+        taken = choose_attention("auto", device, dtype_of(preset, "transformer"))
         before |= {f"attention {name}": Switches(attention=name) for name in there if name != taken}
         before["compile inductor"] = Switches(compile="inductor")
         before["fp8"] = Switches(fp8=True)
@@ -102,7 +103,7 @@ def switches(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
     for stage, cases, until, whole in (("denoise", before, "latents", preset), ("decode", after, "mp4", short)):
         if cases:
             sides = {name: subject.ours(each, until) for name, each in {"default": Switches(), **cases}.items()}
-            result[stage] = race(subject, sides, whole, rounds, budget)
+            result[stage] = race(subject, sides, whole, rounds, budget, slow_s={"compile inductor": COMPILE_S})
     return result
 
 
@@ -242,7 +243,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {os.cpu_count()} cores",
         "gpu_memory_gb": torch.cuda.get_device_properties(device).total_memory / GB if on_gpu else None,
-        "attention": choose_attention("auto", device),
+        "attention": choose_attention("auto", device, torch.bfloat16),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),

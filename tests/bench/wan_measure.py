@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, Literal
 
 import anyio
@@ -264,12 +265,19 @@ def make_room(device: torch.device) -> None:
 
 
 def race(
-    subject: Subject, sides: Mapping[str, Side], whole: Preset, rounds: int, budget: Budget
+    subject: Subject,
+    sides: Mapping[str, Side],
+    whole: Preset,
+    rounds: int,
+    budget: Budget,
+    *,
+    slow_s: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Runs each side `rounds` times, after one short run, and returns the medians; or why there are none.
 
     In turn on a CPU, whose speed changes with its neighbours; one after the other on a GPU, so that its memory is as
-    in production. After its first run a side may take half of the time that is left.
+    in production. After its first run a side may take half of the time that is left. `slow_s` says which sides take
+    how much longer to prepare.
     """
     device = subject.device
     order = list(sides) * rounds if device.type == "cpu" else [name for name in sides for _ in range(rounds)]
@@ -281,7 +289,7 @@ def race(
     for name in order:
         if name in failed:
             continue
-        if name not in warm and not budget.allows(f"{name}, first run", subject.guess_s):
+        if name not in warm and not budget.allows(f"{name}, first run", subject.guess_s + slow_s.get(name, 0)):
             failed[name] = "no time"
             continue
         try:

@@ -44,6 +44,10 @@ from inference.task import GenerationRequest, Video
 WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
 """Shapes that phones take, upright or not (that changes no number of tokens), and seconds that apps offer."""
 
+STOP_GRACE_S = 120.0
+"""Longer than any one forward: they cannot be interrupted. A14B at 720p takes 8 to 19 s [performance: 6,523 TFLOP at
+790 to 344 TFLOP/s], ten seconds of it four times as long."""
+
 MAX_SEED = 2**32
 """Drawn seeds are short enough to be typed in again; given ones may be any 63 bits."""
 
@@ -99,10 +103,10 @@ class WanEngine:
         switches = switches or Switches()
         started = time.perf_counter()
         try:
-            engine = cls(preset, load(preset, weights_dir, device, switches, check), area_px=area_px)
+            engine = cls(preset, load(preset, weights_dir, device, switches, check, area_px), area_px=area_px)
             if switches.compile is not None:
                 with compile_cache(weights_dir / "compiled" / _cache_name(preset, device)):
-                    engine.warm_up()
+                    engine.warm_up(check)
         except I2VError:
             raise
         except torch.OutOfMemoryError:
@@ -116,7 +120,7 @@ class WanEngine:
         return engine
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
+    def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compiles what is to be compiled, on two clips: the first for itself, the second for all that differ from it.
 
         A block sees a clip as a number of tokens, so photos of another shape and clips of another length need no more.
@@ -126,15 +130,20 @@ class WanEngine:
             width, height = photos.fit(*shape, max_area_px=self._area_px, multiple=preset.multiple_px)
             started = time.perf_counter()
             for expert in models.experts:
+                check()
                 with expert.on_device() as model:
                     size = (1, model.config.in_channels, *self._latent_size(width, height, preset.frames(duration_s)))
                     shown = torch.zeros(size, device=models.device, dtype=models.dtype)
                     text = torch.zeros(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=models.device)
                     timestep = torch.tensor(float(TRAIN_TIMESTEPS), device=models.device)
                     tokens.velocity(model, shown, timestep, text.to(models.dtype), clean=preset.first_frame_is_clean)
-            if models.device.type == "cuda":
-                torch.cuda.synchronize(models.device)
+            self._wait()
             log.info("warmed_up", size=f"{width}x{height}", seconds=round(time.perf_counter() - started, 2))
+
+    def _wait(self) -> None:
+        """For everything that the GPU has been given to do."""
+        if self._models.device.type == "cuda":
+            torch.cuda.synchronize(self._models.device)
 
     def _latent_size(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
         """(T, h, w) of a clip's latents."""
@@ -148,7 +157,9 @@ class WanEngine:
         where the GPU ran out of memory; EngineLost when the GPU does not answer any more.
         """
         self.preset.refuse(request)
-        return await run_in_thread(job, lambda: self._generate(request, photo, folder / "wan.mp4", job))
+        return await run_in_thread(
+            job, lambda: self._generate(request, photo, folder / "wan.mp4", job), stop_grace_s=STOP_GRACE_S
+        )
 
     def _generate(self, request: GenerationRequest, photo: Path, path: Path, job: Job) -> Video:
         plan = self._plan(request, photo)
@@ -176,11 +187,14 @@ class WanEngine:
         return video
 
     def _offload_more(self, why: str) -> bool:
-        """Takes one more step off the GPU; False where there is none left. Raises MachineFault."""
+        """Takes one more step off the GPU; False where there is none left. Raises MachineFault, EngineLost."""
         try:
             more = self._models.offload_more()
-        except (MemoryError, RuntimeError) as error:  # torch says both of host memory
-            raise MachineFault(f"{why}, and this machine has no memory left to offload to") from error
+        except Exception as error:  # noqa: BLE001 - as in `_attempt`
+            raised = mapped(error)
+            if isinstance(raised, EngineLost):
+                raise raised from None
+            raise MachineFault(f"{why}, and this machine has no memory left to offload to") from None
         log.warning("out_of_memory", error=why, offload=self._models.offload.name.lower(), retried=more)
         return more
 
@@ -300,6 +314,7 @@ class WanEngine:
                 return tokens.velocity(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
 
             def on_step(done: int) -> None:
+                self._wait()  # the next forward would; here, what is reported has happened, and a cancel is in time
                 job.report("denoise", done, plan.steps)
                 job.raise_if_cancelled()
 
@@ -315,8 +330,8 @@ class WanEngine:
         def report(written: int) -> None:
             job.report("decode", written, plan.frames)
 
-        with VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata) as writer:
-            stream(vae.decode(self._models.vae, latents), writer, job.raise_if_cancelled, report)
+        writer = VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata)
+        stream(vae.decode(self._models.vae, latents), writer, job.raise_if_cancelled, report)
         return writer.video(seed=plan.seed)
 
 

@@ -10,7 +10,13 @@ from inference.errors import EngineFailed, EngineLost, I2VError, MachineFault, o
 MAX_REASON_CHARS = 300
 
 # What libraries below torch say in its name when memory is what they lack.
-NO_GPU_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
+NO_GPU_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute",  # a convolution without room (github.com/pytorch/pytorch/issues/108645)
+)
 NO_HOST_MEMORY = "DefaultCPUAllocator"
 
 log = structlog.get_logger(__name__)
@@ -27,10 +33,14 @@ def mapped(error: Exception) -> Exception:
     keeps the error. Of an error that nobody foresaw, the traceback is logged instead.
     """
     ours = _mapped(error)
-    link: BaseException | None = ours
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
+    links: list[BaseException | None] = [ours, error]
+    seen: set[int] = set()
+    while links:
+        link = links.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            link.__traceback__ = None
+            links += [link.__cause__, link.__context__]
     return ours
 
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from inference.errors import MachineFault
 from inference.media.video import VideoWriter
+
+STALL_S = 60
+"""Four frames take ffmpeg a tenth of a second; on a machine that is very busy, some."""
 
 Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
 
@@ -15,23 +20,32 @@ Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
 def stream(
     chunks: Iterator[torch.Tensor], writer: VideoWriter, check: Callable[[], None], report: Callable[[int], None]
 ) -> None:
-    """Writes chunks of frames, uint8 [F, H, W, 3] on any device; `report` is told how many frames are written so far.
+    """Opens `writer`, writes chunks of frames, uint8 [F, H, W, 3] on any device, and closes it.
 
-    Whichever side is the slower sets the pace. `check` is called between chunks, and what it raises ends the
-    streaming; nothing is written after it has ended. Raises EncodeFailed, DiskFull, MachineFault.
+    Whichever side is the slower sets the pace. `report` is told how many frames are written so far. `check` is called
+    between chunks and while a chunk is waited for; what it raises ends the streaming. Raises EncodeFailed, DiskFull,
+    and MachineFault, also where ffmpeg stops reading.
     """
-    with ThreadPoolExecutor(1, "encode") as pool:
+    # The writer is the inner one: when it goes, ffmpeg goes, and with that whatever the thread waits for.
+    with ThreadPoolExecutor(1, "encode") as pool, writer:
         writing: Future[None] | None = None
         for frames in _on_host(chunks):
             check()
             if writing is not None:
-                writing.result()
+                _finish(writing, check)
                 report(writer.frames)
             writing = pool.submit(_write, writer, frames)
-        check()
         if writing is not None:
-            writing.result()
+            _finish(writing, check)
             report(writer.frames)
+
+
+def _finish(writing: Future[None], check: Callable[[], None]) -> None:
+    for _ in range(STALL_S):
+        check()
+        with suppress(TimeoutError):
+            return writing.result(timeout=1)
+    raise MachineFault(f"ffmpeg took no frame for {STALL_S} s")
 
 
 def _write(writer: VideoWriter, frames: Frames) -> None:
@@ -40,7 +54,7 @@ def _write(writer: VideoWriter, frames: Frames) -> None:
 
 
 def _on_host(chunks: Iterator[torch.Tensor]) -> Iterator[Frames]:
-    """Chunks as arrays, each handed out when the next is already under way: the GPU never waits for the reader."""
+    """Chunks as arrays, each handed out when the next is already under way, so that the GPU has work meanwhile."""
     ahead: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
     for chunk in chunks:
         started = _start_copy(chunk)

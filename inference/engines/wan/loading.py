@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import structlog
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.utils import logging as diffusers_logging
 from transformers import UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from inference.engines.wan import placement, speed, tokens, weights
+from inference.engines.wan.lora import fuse
 from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
 from inference.engines.wan.presets import ComponentName, Dtype, Preset
 from inference.engines.wan.speed import Switches
@@ -55,7 +56,10 @@ class Models:
         """Takes one more step off the GPU; False where there is none left."""
         if self.offload == Offload.BLOCKS:
             return False
-        self.place(Offload(self.offload + 1))
+        level = Offload(self.offload + 1)
+        if level == Offload.MODELS and len(self.experts) == 1:
+            level = Offload.BLOCKS  # one transformer that visits takes as much room as one that stays
+        self.place(level)
         return True
 
     def place(self, offload: Offload) -> None:
@@ -76,13 +80,27 @@ def load(
     device: torch.device,
     switches: Switches,
     check: Callable[[], None] = lambda: None,
+    area_px: int | None = None,
 ) -> Models:
     """Loads `preset` from `weights_dir`. Takes seconds to minutes; each component's time is logged.
 
-    `check` is called before each component. Raises WeightsError, SettingsError, and torch's OutOfMemoryError.
+    `check` is called before each component; `area_px` is width x height of the largest clip. Raises WeightsError,
+    SettingsError, and torch's OutOfMemoryError.
     """
     weights.require(preset, weights_dir)
     quiet_libraries()
+    with _offline():
+        return _load(preset, weights_dir, device, switches, check, area_px or preset.max_area_px)
+
+
+def _load(
+    preset: Preset,
+    weights_dir: Path,
+    device: torch.device,
+    switches: Switches,
+    check: Callable[[], None],
+    area_px: int,
+) -> Models:
     folders = {
         name: weights.folder_of(weights_dir, part.repository) / part.path for name, part in preset.components.items()
     }
@@ -101,7 +119,7 @@ def load(
 
     vae = read("vae", AutoencoderKLWan, torch.float32, device)
     prepare_vae(vae, preset, switches)
-    sizes = _sizes(preset, folders, vae_gb=size_gb(vae), fp8=switches.fp8)
+    sizes = _sizes(preset, folders, vae_gb=size_gb(vae), fp8=switches.fp8, area_px=area_px)
     offload = placement.choose(sizes, free_gb) if switches.offload is None else switches.offload
     log.info(
         "placement",
@@ -118,7 +136,7 @@ def load(
     for name in EXPERTS:
         if name in folders:
             experts[name] = read(name, WanTransformer3DModel, dtype_of(preset, name), where)
-            prepare_expert(experts[name], preset, switches, device)
+            prepare_expert(experts[name], preset, switches, device, offload)
     models = assemble(preset, folders["tokenizer"], text_encoder, vae, experts, device)
     models.place(offload)
     return models
@@ -134,15 +152,17 @@ def prepare_vae(vae: AutoencoderKLWan, preset: Preset, switches: Switches) -> No
         speed.channels_last(vae)
 
 
-def prepare_expert(model: WanTransformer3DModel, preset: Preset, switches: Switches, device: torch.device) -> None:
+def prepare_expert(
+    model: WanTransformer3DModel, preset: Preset, switches: Switches, device: torch.device, offload: Offload
+) -> None:
     """Makes a transformer what the switches say: 8 bits → attention → compile. Raises SettingsError."""
     if switches.shared_timesteps and preset.first_frame_is_clean:
         tokens.share_timesteps(model)
     if switches.fp8:
         speed.to_fp8(model)
-    attention = speed.choose_attention(switches.attention, device)
+    attention = speed.choose_attention(switches.attention, device, dtype_of(preset, "transformer"))
     speed.set_attention(model, attention)
-    if switches.compile is not None:
+    if switches.compile is not None and offload < Offload.BLOCKS:  # blocks that come and go cannot be one graph
         speed.compile_blocks(model, switches.compile)
     log.info("prepared", attention=attention, fp8=switches.fp8, compile=switches.compile)
 
@@ -180,6 +200,17 @@ def quiet_libraries() -> None:
         library.set_verbosity_error()
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """HF_HUB_OFFLINE for the length of a block: neither weights nor kernels are fetched where clips are made."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
 def _read(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A model from local files, straight to `device`. Raises WeightsError where tensors are missing or unknown."""
     model, info = kind.from_pretrained(
@@ -192,23 +223,15 @@ def _read(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> 
     return model.requires_grad_(False).eval()
 
 
-def fuse(model: WanTransformer3DModel, path: Path, scale: float) -> None:
-    """Adds a LoRA file to the weights of `model` and forgets it: W + scale·(alpha/rank)·up·down."""
-    state = WanLoraLoaderMixin.lora_state_dict(str(path.parent), weight_name=path.name, local_files_only=True)
-    model.load_lora_adapter(state, prefix="transformer")
-    model.fuse_lora(lora_scale=scale, safe_fusing=True)
-    model.unload_lora()
-    log.info("lora_fused", file=path.name, scale=scale)
-
-
-def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, vae_gb: float, fp8: bool) -> Sizes:
+def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, vae_gb: float, fp8: bool, area_px: int) -> Sizes:
     """From the files: known before the large ones are loaded."""
 
     def gb(name: ComponentName) -> float:
         return sum(file.stat().st_size for file in folders[name].glob("*.safetensors")) / GB
 
+    working_gb = preset.working_gb * area_px / preset.max_area_px
     transformers = tuple(gb(name) / (2 if fp8 else 1) for name in EXPERTS if name in folders)
-    return Sizes(gb("text_encoder"), transformers, vae_gb, preset.working_gb, max(transformers) / LAYERS)
+    return Sizes(gb("text_encoder"), transformers, vae_gb, working_gb, max(transformers) / LAYERS)
 
 
 @contextmanager

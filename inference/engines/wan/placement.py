@@ -9,15 +9,17 @@ The VAE always stays: it is small, and the last to run.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 
 GB = 1e9
+CGROUP = Path("/sys/fs/cgroup")
 
 log = structlog.get_logger(__name__)
 
@@ -76,31 +78,36 @@ class Placed:
         if self._home is None:
             yield self._model
             return
-        for tensor, home in self._home.items():
-            tensor.data = home.to(self.device, non_blocking=True, copy=True)
         try:
+            for tensor, home in self._home.items():
+                tensor.data = home.to(self.device, non_blocking=True, copy=True)
             yield self._model
         finally:
             for tensor, home in self._home.items():
                 tensor.data = home
 
     def send_home(self) -> None:
-        """From now on it visits. Weights never change, so leaving is to drop the copy."""
+        """From now on it visits. Weights never change, so leaving is to drop the copy.
+
+        Raises MemoryError or RuntimeError where the host has no room; then nothing has moved.
+        """
         if self._home is None and not self._streamed:
-            pin = self.device.type == "cuda"
+            # Pinned memory is copied several times faster, and comes in powers of two: up to twice the size.
+            pin = self.device.type == "cuda" and 2 * size_gb(self._model) < host_free_gb()
             tensors = [*self._model.parameters(), *self._model.buffers()]
-            self._home = {}
-            for tensor in tensors:  # one at a time: where room is short, there is none for a second copy
-                home = tensor.data.cpu()
-                self._home[tensor] = home.pin_memory() if pin else home
-                tensor.data = self._home[tensor]
-            log.info("offloaded", component=self.name, to="host memory")
+            homes = [tensor.data.cpu().pin_memory() if pin else tensor.data.cpu() for tensor in tensors]
+            self._home = dict(zip(tensors, homes, strict=True))
+            for tensor, home in self._home.items():
+                tensor.data = home
+            log.info("offloaded", component=self.name, to="host memory", pinned=pin)
 
     def stream_blocks(self) -> None:
         """From now on its blocks follow one another through the device. There is no way back."""
         if not self._streamed:
             self.send_home()
             self._home, self._streamed = None, True
+            for block in self._model.blocks:
+                block._compiled_call_impl = None  # noqa: SLF001 - what comes and goes cannot be one graph
             self._model.enable_group_offload(
                 onload_device=self.device,
                 offload_device=torch.device("cpu"),
@@ -109,6 +116,18 @@ class Placed:
                 use_stream=self.device.type == "cuda",
             )
             log.info("offloaded", component=self.name, to="host memory, block by block")
+
+
+def host_free_gb() -> float:
+    """Memory that this process may still take: of the machine, and of its container where that has a limit."""
+    free = [float("inf")]
+    with suppress(OSError, ValueError, IndexError):
+        available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+        free.append(int(available.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # no file, or "max"
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(limit - used)
+    return min(free) / GB
 
 
 def describe_gpu() -> tuple[str, float] | None:

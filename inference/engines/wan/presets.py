@@ -17,7 +17,8 @@ Sources, by the tags used below:
     [lx2v]  github.com/ModelTC/Wan2.2-Lightning, wan/image2video.py: Euler, 4 steps at shift 5, no guidance
     [fast]  github.com/hao-ai-lab/FastVideo, DmdDenoisingStage: timesteps 1000, 757, 522, fresh noise after each. Its
             authors say of image-to-video that their distillation was not good at it (issue 738); others run it so
-    [turbo] github.com/quanhaol/Wan2.2-TI2V-5B-Turbo, pipeline/wan22_fewstep_inference.py: 1000, 750, 500, 250, likewise
+    [turbo] github.com/quanhaol/Wan2.2-TI2V-5B-Turbo, pipeline/wan22_fewstep_inference.py: fresh noise after each step.
+            Whether its steps are shifted differs between its forks; shift 5 as in [lx2v] is not verified
     [perf]  derived from the architecture with a FLOP counter on meta tensors; see tests/bench/wan.py
 """
 
@@ -245,7 +246,7 @@ _ALL = (
         _5B_QUALITY,
         name="5b-turbo",
         components={**_5B_QUALITY.components, "transformer": Component(_TURBO, "transformer", "bf16")},
-        schedule=Schedule("dmd", steps=4, shift=1.0, sigmas=(1.0, 0.75, 0.5, 0.25)),  # [turbo]
+        schedule=Schedule("dmd", steps=4, shift=5.0, sigmas=(1.0, 0.75, 0.5, 0.25)),  # [turbo]
         guidance=(1.0, 1.0),
     ),
     _5B_QUALITY,

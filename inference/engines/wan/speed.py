@@ -1,6 +1,6 @@
 """What makes it faster or smaller without changing the picture: each a switch of its own.
 
-Their effects are in tests/bench/LOG.md, measured by `python -m tests.bench.wan`; what has not paid is off.
+`python -m tests.bench.wan` measures each; tests/bench/LOG.md has what it found, so far on a CPU only.
 """
 
 import os
@@ -41,11 +41,14 @@ class Switches:
     offload: Offload | None = None  # None: chosen from the memory that is there
 
 
-def choose_attention(wanted: str, device: torch.device) -> str:
-    """The name of an attention backend: `wanted`, or for `auto` the fastest that is there. Never fetches one."""
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of an attention backend: `wanted`, or for `auto` the one that others found fastest of those installed.
+
+    flash-attention 3 and cuDNN's are for 16 bits on Hopper; torch's own choice is for everything else.
+    """
     if wanted != "auto":
         return wanted
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
+    if dtype == torch.float32 or device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER:
         return "native"
     return "_flash_3" if is_flash_attn_3_available() else "_native_cudnn"
 

@@ -21,6 +21,7 @@ from tokenizers.models import Unigram
 from transformers import UMT5Config, UMT5EncoderModel
 
 from inference.engines.wan.loading import quiet_libraries
+from inference.engines.wan.lora import LAYERS
 
 SEED = 22
 MAX_SHARD_SIZE = "600KB"  # so that the transformers come in several files with an index, as the real ones do
@@ -117,7 +118,13 @@ def _save_shared(folder: Path, vae: dict[str, Any]) -> None:
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **special}
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(described, indent=2))
     config = UMT5Config(
-        vocab_size=tokenizer.get_vocab_size(), d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4
+        vocab_size=tokenizer.get_vocab_size(),
+        tie_word_embeddings=False,
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
     )
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     AutoencoderKLWan(**vae).save_pretrained(folder / "vae")
@@ -140,21 +147,9 @@ def _tokenizer() -> Tokenizer:
 
 def _lora(model: WanTransformer3DModel) -> dict[str, torch.Tensor]:
     """Low-rank updates of the attention and FFN layers under the names that lightx2v's files use."""
-    names = {
-        "attn1.to_q": "self_attn.q",
-        "attn1.to_k": "self_attn.k",
-        "attn1.to_v": "self_attn.v",
-        "attn1.to_out.0": "self_attn.o",
-        "attn2.to_q": "cross_attn.q",
-        "attn2.to_k": "cross_attn.k",
-        "attn2.to_v": "cross_attn.v",
-        "attn2.to_out.0": "cross_attn.o",
-        "ffn.net.0.proj": "ffn.0",
-        "ffn.net.2": "ffn.2",
-    }
     tensors = {}
     for number, block in enumerate(model.blocks):
-        for ours, theirs in names.items():
+        for theirs, ours in LAYERS.items():
             weight = block.get_submodule(ours).weight
             prefix = f"diffusion_model.blocks.{number}.{theirs}"
             tensors[f"{prefix}.lora_down.weight"] = torch.randn(LORA_RANK, weight.shape[1]) * 0.1

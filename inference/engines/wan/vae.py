@@ -25,7 +25,7 @@ def encode(
     """Normalised latents [1, z, 1 + (frames - 1) / 4, h, w], fp32, of a clip that is blank but for its ends.
 
     `first` and `last` are pictures [1, 3, 1, H, W] in -1..1; blank is 0, grey. `check` is called between chunks,
-    and what it raises ends the work. Encoding is in fp32: the photo is all the model knows of the family.
+    and what it raises ends the work. Encoding is in fp32 (on Hopper, cuDNN multiplies in TF32).
     """
     remembered: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["encoder"]  # noqa: SLF001 - counted once, when it was made
     blank = torch.zeros_like(first).expand(-1, -1, FRAME_STRIDE, -1, -1)

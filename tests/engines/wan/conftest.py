@@ -42,10 +42,11 @@ def shared_models(name: str, device: str = "cpu"):
     return load(PRESETS[name], tiny_weights(), torch.device(device), Switches())
 
 
-def make_engine(name: str, **switches) -> WanEngine:
+def make_engine(name: str, *, area_px: int | None = None, **switches) -> WanEngine:
     """An engine over shared models; with switches, over models of its own."""
     if switches:
-        return WanEngine.load(PRESETS[name], tiny_weights(), device=torch.device("cpu"), switches=Switches(**switches))
+        cpu = torch.device("cpu")
+        return WanEngine.load(PRESETS[name], tiny_weights(), device=cpu, switches=Switches(**switches), area_px=area_px)
     return WanEngine(PRESETS[name], shared_models(name))
 
 

@@ -15,6 +15,7 @@ import torch
 
 from inference.engines.base import Job
 from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.faults import OutOfRoom, mapped
 from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS, Schedule
 from inference.errors import CancelRequested, EngineFailed, EngineLost, I2VError, MachineFault, SettingsError
@@ -188,10 +189,8 @@ async def test_a_killed_encoder_is_the_machines_fault(photo, folder):
     engine = make_engine("tiny")
 
     def kill(*_):
-        for thread in Path("/proc/self/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                if "ffmpeg" in Path(f"/proc/{child}/cmdline").read_text():
-                    os.kill(int(child), signal.SIGKILL)
+        for pid in ffmpegs():
+            os.kill(pid, signal.SIGKILL)
 
     hook = engine._models.vae.decoder.register_forward_pre_hook(kill)
     try:
@@ -201,6 +200,59 @@ async def test_a_killed_encoder_is_the_machines_fault(photo, folder):
         hook.remove()
     assert list(folder.iterdir()) == []
     await engine.generate(SMALL, photo, folder, Job())
+
+
+@pytest.mark.anyio
+async def test_an_encoder_that_stops_reading_does_not_hold_the_engine(photo, folder):
+    """Ffmpeg is stopped, the clip is larger than its pipe: a cancel is obeyed all the same, and ffmpeg is gone."""
+    engine = make_engine("tiny")
+    pids = []
+
+    def stop(*_):
+        pids.extend(ffmpegs())
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        job.cancel(CancelRequested("enough"))
+
+    job = Job()
+    decoder = engine._models.vae.decoder
+    hook = decoder.register_forward_pre_hook(lambda *_: None if pids else stop())
+    try:
+        with pytest.raises(CancelRequested, match="enough"):
+            await engine.generate(SMALL.model_copy(update={"max_area_px": 160 * 96}), photo, folder, job)
+    finally:
+        hook.remove()
+    assert pids
+    assert not ffmpegs()
+
+
+def ffmpegs() -> list[int]:
+    """The encoders that this process has started and not ended."""
+    return [
+        int(child)
+        for thread in Path("/proc/self/task").iterdir()
+        for child in (thread / "children").read_text().split()
+        if "ffmpeg" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), OutOfRoom),
+        (torch.AcceleratorError("CUDA error: out of memory"), OutOfRoom),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), OutOfRoom),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), OutOfRoom),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory"), MachineFault),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), EngineLost),
+        (CancelRequested("enough"), CancelRequested),
+        (ZeroDivisionError("x"), EngineFailed),
+    ],
+    ids=lambda each: str(each)[:30],
+)
+def test_every_error_is_one_of_ours(error, kind):
+    """By what torch and the libraries below it say."""
+    assert type(mapped(error)) is kind
 
 
 def out_of_memory() -> Exception:
@@ -236,14 +288,24 @@ async def test_out_of_memory_for_good_is_a_failure_that_can_be_retried(photo, fo
 
 
 def live_tensors() -> int:
-    """Tensors that somebody still refers to."""
-    gc.collect()
+    """Tensors that somebody refers to, or that wait for the collector: those would hold GPU memory meanwhile."""
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
+@pytest.fixture
+def no_collector():
+    """Without Python's cycle collector."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.anyio
-async def test_many_requests_leave_nothing(shape, tmp_path, folder):
-    """Twenty in a row, good, cancelled and failed, of other sizes and prompts: not one tensor and no memory more."""
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("shape, requests", [("tiny", 20), ("tiny-a14b", 8)])
+async def test_many_requests_leave_nothing(shape, requests, tmp_path, folder):
+    """Many in a row, good, cancelled and failed, of other sizes and prompts: not one tensor and no memory more."""
     engine = make_engine(shape)
     photos = [landscape(tmp_path / f"{n}.jpg", size) for n, size in enumerate([(320, 180), (180, 320)])]
     errors = []  # held on to, as an Outcome or a log might
@@ -256,19 +318,19 @@ async def test_many_requests_leave_nothing(shape, tmp_path, folder):
                 case 0:
                     with failing(engine, "last step", ERRORS[0][0]):
                         await engine.generate(request, photo, folder, Job())
-                case 1:
-                    await engine.generate(request, photo, folder, Cancels(engine, at=4).job)
+                case 1 | 2:
+                    await engine.generate(request, photo, folder, Cancels(engine, at=1 + number % 4).job)
                 case _:
                     await engine.generate(request, photo, folder, Job())
         except I2VError as error:
             errors.append(error)
 
-    for number in range(8):
+    for number in range(4):
         await one(number)
     tensors, resident = live_tensors(), _resident_bytes()
-    for number in range(20):
+    for number in range(requests):
         await one(number)
-    assert len(errors) == 14
+    assert len(errors) == 3 + requests * 3 // 4
     assert live_tensors() == tensors
     assert _resident_bytes() - resident < 30e6  # a clip of this size held by each would be a hundred times as many
 

@@ -1,5 +1,6 @@
 """What stays on the GPU and what visits: the arithmetic, and that a visit changes nothing."""
 
+import os
 from contextlib import suppress
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.engines.base import Job
-from inference.engines.wan.placement import Offload, Placed, Sizes, choose
+from inference.engines.wan.placement import Offload, Placed, Sizes, choose, host_free_gb
 from tests.engines.wan.conftest import SMALL, make_engine
 from tests.engines.wan.test_engine import frames_of
 
@@ -53,6 +54,39 @@ def test_a_visitor_goes_home():
             assert visiting.weight.data.data_ptr() != home
             raise ZeroDivisionError
         assert model.weight.data.data_ptr() == home
+
+
+class Narrow(dict):
+    """What a model has at home, on a device that is full after two tensors, once."""
+
+    full = True
+
+    def items(self):
+        """As a dict's, until there is no room."""
+        for number, item in enumerate(super().items()):
+            if self.full and number == 2:
+                self.full = False
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield item
+
+
+def test_a_visit_that_ends_on_the_way_in_is_undone():
+    """No room for the third tensor: the first two do not stay, and the next visit works."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    placed = Placed("layers", model, torch.device("cpu"))
+    placed.send_home()
+    homes = [parameter.data.data_ptr() for parameter in model.parameters()]
+    placed._home = Narrow(placed._home)
+    with pytest.raises(torch.OutOfMemoryError), placed.on_device():
+        pytest.fail("it must not get here")
+    assert [parameter.data.data_ptr() for parameter in model.parameters()] == homes
+    with placed.on_device() as visiting:
+        assert visiting(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_the_host_knows_what_it_may_take():
+    """Some, and no more than the machine has."""
+    assert 0.1 < host_free_gb() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 @pytest.mark.anyio
