@@ -56,15 +56,6 @@ class TestI2VA14B(TestTI2V):
         return make_engine("tiny-a14b")
 
 
-@pytest.mark.gpu
-class TestOnTheGPU(TestTI2V):
-    """The same contract where it counts."""
-
-    def make(self):
-        """On CUDA."""
-        return WanEngine(PRESETS["tiny-a14b"], shared_models("tiny-a14b", "cuda"))
-
-
 class Cancels:
     """A sink that cancels the job at one report, and remembers all."""
 
