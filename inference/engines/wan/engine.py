@@ -330,6 +330,7 @@ class WanEngine:
         def report(written: int) -> None:
             job.report("decode", written, plan.frames)
 
+        report(0)
         writer = VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata)
         stream(vae.decode(self._models.vae, latents), writer, job.raise_if_cancelled, report)
         return writer.video(seed=plan.seed)

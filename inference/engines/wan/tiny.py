@@ -46,6 +46,7 @@ _TRANSFORMER: dict[str, Any] = {
 _VAE_5B: dict[str, Any] = {
     "base_dim": 4,
     "decoder_base_dim": 4,
+    "num_res_blocks": 1,
     "z_dim": 48,
     "is_residual": True,
     "in_channels": 12,
@@ -55,7 +56,11 @@ _VAE_5B: dict[str, Any] = {
     "latents_mean": [0.02 * (channel % 7 - 3) for channel in range(48)],
     "latents_std": [0.5 + 0.05 * (channel % 5) for channel in range(48)],
 }
-_VAE_A14B: dict[str, Any] = {"base_dim": 4, "z_dim": 16}  # latents_mean and _std are the defaults of the class
+_VAE_A14B: dict[str, Any] = {
+    "base_dim": 4,
+    "num_res_blocks": 1,
+    "z_dim": 16,
+}  # latents_mean and _std are the defaults of the class
 
 
 def build(name: str, weights_dir: Path) -> Path:
