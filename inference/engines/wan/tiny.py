@@ -60,7 +60,7 @@ _VAE_A14B: dict[str, Any] = {
     "base_dim": 4,
     "num_res_blocks": 1,
     "z_dim": 16,
-}  # latents_mean and _std are the defaults of the class
+}
 
 
 def build(name: str, weights_dir: Path) -> Path:
