@@ -45,8 +45,8 @@ WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
 """Shapes that phones take, upright or not (that changes no number of tokens), and seconds that apps offer."""
 
 STOP_GRACE_S = 120.0
-"""Longer than any one forward: they cannot be interrupted. A14B at 720p takes 8 to 19 s [performance: 6,523 TFLOP at
-790 to 344 TFLOP/s], ten seconds of it four times as long."""
+"""Longer than any one forward: they cannot be interrupted. A14B at 720p takes 8 to 19 s (6,523 TFLOP at
+790 to 344 TFLOP/s), ten seconds of it up to four times as long."""
 
 MAX_SEED = 2**32
 """Drawn seeds are short enough to be typed in again; given ones may be any 63 bits."""
@@ -238,9 +238,9 @@ class WanEngine:
         guidance = preset.guidance if request.guidance is None else (request.guidance, request.guidance)
         guided = max(guidance) > 1
         if request.negative_prompt is not None and not guided:
-            log.info("ignored", field="negative_prompt", because=f"preset {preset.name} runs without guidance")
+            log.warning("ignored", field="negative_prompt", because=f"preset {preset.name} runs without guidance")
         if request.last_photo is not None and not preset.takes_last_photo:
-            log.info("ignored", field="last_photo", because=f"preset {preset.name} starts from one photo")
+            log.warning("ignored", field="last_photo", because=f"preset {preset.name} starts from one photo")
         frames = preset.frames(request.duration_s)
         if frames > preset.trained_frames:
             log.warning("long_clip", frames=frames, trained_frames=preset.trained_frames, expect="drifting colours")
