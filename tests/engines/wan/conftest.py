@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from inference.engines.wan.speed import Switches
 from inference.task import GenerationRequest
 from tests.engines.contract import landscape
 
+gc.freeze()  # what torch and diffusers brought is here to stay: the collector need not walk it in every other test
 torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
 
 SMALL = GenerationRequest(prompt="slow push", duration_s=0.5, max_area_px=64 * 64, seed=1)
