@@ -25,13 +25,18 @@
     │   ├── InvalidPhoto      T  not a photo we can use; says why
     │   └── EncodeFailed         ffmpeg ended badly
     ├── MachineFault          H  no memory, no ffmpeg, a process killed from outside
-    │   └── DiskFull          H  no room for temporary files
+    │   ├── DiskFull          H  no room for temporary files
+    │   └── RecordsUnavailable H the ledger cannot be read or written; nothing is paid for without it
     └── EngineError
         ├── InvalidRequest    T  outside what the engine can do; names the field
+        │   └── ContentRefused T a provider's moderation refused photo or prompt; asking again can cost the account
         ├── EngineFailed      R  this attempt failed
         ├── EngineHung           no end within the hard limit of an attempt
+        ├── PaymentInDoubt       a paid call was sent and its answer lost: it is not sent again unasked
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
-            └── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
+            ├── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
+            └── AccountError  H  a provider does not accept the key, or will not work for it now
+                └── BudgetSpent H our own limit for the day is reached
 
 R  another try here can help (`retryable`).
 H  the machine is at fault, not the task: hand the lease back instead of failing the task (`hand_back`).
@@ -57,7 +62,14 @@ class SettingsError(I2VError):
 
 
 class LeaseLost(I2VError):
-    """The lease is certainly not ours any more. Nothing may be uploaded or reported for it."""
+    """The lease is not ours any more. Nothing may be uploaded or reported for it.
+
+    `confirmed`: the queue said so. Otherwise it could not be renewed in time, and may still be nobody else's.
+    """
+
+    def __init__(self, message: str, *, confirmed: bool = True) -> None:
+        super().__init__(message)
+        self.confirmed = confirmed
 
 
 class CancelRequested(I2VError):
@@ -175,6 +187,10 @@ class DiskFull(MachineFault):
     """No room left for temporary files on this machine."""
 
 
+class RecordsUnavailable(MachineFault):
+    """The ledger cannot be read or written here. Nothing is paid for without it."""
+
+
 class EngineError(I2VError):
     """No video came out of the engine."""
 
@@ -183,6 +199,10 @@ class InvalidRequest(EngineError):
     """The request is outside what the engine can do."""
 
     task_at_fault = True
+
+
+class ContentRefused(InvalidRequest):
+    """A provider's moderation refused the photo or the prompt. Billed in full; repeats suspend the account."""
 
 
 class EngineFailed(EngineError):
@@ -195,6 +215,10 @@ class EngineHung(EngineError):
     """The attempt did not end within its hard limit."""
 
 
+class PaymentInDoubt(EngineError):
+    """A paid call was sent, and whether it was carried out is unknown. A person decides whether to pay again."""
+
+
 class EngineLost(EngineError):
     """The engine cannot work on this machine any more."""
 
@@ -203,6 +227,14 @@ class EngineLost(EngineError):
 
 class WeightsError(EngineLost):
     """Weights are missing, damaged or not what was pinned. The message names the command that puts them there."""
+
+
+class AccountError(EngineLost):
+    """A provider does not accept our key, has no credits of ours, or has had enough of us for today."""
+
+
+class BudgetSpent(AccountError):
+    """What may be spent in one day is spent, or the rest is too little for this task."""
 
 
 def one_line(text: str, limit: int) -> str:

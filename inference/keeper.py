@@ -80,7 +80,7 @@ class Keeper:
         Also where no beat has noticed yet: a process that was paused finds out here, before it writes.
         """
         if self.ended is None and anyio.current_time() >= self.work_ends_at:
-            self.ended = LeaseLost("the lease could not be renewed in time")
+            self.ended = LeaseLost("the lease could not be renewed in time", confirmed=False)
         if self.ended is not None:
             raise self.ended
 

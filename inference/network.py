@@ -17,7 +17,7 @@ import anyio.lowlevel
 import httpcore
 import httpx
 
-from inference.errors import AddressRefused
+from inference.errors import AddressRefused, SettingsError
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -47,6 +47,30 @@ def is_public(address: str) -> bool:
         return ip in GLOBAL_UNICAST and ip.is_global and not any(ip in tunnel for tunnel in TUNNELS)
     special = ip.is_multicast or ip.is_reserved or any(ip in network for network in NOT_FOR_US)
     return ip.is_global and not special
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address of a URL is this machine's own, so that nothing travels."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def safe_for_a_key(url: str) -> httpx.URL:
+    """The URL of a service that a key is sent to.
+
+    Raises SettingsError: the key must not travel in the clear, save to this machine.
+    """
+    try:
+        parsed = httpx.URL(url.strip())
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL()
+    if not parsed.host or parsed.scheme not in ("http", "https") or parsed.query or parsed.fragment or parsed.userinfo:
+        raise SettingsError("must look like https://host, without query, fragment or user")
+    if parsed.scheme == "http" and not is_this_machine(parsed.host):
+        raise SettingsError(f"must be https, since {parsed.host} is not this machine")
+    return parsed
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:

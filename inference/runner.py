@@ -17,6 +17,7 @@ import structlog
 from inference.engines.base import Engine, Job
 from inference.errors import CancelRequested, EngineHung, EngineLost, I2VError, LeaseLost, QueueAuthError
 from inference.keeper import Keeper, Policy, repeat
+from inference.ledger import Ledger, Purchase
 from inference.progress import ProgressTracker, Sink, plan
 from inference.queues.base import TaskQueue
 from inference.scratch import scratch_folder
@@ -26,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 
 class Runner:
-    """Runs leases, several at once, on one engine that generates for one of them at a time."""
+    """Runs leases, several at once, on one engine that generates for `at_once` of them: a GPU for one at a time."""
 
     def __init__(
         self,
@@ -36,19 +37,22 @@ class Runner:
         policy: Policy | None = None,
         temp_dir: Path | None = None,
         sink: Callable[[Lease], Sink] | None = None,
+        ledger: Ledger | None = None,
+        at_once: int = 1,
     ) -> None:
-        self._queue, self._engine = queue, engine
+        self._queue, self._engine, self._ledger = queue, engine, ledger
         self._policy = policy or Policy()
         self._temp_dir = temp_dir
         self._sink = sink
-        self._engine_lock = anyio.Lock()
+        self._engine_free = anyio.Semaphore(at_once)
         self.engine_hung = False  # a thread of the engine did not stop: nothing may generate here any more
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Never raises for what happens to it; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
         tracker = ProgressTracker(plan(self._engine.stages), self._sink(lease) if self._sink else None)
-        job = Job(tracker)
+        purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
+        job = Job(tracker, purchase)
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
         try:
@@ -69,6 +73,8 @@ class Runner:
             }
         )
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
+        if outcome.video is not None and outcome.video.cost_usd is not None:
+            facts["cost_usd"] = outcome.video.cost_usd
         log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)
         return outcome
 
@@ -81,7 +87,7 @@ class Runner:
             job.report("download")
             photo = await repeat(lambda: self._queue.fetch_photo(lease, folder), policy, keeper.check)
             job.report("wait")
-            async with self._engine_lock:
+            async with self._engine_free:
                 video = await repeat(lambda: self._generate(lease, photo, folder, job), policy, keeper.check)
             job.report("upload")
             storage_path = await repeat(lambda: self._queue.deliver(lease, video), policy, keeper.check)
@@ -89,6 +95,8 @@ class Runner:
             job.report("report")
             await repeat(lambda: self._queue.complete(lease, storage_path, video), policy, keeper.check)
             tracker.finish()
+            if job.purchase:
+                await self._close_the_books(job.purchase, lease)
             return Outcome(status="completed", item_id=lease.task.item_id, video=video, storage_path=storage_path)
 
         return await keeper.guard(work, job)
@@ -103,6 +111,13 @@ class Runner:
         finally:
             self.engine_hung = self.engine_hung or job.hung
         raise EngineHung(f"the {self._engine.name} engine made no video within {limit_s:g} s")
+
+    async def _close_the_books(self, purchase: Purchase, lease: Lease) -> None:
+        """Only now: until the queue has the video, whoever gets the task next goes on with what was paid for."""
+        try:
+            await purchase.end("delivered")
+        except I2VError as error:  # the video is delivered all the same
+            log.warning("payment_left_open", item_id=lease.task.item_id, error=str(error))
 
     async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
         """The one place where an error becomes an outcome, and where the queue is told."""

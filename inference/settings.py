@@ -5,136 +5,199 @@ file in the working directory is read too; the environment wins over it. `python
 contents of `.env.example`.
 """
 
-import copy
 import socket
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
 
+from inference.engines.runway_models import MODELS
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
+from inference.network import safe_for_a_key
 from inference.queues.lifeisshort_wire import worker_api_url
+from inference.settings_base import LoadableSettings, names_of, setting
 
-S = TypeVar("S", bound="Settings")
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(gt=0)]
 
 
-def _setting(default: Any, *names: str, about: str) -> Any:
-    return Field(default, validation_alias=AliasChoices(*names), description=about)
-
-
-class Settings(BaseSettings):
+class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
-    )
-
     # The queue a worker takes its tasks from
-    api_url: str | None = _setting(
+    api_url: str | None = setting(
         None, "VERCEL_API_URL", "NEXT_API_URL", about="Base URL of the queue, with or without /api. Required to work."
     )
-    api_key: SecretStr | None = _setting(
+    api_key: SecretStr | None = setting(
         None, "WORKER_API_KEY", about="Key of the queue; the embedded server asks for the same one."
     )
-    auth_scheme: Literal["worker", "bearer"] = _setting(
+    auth_scheme: Literal["worker", "bearer"] = setting(
         "worker", "I2V_AUTH_SCHEME", about="How the key is sent: `worker` or `bearer`."
     )
-    worker_id: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")] = _setting(
+    worker_id: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")] = setting(
         "", "WORKER_ID", about="Name of this worker in the queue; every lease adds its own suffix. Default: host name."
     )
-    worker_type: Literal["wan", "runway"] | None = _setting(
+    worker_type: Literal["wan", "runway"] | None = setting(
         None, "I2V_WORKER_TYPE", about="Take only tasks of this kind: `wan` or `runway`. Default: any."
     )
-    poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = _setting(
+    poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = setting(
         5.0, "POLL_INTERVAL", about="Seconds between questions to an empty queue."
     )
-    lease_duration_s: Annotated[float, Field(ge=2, le=86_400)] = _setting(
+    lease_duration_s: Annotated[float, Field(ge=2, le=86_400)] = setting(
         600.0, "LEASE_DURATION", about="Seconds for which a task is taken: longer than a cold start."
     )
-    lease_extension_s: Annotated[float, Field(ge=2, le=86_400)] = _setting(
+    lease_extension_s: Annotated[float, Field(ge=2, le=86_400)] = setting(
         300.0, "I2V_LEASE_EXTENSION", about="Seconds that each heartbeat adds; a silent worker's task is free after it."
     )
-    heartbeat_interval_s: Seconds = _setting(
+    heartbeat_interval_s: Seconds = setting(
         120.0, "HEARTBEAT_INTERVAL", about="Seconds between heartbeats; at most half of I2V_LEASE_EXTENSION."
     )
 
     # The worker
-    engine: Literal["preview", "wan"] = _setting(
+    engine: Literal["preview", "wan", "runway"] = setting(
         "preview",
         "I2V_ENGINE",
-        about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU.",
+        about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU. "
+        "`runway`: Runway's API, paid by the clip.",
     )
-    concurrency: Annotated[int, Field(ge=1, le=64)] = _setting(
+    concurrency: Annotated[int, Field(ge=1, le=64)] = setting(
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
     )
-    attempt_limit_s: Seconds = _setting(
+    attempt_limit_s: Seconds = setting(
         1800.0, "I2V_ATTEMPT_LIMIT", about="Seconds after which a generation counts as hung."
     )
-    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = _setting(
+    shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = setting(
         8.0, "I2V_SHUTDOWN_GRACE", about="Seconds to finish in after SIGTERM, then tasks are handed back."
     )
-    max_photo_bytes: Bytes = _setting(50_000_000, "I2V_MAX_PHOTO_BYTES", about="Bytes of the largest photo taken.")
-    allow_private_addresses: bool = _setting(
+    max_photo_bytes: Bytes = setting(50_000_000, "I2V_MAX_PHOTO_BYTES", about="Bytes of the largest photo taken.")
+    allow_private_addresses: bool = setting(
         False,
         "I2V_ALLOW_PRIVATE_ADDRESSES",
         about="Let presigned URLs lead to private addresses, other than the queue's own host.",
     )
-    temp_dir: Path | None = _setting(None, "TEMP_DIR", about="Folder for temporary files. Default: the system's.")
-    auto_cleanup_temp: bool = _setting(
+    temp_dir: Path | None = setting(None, "TEMP_DIR", about="Folder for temporary files. Default: the system's.")
+    auto_cleanup_temp: bool = setting(
         True, "AUTO_CLEANUP_TEMP", about="Remove each task's temporary files when it ends; `false` leaves them."
     )
-    log_dir: Path | None = _setting(None, "LOG_DIR", about="Folder for a log file besides the terminal. Default: none.")
-    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+    log_dir: Path | None = setting(None, "LOG_DIR", about="Folder for a log file besides the terminal. Default: none.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "I2V_LOG_LEVEL", about="`debug`, `info`, `warning` or `error`."
     )
 
     # The Wan engine
-    wan_preset: str = _setting(
+    wan_preset: str = setting(
         "a14b-fast", "I2V_WAN_PRESET", about=f"Model and schedule, one of {', '.join(f'`{name}`' for name in PRESETS)}."
     )
-    weights_dir: Path = _setting(
+    weights_dir: Path = setting(
         Path("~/.cache/serverless-i2v"), "I2V_WEIGHTS_DIR", about="Folder of the weights; `i2v weights fetch` fills it."
     )
-    hf_token: SecretStr | None = _setting(
+    hf_token: SecretStr | None = setting(
         None, "HF_TOKEN", about="Token of huggingface.co, for `i2v weights fetch`; public weights need none."
     )
-    wan_area_px: Annotated[int, Field(ge=64 * 64)] | None = _setting(
+    wan_area_px: Annotated[int, Field(ge=64 * 64)] | None = setting(
         None, "I2V_WAN_AREA", about="Largest width x height of a clip; 399360 is 480p. Default: the preset's, 720p."
     )
-    wan_offload: Literal["auto", "none", "text", "models", "blocks"] = _setting(
+    wan_offload: Literal["auto", "none", "text", "models", "blocks"] = setting(
         "auto",
         "I2V_WAN_OFFLOAD",
         about="What visits the GPU instead of staying: `none`, the `text` encoder, all `models`, or `blocks` of them. "
         "`auto` goes by its memory.",
     )
-    wan_attention: str = _setting(
+    wan_attention: str = setting(
         "auto", "I2V_WAN_ATTENTION", about="Attention backend of diffusers; `auto` takes the fastest installed."
     )
-    wan_compile: bool = _setting(
+    wan_compile: bool = setting(
         False, "I2V_WAN_COMPILE", about="Compile the transformer: a slower start, then faster clips."
     )
-    wan_fp8: bool = _setting(
+    wan_fp8: bool = setting(
         False, "I2V_WAN_FP8", about="Keep the transformers in 8 bits: half the memory, a little less exact."
     )
 
+    # The Runway engine
+    runway_key: SecretStr | None = setting(
+        None, "RUNWAYML_API_SECRET", "RUNWAY_API_KEY", about="Key of the Runway API; without one nothing goes there."
+    )
+    runway_model: str = setting(
+        "gen4_turbo",
+        "RUNWAY_MODEL",
+        about=f"Model for tasks that name none, one of {', '.join(f'`{name}`' for name in MODELS)}.",
+    )
+    runway_ratio: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = setting(
+        None, "RUNWAY_DEFAULT_RATIO", about="Size of the clips, e.g. 1280:720. Default: the one nearest to the photo."
+    )
+    runway_timeout_s: Annotated[float, Field(gt=0, le=3600)] = setting(
+        600.0, "RUNWAY_TIMEOUT", about="Seconds after which a generation at Runway is cancelled; waiting there counts."
+    )
+    runway_poll_interval_s: Annotated[float, Field(ge=0.05, le=60)] = setting(
+        5.0, "RUNWAY_POLL_INTERVAL", about="Seconds between questions to Runway, which asks for no fewer than 5."
+    )
+    runway_budget_usd: Annotated[float, Field(ge=0)] = setting(
+        10.0, "I2V_RUNWAY_BUDGET", about="Dollars that may be spent at Runway in one day (UTC)."
+    )
+    runway_concurrency: Annotated[int, Field(ge=1, le=100)] = setting(
+        2, "I2V_RUNWAY_CONCURRENCY", about="Generations at once that your Runway tier allows; more only wait there."
+    )
+    runway_replay: bool = setting(
+        False,
+        "I2V_RUNWAY_REPLAY",
+        about="Ask once more when Runway's answer to a paid request was lost: may pay twice.",
+    )
+    runway_url: str = setting("https://api.dev.runwayml.com", "I2V_RUNWAY_URL", about="Base URL of the Runway API.")
+    ledger_path: Path = setting(
+        Path("~/.local/state/serverless-i2v/ledger.db"),
+        "I2V_LEDGER",
+        about="File with what was paid for, so that nothing is paid twice. On Modal a `modal.Dict` takes its place.",
+    )
+
+    # The fleet on Modal: read by `modal deploy app.py`, and told to the containers
+    modal_app: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,60}$")] = setting(
+        "serverless-i2v", "I2V_MODAL_APP", about="Name of the app on Modal, of its secret and of its ledger."
+    )
+    modal_cron: str = setting("* * * * *", "I2V_MODAL_CRON", about="When tasks are dispatched (cron, UTC).")
+    modal_gpu: str = setting("H100", "I2V_MODAL_GPU", about="GPU of a container, e.g. H100, H200, A100-80GB, L40S.")
+    modal_region: str | None = setting(
+        None, "I2V_MODAL_REGION", about="Region of GPU containers, e.g. us or eu; costs more. Default: anywhere."
+    )
+    modal_max_containers: Annotated[int, Field(ge=1, le=100)] = setting(
+        2, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once: bounds what an hour can cost."
+    )
+    modal_timeout_s: Annotated[int, Field(ge=60, le=86_400)] = setting(
+        14_400, "I2V_MODAL_TIMEOUT", about="Seconds for which a GPU container takes tasks before it starts afresh."
+    )
+    modal_startup_timeout_s: Annotated[int, Field(ge=10, le=3600)] = setting(
+        900, "I2V_MODAL_STARTUP_TIMEOUT", about="Seconds in which a container has to have loaded its weights."
+    )
+    modal_linger_s: Annotated[float, Field(ge=0, le=1200)] = setting(
+        20.0, "I2V_MODAL_LINGER", about="Seconds for which a warm GPU container asks an empty queue for more. Billed."
+    )
+    modal_drain: bool = setting(
+        True, "I2V_MODAL_DRAIN", about="Let a warm container take the next task itself instead of waiting for the cron."
+    )
+    modal_snapshot: bool = setting(
+        False, "I2V_MODAL_SNAPSHOT", about="Memory snapshots of loaded containers, for faster cold starts."
+    )
+    overflow_after_s: Annotated[float, Field(ge=0)] = setting(
+        600.0,
+        "I2V_OVERFLOW_AFTER",
+        about="Expected wait in seconds beyond which tasks go to Runway, if there is a key.",
+    )
+    overflow_wan_local: bool = setting(
+        False, "I2V_OVERFLOW_WAN_LOCAL", about="Let tasks that ask for `wan_local` overflow to Runway, too."
+    )
+
     # The embedded queue server
-    host: str = _setting("127.0.0.1", "I2V_HOST", about="Address the server binds to; others than loopback need a key.")
-    port: Annotated[int, Field(ge=0, le=65535)] = _setting(8000, "I2V_PORT", about="Port of the server; 0 picks one.")
-    data_dir: Path = _setting(Path("i2v-data"), "I2V_DATA_DIR", about="Folder of the server's database and objects.")
-    database_url: SecretStr | None = _setting(
+    host: str = setting("127.0.0.1", "I2V_HOST", about="Address the server binds to; others than loopback need a key.")
+    port: Annotated[int, Field(ge=0, le=65535)] = setting(8000, "I2V_PORT", about="Port of the server; 0 picks one.")
+    data_dir: Path = setting(Path("i2v-data"), "I2V_DATA_DIR", about="Folder of the server's database and objects.")
+    database_url: SecretStr | None = setting(
         None, "I2V_DATABASE_URL", about="SQLAlchemy URL, e.g. postgresql://… Default: SQLite in I2V_DATA_DIR."
     )
-    public_url: str | None = _setting(
+    public_url: str | None = setting(
         None, "I2V_PUBLIC_URL", about="URL under which clients reach the server, for presigned URLs. Default: as asked."
     )
-    max_video_bytes: Bytes = _setting(500_000_000, "I2V_MAX_VIDEO_BYTES", about="Bytes of the largest upload taken.")
+    max_video_bytes: Bytes = setting(500_000_000, "I2V_MAX_VIDEO_BYTES", about="Bytes of the largest upload taken.")
 
     @field_validator("api_url", "public_url")
     @classmethod
@@ -154,7 +217,22 @@ class Settings(BaseSettings):
             raise ValueError(str(error).removeprefix("VERCEL_API_URL: ")) from None
         return value
 
-    @field_validator("api_key")
+    @field_validator("runway_url")
+    @classmethod
+    def _is_safe_for_the_runway_key(cls, value: str) -> str:
+        try:
+            return str(safe_for_a_key(value)).rstrip("/")
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("runway_model")
+    @classmethod
+    def _is_a_runway_model(cls, value: str) -> str:
+        if value not in MODELS:
+            raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
+        return value
+
+    @field_validator("api_key", "runway_key")
     @classmethod
     def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
         key = value.get_secret_value() if value else ""
@@ -169,7 +247,7 @@ class Settings(BaseSettings):
             raise ValueError(f"there is no preset {value!r}; choose one of {', '.join(PRESETS)}")
         return value
 
-    @field_validator("weights_dir")
+    @field_validator("weights_dir", "ledger_path")
     @classmethod
     def _of_a_person(cls, value: Path) -> Path:
         return value.expanduser()
@@ -188,69 +266,12 @@ class Settings(BaseSettings):
             )
         return self
 
-    @classmethod
-    def load(cls, *required: str, **overrides: Any) -> Self:
-        """Reads and validates everything; `required` names fields that must be set, `overrides` win over all else.
-
-        Raises SettingsError with one line for each problem, all problems at once.
-        """
-        given = {name: value for name, value in overrides.items() if value is not None}
-        demanding = _requiring(cls, [name for name in required if name not in given])
-        aliases = {name: _names(field)[0] for name, field in cls.model_fields.items()}
-        try:
-            return demanding(**{aliases[name]: value for name, value in given.items()})
-        except ValidationError as error:
-            raise SettingsError("\n".join(_problem(cls, each) for each in error.errors(include_url=False))) from None
-
-    @classmethod
-    def isolated(cls, **given: Any) -> Self:
-        """Settings from `given` and the defaults alone. Raises SettingsError."""
-
-        class Isolated(cls):  # type: ignore[valid-type,misc]
-            @classmethod
-            def settings_customise_sources(
-                cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
-            ) -> tuple[PydanticBaseSettingsSource, ...]:
-                del settings_cls
-                return (init_settings,)
-
-        return cast("Self", Isolated.load(**given))
-
-
-def _requiring(base: type[S], names: list[str]) -> type[S]:
-    """The same settings with some of them required, so that pydantic reports a missing one beside all else."""
-    fields = {name: copy.copy(base.model_fields[name]) for name in names}
-    for field in fields.values():
-        field.default = PydanticUndefined
-    annotations = {name: field.annotation for name, field in fields.items()}
-    namespace = {"__module__": base.__module__, "__annotations__": annotations, **fields}
-    return cast("type[S]", type(base.__name__, (base,), namespace))
-
-
-def _names(field: FieldInfo) -> list[str]:
-    alias = field.validation_alias
-    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
-
-
-def _problem(settings: type[Settings], error: ErrorDetails) -> str:
-    """One line from one of pydantic's errors, under the name people set it by. Never the value: it may be a key."""
-    location, message, kind = error["loc"], error["msg"], error["type"]
-    if not location:
-        return message.removeprefix("Value error, ")
-    known = {alias: field for field in settings.model_fields.values() for alias in _names(field)}
-    name = str(location[0])
-    if kind == "missing":
-        names = _names(known[name])
-        return f"{' or '.join(names)} is not set: {known[name].description}"
-    message = message.removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}"
-
 
 def example() -> str:
     """The contents of `.env.example`: every setting, commented out, with its meaning, unit and default."""
     lines = ["# Every setting of serverless-i2v. Copy to `.env` and uncomment what you need.", ""]
     for field in Settings.model_fields.values():
-        names = _names(field)
+        names = names_of(field)
         also = f" (also {', '.join(names[1:])})" if names[1:] else ""
         lines += [f"# {line}" for line in textwrap.wrap(f"{field.description}{also}", 100)]
         default = field.default

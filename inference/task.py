@@ -73,11 +73,12 @@ class GenerationRequest(Value):
     guidance: Annotated[float, Field(ge=0, le=50)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
     last_photo: Path | None = None  # what the video ends on, where the engine can do that
+    provider: str | None = None  # the queue's hint at a provider's model; engines of ours have their own
 
     @classmethod
     def from_task(cls, task: Task) -> Self:
         """The request a task stands for; everything it does not say is the engine's choice."""
-        return cls(prompt=task.prompt, duration_s=task.duration_s)
+        return cls(prompt=task.prompt, duration_s=task.duration_s, provider=task.provider)
 
 
 class Video(Value):
@@ -90,6 +91,7 @@ class Video(Value):
     frames: int
     size_bytes: int
     seed: int | None = None
+    cost_usd: float | None = None  # what a provider takes for it, where it is paid by the clip
     external_ids: dict[str, str] = {}  # ids at a paid provider, by the name the queue's report knows them under
 
     @property

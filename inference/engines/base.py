@@ -9,6 +9,7 @@ import anyio
 import anyio.to_thread
 
 from inference.errors import CancelRequested, I2VError
+from inference.ledger import Purchase
 from inference.progress import ProgressTracker
 from inference.task import GenerationRequest, Video
 
@@ -21,9 +22,10 @@ STOP_GRACE_S = 10.0
 class Job:
     """What an engine may ask of its surroundings, from any thread."""
 
-    def __init__(self, tracker: ProgressTracker | None = None) -> None:
+    def __init__(self, tracker: ProgressTracker | None = None, purchase: Purchase | None = None) -> None:
         self._tracker = tracker
         self._cancelled: I2VError | None = None
+        self.purchase = purchase  # the books of a lease, for engines whose generations are paid one by one
         self.hung = False  # a thread of the engine did not obey; this process should not generate again
 
     def report(self, stage: str, done: float = 0, total: float = 1) -> None:
@@ -34,6 +36,14 @@ class Job:
     def cancel(self, reason: I2VError) -> None:
         """Makes every later `raise_if_cancelled` raise `reason`; the first reason stays."""
         self._cancelled = self._cancelled or reason
+
+    @property
+    def cancelled_by(self) -> I2VError | None:
+        """Why nobody wants the video any more: the lease is lost, or a person cancelled. None while somebody does.
+
+        A worker that stops cancels the call alone: the task goes on elsewhere.
+        """
+        return self._cancelled
 
     def raise_if_cancelled(self) -> None:
         """To be called at every step and stage boundary. Raises whatever ended the job."""
@@ -50,7 +60,7 @@ class Engine(Protocol):
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         """Makes the video in `folder`, which is the lease's own and is removed afterwards.
 
-        One call at a time. A failed or cancelled call leaves the engine as good as new.
+        One call at a time, unless it says otherwise. A failed or cancelled call leaves the engine as good as new.
         Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault, EngineFailed, EngineLost.
         """
         ...

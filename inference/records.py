@@ -1,0 +1,134 @@
+"""A few small records that outlive the process that wrote them.
+
+What a ledger or a dispatcher has to remember is kilobytes, and the only thing it asks of its store is that two
+writers cannot both be first. `modal.Dict` is such a store, and so are a SQLite file on any box and a dict in tests.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import anyio.lowlevel
+import anyio.to_thread
+
+from inference.errors import RecordsUnavailable
+
+T = TypeVar("T")
+
+BUSY_TIMEOUT_S = 10.0
+"""How long one process waits for another's write: writes here take milliseconds."""
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS records (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+
+
+class Records(Protocol):
+    """Text by key. Every call is one atomic step.
+
+    Raises RecordsUnavailable, from any method; a write may have been kept all the same.
+    """
+
+    async def add(self, key: str, value: str) -> bool:
+        """Writes unless the key is there already; says whether it wrote. One of two who race is told False."""
+        ...
+
+    async def get(self, key: str) -> str | None:
+        """What was written last, or None."""
+        ...
+
+    async def put(self, key: str, value: str) -> None:
+        """Writes, whatever was there."""
+        ...
+
+    async def remove(self, key: str) -> None:
+        """Forgets the key, if it is there."""
+        ...
+
+    async def all(self) -> dict[str, str]:
+        """Everything, by key."""
+        ...
+
+
+class MemoryRecords:
+    """Records for as long as the process lives: a one-off without a queue, and tests."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, str] = {}
+
+    async def add(self, key: str, value: str) -> bool:
+        """See Records."""
+        await anyio.lowlevel.checkpoint()
+        if key in self._kept:
+            return False
+        self._kept[key] = value
+        return True
+
+    async def get(self, key: str) -> str | None:
+        """See Records."""
+        await anyio.lowlevel.checkpoint()
+        return self._kept.get(key)
+
+    async def put(self, key: str, value: str) -> None:
+        """See Records."""
+        await anyio.lowlevel.checkpoint()
+        self._kept[key] = value
+
+    async def remove(self, key: str) -> None:
+        """See Records."""
+        await anyio.lowlevel.checkpoint()
+        self._kept.pop(key, None)
+
+    async def all(self) -> dict[str, str]:
+        """See Records."""
+        await anyio.lowlevel.checkpoint()
+        return dict(self._kept)
+
+
+class SqliteRecords:
+    """Records in a file that several processes may share."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def add(self, key: str, value: str) -> bool:
+        """See Records."""
+        insert = "INSERT INTO records VALUES (?, ?) ON CONFLICT DO NOTHING"
+        return await self._run(lambda connection: connection.execute(insert, (key, value)).rowcount == 1)
+
+    async def get(self, key: str) -> str | None:
+        """See Records."""
+        select = "SELECT value FROM records WHERE key = ?"
+        row = await self._run(lambda connection: connection.execute(select, (key,)).fetchone())
+        return row[0] if row else None
+
+    async def put(self, key: str, value: str) -> None:
+        """See Records."""
+        upsert = "INSERT INTO records VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+        await self._run(lambda connection: connection.execute(upsert, (key, value)))
+
+    async def remove(self, key: str) -> None:
+        """See Records."""
+        await self._run(lambda connection: connection.execute("DELETE FROM records WHERE key = ?", (key,)))
+
+    async def all(self) -> dict[str, str]:
+        """See Records."""
+        return await self._run(lambda connection: dict(connection.execute("SELECT key, value FROM records").fetchall()))
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """One transaction in a connection of its own: nothing to share between threads, nothing to close later."""
+
+        def transaction() -> T:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+                try:
+                    connection.execute("PRAGMA synchronous = FULL")  # an intent that a power cut undoes was none
+                    connection.execute(SCHEMA)
+                    return work(connection)
+                finally:
+                    connection.close()
+            except (OSError, sqlite3.Error) as error:
+                raise RecordsUnavailable(f"{self._path} cannot be used: {error}") from None
+
+        # Shielded by not being abandoned: a write that was begun is finished before a cancellation is felt.
+        return await anyio.to_thread.run_sync(transaction)

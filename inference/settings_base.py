@@ -1,0 +1,83 @@
+"""How settings are read and how their mistakes are told; which ones there are stands in `settings.py`."""
+
+import copy
+from typing import Any, Self, TypeVar, cast
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from inference.errors import SettingsError
+
+S = TypeVar("S", bound="LoadableSettings")
+
+
+def setting(default: Any, *names: str, about: str) -> Any:
+    """One setting, under the names people set it by; the first is the one that messages use."""
+    return Field(default, validation_alias=AliasChoices(*names), description=about)
+
+
+class LoadableSettings(BaseSettings):
+    """Settings from the environment and `.env`, with all mistakes told at once."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    @classmethod
+    def load(cls, *required: str, **overrides: Any) -> Self:
+        """Reads and validates everything; `required` names fields that must be set, `overrides` win over all else.
+
+        Raises SettingsError with one line for each problem, all problems at once.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        demanding = _requiring(cls, [name for name in required if name not in given])
+        aliases = {name: names_of(field)[0] for name, field in cls.model_fields.items()}
+        try:
+            return demanding(**{aliases[name]: value for name, value in given.items()})
+        except ValidationError as error:
+            raise SettingsError("\n".join(_problem(cls, each) for each in error.errors(include_url=False))) from None
+
+    @classmethod
+    def isolated(cls, **given: Any) -> Self:
+        """Settings from `given` and the defaults alone. Raises SettingsError."""
+
+        class Isolated(cls):  # type: ignore[valid-type,misc]
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], init_settings: Any, **_others: Any
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                del settings_cls
+                return (init_settings,)
+
+        return cast("Self", Isolated.load(**given))
+
+
+def _requiring(base: type[S], names: list[str]) -> type[S]:
+    """The same settings with some of them required, so that pydantic reports a missing one beside all else."""
+    fields = {name: copy.copy(base.model_fields[name]) for name in names}
+    for field in fields.values():
+        field.default = PydanticUndefined
+    annotations = {name: field.annotation for name, field in fields.items()}
+    namespace = {"__module__": base.__module__, "__annotations__": annotations, **fields}
+    return cast("type[S]", type(base.__name__, (base,), namespace))
+
+
+def names_of(field: FieldInfo) -> list[str]:
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
+
+
+def _problem(settings: type[LoadableSettings], error: ErrorDetails) -> str:
+    """One line from one of pydantic's errors, under the name people set it by. Never the value: it may be a key."""
+    location, message, kind = error["loc"], error["msg"], error["type"]
+    if not location:
+        return message.removeprefix("Value error, ")
+    known = {alias: field for field in settings.model_fields.values() for alias in names_of(field)}
+    name = str(location[0])
+    if kind == "missing":
+        names = names_of(known[name])
+        return f"{' or '.join(names)} is not set: {known[name].description}"
+    message = message.removeprefix("Value error, ")
+    return f"{name}: {message[0].lower()}{message[1:]}"
