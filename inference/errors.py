@@ -2,6 +2,7 @@
 
     I2VError
     ├── SettingsError         configuration is missing or malformed
+    ├── PoolUnavailable          a pool of containers did not take what it was sent
     ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
     ├── CancelRequested       a person cancelled the task
     ├── InvalidTask           T  what the queue handed out is malformed; names the field
@@ -59,6 +60,10 @@ class I2VError(Exception):
 
 class SettingsError(I2VError):
     """Configuration is missing or malformed. The message has one line per problem, all problems at once."""
+
+
+class PoolUnavailable(I2VError):
+    """A pool of containers did not take a lease that was sent to it, or does not answer."""
 
 
 class LeaseLost(I2VError):

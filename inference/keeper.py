@@ -118,11 +118,7 @@ class Keeper:
         if self._released:
             return
         self._released = True
-        with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
-            try:
-                await repeat(lambda: self._queue.release(self._lease), self._policy)
-            except I2VError as error:
-                log.info("release_failed", item_id=self._lease.task.item_id, error=str(error))
+        await hand_back(self._queue, self._lease, self._policy)
 
     async def _keep(self, scope: anyio.CancelScope, job: Job) -> None:
         try:
@@ -168,6 +164,15 @@ class Keeper:
     def _told_retry_s(self, error: QueueError) -> float:
         log.warning("heartbeat_failed", item_id=self._lease.task.item_id, error=str(error))
         return self._retry_s * random.uniform(0.5, 1.5)
+
+
+async def hand_back(queue: TaskQueue, lease: Lease, policy: Policy | None = None) -> None:
+    """Gives a lease up as well as can be; if the queue does not hear it, the lease runs out by itself."""
+    with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
+        try:
+            await repeat(lambda: queue.release(lease), policy or Policy())
+        except I2VError as error:
+            log.info("release_failed", item_id=lease.task.item_id, error=str(error))
 
 
 async def repeat(operation: Callable[[], Awaitable[T]], policy: Policy, check: Callable[[], None] | None = None) -> T:

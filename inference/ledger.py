@@ -8,11 +8,13 @@ as it is known. Whoever gets the task next finds them and goes on with what was 
                     │            ├──────▶ failed         the provider made none
                     │            ├──────▶ cancelled      we told the provider to stop
                     │            └──────▶ superseded     the task was put back with another request
-                    └──▶ (nothing was sent: forgotten)
-                    └──▶ in doubt: `intended`, and whoever wrote it is gone
+                    ├──▶ (nothing was sent: forgotten)
+                    └──▶ in doubt: still `intended`, and whoever wrote it is gone
 
-Keys: `open/ITEM` is the payment to go on with, at most one an item; `ended/ITEM/TIME` what was paid before, for the
-books; `reserved/ITEM` money set aside by a dispatcher for a task on its way to where it will be spent.
+Keys: `payment/ITEM/N` is the N-th payment of an item, `reserved/ITEM` money set aside by a dispatcher for a task on its
+way to where it will be spent. Nobody may pay while an item's last payment is intended or created; after that its next
+number goes to whoever adds it first, and nobody else ever writes over it by mistake: a process that was paused in the
+middle of a payment and wakes up late finds its own record, not its successor's.
 """
 
 import hashlib
@@ -44,6 +46,9 @@ KEPT_S = 7 * 86_400.0
 PAUSE_S = 2.0
 """Between looks at the intent of somebody else, who may be paying at this moment."""
 
+HALF_A_CENT = 0.005
+"""Sums of prices are compared with this slack."""
+
 Ending = Literal["delivered", "failed", "cancelled", "superseded", "in_doubt"]
 
 
@@ -51,15 +56,26 @@ class Payment(Value):
     """One paid generation of one item."""
 
     item_id: str
+    number: int = 0  # counts the payments of the item
     request: str  # digest of what was asked for: another prompt is another generation
     model: str
     holder: str  # worker_id of the lease that follows it
     at: float  # seconds since 1970 when it was intended: the day on whose budget it counts
-    cost_usd: Annotated[float, Field(ge=0)]  # estimated by us, then by the provider
+    cost_usd: Annotated[float, Field(ge=0)]  # estimated by us, then by the provider, then what it charged
     status: Literal["intended", "created"] | Ending = "intended"
     external_id: str | None = None  # the provider's name for it, once it answered
-    failures: tuple[str, ...] = ()  # codes of generations before this one that the provider failed
-    replays: int = 0  # how often an intent of this item was left in doubt before
+    failures: tuple[str, ...] = ()  # codes with which the provider failed this request of the item, until now
+    replays: int = 0  # how often an intent of this request was left in doubt before
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something may still come of it: nobody may pay for the item again."""
+        return self.status in ("intended", "created")
+
+    @property
+    def key(self) -> str:
+        """Where the records keep it."""
+        return f"payment/{self.item_id}/{self.number}"
 
 
 def digest(**request: Any) -> str:
@@ -82,30 +98,11 @@ class Ledger:
 
     async def payments(self) -> list[Payment]:
         """Every payment in the books, oldest first, open ones included. Raises RecordsUnavailable."""
-        kept = await self._records.all()
-        found = {}
-        for key, text in kept.items():
-            if key.startswith(("open/", "ended/")):
-                payment = _read(key, text)
-                # Closing one writes it anew before it forgets the old: seen between, it is there twice.
-                found[payment.item_id, payment.at] = payment
-        return sorted(found.values(), key=lambda payment: payment.at)
+        return _payments(await self._records.all())
 
     async def spent_usd(self) -> float:
         """Dollars of today's payments, and of money set aside. Raises RecordsUnavailable."""
-        now = self._clock()
-        today = datetime.fromtimestamp(now, UTC).date()
-        kept = await self._records.all()
-        paid = {key.removeprefix("open/") for key in kept if key.startswith("open/")}
-        reserved = 0.0
-        for key, text in kept.items():
-            if key.startswith("reserved/") and key.removeprefix("reserved/") not in paid:
-                set_aside = json.loads(text)
-                reserved += set_aside["cost_usd"] if now - set_aside["at"] < RESERVED_S else 0.0
-        payments = await self.payments()
-        return reserved + sum(
-            payment.cost_usd for payment in payments if datetime.fromtimestamp(payment.at, UTC).date() == today
-        )
+        return self._spent_usd(await self._records.all())
 
     async def reserve(self, item_id: str, cost_usd: float) -> None:
         """Sets money aside for a task that is sent to where it will be paid for. Raises RecordsUnavailable."""
@@ -120,53 +117,74 @@ class Ledger:
 
         What may have been paid stays in the books, and the item may be paid for again. Raises RecordsUnavailable.
         """
-        payment = await self.open(item_id)
-        if payment is not None:
-            await self.close(payment, "in_doubt")
+        payment = await self.latest(item_id)
+        if payment is None or not payment.is_open:
+            return None
+        await self.write(payment, status="in_doubt")
         return payment
 
     async def prune(self) -> None:
         """Drops ended payments of more than a week ago. Raises RecordsUnavailable."""
-        for key, text in (await self._records.all()).items():
-            if key.startswith("ended/") and self._clock() - _read(key, text).at > KEPT_S:
-                await self._records.remove(key)
+        for payment in await self.payments():
+            if not payment.is_open and self._clock() - payment.at > KEPT_S:
+                await self._records.remove(payment.key)
 
-    async def open(self, item_id: str) -> Payment | None:
-        """The payment to go on with, if there is one. Raises RecordsUnavailable."""
-        key = f"open/{item_id}"
-        text = await self._records.get(key)
-        return None if text is None else _read(key, text)
+    async def latest(self, item_id: str) -> Payment | None:
+        """The last payment of an item, which is the only one that can be open. Raises RecordsUnavailable."""
+        own = [payment for payment in await self.payments() if payment.item_id == item_id]
+        return max(own, key=lambda payment: payment.number, default=None)
 
     async def begin(self, payment: Payment) -> Payment | None:
-        """Writes an intent and returns it, dated; None where the item has an open payment already.
+        """Writes an intent and returns it, dated; None where somebody else has written one of that number before.
 
         Raises BudgetSpent, RecordsUnavailable; nothing was written then that allows a payment.
         """
         async with self._lock:
-            await self.unreserve(payment.item_id)
             payment = payment.model_copy(update={"at": self._clock()})
-            spent = await self.spent_usd()
-            if spent + payment.cost_usd > self._budget_usd:
-                raise BudgetSpent(
-                    f"${spent:.2f} of today's ${self._budget_usd:.2f} are spent, and this would cost "
-                    f"${payment.cost_usd:.2f}: raise I2V_RUNWAY_BUDGET, or wait until midnight UTC"
-                )
-            added = await self._records.add(f"open/{payment.item_id}", payment.model_dump_json())
-            return payment if added else None
+            kept = await self._records.all()
+            kept.pop(f"reserved/{payment.item_id}", None)  # it was set aside for this
+            self._check_budget(kept, payment)
+            if not await self._records.add(payment.key, payment.model_dump_json()):
+                return None
+            try:
+                # Others may have spent the same dollars at the same moment; of those, the later one sees both.
+                self._check_budget(await self._records.all(), payment)
+            except BudgetSpent:
+                await self.discard(payment)
+                raise
+            await self.unreserve(payment.item_id)
+            return payment
 
-    async def write(self, payment: Payment) -> None:
-        """Writes what is known of an open payment. Raises RecordsUnavailable."""
-        await self._records.put(f"open/{payment.item_id}", payment.model_dump_json())
-
-    async def close(self, payment: Payment, ending: Ending) -> None:
-        """Moves a payment to the ended ones. Raises RecordsUnavailable."""
-        ended = payment.model_copy(update={"status": ending})
-        await self._records.put(f"ended/{payment.item_id}/{payment.at:.6f}", ended.model_dump_json())
-        await self._records.remove(f"open/{payment.item_id}")
+    async def write(self, payment: Payment, **update: Any) -> Payment:
+        """Writes what has become known of a payment, and returns it. Raises RecordsUnavailable."""
+        payment = payment.model_copy(update=update)
+        await self._records.put(payment.key, payment.model_dump_json())
+        return payment
 
     async def discard(self, payment: Payment) -> None:
         """Forgets an intent that certainly was not paid for. Raises RecordsUnavailable."""
-        await self._records.remove(f"open/{payment.item_id}")
+        await self._records.remove(payment.key)
+
+    def _check_budget(self, kept: dict[str, str], payment: Payment) -> None:
+        kept = {key: text for key, text in kept.items() if key != payment.key}
+        spent = self._spent_usd(kept)
+        if spent + payment.cost_usd > self._budget_usd + HALF_A_CENT:
+            raise BudgetSpent(
+                f"${spent:.2f} of today's ${self._budget_usd:.2f} are spent, and this would cost "
+                f"${payment.cost_usd:.2f}: raise I2V_RUNWAY_BUDGET, or wait until midnight UTC"
+            )
+
+    def _spent_usd(self, kept: dict[str, str]) -> float:
+        now = self._clock()
+        today = datetime.fromtimestamp(now, UTC).date()
+        payments = _payments(kept)
+        paid_for = {payment.item_id for payment in payments if payment.is_open}
+        spent = sum(payment.cost_usd for payment in payments if datetime.fromtimestamp(payment.at, UTC).date() == today)
+        for key, text in kept.items():
+            if key.startswith("reserved/") and key.removeprefix("reserved/") not in paid_for:
+                cost_usd, at = _read_reserved(key, text)
+                spent += cost_usd if now - at < RESERVED_S else 0.0
+        return spent
 
 
 class Purchase:
@@ -177,13 +195,14 @@ class Purchase:
 
     def __init__(self, ledger: Ledger, item_id: str, holder: str) -> None:
         self._ledger, self._item_id, self._holder = ledger, item_id, holder
+        self._number = 0
         self._failures: tuple[str, ...] = ()
         self._replays = 0
         self._payment: Payment | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Codes with which the provider failed this item while this lease, or one it took over from, held it."""
+        """Codes with which the provider failed this request until now, under whatever lease; known after `resume`."""
         return self._failures
 
     async def resume(self, request: str, *, replays: int = 0) -> Payment | None:
@@ -194,38 +213,46 @@ class Purchase:
         """
         waited_until = anyio.current_time() + CREATION_S
         while True:
-            payment = await self._ledger.open(self._item_id)
-            if payment is None:
+            last = await self._ledger.latest(self._item_id)
+            self._number = 0 if last is None else last.number + 1
+            if last is None or last.request != request:
+                self._failures, self._replays = (), 0
+                if last is not None and last.is_open:
+                    log.warning("payment_superseded", item_id=self._item_id, external_id=last.external_id)
+                    await self._ledger.write(last, status="superseded")
                 return None
-            if payment.request != request:
-                log.warning("payment_superseded", item_id=self._item_id, external_id=payment.external_id)
-                await self._ledger.close(payment, "superseded")
+            self._failures, self._replays = last.failures, last.replays
+            if last.status == "created":
+                self._payment = await self._ledger.write(last, holder=self._holder)
+                await self._ledger.unreserve(self._item_id)
+                return self._payment
+            if last.status != "intended":
                 return None
-            self._failures = payment.failures
-            if payment.status == "created":
-                adopted = payment.model_copy(update={"holder": self._holder})
-                await self._ledger.write(adopted)
-                self._payment = adopted
-                return adopted
-            # Our own intent, found again, was left by this lease's process before it was preempted.
-            if payment.holder == self._holder or anyio.current_time() >= waited_until:
+            # Our own, whose call has returned without an answer. Not that of another process under the same lease:
+            # it may have been told to stop a moment ago, and be waiting for its answer.
+            mine = self._payment is not None and self._payment.key == last.key
+            if mine or anyio.current_time() >= waited_until:
                 break
             await anyio.sleep(PAUSE_S)
-        if payment.replays >= replays:
+        if last.replays >= replays:
             raise PaymentInDoubt(
-                f"a paid generation of {payment.model} (${payment.cost_usd:.2f}) was asked for and the answer was "
+                f"a paid generation of {last.model} (${last.cost_usd:.2f}) was asked for and the answer was "
                 f"lost: look for it at the provider, then clear it with `i2v payments --forget {self._item_id}`, or "
                 "set I2V_RUNWAY_REPLAY to pay once more by itself"
             )
-        log.warning("payment_replayed", item_id=self._item_id, cost_usd=payment.cost_usd)
-        self._replays = payment.replays + 1
-        await self._ledger.close(payment, "in_doubt")
+        log.warning("payment_replayed", item_id=self._item_id, cost_usd=last.cost_usd)
+        self._replays = last.replays + 1
+        await self._ledger.write(last, status="in_doubt")
         return None
 
     async def intend(self, request: str, *, model: str, cost_usd: float) -> bool:
-        """Before the paid call is sent. False where somebody else came first: `resume` again. Raises BudgetSpent."""
+        """Before the paid call is sent, after `resume`. False where somebody else came first: `resume` again.
+
+        Raises BudgetSpent.
+        """
         payment = Payment(
             item_id=self._item_id,
+            number=self._number,
             request=request,
             model=model,
             holder=self._holder,
@@ -238,7 +265,10 @@ class Purchase:
         return self._payment is not None
 
     async def created(self, external_id: str, cost_usd: float | None = None) -> None:
-        """The provider answered. `cost_usd` is its own estimate, where it gave one."""
+        """The provider answered. `cost_usd` is its own price, where it told one.
+
+        Keeps both even where RecordsUnavailable is raised: called again, it writes them again.
+        """
         update: dict[str, Any] = {"status": "created", "external_id": external_id}
         if cost_usd is not None:
             update["cost_usd"] = cost_usd
@@ -250,21 +280,22 @@ class Purchase:
         payment, self._payment = self._mine(), None
         await self._ledger.discard(payment)
 
-    async def end(self, ending: Ending, failure: str | None = None) -> None:
+    async def end(self, ending: Ending, failure: str | None = None, *, cost_usd: float | None = None) -> None:
         """Nothing more will come of it. Harmless where nothing is open, or somebody else follows it now."""
         payment, self._payment = self._payment, None
         if failure is not None:
             self._failures = (*self._failures, failure)
         if payment is not None and await self._follows(payment):
-            await self._ledger.close(payment, ending)
+            cost_usd = payment.cost_usd if cost_usd is None else cost_usd
+            await self._ledger.write(payment, status=ending, failures=self._failures, cost_usd=cost_usd)
 
     async def is_ours(self) -> bool:
         """Whether nobody else has taken over what we paid for."""
         return self._payment is not None and await self._follows(self._payment)
 
     async def _follows(self, payment: Payment) -> bool:
-        current = await self._ledger.open(self._item_id)
-        return current is not None and (current.at, current.holder) == (payment.at, self._holder)
+        last = await self._ledger.latest(self._item_id)
+        return last is not None and last.is_open and (last.number, last.holder) == (payment.number, self._holder)
 
     def _mine(self) -> Payment:
         if self._payment is None:
@@ -272,8 +303,21 @@ class Purchase:
         return self._payment
 
 
+def _payments(kept: dict[str, str]) -> list[Payment]:
+    found = [_read(key, text) for key, text in kept.items() if key.startswith("payment/")]
+    return sorted(found, key=lambda payment: (payment.at, payment.item_id, payment.number))
+
+
 def _read(key: str, text: str) -> Payment:
     try:
         return Payment.model_validate_json(text)
     except ValidationError:
         raise RecordsUnavailable(f"the ledger holds something that is no payment: {key}") from None
+
+
+def _read_reserved(key: str, text: str) -> tuple[float, float]:
+    try:
+        kept = json.loads(text)
+        return float(kept["cost_usd"]), float(kept["at"])
+    except (ValueError, KeyError, TypeError):
+        raise RecordsUnavailable(f"the ledger holds something that is no reserved sum: {key}") from None

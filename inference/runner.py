@@ -8,7 +8,7 @@ The order and the limits are reliability.md's: nothing is spent before the queue
 try of every stage begins with a look at whether it is still ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import anyio
@@ -46,6 +46,11 @@ class Runner:
         self._sink = sink
         self._engine_free = anyio.Semaphore(at_once)
         self.engine_hung = False  # a thread of the engine did not stop: nothing may generate here any more
+
+    @property
+    def engine_stages(self) -> Mapping[str, float]:
+        """The engine's own stages: the seconds spent in them are what a clip takes."""
+        return self._engine.stages
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Never raises for what happens to it; when cancelled, hands it back first."""
@@ -87,8 +92,9 @@ class Runner:
             job.report("download")
             photo = await repeat(lambda: self._queue.fetch_photo(lease, folder), policy, keeper.check)
             job.report("wait")
-            async with self._engine_free:
-                video = await repeat(lambda: self._generate(lease, photo, folder, job), policy, keeper.check)
+            request = GenerationRequest.from_task(lease.task)
+            async with self._engine_free:  # for all its tries
+                video = await repeat(lambda: self._generate(request, photo, folder, job), policy, keeper.check)
             job.report("upload")
             storage_path = await repeat(lambda: self._queue.deliver(lease, video), policy, keeper.check)
             keeper.reporting = True
@@ -101,13 +107,22 @@ class Runner:
 
         return await keeper.guard(work, job)
 
-    async def _generate(self, lease: Lease, photo: Path, folder: Path, job: Job) -> Video:
+    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+        """One video for somebody who has no task in the queue, in turn with those who have. One try.
+
+        Raises as Engine.generate, and EngineHung.
+        """
+        job.report("wait")
+        async with self._engine_free:
+            return await self._generate(request, photo, folder, job)
+
+    async def _generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         if self.engine_hung:
             raise EngineLost("the engine of this worker is stuck")
         limit_s = self._policy.attempt_limit_s
         try:
             with anyio.move_on_after(limit_s):
-                return await self._engine.generate(GenerationRequest.from_task(lease.task), photo, folder, job)
+                return await self._engine.generate(request, photo, folder, job)
         finally:
             self.engine_hung = self.engine_hung or job.hung
         raise EngineHung(f"the {self._engine.name} engine made no video within {limit_s:g} s")

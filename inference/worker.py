@@ -24,6 +24,16 @@ MAX_BACKOFF_S = 60.0
 """The longest pause between questions to a queue that does not answer."""
 
 
+async def lease_from(queue: TaskQueue, item_id: str | None = None) -> Lease | None:
+    """Asks for a task, and hears the answer whatever happens meanwhile. Raises as TaskQueue.lease.
+
+    Shielded: a request that is given up half way may still lease a task, which nobody would then work on.
+    """
+    with anyio.CancelScope(shield=True), anyio.move_on_after(LEASE_LIMIT_S):
+        return await (queue.lease() if item_id is None else queue.lease(item_id))
+    raise QueueUnavailable(f"the queue did not answer within {LEASE_LIMIT_S:g} s")
+
+
 class Worker:
     """Takes leases from one queue and runs them, up to `concurrency` at once, until told to stop.
 
@@ -91,7 +101,7 @@ class Worker:
             await self._slots.acquire()
             lease, pause_s = None, self._poll_interval_s * random.uniform(0.8, 1.2)
             try:
-                lease = await self._take()
+                lease = await lease_from(self._queue)
                 unanswered = 0
             except QueueUnavailable as error:
                 if once:
@@ -112,12 +122,6 @@ class Worker:
             if once:
                 return
             await anyio.sleep(pause_s)
-
-    async def _take(self) -> Lease | None:
-        # Shielded: a request that is given up half way may still lease a task, which nobody would then work on.
-        with anyio.CancelScope(shield=True), anyio.move_on_after(LEASE_LIMIT_S):
-            return await self._queue.lease()
-        raise QueueUnavailable(f"the queue did not answer within {LEASE_LIMIT_S:g} s")
 
     async def _run(self, lease: Lease) -> None:
         try:

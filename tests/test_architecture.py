@@ -19,6 +19,8 @@ LAYERS = [
     {"keeper"},
     {"runner"},
     {"worker"},
+    {"board"},
+    {"dispatch", "host"},
     {"server", "client"},
     {"settings", "settings_base", "logs", "terminal", "assets"},
     {"build"},

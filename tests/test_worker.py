@@ -34,13 +34,13 @@ class CountingQueue(MemoryQueue):
     errors: list[I2VError | None] = field(default_factory=list)
     answers_after_s: float = 0
 
-    async def lease(self):
+    async def lease(self, item_id=None):
         """See TaskQueue."""
         self.asked_at.append(anyio.current_time())
         error = self.errors.pop(0) if self.errors else None
         if error:
             raise error
-        lease = await MemoryQueue.lease(self)
+        lease = await MemoryQueue.lease(self, item_id)
         await anyio.sleep(self.answers_after_s)
         return lease
 

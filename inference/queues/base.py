@@ -17,10 +17,21 @@ class TaskQueue(Protocol):
     Raises, from any method: QueueUnavailable, QueueAuthError, QueueRefused.
     """
 
-    async def lease(self) -> Lease | None:
+    async def lease(self, item_id: str | None = None) -> Lease | None:
         """Takes the next task under a new worker_id, or None where there is nothing to do.
 
+        With an `item_id` takes that task out of its turn, and no other; None where it cannot be leased now: somebody
+        holds it, it ended, or it waits for another kind of worker. Raises ItemMissing for a task that the queue does
+        not have, QueueRefused where the queue hands out only the next one.
+
         Raises InvalidTask when the queue handed out something malformed; it was reported failed where it could be.
+        """
+        ...
+
+    async def backlog(self) -> int | None:
+        """How many tasks wait that `lease` would hand out now, one after the other; None where the queue cannot tell.
+
+        By the time it is told it may have changed: good for deciding how many workers to start, and for no more.
         """
         ...
 

@@ -10,8 +10,9 @@
     writes, releases, or its lease runs out. retry: failed or cancelled → pending, counters at zero.
 
 Leasing takes the oldest item that is pending, or processing with a lease that ran out, with
-retry_count < MAX_FAILURES and no cancellation requested. Only the holder (same worker_id, status processing) can
-renew, complete, fail or release. A repeated end by the same holder changes nothing and is accepted.
+retry_count < MAX_FAILURES and no cancellation requested; or a given item, where all this is true of it. Only the
+holder (same worker_id, status processing) can renew, complete, fail or release. A repeated end by the same holder
+changes nothing and is accepted.
 """
 
 from typing import Literal

@@ -22,6 +22,7 @@ from inference.errors import (
     CancelRequested,
     I2VError,
     InvalidTask,
+    ItemMissing,
     LeaseLost,
     ObjectExists,
     ObjectMissing,
@@ -35,6 +36,7 @@ from inference.media import photo
 from inference.progress import Progress
 from inference.queues.lifeisshort_wire import (
     Answer,
+    Backlog,
     SignedDownload,
     SignedUpload,
     identifier,
@@ -58,6 +60,11 @@ MAX_MESSAGE_CHARS = 1000
 
 # Supabase's words for a path that is taken; a Next.js server passes them on with whatever status.
 TAKEN = re.compile("already exists|duplicate", re.IGNORECASE)
+
+ONLY_THE_NEXT = (
+    "this queue hands out only the next task, and that is another; "
+    "put the item back in your app, or run without an item id"
+)
 
 REPORTED_IDS = ("runway_task_id", "veo_operation_id")  # the only external ids the report call knows
 
@@ -87,7 +94,7 @@ class LifeIsShortQueue:
     ) -> None:
         self._worker_id = worker_id
         self._storage = storage
-        self._worker_type = worker_type
+        self._kind = {} if worker_type is None else {"worker_type": worker_type}  # older deployments do not know it
         self._lease_s = lease_s
         self._extension_s = extension_s
         self._request_timeout_s = request_timeout_s
@@ -102,6 +109,7 @@ class LifeIsShortQueue:
             raise SettingsError("LEASE_DURATION: leases and their extensions last from 2 s to a day")
         # A server that never spoke of cancelling may refuse fields it does not know, so ours wait for that.
         self._speaks_progress = False
+        self._tells_backlog = True
         base_url = worker_api_url(api_url)
         self._client = httpx.AsyncClient(
             base_url=base_url,
@@ -127,15 +135,20 @@ class LifeIsShortQueue:
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
 
-    async def lease(self) -> Lease | None:
+    async def lease(self, item_id: str | None = None) -> Lease | None:
         """As TaskQueue.lease. The server may hand one task to two callers: beat before spending anything on it."""
         worker_id = f"{self._worker_id}.{_token()}"
-        body: dict[str, Any] = {"worker_id": worker_id, "lease_duration_seconds": math.ceil(self._lease_s)}
-        if self._worker_type is not None:
-            body["worker_type"] = self._worker_type
-        payload = self._data_of_known_call(await self._ask("next-task", body))
+        body = {"worker_id": worker_id, "lease_duration_seconds": math.ceil(self._lease_s), **self._kind}
+        if item_id is not None:
+            body["item_id"] = item_id
+        answer = await self._ask("next-task", body)
+        if item_id is not None and answer.refused_with(404):
+            raise ItemMissing(f"{self._client.base_url.host} has no task {item_id} (404 {answer.error})")
+        payload = self._data_of_known_call(answer)
         if payload is None:
             return None
+        if item_id is not None:
+            await self._insist(item_id, payload, worker_id)
         try:
             task = parse_task(payload)
         except InvalidTask as error:
@@ -147,6 +160,15 @@ class LifeIsShortQueue:
         if ignored:
             logger.info("ignored", item_id=task.item_id, fields=ignored)
         return Lease(task=task, worker_id=worker_id, length_s=self._extension_s)
+
+    async def backlog(self) -> int | None:
+        """As TaskQueue.backlog: an extension of the embedded server. Where it is not known, it is asked for once."""
+        if self._tells_backlog:
+            answer = await self._ask("backlog", self._kind)
+            if answer.status not in (404, 405):
+                return answer.data_as(Backlog).waiting
+            self._tells_backlog = False
+        return None
 
     async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
         """As TaskQueue.heartbeat. Sends progress once the server has shown that it knows `cancel_requested`."""
@@ -204,6 +226,21 @@ class LifeIsShortQueue:
         """As TaskQueue.release: the lease is cut to one second, the shortest the API takes."""
         answer = await self._ask("heartbeat", {**_fence(lease), "extend_seconds": 1})
         self._data_of_own_lease(answer, lease)
+
+    async def _insist(self, item_id: str, payload: object, worker_id: str) -> None:
+        """The real server knows no `item_id` and hands out the next task: that one goes back. Raises QueueRefused."""
+        other = payload.get("item_id") if isinstance(payload, Mapping) else None
+        if not isinstance(other, str) or other == item_id:
+            return
+        body = {"item_id": other, "worker_id": worker_id, "extend_seconds": 1}
+        for pause_s in (0, self.CONFIRM_AFTER_S):  # as for a beat: the first 404 may be a hiccup
+            await anyio.sleep(pause_s)
+            try:
+                (await self._ask("heartbeat", body)).data()
+                break
+            except I2VError as error:
+                logger.warning("another task was not handed back", item_id=_bounded(other), problem=str(error))
+        raise QueueRefused(ONLY_THE_NEXT)
 
     async def _report_malformed(self, item_id: str, worker_id: str, message: str) -> None:
         body = {"item_id": item_id, "worker_id": worker_id, "status": "failed", "error_message": _bounded(message)}

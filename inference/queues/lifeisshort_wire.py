@@ -67,6 +67,12 @@ def parse_task(payload: object) -> Task:
     )
 
 
+class Backlog(BaseModel):
+    """`data` of a backlog answer."""
+
+    waiting: Annotated[int, Field(strict=True, ge=0)]
+
+
 class SignedDownload(BaseModel):
     """`data` of a presign answer; when the URL expires only its own server knows."""
 

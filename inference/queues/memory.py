@@ -55,21 +55,25 @@ class MemoryQueue:
     faults: Faults = field(default_factory=Faults)
     random: Random = field(default_factory=lambda: Random(0))
 
-    async def lease(self) -> Lease | None:
+    async def lease(self, item_id: str | None = None) -> Lease | None:
         """See TaskQueue."""
         # Not from self.random: two queues with the same seed must not make the same fencing token.
         worker_id = f"{self.worker_id}.{secrets.token_hex(6)}"
         if self._happens(self.faults.double_lease):
-            item = await self._overtaking_lease(worker_id)
+            item = await self._overtaking_lease(worker_id, item_id)
         else:
-            item = await self._call(lambda: self.store.lease(worker_id, self.lease_s, self.worker_type))
+            item = await self._call(lambda: self.store.lease(worker_id, self.lease_s, self.worker_type, item_id))
         return Lease(task=item.to_task(), worker_id=worker_id, length_s=self.extension_s) if item else None
+
+    async def backlog(self) -> int | None:
+        """See TaskQueue."""
+        return await self._call(lambda: self.store.backlog(self.worker_type))
 
     async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
         """See TaskQueue."""
         said = ItemProgress(stage=progress.stage, fraction=progress.fraction) if progress else None
         item_id, worker_id = lease.task.item_id, lease.worker_id
-        item = await self._call(lambda: self.store.heartbeat(item_id, worker_id, lease.length_s, said))
+        item = await self._write(lambda: self.store.heartbeat(item_id, worker_id, lease.length_s, said))
         if item.cancel_requested:
             raise CancelRequested("the task was cancelled")
 
@@ -103,24 +107,31 @@ class MemoryQueue:
     async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
         """See TaskQueue."""
         ids = dict(video.external_ids)
-        await self._call(lambda: self.store.complete(lease.task.item_id, lease.worker_id, storage_path, ids))
+        await self._write(lambda: self.store.complete(lease.task.item_id, lease.worker_id, storage_path, ids))
 
     async def fail(self, lease: Lease, message: str) -> None:
         """See TaskQueue."""
-        await self._call(lambda: self.store.fail(lease.task.item_id, lease.worker_id, message))
+        await self._write(lambda: self.store.fail(lease.task.item_id, lease.worker_id, message))
 
     async def release(self, lease: Lease) -> None:
         """See TaskQueue."""
-        await self._call(lambda: self.store.heartbeat(lease.task.item_id, lease.worker_id, RELEASE_S))
+        await self._write(lambda: self.store.heartbeat(lease.task.item_id, lease.worker_id, RELEASE_S))
 
-    async def _overtaking_lease(self, worker_id: str) -> Item | None:
-        chosen = await self._call(lambda: self.store.candidate(self.worker_type))
+    async def _overtaking_lease(self, worker_id: str, item_id: str | None) -> Item | None:
+        chosen = await self._call(lambda: self.store.candidate(self.worker_type, item_id))
         if chosen is None:
             return None
         await anyio.sleep(self.random.uniform(0, self.faults.double_lease_pause_s))
         # The real server would reopen an ended item as well; no worker could keep a promise against that.
         ended = self.store.get(chosen.id).status not in ("pending", "processing")
         return None if ended else self.store.assign(chosen, worker_id, self.lease_s)
+
+    async def _write(self, operation: Callable[[], T]) -> T:
+        """A holder's call: whatever the store refuses, the lease is gone."""
+        try:
+            return await self._call(operation)
+        except Refusal as refusal:
+            raise LeaseLost(str(refusal)) from None
 
     async def _call(self, operation: Callable[[], T]) -> T:
         await self._travel()
@@ -131,9 +142,9 @@ class MemoryQueue:
             raise QueueUnavailable("the queue answered 500")
         try:
             result = operation()
-        except Refusal as refusal:
+        except Refusal:
             await self._travel()
-            raise LeaseLost(str(refusal)) from None
+            raise
         await self._travel()
         if self._happens(self.faults.lose_reply):
             raise QueueUnavailable("the reply was lost")

@@ -51,19 +51,22 @@ class MemoryStore:
         self._sweep()
         return self._find(item_id)
 
-    def candidate(self, worker_type: Lane | None = None) -> Item | None:
-        """The item that would be leased next."""
+    def candidate(self, worker_type: Lane | None = None, item_id: str | None = None) -> Item | None:
+        """The item that would be leased next, or the given one if it could be. Raises ItemMissing."""
         self._sweep()
-        for item in self.items.values():
-            waits = item.status == "pending" or self._ran_out(item)
-            kind = worker_type is None or lane(item.inference_provider) == worker_type
-            if waits and item.retry_count < MAX_FAILURES and kind:
-                return item
-        return None
+        line = self.items.values() if item_id is None else [self._find(item_id)]
+        return next((item for item in line if self._waits(item, worker_type)), None)
 
-    def lease(self, worker_id: str, lease_s: float, worker_type: Lane | None = None) -> Item | None:
-        """Hands the oldest waiting item to `worker_id`, or None."""
-        item = self.candidate(worker_type)
+    def backlog(self, worker_type: Lane | None = None) -> int:
+        """How many items could be leased now."""
+        self._sweep()
+        return sum(self._waits(item, worker_type) for item in self.items.values())
+
+    def lease(
+        self, worker_id: str, lease_s: float, worker_type: Lane | None = None, item_id: str | None = None
+    ) -> Item | None:
+        """Hands the oldest waiting item, or the given one if it waits, to `worker_id`. Raises ItemMissing."""
+        item = self.candidate(worker_type, item_id)
         return self.assign(item, worker_id, lease_s) if item else None
 
     def assign(self, item: Item, worker_id: str, lease_s: float) -> Item:
@@ -196,6 +199,12 @@ class MemoryStore:
             self.log.append(Event(self._clock(), verb, item_id, worker_id, accepted=False, status=item.status))
             raise NotHolder(f"the task is {item.status} and not held by {worker_id}")
         return item
+
+    def _waits(self, item: Item, worker_type: Lane | None) -> bool:
+        """Whether it may be leased, once what nobody may lease again was swept."""
+        waits = item.status == "pending" or self._ran_out(item)
+        kind = worker_type is None or lane(item.inference_provider) == worker_type
+        return waits and item.retry_count < MAX_FAILURES and kind
 
     def _ran_out(self, item: Item) -> bool:
         return item.status == "processing" and item.leased_until is not None and item.leased_until <= self._clock()

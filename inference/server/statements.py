@@ -9,7 +9,6 @@ Constants are part of the text and not parameters: PostgreSQL could not prove fr
 index applies.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from sqlalchemy import (
     Double,
     Integer,
+    Select,
     Text,
     Update,
     and_,
@@ -126,12 +126,14 @@ may_be_leased: list[Any] = [
 ]
 
 
-def _lease(*narrowed: ColumnElement[bool]) -> Update:
+def _line(worker_type: Lane | None) -> list[Any]:
+    """What may be leased by workers of a kind. The kind is part of the text, so that each has a plan of its own."""
+    return may_be_leased if worker_type is None else [*may_be_leased, items.c.lane == _constant(worker_type)]
+
+
+def _lease(waiting: Select[Any]) -> Update:
     chosen = (
-        select(items.c.id)
-        .where(*may_be_leased, *narrowed)
-        .order_by(items.c.created_at, items.c.id)
-        .limit(ONE)
+        waiting.limit(ONE)
         .with_for_update(skip_locked=True)  # nothing on SQLite, where one connection writes at a time
         .cte("chosen")
         .prefix_with("MATERIALIZED")  # else PostgreSQL may run it again for a row that changed meanwhile
@@ -153,29 +155,33 @@ def _lease(*narrowed: ColumnElement[bool]) -> Update:
     )
 
 
-_LANES: dict[Lane | None, tuple[ColumnElement[bool], ...]] = {
-    None: (),
-    "wan": (items.c.lane == _constant("wan"),),
-    "runway": (items.c.lane == _constant("runway"),),
-}
+@cache
+def lease(worker_type: Lane | None, *, given: bool, sweep: bool) -> Statement:
+    """Hands an item to a worker: the oldest of the line, or the given one if it stands there.
 
-LEASE: Mapping[Lane | None, Statement] = {
-    lane: Statement(
-        f"lease_{lane or 'any'}",
-        "Hands the oldest item that waits, or whose lease ran out, to a worker. One that ran out counts a crash.",
-        _lease(*narrowed),
+    One whose lease ran out counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite knows
+    no UPDATE within a WITH.
+    """
+    waiting = select(items.c.id).where(*_line(worker_type))
+    if given:
+        # In no order: for its sake PostgreSQL, which is told not to sort, would walk the line to find the one.
+        waiting = waiting.where(items.c.id == bindparam("item_id", type_=Text))
+    else:
+        waiting = waiting.order_by(items.c.created_at, items.c.id)
+    leasing = _lease(waiting)
+    return Statement(
+        f"lease_{worker_type or 'any'}{'_given' * given}{'_and_sweep' * sweep}",
+        "Hands the oldest item that waits, or whose lease ran out, to a worker; or the given one, if it is such.",
+        leasing.add_cte(SWEEP.sql.cte("ended")) if sweep else leasing,
     )
-    for lane, narrowed in _LANES.items()
-}
 
-LEASE_AND_SWEEP: Mapping[Lane | None, Statement] = {
-    lane: Statement(
-        f"lease_{lane or 'any'}_and_sweep",
-        "Both in one round trip, for PostgreSQL: SQLite knows no UPDATE within a WITH.",
-        _lease(*narrowed).add_cte(SWEEP.sql.cte("ended")),
-    )
-    for lane, narrowed in _LANES.items()
-}
+
+@cache
+def backlog(worker_type: Lane | None) -> Statement:
+    """How many items a kind of worker could lease now."""
+    waiting = select(func.count().label("waiting")).select_from(items).where(*_line(worker_type))
+    return Statement(f"backlog_{worker_type or 'any'}", "How many items could be leased now.", waiting)
+
 
 # ---------------------------------------------------------------- a holder's writes
 

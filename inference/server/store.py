@@ -172,15 +172,26 @@ class Store:
 
     # ------------------------------------------------------------ workers
 
-    def lease(self, worker_id: str, lease_s: float, worker_type: Lane | None = None) -> Item | None:
-        """Hands the oldest waiting item to `worker_id`, or None."""
+    def lease(
+        self, worker_id: str, lease_s: float, worker_type: Lane | None = None, item_id: str | None = None
+    ) -> Item | None:
+        """Hands the oldest waiting item, or the given one if it waits, to `worker_id`. Raises ItemMissing."""
+        statement = statements.lease(worker_type, given=item_id is not None, sweep=not self._sqlite)
+        values = {"worker_id": worker_id, "lease_s": lease_s, "item_id": item_id}
         if self._sqlite:
             with self._database.transaction() as transaction:
-                leased = transaction.run(statements.LEASE[worker_type], worker_id=worker_id, lease_s=lease_s)
+                leased = transaction.run(statement, **values)
                 transaction.run(statements.SWEEP)
         else:
-            leased = self._database.write(statements.LEASE_AND_SWEEP[worker_type], worker_id=worker_id, lease_s=lease_s)
+            leased = self._database.write(statement, **values)
+        if item_id is not None and not leased:
+            self._find(item_id)
         return _item(leased[0]) if leased else None
+
+    def backlog(self, worker_type: Lane | None = None) -> int:
+        """How many items could be leased now."""
+        self._sweep()
+        return int(self._database.read(statements.backlog(worker_type))[0]["waiting"])
 
     def heartbeat(
         self,

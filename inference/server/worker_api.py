@@ -1,4 +1,4 @@
-"""The worker's half of the contract: next-task, heartbeat, presign, report."""
+"""The worker's half of the contract: next-task, heartbeat, presign, report. And ours beside it: backlog."""
 
 from typing import Annotated, Literal
 
@@ -24,6 +24,7 @@ class NextTask(BaseModel):
     worker_id: Annotated[Name, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
     lease_duration_seconds: WholeSeconds = 600
     worker_type: Lane | None = None
+    item_id: Annotated[Name | None, Field(description="This task and no other; an extension of ours")] = None
 
 
 class LeasedTask(BaseModel):
@@ -38,6 +39,18 @@ class LeasedTask(BaseModel):
     frame_num: int | None
     inference_provider: str | None
     lease_seq: int  # counts the leases of this item; may be sent along with later calls as a second fence
+
+
+class AskBacklog(BaseModel):
+    """Asks how much work there is."""
+
+    worker_type: Lane | None = None
+
+
+class Backlog(BaseModel):
+    """How many tasks could be leased now."""
+
+    waiting: int
 
 
 class ReportedProgress(BaseModel):
@@ -123,11 +136,20 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
     """The routes a worker calls."""
     routes = APIRouter(prefix="/api/worker", tags=["worker"])
 
-    @routes.post("/next-task", responses=errors(400, 401))
+    @routes.post("/next-task", responses=errors(400, 401, 404))
     def next_task(asked: NextTask) -> Answer[LeasedTask | None]:
-        """Leases the oldest task that waits. `data` is null when there is none."""
-        item = store.lease(asked.worker_id, asked.lease_duration_seconds, asked.worker_type)
+        """Leases the oldest task that waits. `data` is null when there is none.
+
+        With `item_id`, an extension of ours, leases that task if it waits: null when it does not, 404 when there is
+        no such task.
+        """
+        item = store.lease(asked.worker_id, asked.lease_duration_seconds, asked.worker_type, asked.item_id)
         return Answer(data=_leased(item) if item else None)
+
+    @routes.post("/backlog", responses=errors(400, 401))
+    def backlog(asked: AskBacklog) -> Answer[Backlog]:
+        """How many tasks could be leased now, of one kind or of all. An extension of ours to the contract."""
+        return Answer(data=Backlog(waiting=store.backlog(asked.worker_type)))
 
     @routes.post("/heartbeat", responses=errors(400, 401, 404), response_model=Answer[Renewed])
     def heartbeat(beat: Heartbeat) -> object:

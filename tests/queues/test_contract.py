@@ -9,7 +9,7 @@ import anyio
 import pytest
 from sqlalchemy import create_engine, text
 
-from inference.errors import CancelRequested, InvalidPhoto, LeaseLost, ObjectMissing
+from inference.errors import CancelRequested, InvalidPhoto, ItemMissing, LeaseLost, ObjectMissing
 from inference.progress import Progress
 from inference.queues.base import TaskQueue
 from inference.queues.item import CRASHED, Item
@@ -232,6 +232,61 @@ async def test_workers_ask_for_their_kind(home, photo_bytes):
     assert (lease.task.item_id, lease.task.provider) == (wan, "wan_local")
     assert await home.connect(worker_type="wan").lease() is None
     assert (await home.connect().lease()).task.item_id == runway
+
+
+async def test_a_given_task_and_no_other(home, photo_bytes):
+    """It is leased out of its turn, once; the others keep theirs. That there is none of that name is said."""
+    first, given, last = (home.add(photo_bytes) for _ in range(3))
+    queue = home.connect("me")
+    lease = await queue.lease(given)
+    assert lease.task.item_id == given
+    assert lease.worker_id.startswith("me.")
+    await queue.heartbeat(lease)
+    assert await queue.lease(given) is None
+    with pytest.raises(ItemMissing, match="no task none"):
+        await queue.lease("none")
+    assert [(await queue.lease()).task.item_id for _ in range(2)] == [first, last]
+
+
+async def test_a_given_task_that_may_not_be_leased(home, photo_bytes):
+    """Held, failed, cancelled, given up, of another kind: the rules are those of any lease."""
+    queue = home.connect(worker_type="wan")
+    runway = home.add(photo_bytes, inference_provider="gen4_turbo")
+    held, failed, cancelled, deadly = (home.add(photo_bytes) for _ in range(4))
+    await queue.lease(held)
+    await queue.fail(await queue.lease(failed), "no")
+    home.cancel(cancelled)
+    for _ in range(3):
+        assert await queue.lease(deadly) is not None
+        home.expire(deadly)
+    for item_id in (runway, held, failed, cancelled, deadly):
+        assert await queue.lease(item_id) is None
+    home.expire(held)
+    assert (await queue.lease(held)).task.item_id == held
+    assert home.item(held).crash_count == 1
+    assert (await home.connect(worker_type="runway").lease(runway)).task.item_id == runway
+
+
+async def test_the_backlog_is_what_could_be_leased(home, photo_bytes):
+    """What waits and what ran out, of the connection's kind; not what is held, ended, or beyond leasing."""
+    any_kind, wan, runway = (home.connect(worker_type=kind) for kind in (None, "wan", "runway"))
+    assert [await queue.backlog() for queue in (any_kind, wan, runway)] == [0, 0, 0]
+    home.add(photo_bytes, inference_provider="veo3.1")
+    held, lapsed, cancelled, failed = (home.add(photo_bytes) for _ in range(4))
+    assert [await queue.backlog() for queue in (any_kind, wan, runway)] == [5, 4, 1]
+    leases = [await wan.lease(item_id) for item_id in (held, lapsed, cancelled, failed)]
+    assert await wan.backlog() == 0
+    home.expire(lapsed)
+    home.cancel(cancelled)
+    home.expire(cancelled)
+    await wan.fail(leases[3], "no")
+    assert [await queue.backlog() for queue in (any_kind, wan, runway)] == [2, 1, 1]
+    for _ in range(2):
+        await wan.lease(lapsed)
+        home.expire(lapsed)
+    assert await wan.backlog() == 0
+    await wan.release(leases[0])
+    assert await wan.backlog() == 1
 
 
 async def test_an_expired_lease_goes_to_the_next_and_the_first_is_fenced(home, photo_bytes, video):

@@ -22,6 +22,7 @@ from inference.errors import (
     I2VError,
     InvalidPhoto,
     InvalidTask,
+    ItemMissing,
     LeaseLost,
     ObjectExists,
     ObjectMissing,
@@ -323,6 +324,124 @@ def test_any_payload_is_a_task_or_an_invalid_one(payload):
         return
     assert ".." not in task.photo_storage_path.split("/")
     assert 0 < task.duration_s <= 60
+
+
+# A given task, and the backlog: the real server knows neither
+
+
+async def test_a_given_task_that_happens_to_be_the_next():
+    """The server ignores what it does not know, and nothing is wrong with its answer; nor with having nothing."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        lease = await queue.lease(ITEM)
+        server.task = None
+        assert await queue.lease(ITEM) is None
+    assert server.sent("next-task")[0] == {
+        "worker_id": lease.worker_id,
+        "lease_duration_seconds": 600,
+        "item_id": ITEM,
+    }
+    assert server.sent("heartbeat") == []
+
+
+@pytest.mark.parametrize("wrong", [{}, {"frame_num": "121"}])
+async def test_another_task_than_the_given_one_goes_back(wrong):
+    """At once and under its own worker_id; not even failed where it is malformed, since nobody asked for it."""
+    server = RealServer(**wrong)
+    async with queue_on(server) as queue:
+        with pytest.raises(QueueRefused, match=r"only the next task.* run without an item id"):
+            await queue.lease("wanted")
+    assert server.sent("heartbeat") == [{"item_id": ITEM, "worker_id": server.holder, "extend_seconds": 1}]
+    assert server.sent("report") == []
+
+
+@pytest.mark.parametrize("troubles", [["hiccup"], ["lost"], ["hiccup", "hiccup"]])
+def test_another_task_that_does_not_go_back_at_the_first_try(troubles):
+    """A second one, as for any beat; then its lease runs out by itself, and the reason to stop stays the same."""
+    server = RealServer()
+    server.lost_replies = ["heartbeat"] * troubles.count("lost")
+    server.hiccups = ["heartbeat"] * troubles.count("hiccup")
+
+    async def lease() -> None:
+        async with queue_on(server) as queue:
+            with pytest.raises(QueueRefused, match="only the next task"):
+                await queue.lease("wanted")
+
+    with structlog.testing.capture_logs() as logs:
+        assert 1 < virtually(lease) < 5
+    assert len(server.sent("heartbeat")) == 2
+    assert [(line["log_level"], line["item_id"]) for line in logs] == [("warning", ITEM)] * len(troubles)
+
+
+async def test_a_given_task_without_a_usable_id_is_malformed():
+    """Nobody knows which it is, so it is neither handed back nor reported."""
+    server = RealServer(item_id=7)
+    async with queue_on(server) as queue:
+        with pytest.raises(InvalidTask, match="item_id"):
+            await queue.lease("wanted")
+    assert [name for name, _ in server.calls] == ["next-task"]
+
+
+async def test_a_given_task_that_the_queue_does_not_have():
+    """Said by the API, it is the task that is missing; said by something else, the API."""
+    with pytest.raises(ItemMissing, match=r"queue\.example has no task wanted"):
+        await answering(404, json={"success": False, "error": "no task wanted"}).lease("wanted")
+    with pytest.raises(QueueRefused, match="no worker API at this URL"):
+        await answering(404, html="<h1>404</h1>").lease("wanted")
+
+
+@pytest.mark.parametrize("kind", [None, "wan"])
+async def test_the_backlog_of_a_server_that_tells(kind):
+    """Of this connection's kind, every time it is asked."""
+    asked = []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        asked.append((request.url.path, json.loads(request.content)))
+        return success({"waiting": len(asked)})
+
+    async with queue_on(server, worker_type=kind) as queue:
+        assert [await queue.backlog(), await queue.backlog()] == [1, 2]
+    assert asked == [("/api/worker/backlog", {"worker_type": kind} if kind else {})] * 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(404, html="<h1>404</h1>"),
+        httpx.Response(405),
+        refusal(404, "Not found"),
+        refusal(405, "Method not allowed"),
+    ],
+)
+async def test_a_server_that_tells_no_backlog_is_asked_once(answer):
+    """It cannot tell; and the next tick need not ask again."""
+    asked = []
+    async with queue_on(lambda request: asked.append(request) or answer) as queue:
+        assert [await queue.backlog(), await queue.backlog()] == [None, None]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer,error",
+    [
+        (refusal(401, "Unauthorized"), QueueAuthError),
+        (refusal(500, "database"), QueueUnavailable),
+        (httpx.Response(200, html="<h1>Maintenance</h1>"), QueueUnavailable),
+        (refusal(400, "no"), QueueRefused),
+        *[
+            (success(data), QueueRefused)
+            for data in (None, 3, {}, {"waiting": -1}, {"waiting": "3"}, {"waiting": True})
+        ],
+    ],
+)
+async def test_a_backlog_that_could_not_be_told_this_time(answer, error):
+    """Raised as from any call, and asked for again the next time."""
+    asked = []
+    async with queue_on(lambda request: asked.append(request) or answer) as queue:
+        for _ in range(2):
+            with pytest.raises(error, match="backlog"):
+                await queue.backlog()
+    assert len(asked) == 2
 
 
 # Heartbeats

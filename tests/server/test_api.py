@@ -101,6 +101,24 @@ def test_nothing_to_do_is_null(client):
     assert client.post("/api/worker/next-task", json={"worker_id": "w"}).json() == {"success": True, "data": None}
 
 
+def test_a_worker_may_ask_for_one_task_and_for_the_backlog(client):
+    """Two extensions: a task is null while it cannot be had, 404 where there is none; waiting ones are counted."""
+    first, given = (item["id"] for item in create(client, count="2")["items"])
+    for kind, waiting in (
+        ({}, 2),
+        ({"worker_type": None}, 2),
+        ({"worker_type": "wan"}, 2),
+        ({"worker_type": "runway"}, 0),
+    ):
+        answer = client.post("/api/worker/backlog", json=kind)
+        assert (answer.status_code, answer.json()) == (200, {"success": True, "data": {"waiting": waiting}})
+    assert lease(client, item_id=given, worker_type="runway") is None
+    assert lease(client, item_id=given)["item_id"] == given
+    assert lease(client, item_id=given) is None
+    refused(client.post("/api/worker/next-task", json={"worker_id": "w", "item_id": "gone"}), 404, "no task gone")
+    assert lease(client, item_id=None)["item_id"] == first
+
+
 def test_a_worker_that_does_not_name_its_media_type_is_understood(client):
     """The real server reads JSON whatever the header says, and 600.0 is 600."""
     body = '{"worker_id": "w", "lease_duration_seconds": 600.0, "unknown": 1}'
@@ -181,6 +199,10 @@ def test_pages(client):
         ("next-task", {"worker_id": "w", "lease_duration_seconds": True}, ["lease_duration_seconds"]),
         ("next-task", {"worker_id": "w", "lease_duration_seconds": "600"}, ["lease_duration_seconds"]),
         ("next-task", {"worker_id": "w", "worker_type": "cpu"}, ["worker_type"]),
+        ("next-task", {"worker_id": "w", "item_id": ""}, ["item_id"]),
+        ("next-task", {"worker_id": "w", "item_id": 7}, ["item_id"]),
+        ("backlog", {"worker_type": "cpu"}, ["worker_type"]),
+        ("backlog", [], ["body"]),
         ("heartbeat", {"item_id": "i", "worker_id": "w", "extend_seconds": -1}, ["extend_seconds"]),
         ("heartbeat", {"item_id": "i", "worker_id": "w", "lease_seq": 2**31}, ["lease_seq"]),
         ("heartbeat", {"item_id": "i", "worker_id": "w", "progress": {"stage": "s", "fraction": 2}}, ["fraction"]),

@@ -37,6 +37,45 @@ def test_each_kind_of_worker_gets_its_kind_of_item(subject):
     assert [subject.store.lease("w", 60, "wan").id for _ in wan] == wan
 
 
+def test_a_given_item_goes_out_of_its_turn(subject):
+    """That one and no other; not twice, not for the other kind of worker; one that is not there is missing."""
+    oldest, given = subject.add(), subject.add()
+    assert subject.store.lease("r", 60, "runway", given.id) is None
+    again = subject.store.lease("w", 60, "wan", given.id)
+    assert (again.id, again.worker_id, again.lease_seq) == (given.id, "w", 1)
+    for kind in (None, "wan", "runway"):
+        assert subject.store.lease("w2", 60, kind, given.id) is None
+        with pytest.raises(ItemMissing, match="no task none"):
+            subject.store.lease("w2", 60, kind, "none")
+    assert subject.row(oldest.id).status == "pending"
+
+
+def test_a_given_item_lives_by_the_same_rules(subject):
+    """Of one that ran out a crash is counted; one that was cancelled or ran out too often ends, as for any lease."""
+    cancelled, deadly = leased(subject), subject.add()
+    subject.store.cancel(cancelled.id)
+    subject.expire(cancelled.id)
+    assert subject.store.lease("w", 60, None, cancelled.id) is None
+    assert subject.row(cancelled.id).status == "cancelled"
+    for crashes in range(MAX_CRASHES):
+        assert subject.store.lease("w", 60, None, deadly.id).crash_count == crashes
+        subject.expire(deadly.id)
+    assert subject.store.lease("w", 60, None, deadly.id) is None
+    assert subject.row(deadly.id).error_message == CRASHED
+
+
+def test_the_backlog_counts_what_could_be_leased(subject):
+    """Waiting or run out, by kind. Items that nobody may lease again end where they are counted."""
+    held, lapsed, cancelled = leased(subject), leased(subject), leased(subject)
+    subject.expire(lapsed.id)
+    subject.store.cancel(cancelled.id)
+    subject.expire(cancelled.id)
+    subject.add(inference_provider="veo3.1")
+    assert [subject.store.backlog(kind) for kind in (None, "wan", "runway")] == [2, 1, 1]
+    assert subject.row(held.id).status == "processing"
+    assert subject.row(cancelled.id).status == "cancelled"
+
+
 def test_a_lease_that_ran_out_goes_to_another(subject):
     """It keeps its place in the line, counts a crash, and locks its old holder out."""
     item = leased(subject, "w1")
@@ -113,7 +152,9 @@ def test_an_item_that_failed_too_often_is_not_handed_out(sql):
     item = sql.add()
     sql.run("UPDATE video_items SET retry_count = :n WHERE id = :id", n=MAX_FAILURES, id=item.id)
     assert sql.store.lease("w", 60) is None
+    assert (sql.store.lease("w", 60, None, item.id), sql.store.backlog()) == (None, 0)
     sql.run("UPDATE video_items SET retry_count = :n WHERE id = :id", n=MAX_FAILURES - 1, id=item.id)
+    assert sql.store.backlog() == 1
     assert sql.store.lease("w", 60).id == item.id
 
 

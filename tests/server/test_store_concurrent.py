@@ -44,8 +44,8 @@ def test_a_lapsed_lease_has_one_heir(sql):
     together = threading.Barrier(WORKERS)
 
     def reach(n: int) -> bool:
-        together.wait()
-        return sql.store.lease(f"w{n}", 600) is not None
+        together.wait()  # half of them for the next item, half for this one
+        return sql.store.lease(f"w{n}", 600, None, item.id if n % 2 else None) is not None
 
     with ThreadPoolExecutor(WORKERS) as pool:
         assert sum(pool.map(reach, range(WORKERS))) == 1

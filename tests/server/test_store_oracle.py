@@ -59,6 +59,16 @@ class StoreMachine(RuleBasedStateMachine):
         """Somebody takes the next."""
         self.both("lease", worker, length, lane)
 
+    @rule(worker=worker, length=lease_s, lane=lane, item=items | st.just("none"))
+    def lease_given(self, worker, length, lane, item):
+        """Somebody takes a certain one, or would like to."""
+        self.both("lease", worker, length, lane, item)
+
+    @rule(lane=lane)
+    def backlog(self, lane):
+        """Somebody asks how much work there is."""
+        self.both("backlog", lane)
+
     @rule(item=items)
     def expire(self, item):
         """Its worker goes silent."""

@@ -1,0 +1,209 @@
+"""A container's side of a fleet: runs the leases it is sent and, while it is warm, takes the next ones itself.
+
+Work runs in tasks of the host, not of the calls that brought it: a platform cancels its calls within milliseconds
+when a container is preempted, and handing a lease back takes longer. Whoever owns the process runs `serve` beside
+the calls, and `close` on the way out.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup, TaskStatus
+
+from inference.board import FAULTS, Board, PoolName
+from inference.engines.base import Job
+from inference.errors import EngineError, EngineLost, I2VError
+from inference.keeper import hand_back
+from inference.queues.base import TaskQueue
+from inference.runner import Runner
+from inference.task import GenerationRequest, Lease, Outcome, Task, Video
+from inference.worker import lease_from
+
+log = structlog.get_logger(__name__)
+
+LOOK_AHEAD = 3
+"""How many tasks for other pools a warm container looks past before it leaves the queue to the next tick."""
+
+
+class BrokenEngine:
+    """What stands for an engine that could not be loaded: the first task is told why, the others are handed back.
+
+    One failed task is how the people who wait for it learn what is wrong. All of them would be a lost evening.
+    """
+
+    name = "broken"
+    stages: Mapping[str, float] = {"load": 1.0}
+
+    def __init__(self, fault: I2VError) -> None:
+        self._fault = fault
+        self._told = False
+
+    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
+        """Raises EngineError once, then EngineLost."""
+        message = f"the engine could not be loaded: {self._fault}"
+        if self._told:
+            raise EngineLost(message)
+        self._told = True
+        raise EngineError(message)
+
+
+@dataclass
+class _Call:
+    """One call of the platform: a lease, and what its slot takes from the queue after it."""
+
+    drain_until: float
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
+class Host:
+    """Runs what one container is sent, as many leases at once as the platform sends it."""
+
+    def __init__(
+        self,
+        pool: PoolName,
+        queue: TaskQueue,
+        runner: Runner,
+        board: Board,
+        *,
+        fault: I2VError | None = None,
+        fits: Callable[[Task], bool] = lambda _: True,
+        drain_s: float = 0.0,
+        linger_s: float = 0.0,
+        poll_interval_s: float = 5.0,
+    ) -> None:
+        """`fault`: why the runner's engine is a broken one.
+
+        `drain_s`: how long after it began a call may take another task, 0 for never; `fits` says which ones.
+        `linger_s`: how long an empty queue is asked again after the last work of this container.
+        """
+        self._pool, self._queue, self._runner, self._board = pool, queue, runner, board
+        self._fault, self._fits = fault, fits
+        self._drain_s, self._linger_s, self._poll_interval_s = drain_s, linger_s, poll_interval_s
+        self._group: TaskGroup | None = None
+        self._closing = anyio.Event()
+        self._closed = anyio.Event()
+        self._working = 0
+        self._is_lingering = False
+        self._worked_at = -float("inf")
+        self._faults = 0
+        self.broken = False  # nothing more should be sent to this container
+
+    async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Runs beside the calls until `close`; everything that is held then is handed back first."""
+        try:
+            async with anyio.create_task_group() as self._group:
+                if self._fault is not None:
+                    await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
+                task_status.started()
+                await self._closing.wait()
+                self._group.cancel_scope.cancel()
+        finally:
+            self._closed.set()
+
+    async def close(self) -> None:
+        """Hands back what is held, and ends `serve`."""
+        self._closing.set()
+        await self._closed.wait()
+
+    async def run(self, lease: Lease | None) -> list[Outcome]:
+        """Runs a lease, then whatever this call may take from the queue; None only shows that this pool can work.
+
+        A call that is cancelled hands its lease back; that goes on after the call has ended.
+        """
+        if self._group is None or self._closing.is_set():
+            raise EngineLost("this container is stopping")
+        call = _Call(drain_until=anyio.current_time() + self._drain_s)
+        self._group.start_soon(self._work, lease, call)
+        try:
+            await call.ended.wait()
+        except anyio.get_cancelled_exc_class():
+            call.scope.cancel()
+            raise
+        return call.outcomes
+
+    async def _work(self, lease: Lease | None, call: _Call) -> None:
+        try:
+            with call.scope:
+                if lease is None and self._fault is None:
+                    await self._record(self._board.worked(self._pool))
+                while lease is not None or (lease := await self._next(call)) is not None:
+                    call.outcomes.append(await self._run(lease))
+                    lease = None
+        finally:
+            call.ended.set()
+
+    async def _run(self, lease: Lease) -> Outcome:
+        if self.broken:
+            await hand_back(self._queue, lease)
+            return Outcome(status="released", item_id=lease.task.item_id, error="this container cannot work any more")
+        self._working += 1
+        try:
+            outcome = await self._runner.run(lease)
+        finally:
+            self._working -= 1
+            self._worked_at = anyio.current_time()
+        await self._judge(outcome)
+        return outcome
+
+    async def _judge(self, outcome: Outcome) -> None:
+        """Tells the board how it went, and finds out whether this container should go on."""
+        if outcome.status == "completed":
+            self._faults = 0
+            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self._runner.engine_stages)
+            await self._record(self._board.worked(self._pool, clip_s))
+        elif outcome.machine_at_fault:
+            self._faults += 1
+            certain = self._fault is not None or outcome.status == "released"
+            self.broken = self.broken or certain or self._faults >= FAULTS or self._runner.engine_hung
+            await self._record(self._board.faulted(self._pool, str(outcome.error), certain=certain))
+
+    async def _next(self, call: _Call) -> Lease | None:
+        """The next task this call may take: at once while there are some, then asking again for a while."""
+        while self._may_take(call):
+            try:
+                lease = await self._take()
+            except I2VError as error:
+                log.warning("not_drained", error=str(error))
+                return None
+            if lease is not None:
+                return lease
+            # One asks on. The others leave their slots to the dispatcher, so that what it sends comes to this
+            # container, which is warm, and not to a new one.
+            waits_on = self._working > 0 or anyio.current_time() - self._worked_at < self._linger_s
+            if self._is_lingering or not waits_on:
+                return None
+            self._is_lingering = True
+            try:
+                await anyio.sleep(self._poll_interval_s)
+            finally:
+                self._is_lingering = False
+        return None
+
+    def _may_take(self, call: _Call) -> bool:
+        return not self.broken and self._fault is None and anyio.current_time() < call.drain_until
+
+    async def _take(self) -> Lease | None:
+        """The next task for this pool, or None. Tasks of other pools are handed back at once."""
+        aside: list[Lease] = []
+        try:
+            while len(aside) <= LOOK_AHEAD:
+                lease = await lease_from(self._queue)
+                if lease is None or self._fits(lease.task):
+                    return lease
+                aside.append(lease)
+            return None
+        finally:
+            for lease in aside:
+                await hand_back(self._queue, lease)
+
+    async def _record(self, writing: Awaitable[None]) -> None:
+        """A board that cannot be written costs a reading, not a task."""
+        try:
+            await writing
+        except I2VError as error:
+            log.warning("board_not_written", error=str(error))
