@@ -16,6 +16,7 @@ from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
 from inference.keeper import Policy
+from inference.ledger import Ledger
 from inference.progress import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
@@ -113,20 +114,24 @@ def needing_extra(extra: str, what: str) -> Iterator[None]:
         raise SettingsError(f"{what} needs an extra: pip install 'serverless-i2v[{extra}]' ({error})") from None
 
 
+def open_storage(settings: Settings) -> Storage:
+    """Downloads and uploads under the limits of `settings`; to be entered."""
+    # The operator named this host: its presigned URLs may lead back to it, wherever it is.
+    origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
+    return Storage(
+        trusted_origins=origins,
+        allow_private=settings.allow_private_addresses,
+        max_download_bytes=settings.max_photo_bytes,
+    )
+
+
 @asynccontextmanager
 async def open_queue(settings: Settings) -> AsyncIterator[LifeIsShortQueue]:
     """A connection to the queue at `settings.api_url`. Raises SettingsError."""
     if not settings.api_url:
         raise SettingsError("VERCEL_API_URL or NEXT_API_URL is not set")
-    # The operator named this host: its presigned URLs may lead back to it, wherever it is.
-    origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
-    storage = Storage(
-        trusted_origins=origins,
-        allow_private=settings.allow_private_addresses,
-        max_download_bytes=settings.max_photo_bytes,
-    )
     async with (
-        storage,
+        open_storage(settings) as storage,
         LifeIsShortQueue(
             settings.api_url,
             settings.api_key.get_secret_value() if settings.api_key else None,
@@ -141,15 +146,15 @@ async def open_queue(settings: Settings) -> AsyncIterator[LifeIsShortQueue]:
         yield queue
 
 
-def build_worker(
+def build_runner(
     settings: Settings,
     queue: TaskQueue,
     engine: Engine,
     *,
+    ledger: Ledger | None = None,
     sink: Callable[[Lease], Sink] | None = None,
-    on_outcome: Callable[[Outcome], None] | None = None,
-) -> Worker:
-    """A polling worker; clears away what killed workers left behind.
+) -> Runner:
+    """What runs leases; clears away what killed workers left behind.
 
     Raises SettingsError where the temporary folder cannot be made.
     """
@@ -165,9 +170,22 @@ def build_worker(
         attempt_limit_s=settings.attempt_limit_s,
         keep_temp=not settings.auto_cleanup_temp,
     )
+    at_once = settings.runway_concurrency if settings.engine == "runway" else 1
+    return Runner(queue, engine, policy=policy, temp_dir=settings.temp_dir, sink=sink, ledger=ledger, at_once=at_once)
+
+
+def build_worker(
+    settings: Settings,
+    queue: TaskQueue,
+    engine: Engine,
+    *,
+    sink: Callable[[Lease], Sink] | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> Worker:
+    """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
     return Worker(
         queue,
-        Runner(queue, engine, policy=policy, temp_dir=settings.temp_dir, sink=sink),
+        build_runner(settings, queue, engine, sink=sink),
         concurrency=settings.concurrency,
         poll_interval_s=settings.poll_interval_s,
         grace_s=settings.shutdown_grace_s,

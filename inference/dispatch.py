@@ -92,13 +92,14 @@ class Plan(Value):
     runway: Count = 0
     overflow: Count = 0  # how many of `runway` may be tasks that a GPU would take, too
     budget_usd: Annotated[float, Field(ge=0)] = 0.0  # for all of `runway` together
-    wait_s: float = 0.0  # expected
+    wait_s: float | None = 0.0  # expected; None: for as long as the GPU pool fails
     why: str = ""
 
 
 def plan(fleet: Fleet, rules: Rules) -> Plan:
     """How many tasks to lease for which pool. See the module's table."""
     gpu, runway = fleet.gpu, fleet.runway
+    wait_s: float | None
     if fleet.waiting is not None:
         wait_s = (fleet.waiting + gpu.held) * gpu.clip_s / gpu.engines
         too_many = max(0, math.ceil((wait_s - rules.overflow_after_s) * gpu.engines / gpu.clip_s))
@@ -106,7 +107,7 @@ def plan(fleet: Fleet, rules: Rules) -> Plan:
         wait_s = 0.0 if gpu.free else fleet.undry_s
         too_many = runway.free if runway and wait_s > rules.overflow_after_s else 0
     if gpu.failing:
-        wait_s, too_many = math.inf, runway.free if runway else 0
+        wait_s, too_many = None, runway.free if runway else 0
     budget_usd = max(0.0, rules.budget_usd - fleet.spent_usd)
     slots = runway.free if runway and budget_usd > 0 else 0
     return Plan(
@@ -119,11 +120,11 @@ def plan(fleet: Fleet, rules: Rules) -> Plan:
     )
 
 
-def _why(fleet: Fleet, wait_s: float, budget_usd: float) -> str:
+def _why(fleet: Fleet, wait_s: float | None, budget_usd: float) -> str:
     gpu, runway = fleet.gpu, fleet.runway
     waiting = "?" if fleet.waiting is None else fleet.waiting
     parts = [f"waiting {waiting}", f"gpu {gpu.held}/{gpu.slots}" + (f" failing: {gpu.failing}" if gpu.failing else "")]
-    if not gpu.failing:
+    if wait_s is not None:
         parts.append(f"expected wait {wait_s:.0f} s")
     if runway is not None:
         failing = f" failing: {runway.failing}" if runway.failing else ""

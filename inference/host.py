@@ -11,7 +11,7 @@ from pathlib import Path
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskGroup
 
 from inference.board import FAULTS, Board, PoolName
 from inference.engines.base import Job
@@ -85,7 +85,7 @@ class Host:
         self._fault, self._fits = fault, fits
         self._drain_s, self._linger_s, self._poll_interval_s = drain_s, linger_s, poll_interval_s
         self._group: TaskGroup | None = None
-        self._closing = anyio.Event()
+        self._started, self._closing = anyio.Event(), anyio.Event()
         self._closed = anyio.Event()
         self._working = 0
         self._is_lingering = False
@@ -93,31 +93,41 @@ class Host:
         self._faults = 0
         self.broken = False  # nothing more should be sent to this container
 
-    async def serve(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+    @property
+    def stages(self) -> Mapping[str, float]:
+        """What its engine reports, with each stage's relative duration."""
+        return self._runner.engine_stages
+
+    async def serve(self) -> None:
         """Runs beside the calls until `close`; everything that is held then is handed back first."""
         try:
             async with anyio.create_task_group() as self._group:
                 if self._fault is not None:
                     await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
-                task_status.started()
+                self._started.set()
                 await self._closing.wait()
                 self._group.cancel_scope.cancel()
         finally:
+            self._closing.set()
+            self._started.set()
             self._closed.set()
 
     async def close(self) -> None:
-        """Hands back what is held, and ends `serve`."""
+        """Hands back what is held, and ends `serve`, which has to be running or about to."""
         self._closing.set()
         await self._closed.wait()
 
-    async def run(self, lease: Lease | None) -> list[Outcome]:
+    async def run(self, lease: Lease | None, *, drain: bool = True) -> list[Outcome]:
         """Runs a lease, then whatever this call may take from the queue; None only shows that this pool can work.
 
-        A call that is cancelled hands its lease back; that goes on after the call has ended.
+        Without `drain`, that one lease alone. A call that is cancelled hands its lease back, and does so to its end
+        after the call is gone.
         """
+        await self._started.wait()
         if self._group is None or self._closing.is_set():
             raise EngineLost("this container is stopping")
-        call = _Call(drain_until=anyio.current_time() + self._drain_s)
+        drain_s = self._drain_s if drain else 0.0
+        call = _Call(drain_until=anyio.current_time() + drain_s)
         self._group.start_soon(self._work, lease, call)
         try:
             await call.ended.wait()
@@ -125,6 +135,15 @@ class Host:
             call.scope.cancel()
             raise
         return call.outcomes
+
+    async def render(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+        """One video in `folder` for somebody who has no task in the queue, in turn with those who have. One try.
+
+        Raises why there is no engine, and as Engine.generate.
+        """
+        if self._fault is not None:
+            raise self._fault
+        return await self._runner.generate(request, photo, folder, job)
 
     async def _work(self, lease: Lease | None, call: _Call) -> None:
         try:
@@ -154,7 +173,7 @@ class Host:
         """Tells the board how it went, and finds out whether this container should go on."""
         if outcome.status == "completed":
             self._faults = 0
-            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self._runner.engine_stages)
+            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self.stages)
             await self._record(self._board.worked(self._pool, clip_s))
         elif outcome.machine_at_fault:
             self._faults += 1

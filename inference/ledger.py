@@ -134,6 +134,11 @@ class Ledger:
         own = [payment for payment in await self.payments() if payment.item_id == item_id]
         return max(own, key=lambda payment: payment.number, default=None)
 
+    async def read(self, key: str) -> Payment | None:
+        """One payment as the books have it now. Raises RecordsUnavailable."""
+        text = await self._records.get(key)
+        return None if text is None else _read(key, text)
+
     async def begin(self, payment: Payment) -> Payment | None:
         """Writes an intent and returns it, dated; None where somebody else has written one of that number before.
 
@@ -221,7 +226,8 @@ class Purchase:
                     log.warning("payment_superseded", item_id=self._item_id, external_id=last.external_id)
                     await self._ledger.write(last, status="superseded")
                 return None
-            self._failures, self._replays = last.failures, last.replays
+            self._failures = () if last.status == "delivered" else last.failures
+            self._replays = last.replays
             if last.status == "created":
                 self._payment = await self._ledger.write(last, holder=self._holder)
                 await self._ledger.unreserve(self._item_id)
@@ -269,15 +275,20 @@ class Purchase:
 
         Keeps both even where RecordsUnavailable is raised: called again, it writes them again.
         """
-        update: dict[str, Any] = {"status": "created", "external_id": external_id}
-        if cost_usd is not None:
-            update["cost_usd"] = cost_usd
-        self._payment = self._mine().model_copy(update=update)
-        await self._ledger.write(self._payment)
+        mine = self._mine()
+        cost_usd = mine.cost_usd if cost_usd is None else cost_usd
+        self._payment = mine.model_copy(update={"status": "created", "external_id": external_id, "cost_usd": cost_usd})
+        found = await self._ledger.read(mine.key)
+        if found is None or (found.is_open and found.holder == self._holder):
+            await self._ledger.write(self._payment)
+        else:  # we were given up on meanwhile, or taken over; the id and the price belong into the books all the same
+            await self._ledger.write(found, external_id=external_id, cost_usd=cost_usd)
 
     async def withdraw(self) -> None:
         """The paid call was certainly not carried out."""
         payment, self._payment = self._mine(), None
+        if payment.status != "intended":
+            raise RuntimeError("what was created cannot be withdrawn")
         await self._ledger.discard(payment)
 
     async def end(self, ending: Ending, failure: str | None = None, *, cost_usd: float | None = None) -> None:
@@ -294,8 +305,8 @@ class Purchase:
         return self._payment is not None and await self._follows(self._payment)
 
     async def _follows(self, payment: Payment) -> bool:
-        last = await self._ledger.latest(self._item_id)
-        return last is not None and last.is_open and (last.number, last.holder) == (payment.number, self._holder)
+        found = await self._ledger.read(payment.key)
+        return found is not None and found.is_open and found.holder == self._holder
 
     def _mine(self) -> Payment:
         if self._payment is None:

@@ -8,6 +8,10 @@ from pathlib import Path
 import structlog
 from structlog.typing import Processor
 
+from inference.progress import Progress, Sink
+
+log = structlog.get_logger(__name__)
+
 LOG_FILE_BYTES = 10_000_000
 LOG_FILES_KEPT = 5
 
@@ -49,6 +53,19 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def stages(item_id: str) -> Sink:
+    """A log line whenever a lease enters a stage: progress for those who read logs."""
+    last = ""
+
+    def sink(progress: Progress) -> None:
+        nonlocal last
+        if progress.stage != last:
+            last = progress.stage
+            log.info("stage", item_id=item_id, stage=progress.stage)
+
+    return sink
 
 
 # Plain tracebacks: structlog's pretty ones print local variables, and among them keys and presigned URLs.

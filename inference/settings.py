@@ -22,6 +22,10 @@ from inference.settings_base import LoadableSettings, names_of, setting
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(gt=0)]
 
+OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
+OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_path"}
+"""Settings that mean something else, or nothing, in a container: its address of the queue comes with its secret."""
+
 
 class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
@@ -37,10 +41,16 @@ class Settings(LoadableSettings):
         "worker", "I2V_AUTH_SCHEME", about="How the key is sent: `worker` or `bearer`."
     )
     worker_id: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")] = setting(
-        "", "WORKER_ID", about="Name of this worker in the queue; every lease adds its own suffix. Default: host name."
+        "",
+        "WORKER_ID",
+        "MODAL_TASK_ID",
+        about="Name of this worker in the queue; every lease adds its own suffix. Default: host name.",
     )
     worker_type: Literal["wan", "runway"] | None = setting(
         None, "I2V_WORKER_TYPE", about="Take only tasks of this kind: `wan` or `runway`. Default: any."
+    )
+    queue_lanes: bool = setting(
+        False, "I2V_QUEUE_LANES", about="The queue hands out tasks by worker_type; a dispatcher then asks by kind."
     )
     poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = setting(
         5.0, "POLL_INTERVAL", about="Seconds between questions to an empty queue."
@@ -95,6 +105,11 @@ class Settings(LoadableSettings):
     )
     hf_token: SecretStr | None = setting(
         None, "HF_TOKEN", about="Token of huggingface.co, for `i2v weights fetch`; public weights need none."
+    )
+    accept_non_commercial: bool = setting(
+        False,
+        "I2V_ACCEPT_NON_COMMERCIAL",
+        about="Let `modal deploy` put weights into an image whose licence forbids commercial use (`5b-turbo`).",
     )
     wan_area_px: Annotated[int, Field(ge=64 * 64)] | None = setting(
         None, "I2V_WAN_AREA", about="Largest width x height of a clip; 399360 is 480p. Default: the preset's, 720p."
@@ -265,6 +280,16 @@ class Settings(LoadableSettings):
                 f"I2V_LEASE_EXTENSION ({self.lease_extension_s:g} s): one late beat must not lose the lease"
             )
         return self
+
+    def for_containers(self) -> dict[str, str]:
+        """What was set, as environment variables for containers elsewhere; no secret, and nothing of this machine."""
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set - OF_ONE_MACHINE)}
+        names = {name: names_of(field)[0] for name, field in type(self).model_fields.items()}
+        return {
+            names[name]: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in given.items()
+            if value is not None and not isinstance(value, SecretStr)
+        }
 
 
 def example() -> str:

@@ -24,7 +24,9 @@ LAYERS = [
     {"server", "client"},
     {"settings", "settings_base", "logs", "terminal", "assets"},
     {"build"},
-    {"doctor", "process"},
+    {"doctor", "process", "fleet"},
+    {"by_hand"},
+    {"platform"},
     {"cli", "cli_weights"},
 ]
 """From the bottom up: a module imports from its own layer and those below. Settings stand above all that is built

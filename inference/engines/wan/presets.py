@@ -144,6 +144,11 @@ class Preset:
         parts: list[Component | Lora] = [*self.components.values(), *self.loras]
         return tuple(dict.fromkeys(part.repository for part in parts))
 
+    @property
+    def pins(self) -> dict[str, str]:
+        """Revision of each repository it takes files from: what its weights on disk depend on."""
+        return {repository.name: repository.revision or "unpinned" for repository in self.repositories}
+
     def frames(self, duration_s: float) -> int:
         """The model's own frames for a duration: 4k + 1, nearest to it. Raises InvalidRequest.
 

@@ -1,0 +1,182 @@
+"""Modal: `modal deploy app.py` is the whole deployment. Wiring only; what is decided is decided in `inference/`.
+
+    every minute   dispatch ──▶ leases what can start ──▶ Wan (GPU) or Overflow (Runway), one call a lease
+    a container    beats ▸ photo ▸ generates ▸ uploads ▸ reports ▸ takes the next itself while there is one
+    by hand        modal run app.py::process --help      modal run app.py::status
+
+Settings are read from the environment and `.env` of whoever deploys, and travel in the images; keys come from the
+Modal secret that is named as the app is. README.md has the commands.
+"""
+
+import sys
+from typing import Any, Literal
+
+import grpclib.exceptions
+import modal
+import modal.exception
+import modal.experimental
+
+from images.slim import slim_image
+from images.wan import wan_image
+from inference import by_hand, fleet, logs, terminal
+from inference.board import PoolName
+from inference.errors import I2VError
+from inference.platform import DictRecords, RemoteContainers, Station
+from inference.process import told_errors
+from inference.settings import Settings
+
+MINUTES = 60  # seconds
+
+with told_errors(verbose=False):
+    settings = Settings.load()
+keys = ["VERCEL_API_URL", "WORKER_API_KEY"] + (["RUNWAYML_API_SECRET"] if settings.runway_key else [])
+secret = modal.Secret.from_name(settings.modal_app, required_keys=keys)
+slim = slim_image(settings)
+wan = wan_image(settings, secret)
+app = modal.App(settings.modal_app, secrets=[secret])
+
+ERRORS = (modal.exception.Error, grpclib.exceptions.GRPCError, grpclib.exceptions.StreamTerminatedError, OSError)
+
+
+def records() -> DictRecords:
+    return DictRecords(modal.Dict.from_name(f"{settings.modal_app}-records", create_if_missing=True), ERRORS)
+
+
+def pools() -> dict[PoolName, RemoteContainers]:
+    """Of the deployed app, whichever app this runs in."""
+    names: dict[PoolName, str] = {"gpu": "Wan", "runway": "Overflow"}
+    return {
+        pool: RemoteContainers(modal.Cls.from_name(settings.modal_app, name)().run, ERRORS)
+        for pool, name in names.items()
+    }
+
+
+@app.function(
+    image=slim,
+    schedule=modal.Cron(settings.modal_cron),
+    max_containers=1,
+    timeout=55,  # it stops leasing after 40 s, and ends before its next tick
+    scaledown_window=2,
+    cpu=0.25,
+    memory=512,
+)
+async def dispatch() -> str:
+    """One tick: leases what can start, and sends each lease to a container."""
+    logs.configure(settings.log_level)
+    async with fleet.open_dispatcher(settings, records(), pools()) as dispatcher:
+        return await dispatcher.tick()
+
+
+class Container:
+    """What the containers of both pools do."""
+
+    @modal.method()
+    async def run(self, lease: dict[str, Any] | None, drain: bool = True) -> list[dict[str, Any]]:
+        return await self.station.run(lease, drain=drain, retire=modal.experimental.stop_fetching_inputs.aio)
+
+    @modal.method()
+    async def render(self, request: dict[str, Any], photo: bytes | str) -> dict[str, Any]:
+        return await self.station.render(request, photo)
+
+    @modal.exit()
+    async def stop(self) -> None:
+        await self.station.close()
+
+
+@app.cls(
+    image=wan,
+    gpu=settings.modal_gpu,
+    region=settings.modal_region,
+    max_containers=settings.modal_max_containers,
+    timeout=settings.modal_timeout_s,
+    startup_timeout=settings.modal_startup_timeout_s,
+    scaledown_window=2 if settings.modal_drain else max(2, int(settings.modal_linger_s)),  # else it lingers itself
+    retries=0,  # the queue owns attempts
+    cpu=4,
+    memory=32 * 1024,
+    enable_memory_snapshot=settings.modal_snapshot,
+)
+@modal.concurrent(max_inputs=fleet.INPUTS)
+class Wan(Container):
+    """A GPU with the weights in its image."""
+
+    @modal.enter(snap=settings.modal_snapshot)
+    def prepare(self) -> None:
+        fleet.import_engine()  # seconds that a snapshot keeps; no GPU is there yet to load weights onto
+
+    @modal.enter()
+    async def start(self) -> None:
+        self.station = Station(settings, records())
+        await self.station.open("gpu", "wan", drain=settings.modal_drain)
+
+
+@app.cls(
+    image=slim,
+    max_containers=1,  # one process watches the budget
+    timeout=int(settings.runway_timeout_s) + 20 * MINUTES,
+    scaledown_window=2,
+    retries=0,
+    cpu=0.5,
+    memory=1024,
+)
+@modal.concurrent(max_inputs=settings.runway_concurrency)
+class Overflow(Container):
+    """Runway, many clips in one small container."""
+
+    @modal.enter()
+    async def start(self) -> None:
+        self.station = Station(settings, records())
+        await self.station.open("runway", "runway")
+
+
+@app.function(image=slim, timeout=settings.modal_timeout_s, scaledown_window=2, cpu=1, memory=2048)
+async def one_off(engine: str, item_id: str, request: dict[str, Any] | None, photo: bytes | str) -> Any:
+    """One task of the queue, or one photo without it; an error comes back as one line."""
+    logs.configure(settings.log_level)
+    try:
+        lease = None if request else await by_hand.take(settings, item_id or None)
+        if lease is None and request is None:
+            return {"error": "no task can be taken now" if not item_id else f"{item_id} is not free to be taken"}
+        if engine == "preview":
+            return await by_hand.preview(settings, lease, request, photo)
+        remote = Wan() if engine == "wan" else Overflow()
+        if lease is None:
+            return await remote.render.remote.aio(request, photo)
+        return await remote.run.remote.aio(lease.model_dump(mode="json"), drain=False)
+    except I2VError as error:
+        return {"error": str(error)}
+
+
+@app.local_entrypoint()
+def process(
+    item_id: str = "",
+    photo: str = "",
+    photo_url: str = "",
+    prompt: str = "",
+    seconds: float = 5.0,
+    seed: int | None = None,
+    engine: Literal["wan", "runway", "preview"] = "wan",
+) -> bytes | str:
+    """Takes the next task now, or --item-id; with --photo or --photo-url makes one video, which `-w out.mp4` saves."""
+    with told_errors(verbose=False):
+        saves = any(argument.startswith(("-w", "--write-result")) for argument in sys.argv)
+        source = photo or photo_url
+        request = by_hand.asked(item_id=item_id, photo=source, prompt=prompt, seconds=seconds, seed=seed, saves=saves)
+        answer = one_off.remote(engine, item_id, request, by_hand.photo_bytes(photo) if photo else photo_url)
+        return by_hand.tell(answer)
+
+
+@app.function(image=slim, timeout=MINUTES, scaledown_window=2, cpu=0.25, memory=512)
+async def look(forget: str) -> list[str]:
+    """What `status` shows."""
+    if forget:
+        await fleet.ledger(settings, records()).forget(forget)
+    return await fleet.report(settings, records(), pools())
+
+
+@app.local_entrypoint()
+def status(forget: str = "") -> None:
+    """The pools, the queue, the last ticks, today's money. --forget ITEM lets a payment in doubt be made again."""
+    with told_errors(verbose=False):
+        for line in look.remote(forget):
+            terminal.out.print(line, markup=False)

@@ -1,0 +1,44 @@
+"""The image with Wan2.2 in it: packages, then weights at their pinned revisions, then kernels, settings, code.
+
+A layer is built again when it or one below it changes. Weights, the largest by far, depend on packages and pins alone:
+a change of code or of a setting moves no gigabyte.
+"""
+
+import modal
+
+from images import BASE, PYPROJECT, with_code, with_settings
+from inference.engines.wan.bake import compile_kernels, fetch_weights
+from inference.engines.wan.presets import PRESETS
+from inference.settings import Settings
+
+WEIGHTS = "/weights"
+HOURS = 3600
+
+
+def wan_image(settings: Settings, secret: modal.Secret) -> modal.Image:
+    """The image of one preset. `secret` may hold HF_TOKEN; public weights need none."""
+    preset = PRESETS[settings.wan_preset]
+    image = (
+        modal.Image.from_registry(BASE)
+        .apt_install("gcc", "libc6-dev")  # Triton compiles its launchers
+        .pip_install_from_pyproject(str(PYPROJECT), optional_dependencies=["wan", "heic"])
+        .env({"I2V_WEIGHTS_DIR": WEIGHTS})
+        .run_function(
+            fetch_weights,
+            args=(preset.name, preset.pins),
+            kwargs={"accept_non_commercial": True} if settings.accept_non_commercial else {},
+            secrets=[secret],
+            timeout=4 * HOURS,
+            cpu=4,
+            memory=32 * 1024,  # MiB: weights published larger than they are run are saved again
+        )
+        .env({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
+    )
+    if settings.wan_compile:
+        image = with_settings(image, settings).run_function(
+            compile_kernels,
+            args=(preset.name, settings.for_containers()),
+            gpu=settings.modal_gpu,
+            timeout=HOURS,
+        )
+    return with_code(image, settings)

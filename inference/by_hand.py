@@ -1,0 +1,120 @@
+"""One run that a person asks for: the next task, a given one, or one photo that no queue knows of."""
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from pydantic import ValidationError
+from rich.markup import escape
+
+from inference import logs, terminal
+from inference.build import open_queue, open_storage
+from inference.engines.base import Job
+from inference.errors import EngineError, InvalidRequest, SettingsError
+from inference.fleet import ledger, open_host
+from inference.host import Host
+from inference.media import photo as photos
+from inference.progress import ProgressTracker, plan
+from inference.records import MemoryRecords, Records
+from inference.scratch import scratch_folder
+from inference.settings import Settings
+from inference.task import GenerationRequest, Lease, Outcome, Video, explain
+from inference.worker import lease_from
+
+
+def asked(
+    *, item_id: str, photo: str, prompt: str, seconds: float, seed: int | None, saves: bool
+) -> dict[str, Any] | None:
+    """The request of somebody who brings a photo, as JSON; None for a task of the queue, which has its own.
+
+    Raises SettingsError where what was asked for does not go together, InvalidRequest naming the field.
+    """
+    if not photo:
+        if prompt or seed is not None:
+            raise SettingsError("--prompt and --seed go with --photo or --photo-url; a task of the queue has its own")
+        return None
+    if item_id:
+        raise SettingsError("--item-id takes a task of the queue; it has a photo")
+    if not saves:
+        raise SettingsError("say where the video goes: modal run -w out.mp4 app.py::process …")
+    try:
+        return GenerationRequest(prompt=prompt, duration_s=seconds, seed=seed).model_dump(mode="json")
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from None
+
+
+def photo_bytes(path: str) -> bytes:
+    """A photo of this machine. Raises SettingsError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"--photo: {path} cannot be read: {error.strerror}") from None
+
+
+async def take(settings: Settings, item_id: str | None) -> Lease | None:
+    """A lease for one run: a given item, or the next. Raises QueueError, Refusal, InvalidTask."""
+    async with open_queue(settings) as queue:
+        return await lease_from(queue, item_id)
+
+
+async def render(
+    settings: Settings, records: Records, host: Host, request: GenerationRequest, photo: bytes | str
+) -> tuple[Video, bytes]:
+    """One video without a queue, of a photo's bytes or of what is at a URL; and the bytes of its mp4.
+
+    Raises StorageError, InvalidPhoto, MachineFault, EngineError.
+    """
+    name = f"by-hand-{secrets.token_hex(6)}"
+    purchase = ledger(settings, records).purchase(name, name)
+    tracker = ProgressTracker(plan(host.stages), logs.stages(name))
+    with scratch_folder(settings.temp_dir) as folder:
+        path = folder / "photo"
+        tracker.update("download")
+        if isinstance(photo, bytes):
+            path.write_bytes(photo)
+        else:
+            async with open_storage(settings) as storage:
+                await storage.download(photo, path)
+        await anyio.to_thread.run_sync(photos.verify, path)
+        video = await host.render(request, path, folder, Job(tracker, purchase))
+        mp4 = video.path.read_bytes()
+    await purchase.end("delivered")
+    return video, mp4
+
+
+async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes | str) -> Any:
+    """The same as a container does, here, with the engine that needs no model."""
+    records = MemoryRecords()
+    async with open_host(settings, "gpu", "preview", records) as host, anyio.create_task_group() as tasks:
+        tasks.start_soon(host.serve)
+        try:
+            if lease is not None:
+                return [outcome.model_dump(mode="json") for outcome in await host.run(lease)]
+            wanted = GenerationRequest.model_validate(request)
+            video, mp4 = await render(settings, records, host, wanted, photo)
+            return {"video": video.model_dump(mode="json"), "mp4": mp4}
+        finally:
+            with anyio.CancelScope(shield=True):
+                await host.close()
+
+
+def tell(answer: Any) -> bytes | str:
+    """Shows how a run ended; returns the mp4 of one without a queue, else where the queue has it.
+
+    Raises EngineError for one that made no video.
+    """
+    if isinstance(answer, Mapping) and "error" in answer:
+        raise EngineError(str(answer["error"]))
+    if isinstance(answer, Mapping):
+        terminal.say(f"  {terminal.describe(Video.model_validate(answer['video']))}")
+        return bytes(answer["mp4"])
+    [outcome] = [Outcome.model_validate(each) for each in answer]
+    if outcome.video is None:
+        raise EngineError(f"task {outcome.item_id} ended {outcome.status}: {outcome.error}")
+    terminal.say(f"  [green]completed[/green]  {outcome.item_id}  {terminal.describe(outcome.video)}")
+    terminal.say(f"  time       {terminal.times(outcome.stage_seconds)}")
+    terminal.say(f"  stored as  {escape(outcome.storage_path or '')}")
+    return outcome.storage_path or ""

@@ -1,0 +1,164 @@
+"""A fleet's parts, built from settings and from what a platform lends: records, and pools of containers.
+
+What a container of a pool does (`open_host`), what the cron does (`open_dispatcher`), what a person wants to know
+(`report`). A platform's own file wires these to its functions and does no more.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
+from typing import Literal
+
+import anyio
+import structlog
+
+from inference import logs
+from inference.board import Board, PoolName
+from inference.build import build_runner, load_engine, needing_extra, open_queue
+from inference.dispatch import Containers, Dispatcher, Rules, Sized
+from inference.engines.base import Engine
+from inference.errors import EngineLost, I2VError, PoolUnavailable, SettingsError
+from inference.host import BrokenEngine, Host
+from inference.ledger import Ledger
+from inference.queues.base import TaskQueue
+from inference.queues.item import Lane, lane
+from inference.records import Records
+from inference.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+EngineName = Literal["preview", "wan", "runway"]
+
+INPUTS = 2
+"""Leases at once in a GPU container: one generates while the other downloads its photo or uploads its video."""
+
+COLD_START_MARGIN_S = 60.0
+"""A lease that waits for a container has to outlive the container's start by this."""
+
+
+def rules(settings: Settings) -> Rules:
+    """What the operator decided."""
+    return Rules(
+        overflow_after_s=settings.overflow_after_s,
+        overflow_wan_local=settings.overflow_wan_local,
+        budget_usd=settings.runway_budget_usd,
+        runway_model=settings.runway_model,
+    )
+
+
+def sizes(settings: Settings) -> dict[PoolName, Sized]:
+    """The pools there are: GPU containers, and Runway where there is a key."""
+    found: dict[PoolName, Sized] = {
+        "gpu": Sized(slots=settings.modal_max_containers * INPUTS, engines=settings.modal_max_containers)
+    }
+    if settings.runway_key:
+        found["runway"] = Sized(slots=settings.runway_concurrency, engines=settings.runway_concurrency)
+    return found
+
+
+def ledger(settings: Settings, records: Records) -> Ledger:
+    """The books of what is paid for."""
+    return Ledger(records, budget_usd=settings.runway_budget_usd)
+
+
+def import_engine() -> None:
+    """The imports of the Wan engine, which take longer than all else that needs no GPU."""
+    with suppress(SettingsError), needing_extra("wan", "the Wan engine"):  # told when the engine is loaded
+        import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra
+
+
+@asynccontextmanager
+async def open_dispatcher(
+    settings: Settings, records: Records, containers: Mapping[PoolName, Containers]
+) -> AsyncIterator[Dispatcher]:
+    """What the cron runs. Raises SettingsError."""
+    # A task that is sent to a container waits for the container's start, and nobody beats for it meanwhile.
+    lease_s = max(settings.lease_duration_s, settings.modal_startup_timeout_s + COLD_START_MARGIN_S)
+    own = settings.model_copy(update={"lease_duration_s": lease_s})
+    kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
+    async with AsyncExitStack() as stack:
+        queues: dict[Lane | None, TaskQueue] = {
+            kind: await stack.enter_async_context(open_queue(own.model_copy(update={"worker_type": kind})))
+            for kind in kinds
+        }
+        pools = {name: (size, containers[name]) for name, size in sizes(settings).items()}
+        yield Dispatcher(queues, pools, Board(records), ledger(settings, records), rules(settings))
+
+
+@asynccontextmanager
+async def open_host(
+    settings: Settings, pool: PoolName, engine_name: EngineName, records: Records, *, drain: bool = False
+) -> AsyncIterator[Host]:
+    """A container's engine and what runs leases on it. Never raises for an engine that cannot be loaded.
+
+    A platform would start the next container on the same lease, and the next: so the first task is told instead.
+    Raises SettingsError for a queue that is not configured.
+    """
+    own = settings.model_copy(update={"engine": engine_name, "worker_type": "wan" if settings.queue_lanes else None})
+    fault: I2VError | None = None
+    engine: Engine
+    try:
+        # Before the platform's own limit, or it would end this container and start another.
+        with anyio.fail_after(max(settings.modal_startup_timeout_s - COLD_START_MARGIN_S, 5)):
+            engine = await load_engine(own)
+    except TimeoutError:
+        fault = EngineLost(f"no engine within I2V_MODAL_STARTUP_TIMEOUT ({settings.modal_startup_timeout_s} s)")
+    except I2VError as error:
+        fault = error
+    except Exception as error:  # a bug here must not become a loop of containers
+        fault = EngineLost(f"internal error: {type(error).__name__}: {error}")
+        log.exception("unexpected_error")
+    if fault is not None:
+        log.error("engine_not_loaded", pool=pool, error=str(fault))
+        engine = BrokenEngine(fault)
+    async with open_queue(own) as queue:
+        runner = build_runner(
+            own, queue, engine, ledger=ledger(settings, records), sink=lambda lease: logs.stages(lease.task.item_id)
+        )
+        yield Host(
+            pool,
+            queue,
+            runner,
+            Board(records),
+            fault=fault,
+            fits=lambda task: lane(task.provider) == "wan" or settings.runway_key is None,
+            # The last task it takes has to end within the platform's own limit for a call.
+            drain_s=max(0.0, settings.modal_timeout_s - settings.attempt_limit_s) if drain else 0.0,
+            linger_s=settings.modal_linger_s,
+            poll_interval_s=settings.poll_interval_s,
+        )
+
+
+async def report(settings: Settings, records: Records, containers: Mapping[PoolName, Containers]) -> list[str]:
+    """What a person wants to know of a fleet: pools, queue, money, the last ticks. Raises RecordsUnavailable."""
+    board, books = Board(records), ledger(settings, records)
+    lines = []
+    for name, size in sizes(settings).items():
+        known = await board.pool(name)
+        try:
+            held = str(await containers[name].held())
+        except PoolUnavailable as error:
+            held = f"? ({error})"
+        pace = f"{known.clip_s:.1f} s a clip, {known.clips} made" if known.clip_s else "no clip made yet"
+        failing = f", FAILING since {_time(known.failing_at)}: {known.failing}" if known.failing else ""
+        lines.append(f"{name:8} {held} of {size.slots} slots held, {pace}{failing}")
+    try:
+        async with open_queue(settings) as queue:
+            waiting = await queue.backlog()
+        lines.append(f"queue    {'the queue cannot tell how many' if waiting is None else waiting} wait")
+    except I2VError as error:
+        lines.append(f"queue    FAILING: {error}")
+    if "runway" in sizes(settings):
+        lines.append(
+            f"money    ${await books.spent_usd():.2f} of ${settings.runway_budget_usd:.2f} spent today at Runway"
+        )
+    for payment in await books.payments():
+        if payment.status in ("intended", "created"):
+            doubt = "IN DOUBT" if payment.status == "intended" else payment.external_id
+            lines.append(f"payment  {payment.item_id} {payment.model} ${payment.cost_usd:.2f} {doubt}")
+    lines += [f"tick     {_time(at)} {decision}" for at, decision in (await board.decisions())[-10:]]
+    return lines
+
+
+def _time(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%m-%d %H:%M:%SZ")
