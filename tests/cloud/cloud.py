@@ -1,0 +1,217 @@
+"""An offline Modal for tests: the real `modal` command and real containers, against a control plane on loopback."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from grpclib.server import Server
+from modal._serialization import serialize
+from modal_proto import api_pb2
+
+from tests.cloud.containers import Container
+from tests.cloud.control_plane import ControlPlane
+from tests.cloud.objects import Function, Image, Input
+from tests.cloud.scheduler import Settings
+from tests.processes import environment, until
+
+CLI_LIMIT_S = 90
+
+
+class Cloud:
+    """A workspace of its own. Everything it started is gone when its block ends."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        idle_s: float = 0.5,
+        max_restarts: int = 2,
+        container_env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self._plane = ControlPlane(folder, Settings(idle_s, max_restarts, container_env or {}))
+        self._state = self._plane.scheduler
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_open, self._may_close = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="offline modal")
+        self._commands: list[subprocess.Popen] = []
+        self.env: dict[str, str] = {}
+        """For processes of users, such as the command line."""
+
+    def __enter__(self) -> Self:
+        (self.folder / "home").mkdir(parents=True)
+        self._thread.start()
+        assert self._is_open.wait(20), "the control plane is open"
+        self.env = environment(
+            HOME=self.folder / "home",
+            MODAL_CONFIG_PATH=self.folder / "absent.toml",
+            MODAL_SERVER_URL=self._state.url,
+            MODAL_TOKEN_ID="ak-offline",
+            MODAL_TOKEN_SECRET="as-offline",
+            NO_COLOR=1,
+            COLUMNS=200,
+            PYTHONUNBUFFERED=1,
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for command in self._commands:
+            command.kill()
+            command.communicate()
+        self._loop.call_soon_threadsafe(self._may_close.set)
+        self._thread.join(20)
+        assert not self._thread.is_alive(), "the control plane has closed"
+        if kind is not None:
+            self.show()
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        server = Server([self._plane])
+        await server.start("127.0.0.1", 0)
+        self._state.url = f"http://127.0.0.1:{server._server.sockets[0].getsockname()[1]}"
+        self._is_open.set()
+        await self._may_close.wait()
+        await self._state.close()
+        server.close()
+        await server.wait_closed()
+
+    def _do(self, action: Any, *arguments: Any, **options: Any) -> Any:
+        """Calls something on the thread that owns the state."""
+
+        async def act() -> Any:
+            found = action(*arguments, **options)
+            return await found if isinstance(found, Awaitable) else found
+
+        return asyncio.run_coroutine_threadsafe(act(), self._loop).result(20)
+
+    def show(self) -> None:
+        """What everybody said: for a test that failed."""
+        for container in self._state.containers.values():
+            print(f"── {container.id} {container.function.name}: exit code {container.exit_code}\n{container.logs()}")
+        print("\n".join(self._state.complaints))
+
+    # ------------------------------------------------------------ what people do
+
+    def create_secret(self, name: str, values: Mapping[str, str]) -> None:
+        """As `modal secret create` does."""
+        self._do(self._plane.add_secret, name, dict(values))
+
+    def start_cli(self, *arguments: str, cwd: Path) -> subprocess.Popen:
+        """A `modal` command that goes on beside the test."""
+        command = subprocess.Popen(
+            [sys.executable, "-m", "modal", *arguments],
+            cwd=cwd,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._commands.append(command)
+        return command
+
+    def run_cli(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+        """A `modal` command, to its end: `run_cli("run", "app.py::process", "--item-id", "7", cwd=…)`."""
+        command = self.start_cli(*arguments, cwd=cwd)
+        stdout, stderr = command.communicate(timeout=CLI_LIMIT_S)
+        return subprocess.CompletedProcess(command.args, command.returncode, stdout, stderr)
+
+    def deploy(self, app: Path, *arguments: str) -> subprocess.CompletedProcess:
+        """`modal deploy app.py`, started beside the file."""
+        return self.run_cli("deploy", app.name, *arguments, cwd=app.parent)
+
+    def fire(self, name: str) -> Input:
+        """One tick of a schedule."""
+        assert self.function(name).schedule, f"{name} has a schedule"
+        return self.spawn(name)
+
+    def spawn(self, name: str, *arguments: Any, **options: Any) -> Input:
+        """Calls a deployed function, `dispatch`, or a method, `Model.generate`, and does not wait."""
+        message = api_pb2.FunctionInput(data_format=api_pb2.DATA_FORMAT_PICKLE, method_name=name.partition(".")[2])
+        if arguments or options:
+            message.args = serialize((arguments, options))
+        item = Input(self._state.new_id("in"), self._state.new_id("fc"), self.function(name), message)
+        self._do(self._state.put, item)
+        return item
+
+    def refuse_spawns(self, name: str, count: int) -> None:
+        """The next calls of a function or class, from wherever, end in an error."""
+        self._do(self._plane.refusals.update, {self.function(name).name: count})
+
+    # ------------------------------------------------------------ what there is
+
+    def function(self, name: str) -> Function:
+        """The deployed function, or the class of `Model` or `Model.generate`."""
+        names = {name, f"{name.partition('.')[0]}.*"}
+        ids = (id_ for app in self._plane.deployed.values() for tag, id_ in app.function_ids.items() if tag in names)
+        found = next(ids, None)
+        assert found, f"{name} is deployed"
+        return self._state.functions[found]
+
+    @property
+    def schedules(self) -> dict[str, str]:
+        """Of all deployed functions that have one, by name."""
+        ids = [it for app in self._plane.deployed.values() for it in app.function_ids.values()]
+        functions = [self._state.functions[it] for it in ids]
+        return {it.name: it.schedule for it in functions if it.schedule}
+
+    def layers(self, name: str) -> list[Image]:
+        """Of a deployed function's image, the base first. A layer that keeps its id is not built again."""
+        return self._state.layers(self.function(name).definition.image_id)
+
+    def calls(self, name: str = "") -> list[Input]:
+        """Inputs in the order of their arrival: of a function, a class, a method, or all."""
+        inputs = list(self._state.inputs.values())
+        return [it for it in inputs if not name or name in {it.name, it.function.name, it.function.name[:-2]}]
+
+    def containers(self, name: str = "") -> list[Container]:
+        """Containers there ever were, of a function, a class, or all, in the order of their start."""
+        containers = list(self._state.containers.values())
+        return [it for it in containers if not name or name in {it.function.name, it.function.name[:-2]}]
+
+    def entries(self, name: str) -> dict[Any, Any]:
+        """What is in a `modal.Dict`; nothing in one that nobody used yet."""
+        found = self._plane.dicts.get(f"di-{name}")
+        return found.contents() if found else {}
+
+    @property
+    def complaints(self) -> list[str]:
+        """Crash loops, and calls the control plane had no answer to."""
+        return self._state.complaints
+
+    def until_idle(self, deadline_s: float = 30) -> None:
+        """Until no input waits or runs. Raises AssertionError for a crash loop, or an unknown call."""
+        until(lambda: self.complaints or all(it.has_ended for it in self.calls()), deadline_s, "all inputs ended")
+        assert not self.complaints, "\n".join(self.complaints)
+
+    def until_running(self, item: Input, deadline_s: float = 20) -> Container:
+        """Until a container works on an input; returns the container."""
+        until(lambda: item.state == "running" or item.has_ended, deadline_s, f"{item.name} runs")
+        assert not item.has_ended, f"{item.name} {item.state}: {item.error}"
+        return item.containers[-1]
+
+    def until_gone(self, container: Container, deadline_s: float = 20) -> int:
+        """The exit code of a container."""
+        until(lambda: container.exit_code is not None, deadline_s, f"{container.id} ended")
+        return container.exit_code
+
+    # ------------------------------------------------------------ what may happen
+
+    def preempt(self, container: Container, grace_s: float = 30, *, overlap: bool = False) -> None:
+        """Modal takes the machine back: SIGINT, SIGKILL after the grace. The inputs go on elsewhere, as they are.
+
+        They do so when the container is gone; with `overlap`, at once: nothing says that Modal waits.
+        """
+        self._do(self._state.preempt, container, grace_s, overlap=overlap)
+
+    def kill(self, container: Container) -> None:
+        """SIGKILL, as after running out of memory or with a host that dies. The inputs go on elsewhere."""
+        self._do(self._state.kill, container)
+
+    def cancel(self, item: Input) -> None:
+        """As a user does with a call."""
+        self._do(self._state.cancel, item.call_id)
