@@ -29,6 +29,7 @@ MINUTES = 60  # seconds
 
 with told_errors(verbose=False):
     settings = Settings.load()
+    fleet.refuse_deployment(settings)
 keys = ["VERCEL_API_URL", "WORKER_API_KEY"] + (["RUNWAYML_API_SECRET"] if settings.runway_key else [])
 secret = modal.Secret.from_name(settings.modal_app, required_keys=keys)
 slim = slim_image(settings)
@@ -69,6 +70,8 @@ async def dispatch() -> str:
 
 class Container:
     """What the containers of both pools do."""
+
+    station: Station
 
     @modal.method()
     async def run(self, lease: dict[str, Any] | None, drain: bool = True) -> list[dict[str, Any]]:
@@ -133,16 +136,16 @@ class Overflow(Container):
 async def one_off(engine: str, item_id: str, request: dict[str, Any] | None, photo: bytes | str) -> Any:
     """One task of the queue, or one photo without it; an error comes back as one line."""
     logs.configure(settings.log_level)
+    remote = Overflow() if engine == "runway" else Wan()
     try:
-        lease = None if request else await by_hand.take(settings, item_id or None)
-        if lease is None and request is None:
-            return {"error": "no task can be taken now" if not item_id else f"{item_id} is not free to be taken"}
-        if engine == "preview":
-            return await by_hand.preview(settings, lease, request, photo)
-        remote = Wan() if engine == "wan" else Overflow()
-        if lease is None:
+        if request is not None and engine != "preview":
             return await remote.render.remote.aio(request, photo)
-        return await remote.run.remote.aio(lease.model_dump(mode="json"), drain=False)
+        if request is not None:
+            return await by_hand.preview(settings, None, request, photo)
+        async with by_hand.taken(settings, item_id) as lease:
+            if engine == "preview":
+                return await by_hand.preview(settings, lease, None, b"")
+            return await remote.run.remote.aio(lease.model_dump(mode="json"), drain=False)
     except I2VError as error:
         return {"error": str(error)}
 

@@ -1,7 +1,8 @@
 """One run that a person asks for: the next task, a given one, or one photo that no queue knows of."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from rich.markup import escape
 from inference import logs, terminal
 from inference.build import open_queue, open_storage
 from inference.engines.base import Job
-from inference.errors import EngineError, InvalidRequest, SettingsError
-from inference.fleet import ledger, open_host
+from inference.errors import EngineError, InvalidRequest, NoTask, SettingsError
+from inference.fleet import for_a_cold_start, ledger, open_host
 from inference.host import Host
+from inference.keeper import hand_back
 from inference.media import photo as photos
 from inference.progress import ProgressTracker, plan
 from inference.records import MemoryRecords, Records
@@ -54,10 +56,21 @@ def photo_bytes(path: str) -> bytes:
         raise SettingsError(f"--photo: {path} cannot be read: {error.strerror}") from None
 
 
-async def take(settings: Settings, item_id: str | None) -> Lease | None:
-    """A lease for one run: a given item, or the next. Raises QueueError, Refusal, InvalidTask."""
-    async with open_queue(settings) as queue:
-        return await lease_from(queue, item_id)
+@asynccontextmanager
+async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
+    """A lease for one run: of a given item, or of the next with no id. Handed back if the block fails.
+
+    Raises NoTask, QueueError, Refusal, InvalidTask.
+    """
+    async with open_queue(for_a_cold_start(settings)) as queue:
+        lease = await lease_from(queue, item_id or None)
+        if lease is None:
+            raise NoTask(f"{item_id} cannot be taken now: see its status" if item_id else "no task waits")
+        try:
+            yield lease
+        except BaseException:  # whoever was to run it may never have heard of it
+            await hand_back(queue, lease)
+            raise
 
 
 async def render(

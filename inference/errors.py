@@ -2,6 +2,7 @@
 
     I2VError
     ├── SettingsError         configuration is missing or malformed
+    ├── NoTask                   somebody asked for a task, and there is none to take
     ├── PoolUnavailable          a pool of containers did not take what it was sent
     ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
     ├── CancelRequested       a person cancelled the task
@@ -60,6 +61,10 @@ class I2VError(Exception):
 
 class SettingsError(I2VError):
     """Configuration is missing or malformed. The message has one line per problem, all problems at once."""
+
+
+class NoTask(I2VError):
+    """Somebody asked for a task by hand, and there is none that can be taken now."""
 
 
 class PoolUnavailable(I2VError):

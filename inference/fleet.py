@@ -4,6 +4,7 @@ What a container of a pool does (`open_host`), what the cron does (`open_dispatc
 (`report`). A platform's own file wires these to its functions and does no more.
 """
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from inference.board import Board, PoolName
 from inference.build import build_runner, load_engine, needing_extra, open_queue
 from inference.dispatch import Containers, Dispatcher, Rules, Sized
 from inference.engines.base import Engine
+from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError, PoolUnavailable, SettingsError
 from inference.host import BrokenEngine, Host
 from inference.ledger import Ledger
@@ -31,6 +33,9 @@ EngineName = Literal["preview", "wan", "runway"]
 
 INPUTS = 2
 """Leases at once in a GPU container: one generates while the other downloads its photo or uploads its video."""
+
+CRON_FIELDS = 5
+CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client passes on anything
 
 COLD_START_MARGIN_S = 60.0
 """A lease that waits for a container has to outlive the container's start by this."""
@@ -56,9 +61,36 @@ def sizes(settings: Settings) -> dict[PoolName, Sized]:
     return found
 
 
+def for_a_cold_start(settings: Settings) -> Settings:
+    """Settings of who leases for a container: a task waits for its start, and nobody beats for it meanwhile."""
+    lease_s = max(settings.lease_duration_s, settings.modal_startup_timeout_s + COLD_START_MARGIN_S)
+    return settings.model_copy(update={"lease_duration_s": lease_s})
+
+
 def ledger(settings: Settings, records: Records) -> Ledger:
     """The books of what is paid for."""
     return Ledger(records, budget_usd=settings.runway_budget_usd)
+
+
+def refuse_deployment(settings: Settings) -> None:
+    """Raises SettingsError for what would only be found out by a container, one line for each problem."""
+    problems = []
+    fields = settings.modal_cron.split()
+    if len(fields) != CRON_FIELDS or not all(CRON_FIELD.fullmatch(each) for each in fields):
+        problems.append(f"I2V_MODAL_CRON: {settings.modal_cron!r} is not a cron line of five fields, such as * * * * *")
+    if settings.attempt_limit_s >= settings.modal_timeout_s:
+        problems.append(
+            f"I2V_MODAL_TIMEOUT ({settings.modal_timeout_s} s) has to be longer than I2V_ATTEMPT_LIMIT "
+            f"({settings.attempt_limit_s:g} s): the platform would end a generation before its own limit does"
+        )
+    unfree = [each for each in PRESETS[settings.wan_preset].repositories if not each.commercial_use]
+    if unfree and not settings.accept_non_commercial:
+        problems.append(
+            f"I2V_WAN_PRESET: {unfree[0].name} is for non-commercial use only ({unfree[0].license}): "
+            "if yours is, set I2V_ACCEPT_NON_COMMERCIAL=true"
+        )
+    if problems:
+        raise SettingsError("\n".join(problems))
 
 
 def import_engine() -> None:
@@ -72,9 +104,7 @@ async def open_dispatcher(
     settings: Settings, records: Records, containers: Mapping[PoolName, Containers]
 ) -> AsyncIterator[Dispatcher]:
     """What the cron runs. Raises SettingsError."""
-    # A task that is sent to a container waits for the container's start, and nobody beats for it meanwhile.
-    lease_s = max(settings.lease_duration_s, settings.modal_startup_timeout_s + COLD_START_MARGIN_S)
-    own = settings.model_copy(update={"lease_duration_s": lease_s})
+    own = for_a_cold_start(settings)
     kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
     async with AsyncExitStack() as stack:
         queues: dict[Lane | None, TaskQueue] = {

@@ -25,7 +25,7 @@ LAYERS = [
     {"settings", "settings_base", "logs", "terminal", "assets"},
     {"build"},
     {"doctor", "process", "fleet"},
-    {"by_hand"},
+    {"by_hand", "doctor_modal"},
     {"platform"},
     {"cli", "cli_weights"},
 ]

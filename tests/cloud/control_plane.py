@@ -324,6 +324,11 @@ class ControlPlane:
             reply.cancel_input_event.input_ids.extend(cancelled)
         return reply
 
+    async def ContainerStop(self, _request):
+        self._container.is_leaving = True  # it ends what it has
+        self.scheduler.changed()
+        return api_pb2.ContainerStopResponse()
+
     async def TaskResult(self, request):
         if request.result.status == FAILURE:
             self._container.failure = request.result
