@@ -21,9 +21,10 @@ from images.wan import wan_image
 from inference import by_hand, fleet, logs, terminal
 from inference.board import PoolName
 from inference.errors import I2VError
-from inference.platform import DictRecords, RemoteContainers, Station
+from inference.platform import DictRecords, RemoteContainers
 from inference.process import told_errors
 from inference.settings import Settings
+from inference.station import Station
 
 MINUTES = 60  # seconds
 
@@ -75,7 +76,10 @@ class Container:
 
     @modal.method()
     async def run(self, lease: dict[str, Any] | None, drain: bool = True) -> list[dict[str, Any]]:
-        return await self.station.run(lease, drain=drain, retire=modal.experimental.stop_fetching_inputs.aio)
+        outcomes = await self.station.run(lease, drain=drain)
+        if self.station.broken:
+            await modal.experimental.stop_fetching_inputs.aio()
+        return outcomes
 
     @modal.method()
     async def render(self, request: dict[str, Any], photo: bytes | str) -> dict[str, Any]:

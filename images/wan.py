@@ -7,7 +7,7 @@ a change of code or of a setting moves no gigabyte.
 import modal
 
 from images import BASE, PYPROJECT, with_code, with_settings
-from inference.engines.wan.bake import compile_kernels, fetch_weights
+from inference.bake import compile_kernels, fetch_weights
 from inference.engines.wan.presets import PRESETS
 from inference.settings import Settings
 

@@ -1,28 +1,22 @@
 """One run that a person asks for: the next task, a given one, or one photo that no queue knows of."""
 
-import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.to_thread
 from pydantic import ValidationError
 from rich.markup import escape
 
-from inference import logs, terminal
-from inference.build import open_queue, open_storage
-from inference.engines.base import Job
+from inference import terminal
+from inference.build import open_queue
 from inference.errors import EngineError, InvalidRequest, NoTask, SettingsError
-from inference.fleet import for_a_cold_start, ledger, open_host
-from inference.host import Host
+from inference.fleet import for_a_cold_start
 from inference.keeper import hand_back
-from inference.media import photo as photos
-from inference.progress import ProgressTracker, plan
-from inference.records import MemoryRecords, Records
-from inference.scratch import scratch_folder
+from inference.records import MemoryRecords
 from inference.settings import Settings
+from inference.station import Station
 from inference.task import GenerationRequest, Lease, Outcome, Video, explain
 from inference.worker import lease_from
 
@@ -73,45 +67,17 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
             raise
 
 
-async def render(
-    settings: Settings, records: Records, host: Host, request: GenerationRequest, photo: bytes | str
-) -> tuple[Video, bytes]:
-    """One video without a queue, of a photo's bytes or of what is at a URL; and the bytes of its mp4.
-
-    Raises StorageError, InvalidPhoto, MachineFault, EngineError.
-    """
-    name = f"by-hand-{secrets.token_hex(6)}"
-    purchase = ledger(settings, records).purchase(name, name)
-    tracker = ProgressTracker(plan(host.stages), logs.stages(name))
-    with scratch_folder(settings.temp_dir) as folder:
-        path = folder / "photo"
-        tracker.update("download")
-        if isinstance(photo, bytes):
-            path.write_bytes(photo)
-        else:
-            async with open_storage(settings) as storage:
-                await storage.download(photo, path)
-        await anyio.to_thread.run_sync(photos.verify, path)
-        video = await host.render(request, path, folder, Job(tracker, purchase))
-        mp4 = video.path.read_bytes()
-    await purchase.end("delivered")
-    return video, mp4
-
-
 async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes | str) -> Any:
     """The same as a container does, here, with the engine that needs no model."""
-    records = MemoryRecords()
-    async with open_host(settings, "gpu", "preview", records) as host, anyio.create_task_group() as tasks:
-        tasks.start_soon(host.serve)
-        try:
-            if lease is not None:
-                return [outcome.model_dump(mode="json") for outcome in await host.run(lease)]
-            wanted = GenerationRequest.model_validate(request)
-            video, mp4 = await render(settings, records, host, wanted, photo)
-            return {"video": video.model_dump(mode="json"), "mp4": mp4}
-        finally:
-            with anyio.CancelScope(shield=True):
-                await host.close()
+    station = Station(settings, MemoryRecords())
+    await station.open("gpu", "preview")
+    try:
+        if lease is not None:
+            return await station.run(lease.model_dump(mode="json"))
+        return await station.render(request or {}, photo)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await station.close()
 
 
 def tell(answer: Any) -> bytes | str:

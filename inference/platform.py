@@ -1,21 +1,14 @@
-"""What a platform lends, as a fleet sees it: a dictionary, functions in containers, calls that come in.
+"""What a platform lends, as a fleet sees it: a dictionary, and functions in containers.
 
 For anything with the methods of `modal.Dict` and of a Modal function; nothing of Modal is imported. Its errors are
 given, and end here.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-from inference import by_hand, fleet, logs
-from inference.board import PoolName
 from inference.errors import PoolUnavailable, RecordsUnavailable, one_line
-from inference.fleet import EngineName
-from inference.records import Records
-from inference.settings import Settings
-from inference.task import GenerationRequest, Lease
+from inference.task import Lease
 
 T = TypeVar("T")
 Errors = tuple[type[BaseException], ...]
@@ -80,43 +73,6 @@ class RemoteContainers:
             return await call
         except self._errors as error:
             raise PoolUnavailable(_reason(error)) from None
-
-
-class Station:
-    """A container's host behind calls that carry JSON: opened when it starts, closed on the way out."""
-
-    def __init__(self, settings: Settings, records: Records) -> None:
-        self._settings, self._records = settings, records
-        self._stack = AsyncExitStack()
-
-    async def open(self, pool: PoolName, engine: EngineName, *, drain: bool = False) -> None:
-        """Loads the engine, and serves from then on. Raises SettingsError."""
-        logs.configure(self._settings.log_level)
-        opening = fleet.open_host(self._settings, pool, engine, self._records, drain=drain)
-        self._host = await self._stack.enter_async_context(opening)
-        # In a task of its own, which no call's end cancels; platforms run functions on asyncio.
-        self._serving = asyncio.create_task(self._host.serve())
-
-    async def run(
-        self, lease: dict[str, Any] | None, *, drain: bool, retire: Callable[[], Awaitable[None]]
-    ) -> list[dict[str, Any]]:
-        """Runs what a call brought, and says how it ended; `retire` asks the platform for no more calls."""
-        outcomes = await self._host.run(Lease.model_validate(lease) if lease else None, drain=drain)
-        if self._host.broken:  # the next call gets a new container, on another machine perhaps
-            await retire()
-        return [outcome.model_dump(mode="json") for outcome in outcomes]
-
-    async def render(self, request: dict[str, Any], photo: bytes | str) -> dict[str, Any]:
-        """One video without a queue: {"video": …, "mp4": bytes}."""
-        asked = GenerationRequest.model_validate(request)
-        video, mp4 = await by_hand.render(self._settings, self._records, self._host, asked, photo)
-        return {"video": video.model_dump(mode="json"), "mp4": mp4}
-
-    async def close(self) -> None:
-        """Hands back what is held."""
-        await self._host.close()
-        await self._serving
-        await self._stack.aclose()
 
 
 def _reason(error: BaseException) -> str:

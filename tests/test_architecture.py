@@ -24,9 +24,9 @@ LAYERS = [
     {"server", "client"},
     {"settings", "settings_base", "logs", "terminal", "assets"},
     {"build"},
-    {"doctor", "process", "fleet"},
-    {"by_hand", "doctor_modal"},
-    {"platform"},
+    {"doctor", "process", "fleet", "bake"},
+    {"station", "platform", "doctor_modal"},
+    {"by_hand"},
     {"cli", "cli_weights"},
 ]
 """From the bottom up: a module imports from its own layer and those below. Settings stand above all that is built
