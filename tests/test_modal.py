@@ -8,6 +8,7 @@ ours on loopback. Weights are those of the `tiny` preset, on the CPU.
 import difflib
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,6 +159,35 @@ def test_what_is_deployed_is_what_was_reviewed(tmp_path):
     assert "fetch_weights" in known
     assert baked == list(range(len(layers)))
     assert len(again) == len(layers) + 1  # the setting, above all the rest
+
+
+def test_settings_reach_the_deployment(tmp_path):
+    """GPU, region, limits, snapshots and kernels are what whoever deploys has set; keys stay out of the image."""
+    with Cloud(tmp_path / "cloud") as cloud:
+        cloud.create_secret("family-clips", {"VERCEL_API_URL": "https://x.example", "WORKER_API_KEY": "k"})
+        source = copy_of_the_clone(tmp_path / "clone")
+        given = {
+            "I2V_MODAL_APP": "family-clips",
+            "I2V_MODAL_GPU": "H200",
+            "I2V_MODAL_REGION": "eu",
+            "I2V_MODAL_MAX_CONTAINERS": 7,
+            "I2V_MODAL_DRAIN": "false",
+            "I2V_MODAL_LINGER": 33,
+            "I2V_MODAL_SNAPSHOT": "true",
+            "I2V_MODAL_CRON": "*/2 * * * *",
+            "I2V_WAN_PRESET": "5b-fast",
+            "I2V_WAN_COMPILE": "true",
+            "HF_TOKEN": "hf_secret",
+            "WORKER_API_KEY": "local-secret",
+        }
+        (source / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+        deployed = cloud.deploy(source / "app.py")
+        assert deployed.returncode == 0, deployed.stderr
+        found = golden.render(cloud)
+    for line in ("app family-clips", "H200", "eu", "at most 7", "33 s", "snapshot", "*/2 * * * *", "compile_kernels"):
+        assert line in found, line
+    assert "ENV I2V_WAN_PRESET=5b-fast" in found
+    assert "secret" not in found.replace("secrets: family-clips", "")
 
 
 def test_a_deployment_that_cannot_work_is_refused(tmp_path):
@@ -332,3 +362,20 @@ def test_by_hand(tmp_path):
         assert unsaved.returncode == 1
         assert "-w out.mp4" in unsaved.stderr + unsaved.stdout
         assert it.statuses([first]) == ["pending"]
+
+
+def test_ctrl_c_gives_the_task_back_and_keeps_what_was_paid(tmp_path):
+    """`modal run` is interrupted while Runway generates: the task is free at once, and the next run pays nothing."""
+    with fleet(tmp_path) as it:
+        it.runway.hold()
+        [item_id] = submit(it.site, provider="gen4_turbo", seconds=5)
+        command = it.cloud.start_cli("run", "app.py::process", "--engine", "runway", cwd=it.source)
+        it.runway.wait_for(lambda runway: runway.asked("poll") > 1, PATIENCE_S)
+        command.send_signal(signal.SIGINT)
+        command.communicate(timeout=30)
+        until(lambda: it.statuses([item_id]) == ["pending"], 20, "the task is free")
+        it.runway.release()
+        again = it.run("app.py::process", "--engine", "runway")
+        assert again.returncode == 0, again.stderr
+        assert it.statuses([item_id]) == ["completed"]
+        assert it.runway.paid.total() == 1
