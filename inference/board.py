@@ -86,11 +86,12 @@ class Board:
 
     async def undry_s(self) -> float:
         """Seconds since the queue was last seen empty: nothing in it waits longer. 0 where it was never seen."""
-        text = await self._records.get(DRY)
-        if text is None:
+        try:
+            at = float(json.loads(await self._records.get(DRY) or ""))
+        except (ValueError, TypeError):  # none yet, or of another version
             await self.dry()
             return 0.0
-        return max(0.0, self._clock() - float(json.loads(text)))
+        return self.since_s(at)
 
     async def decided(self, decision: str) -> None:
         """Keeps what a tick did, for whoever asks; the oldest is forgotten."""
@@ -99,8 +100,10 @@ class Board:
 
     async def decisions(self) -> list[tuple[float, str]]:
         """When and what, oldest first."""
-        text = await self._records.get(DECISIONS)
-        return [(float(at), str(what)) for at, what in json.loads(text)] if text else []
+        try:
+            return [(float(at), str(what)) for at, what in json.loads(await self._records.get(DECISIONS) or "[]")]
+        except (ValueError, TypeError):
+            return []
 
     async def _write(self, name: PoolName, record: PoolRecord) -> None:
         await self._records.put(f"board/{name}", record.model_dump_json())

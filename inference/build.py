@@ -12,6 +12,8 @@ import httpx
 
 from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
+from inference.engines.runway import RunwayEngine
+from inference.engines.runway_models import USD_PER_CREDIT, model_for
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
@@ -20,6 +22,7 @@ from inference.ledger import Ledger
 from inference.progress import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
+from inference.records import SqliteRecords
 from inference.runner import Runner
 from inference.scratch import sweep
 from inference.settings import Settings
@@ -44,7 +47,9 @@ def build_engine(settings: Settings, check: Callable[[], None] = lambda: None) -
     `check` is called between the parts of a model, and what it raises ends the loading. Raises SettingsError, and
     EngineLost or its WeightsError where this machine cannot run it.
     """
-    return PreviewEngine() if settings.engine == "preview" else _build_wan(settings, check)
+    if settings.engine == "preview":
+        return PreviewEngine()
+    return _build_runway(settings) if settings.engine == "runway" else _build_wan(settings, check)
 
 
 async def load_engine(settings: Settings) -> Engine:
@@ -57,14 +62,43 @@ def refuse(settings: Settings, request: GenerationRequest) -> None:
     """Raises InvalidRequest for what the engine of `settings` would refuse anyway, before it is loaded."""
     if settings.engine == "wan":
         PRESETS[settings.wan_preset].refuse(request)
+    if settings.engine == "runway":
+        model_for(request.provider, settings.runway_model).refuse(request, settings.runway_ratio)
 
 
 def engine_note(settings: Settings) -> str:
     """The engine of `settings`, for people, and what to expect of it."""
     if settings.engine == "preview":
         return f"preview: {PREVIEW_NOTE}"
+    if settings.engine == "runway":
+        usd_per_s = model_for(None, settings.runway_model).credits_per_s * USD_PER_CREDIT
+        return (
+            f"runway, model {settings.runway_model}: up to ${usd_per_s:.2f} a second, "
+            f"${settings.runway_budget_usd:.2f} a day"
+        )
     preset = PRESETS[settings.wan_preset]
     return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
+
+
+def _build_runway(settings: Settings) -> RunwayEngine:
+    if settings.runway_key is None:
+        raise SettingsError("RUNWAYML_API_SECRET is not set: the Runway engine needs a key of dev.runwayml.com")
+    return RunwayEngine(
+        settings.runway_key.get_secret_value(),
+        base_url=settings.runway_url,
+        model=settings.runway_model,
+        ratio=settings.runway_ratio,
+        timeout_s=settings.runway_timeout_s,
+        poll_interval_s=settings.runway_poll_interval_s,
+        replays=int(settings.runway_replay),
+        trusted_origins=[_origin(settings.runway_url)],
+        allow_private=settings.allow_private_addresses,
+    )
+
+
+def build_ledger(settings: Settings) -> Ledger:
+    """The books of what was paid for, and what may be spent in a day; every process of this machine shares them."""
+    return Ledger(SqliteRecords(settings.ledger_path), budget_usd=settings.runway_budget_usd)
 
 
 def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
@@ -183,10 +217,11 @@ def build_worker(
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Worker:
     """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
+    is_paid = settings.engine == "runway"
     return Worker(
         queue,
-        build_runner(settings, queue, engine, sink=sink),
-        concurrency=settings.concurrency,
+        build_runner(settings, queue, engine, ledger=build_ledger(settings) if is_paid else None, sink=sink),
+        concurrency=max(settings.concurrency, settings.runway_concurrency) if is_paid else settings.concurrency,
         poll_interval_s=settings.poll_interval_s,
         grace_s=settings.shutdown_grace_s,
         on_outcome=on_outcome,

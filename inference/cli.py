@@ -3,18 +3,16 @@
 import json
 import secrets
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import anyio
 import structlog
 import typer
 from anyio.abc import TaskStatus
-from pydantic import ValidationError
 from rich.markup import escape
 
 from inference import doctor as doctor_module
@@ -25,21 +23,20 @@ from inference.build import (
     engine_note,
     load_engine,
     open_queue,
-    refuse,
 )
+from inference.cli_payments import payments
+from inference.cli_render import render
+from inference.cli_start import Photo, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.cli_weights import app as weights_app
 from inference.client import QueueClient
-from inference.engines.base import Job
 from inference.errors import (
-    DiskFull,
     EngineFailed,
-    InvalidRequest,
     QueueUnavailable,
     SettingsError,
 )
-from inference.progress import Progress, ProgressTracker, Sink
+from inference.progress import Progress, Sink
 from inference.settings import Settings
-from inference.task import GenerationRequest, Lease, Outcome, explain
+from inference.task import Lease, Outcome
 
 log = structlog.get_logger(__name__)
 
@@ -52,12 +49,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
-Prompt = Annotated[str, typer.Argument(help="What should happen, e.g. “slow dolly-in”.")]
-Seconds = Annotated[float, typer.Option("--seconds", "-s", help="Length of the video.", min=0.5, max=60)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]
-Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
 BEAT_AT_HOME_S = 2.0
 
@@ -74,10 +65,10 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """One photo through a real queue over HTTP: no GPU, no account, nothing left behind but the mp4."""
-    _check_mp4(output)
+    check_mp4(output)
     logs.configure("debug" if verbose else "error")
     with (
-        _temporary_folder("i2v-demo-") as folder,
+        temporary_folder("i2v-demo-") as folder,
         resources.as_file(resources.files("inference.assets") / "sample.jpg") as sample,
     ):
         # Not from the environment: a demo shows the same wherever it runs.
@@ -112,7 +103,7 @@ def up(
     verbose: Verbose = False,
 ) -> None:
     """The queue server and a worker together, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = _start(None, verbose=verbose, port=port)
+    settings = start(None, verbose=verbose, port=port)
 
     async def main() -> None:
         async with _serving(settings) as here:
@@ -133,7 +124,7 @@ def serve(
     verbose: Verbose = False,
 ) -> None:
     """The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL."""
-    settings = _start(None, verbose=verbose, host=host, port=port)
+    settings = start(None, verbose=verbose, host=host, port=port)
 
     async def main() -> None:
         async with _serving(settings) as here:
@@ -148,6 +139,7 @@ def serve(
 def work(
     url: Url = None,
     concurrency: Annotated[int | None, typer.Option(help="Tasks held at once.", min=1, max=64)] = None,
+    engine: Annotated[Literal["preview", "wan", "runway"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
     verbose: Verbose = False,
@@ -157,7 +149,7 @@ def work(
     On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
     left and exits 0; a second signal hands back at once.
     """
-    settings = _start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency)
+    settings = start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
     process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
 
 
@@ -199,7 +191,7 @@ def submit(
 ) -> None:
     """Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks."""
     if output:
-        _check_mp4(output)
+        check_mp4(output)
     settings = _client_settings(url, verbose=verbose)
     if output and count > 1:
         raise SettingsError("--output takes one video; leave out --count, or save them one by one with `i2v fetch`")
@@ -234,7 +226,7 @@ def fetch(
     verbose: Verbose = False,
 ) -> None:
     """Downloads the video of a completed task from an embedded queue."""
-    _check_mp4(output)
+    check_mp4(output)
     settings = _client_settings(url, verbose=verbose)
 
     async def main() -> None:
@@ -244,50 +236,7 @@ def fetch(
     process.run(main)
 
 
-@app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')
-def render(
-    photo: Photo,
-    prompt: Prompt = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
-    seconds: Seconds = 5,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same video.", min=0)] = None,
-    engine: Annotated[Literal["preview", "wan"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Of the Wan engine, instead of I2V_WAN_PRESET.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What should not be seen, where the preset can do that.")] = None,
-    last: Annotated[
-        Path | None, typer.Option(help="A photo to end on, where the preset can do that.", exists=True, dir_okay=False)
-    ] = None,
-    *,
-    verbose: Verbose = False,
-) -> None:
-    """One photo, no queue: straight through the engine into a file."""
-    _check_mp4(output)
-    settings = _start("warning", verbose=verbose, engine=engine, wan_preset=preset)
-    try:
-        request = GenerationRequest(
-            prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed, last_photo=last
-        )
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
-    refuse(settings, request)
-
-    async def main() -> None:
-        terminal.say(f"The engine is {engine_note(settings)}.")
-        started = anyio.current_time()
-        chosen = await load_engine(settings)
-        loaded_s = anyio.current_time() - started
-        # Beside the output, on the same filesystem: the finished file appears whole or not at all.
-        with _temporary_folder(".i2v-", output.absolute().parent) as folder, terminal.bar("rendering") as sink:
-            tracker = ProgressTracker(chosen.stages, sink)
-            video = await chosen.generate(request, photo, Path(folder), Job(tracker))
-            video.path.replace(output)
-            tracker.finish()
-        seed_used = "" if video.seed is None else f" · seed {video.seed}"
-        terminal.say(f"  {terminal.describe(video)}{seed_used}")
-        terminal.say(f"  time  {terminal.times({'load': loaded_s} | tracker.stage_seconds())}")
-        terminal.out.print(output.absolute())
-
-    process.run(main)
+app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')(render)
 
 
 @app.command(epilog="Example: `i2v tasks --status failed`, then `i2v tasks --retry ID`")
@@ -324,6 +273,7 @@ def tasks(
     process.run(main)
 
 
+app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com")(payments)
 app.add_typer(weights_app)
 
 
@@ -343,19 +293,9 @@ def doctor(url: Url = None, *, verbose: Verbose = False) -> None:
         raise typer.Exit(1)
 
 
-def _start(level: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
-    """Reads settings and sends log lines where they belong."""
-    settings = Settings.load(*required, **overrides)
-    try:
-        logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
-    except OSError as error:
-        raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
-    return settings
-
-
 def _client_settings(url: str | None, *, verbose: bool) -> Settings:
     """Apps on this machine find the server of `i2v up` by themselves."""
-    settings = _start("warning", verbose=verbose, api_url=url)
+    settings = start("warning", verbose=verbose, api_url=url)
     return settings.model_copy(update={"api_url": settings.api_url or f"http://127.0.0.1:{settings.port}"})
 
 
@@ -398,22 +338,6 @@ def _log_stages(lease: Lease) -> Sink:
             log.info("stage", item_id=lease.task.item_id, stage=progress.stage)
 
     return sink
-
-
-def _check_mp4(output: Path) -> None:
-    if output.suffix.lower() != ".mp4":
-        raise SettingsError(f"--output: {output} has to end in .mp4")
-    if output.is_dir():
-        raise SettingsError(f"--output: {output} is a folder")
-    if not output.absolute().parent.is_dir():
-        raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
-
-
-def _temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    try:
-        return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise DiskFull(f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
     none             first choice                    on overflow
     wan_local        always                          on overflow, where I2V_OVERFLOW_WAN_LOCAL allows it
     a Runway model   only where there is no key      always, where there is a key
+    (paid for there) where Runway has no room        first choice, and costs nothing more
 
 Overflow: the GPU pool is failing, or the expected wait passes a limit. The wait is (waiting + held) x seconds per
 clip / engines where the queue can count what waits. Where it cannot, it is the time since the queue was last seen
@@ -17,8 +18,9 @@ can take is handed back before the tick ends.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Protocol
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Protocol, TypeVar
 
 import anyio
 import structlog
@@ -34,19 +36,28 @@ from inference.queues.item import Lane, lane
 from inference.task import Lease, Task, Value
 from inference.worker import lease_from
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 FIRST_CLIP_S = 60.0
 """Seconds per clip until one was measured: on the slow side, so that a cold fleet overflows early, not late."""
 
-LOOK_AHEAD = 8
-"""How many tasks that no pool can take now a tick looks past, in a queue that does not hand out by kind."""
+LOOK_AHEAD: dict[PoolName, int] = {"gpu": 8, "runway": 50}
+"""How many tasks that no pool can take now a tick looks past in one queue, by their first choice. Those for the GPU
+move on by themselves; those for Runway can stand there until midnight, and must not hide all others."""
 
 PROBE_AFTER_S = 600.0
 """How long a failing pool is left alone before one container without a task is asked whether it works again."""
 
-TICK_S = 40.0
-"""When a tick stops leasing: one call (10 s) and what it hands back (6 s) fit in before the next minute."""
+PLAN_S, LEASE_UNTIL_S, TICK_S = 25.0, 30.0, 40.0
+"""Seconds into a tick: looking around has to have ended, the last lease is asked for, everything else is given up.
+Handing back (6 s) and writing down what was done (4 s) come on top, and then there is room before the next minute."""
+
+CALL_S = 10.0
+"""How long a queue or a platform is waited for, one call."""
+
+NOTE_S = 4.0
+"""How long the board is waited for at the end of a tick."""
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -74,6 +85,7 @@ class Fleet(Value):
     waiting: Count | None = None  # tasks in the queue; None where it cannot tell
     undry_s: Annotated[float, Field(ge=0)] = 0.0  # since the queue was last seen empty
     spent_usd: Annotated[float, Field(ge=0)] = 0.0  # at Runway today, money set aside included
+    paid_for: Count = 0  # clips at Runway that are paid and not delivered: going on with one costs nothing
 
 
 class Rules(Value):
@@ -109,11 +121,11 @@ def plan(fleet: Fleet, rules: Rules) -> Plan:
     if gpu.failing:
         wait_s, too_many = None, runway.free if runway else 0
     budget_usd = max(0.0, rules.budget_usd - fleet.spent_usd)
-    slots = runway.free if runway and budget_usd > 0 else 0
+    slots = runway.free if runway and (budget_usd > 0 or fleet.paid_for) else 0
     return Plan(
         gpu=gpu.free,
         runway=slots,
-        overflow=min(slots, too_many),
+        overflow=min(slots, too_many) if budget_usd > 0 else 0,
         budget_usd=budget_usd if slots else 0.0,
         wait_s=wait_s,
         why=_why(fleet, wait_s, budget_usd),
@@ -184,21 +196,38 @@ class Dispatcher:
     async def tick(self) -> str:
         """Leases and sends what can start now; returns what was done, in one line that is also on the board.
 
-        Raises QueueAuthError, QueueRefused, RecordsUnavailable; what was leased by then was sent or handed back.
+        Raises QueueAuthError, QueueRefused, RecordsUnavailable, PoolUnavailable where it took too long to find out
+        what there is; what was leased by then was sent or handed back.
         """
-        tick = _Tick(await self._plan(), self._rules, has_runway="runway" in self._pools)
+        began_at = anyio.current_time()
+        tick = await self._look_around(began_at)
         try:
-            for kind, queue in self._queues.items():
-                await self._lease_from(queue, kind, tick)
+            with anyio.CancelScope(deadline=began_at + TICK_S):
+                for kind, queue in self._queues.items():
+                    await self._lease_from(queue, kind, tick)
         finally:
-            for lease in tick.aside:
-                await hand_back(self._queue_of(lease), lease)
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as tasks:
+                    for aside in tick.aside:
+                        tasks.start_soon(self._give_back, aside)
         decision = f"sent {tick.sent['gpu']} to gpu, {tick.sent['runway']} to runway ({tick.plan.why}){tick.trouble()}"
         log.log(30 if tick.troubles else 20, "dispatched", decision=decision)
-        await self._board.decided(decision)
+        with anyio.move_on_after(NOTE_S):
+            await self._board.decided(decision)
         return decision
 
-    async def _plan(self) -> Plan:
+    async def _look_around(self, began_at: float) -> "_Tick":
+        try:
+            with anyio.fail_after(PLAN_S):
+                has_runway = "runway" in self._pools
+                payments = await self._ledger.payments() if has_runway else []
+                paid_for = frozenset(payment.item_id for payment in payments if payment.status == "created")
+                plan = await self._plan(len(paid_for))
+                return _Tick(plan, self._rules, began_at, has_runway=has_runway, paid_for=paid_for)
+        except TimeoutError:
+            raise PoolUnavailable(f"records, queue and pools did not all answer within {PLAN_S:g} s") from None
+
+    async def _plan(self, paid_for: int) -> Plan:
         gpu = await self._pool("gpu")
         assert gpu is not None  # noqa: S101 - every fleet has one
         waiting = await self._waiting()
@@ -211,6 +240,7 @@ class Dispatcher:
                 waiting=waiting,
                 undry_s=await self._board.undry_s(),
                 spent_usd=await self._ledger.spent_usd() if "runway" in self._pools else 0.0,
+                paid_for=paid_for,
             ),
             self._rules,
         )
@@ -224,7 +254,7 @@ class Dispatcher:
             await self._probe(name, containers)
         failing = known.failing
         try:
-            held = await containers.held()
+            held = await _in_time(containers.held())
         except PoolUnavailable as error:
             held, failing = size.slots, str(error)
         return Pool(
@@ -235,13 +265,16 @@ class Dispatcher:
         """Asks a failing pool to show that it works again, with nobody's task at stake."""
         await self._board.tried(name)
         try:
-            await containers.send(None)
+            await _in_time(containers.send(None))
         except PoolUnavailable as error:
             log.warning("probe_failed", pool=name, error=str(error))
 
     async def _waiting(self) -> int | None:
+        """Tasks that wait for a GPU, as far as the queue tells kinds apart."""
         total = 0
-        for queue in self._queues.values():
+        for kind, queue in self._queues.items():
+            if kind == "runway" and "runway" in self._pools:
+                continue
             try:
                 waiting = await queue.backlog()
             except I2VError as error:
@@ -254,68 +287,95 @@ class Dispatcher:
 
     async def _lease_from(self, queue: TaskQueue, kind: Lane | None, tick: "_Tick") -> None:
         """Takes what fits from one queue until it is dry, everything is full, or time is up."""
-        while tick.has_room(kind) and len(tick.aside) < LOOK_AHEAD:
+        passed: dict[PoolName, int] = {"gpu": 0, "runway": 0}
+        while tick.has_room(kind) and all(passed[each] < LOOK_AHEAD[each] for each in passed):
             try:
-                lease = await lease_from(queue)
+                lease = await lease_from(queue, limit_s=CALL_S)
             except InvalidTask as error:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
                 tick.malformed += 1
-                if tick.malformed > LOOK_AHEAD:
-                    return
+                passed["gpu"] += 1
                 continue
             except QueueUnavailable as error:
                 tick.troubles.append(str(error))
                 return
             if lease is None:
-                if kind != "runway" and not tick.aside:
+                if kind != "runway" and not passed["gpu"]:
                     await self._board.dry()
                 return
-            await self._place(lease, queue, tick)
+            if not await self._place(lease, queue, tick):
+                passed[tick.choices(lease.task)[0]] += 1
 
-    async def _place(self, lease: Lease, queue: TaskQueue, tick: "_Tick") -> None:
+    async def _place(self, lease: Lease, queue: TaskQueue, tick: "_Tick") -> bool:
+        """Sends a lease to where it can go; whatever happens on the way, it was sent or is put aside."""
         name = tick.choose(lease.task)
         if name is None:
-            tick.aside.append(lease)
-            return
-        price_usd = cost_usd(lease.task, self._rules) or 0.0 if name == "runway" else 0.0
+            tick.aside.append(_Aside(queue, lease))  # fence
+            return False
+        price_usd = (tick.price_usd(lease.task) or 0.0) if name == "runway" else 0.0
+        sent = False
         try:
-            if name == "runway":
-                await self._ledger.reserve(lease.task.item_id, price_usd)
-            await self._pools[name][1].send(lease)
-        except I2VError as error:
-            tick.troubles.append(f"{name}: {error}")
-            tick.closed.add(name)
-            await hand_back(queue, lease)
-            if name == "runway":
-                await self._ledger.unreserve(lease.task.item_id)
-        except BaseException:  # this container is stopped: nobody else knows of this lease
-            await hand_back(queue, lease)
-            raise
-        else:
+            if price_usd:
+                await self._ledger.reserve(lease.task.item_id, price_usd)  # fence
+            await _in_time(self._pools[name][1].send(lease))
+            sent = True
             tick.count(lease.task, name, price_usd)
             log.info("sent", item_id=lease.task.item_id, worker_id=lease.worker_id, pool=name)
+        except I2VError as error:
+            tick.close(name, str(error))  # fence
+        finally:
+            if not sent:  # nobody else knows of this lease
+                tick.aside.append(_Aside(queue, lease, is_reserved=price_usd > 0))  # fence
+        return sent
 
-    def _queue_of(self, lease: Lease) -> TaskQueue:
-        return self._queues[None] if None in self._queues else self._queues[lane(lease.task.provider)]
+    async def _give_back(self, aside: "_Aside") -> None:
+        await hand_back(aside.queue, aside.lease)
+        if aside.is_reserved:
+            with anyio.move_on_after(NOTE_S):
+                try:
+                    await self._ledger.unreserve(aside.lease.task.item_id)
+                except I2VError as error:
+                    log.warning("still_reserved", item_id=aside.lease.task.item_id, error=str(error))
+
+
+async def _in_time(call: Awaitable[T]) -> T:
+    """What a platform answers. Raises PoolUnavailable where it does not."""
+    try:
+        with anyio.fail_after(CALL_S):
+            return await call
+    except TimeoutError:
+        raise PoolUnavailable(f"no answer within {CALL_S:g} s") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """A lease that goes back to its queue when the tick ends."""
+
+    queue: TaskQueue
+    lease: Lease
+    is_reserved: bool = False  # money was set aside for it
 
 
 class _Tick:
     """What is left of a plan while a tick spends it."""
 
-    def __init__(self, plan: Plan, rules: Rules, *, has_runway: bool) -> None:
-        self.plan, self._rules, self._has_runway = plan, rules, has_runway
+    def __init__(
+        self, plan: Plan, rules: Rules, began_at: float, *, has_runway: bool, paid_for: frozenset[str] = frozenset()
+    ) -> None:
+        """`paid_for`: items whose clip is being made at Runway, or waits there; going on with it costs nothing."""
+        self.plan, self._rules, self._has_runway, self._paid_for = plan, rules, has_runway, paid_for
         self._left: dict[PoolName, int] = {"gpu": plan.gpu, "runway": plan.runway}
         self._overflow_left, self._budget_usd = plan.overflow, plan.budget_usd
-        self._ends_at = anyio.current_time() + TICK_S
+        self._leases_until = began_at + LEASE_UNTIL_S
         self.sent: dict[PoolName, int] = {"gpu": 0, "runway": 0}
-        self.aside: list[Lease] = []  # leased, and no pool can take them now
-        self.closed: set[PoolName] = set()  # pools that did not take what was sent
+        self.aside: list[_Aside] = []
+        self._closed: set[PoolName] = set()  # pools that did not take what was sent
         self.troubles: list[str] = []
         self.malformed = 0
 
     def has_room(self, kind: Lane | None) -> bool:
         """Whether any task of a kind could be sent somewhere."""
-        if anyio.current_time() >= self._ends_at:
+        if anyio.current_time() >= self._leases_until:
             return False
         gpu, runway = self._is_open("gpu"), self._is_open("runway")
         match kind:
@@ -328,18 +388,32 @@ class _Tick:
 
     def choose(self, task: Task) -> PoolName | None:
         """Where a task can go now."""
-        by_hint = lane(task.provider) == "runway"
-        for name in choices(task, self._rules, has_runway=self._has_runway):
+        is_due = lane(task.provider) == "runway" or task.item_id in self._paid_for  # there, overflow or not
+        for name in self.choices(task):
             if not self._is_open(name):
                 continue
             if name == "gpu":
                 return name
-            price_usd = cost_usd(task, self._rules)
-            if price_usd is None and by_hint:
+            price_usd = self.price_usd(task)
+            if price_usd is None and is_due:
                 return name  # the engine says why not, before anything is paid
-            if price_usd is not None and price_usd <= self._budget_usd and (by_hint or self._overflow_left > 0):
+            if price_usd is not None and price_usd <= self._budget_usd and (is_due or self._overflow_left > 0):
                 return name
         return None
+
+    def choices(self, task: Task) -> tuple[PoolName, ...]:
+        """The pools that may take a task in this fleet, first choice first."""
+        found = choices(task, self._rules, has_runway=self._has_runway)
+        return ("runway", *found) if task.item_id in self._paid_for else found
+
+    def price_usd(self, task: Task) -> float | None:
+        """What sending it to Runway may cost from now on; None where Runway cannot make it."""
+        return 0.0 if task.item_id in self._paid_for else cost_usd(task, self._rules)
+
+    def close(self, name: PoolName, why: str) -> None:
+        """A pool did not take what was sent: it is left alone for the rest of the tick."""
+        self._closed.add(name)
+        self.troubles.append(f"{name}: {why}")
 
     def count(self, task: Task, name: PoolName, price_usd: float) -> None:
         """A task was sent."""
@@ -357,4 +431,4 @@ class _Tick:
         return f"; {'; '.join(parts)}" if parts else ""
 
     def _is_open(self, name: PoolName) -> bool:
-        return self._left[name] > 0 and name not in self.closed
+        return self._left[name] > 0 and name not in self._closed

@@ -13,7 +13,9 @@ import anyio.to_thread
 import imageio_ffmpeg
 import numpy as np
 
-from inference.build import describe_gpu, engine_note, open_queue
+from inference.build import build_ledger, describe_gpu, engine_note, open_queue
+from inference.engines.runway_models import USD_PER_CREDIT
+from inference.engines.runway_wire import RunwayApi
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
 from inference.errors import I2VError
@@ -49,6 +51,9 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         if settings.engine == "wan":
             yield await anyio.to_thread.run_sync(_weights, settings)
             yield await anyio.to_thread.run_sync(_gpu, settings)
+        if settings.engine == "runway" or settings.runway_key:
+            yield await _runway(settings)
+            yield await _ledger(settings)
     yield await anyio.to_thread.run_sync(_ffmpeg)
     yield await anyio.to_thread.run_sync(_disk, settings.temp_dir if settings else None)
     yield await _queue(settings)
@@ -87,6 +92,31 @@ def _gpu(settings: Settings) -> Finding:
     if memory_gb < preset.gpu_memory_gb:
         text += f"; {preset.name} is made for {preset.gpu_memory_gb} GB and will be slow: its weights come and go"
     return Finding("gpu", "ok", text)
+
+
+async def _runway(settings: Settings) -> Finding:
+    if settings.runway_key is None:
+        return Finding("runway", "FAIL", "RUNWAYML_API_SECRET is not set: the engine needs a key of dev.runwayml.com")
+    try:
+        async with RunwayApi(settings.runway_key.get_secret_value(), settings.runway_url) as api:
+            balance = (await api.organization()).creditBalance
+    except I2VError as error:
+        return Finding("runway", "FAIL", str(error))
+    text = f"{settings.runway_url} accepts the key; {balance:.0f} credits (${balance * USD_PER_CREDIT:.2f}) are left"
+    return Finding("runway", "ok", text)
+
+
+async def _ledger(settings: Settings) -> Finding:
+    ledger = build_ledger(settings)
+    try:
+        await ledger.reserve("doctor", 0.0)
+        await ledger.unreserve("doctor")
+        spent_usd = await ledger.spent_usd()
+    except I2VError as error:
+        return Finding("ledger", "FAIL", f"{error}; set I2V_LEDGER to a file that can be written")
+    return Finding(
+        "ledger", "ok", f"${spent_usd:.2f} of ${settings.runway_budget_usd:.2f} today, in {settings.ledger_path}"
+    )
 
 
 def _ffmpeg() -> Finding:

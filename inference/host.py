@@ -15,7 +15,7 @@ from anyio.abc import TaskGroup
 
 from inference.board import FAULTS, Board, PoolName
 from inference.engines.base import Job
-from inference.errors import EngineError, EngineLost, I2VError
+from inference.errors import EngineError, EngineLost, I2VError, InvalidTask, QueueUnavailable
 from inference.keeper import hand_back
 from inference.queues.base import TaskQueue
 from inference.runner import Runner
@@ -26,6 +26,12 @@ log = structlog.get_logger(__name__)
 
 LOOK_AHEAD = 3
 """How many tasks for other pools a warm container looks past before it leaves the queue to the next tick."""
+
+DRY_EVERY_S = 30.0
+"""How often a container that finds the queue empty says so on the board."""
+
+NOTE_S = 10.0
+"""How long the board is waited for."""
 
 
 class BrokenEngine:
@@ -89,7 +95,7 @@ class Host:
         self._closed = anyio.Event()
         self._working = 0
         self._is_lingering = False
-        self._worked_at = -float("inf")
+        self._worked_at = self._dry_at = -float("inf")
         self._faults = 0
         self.broken = False  # nothing more should be sent to this container
 
@@ -106,7 +112,7 @@ class Host:
                     await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
                 self._started.set()
                 await self._closing.wait()
-                self._group.cancel_scope.cancel()
+                self._group.cancel_scope.cancel()  # fence
         finally:
             self._closing.set()
             self._started.set()
@@ -115,7 +121,7 @@ class Host:
     async def close(self) -> None:
         """Hands back what is held, and ends `serve`, which has to be running or about to."""
         self._closing.set()
-        await self._closed.wait()
+        await self._closed.wait()  # fence
 
     async def run(self, lease: Lease | None, *, drain: bool = True) -> list[Outcome]:
         """Runs a lease, then whatever this call may take from the queue; None only shows that this pool can work.
@@ -132,7 +138,7 @@ class Host:
         try:
             await call.ended.wait()
         except anyio.get_cancelled_exc_class():
-            call.scope.cancel()
+            call.scope.cancel()  # fence
             raise
         return call.outcomes
 
@@ -158,7 +164,7 @@ class Host:
 
     async def _run(self, lease: Lease) -> Outcome:
         if self.broken:
-            await hand_back(self._queue, lease)
+            await hand_back(self._queue, lease)  # fence
             return Outcome(status="released", item_id=lease.task.item_id, error="this container cannot work any more")
         self._working += 1
         try:
@@ -184,8 +190,11 @@ class Host:
     async def _next(self, call: _Call) -> Lease | None:
         """The next task this call may take: at once while there are some, then asking again for a while."""
         while self._may_take(call):
+            lease = None
             try:
                 lease = await self._take()
+            except QueueUnavailable as error:  # it may be back when the last work here is done, or while one lingers
+                log.warning("not_drained", error=str(error))
             except I2VError as error:
                 log.warning("not_drained", error=str(error))
                 return None
@@ -209,20 +218,38 @@ class Host:
     async def _take(self) -> Lease | None:
         """The next task for this pool, or None. Tasks of other pools are handed back at once."""
         aside: list[Lease] = []
+        malformed = 0
         try:
-            while len(aside) <= LOOK_AHEAD:
-                lease = await lease_from(self._queue)
-                if lease is None or self._fits(lease.task):
+            while len(aside) <= LOOK_AHEAD and malformed <= LOOK_AHEAD:
+                try:
+                    lease = await lease_from(self._queue)
+                except InvalidTask as error:
+                    log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
+                    malformed += 1
+                    continue
+                if lease is None:
+                    await self._found_dry()
+                    return None
+                if self._fits(lease.task):
                     return lease
                 aside.append(lease)
             return None
         finally:
-            for lease in aside:
-                await hand_back(self._queue, lease)
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as tasks:
+                    for lease in aside:
+                        tasks.start_soon(hand_back, self._queue, lease)  # fence
+
+    async def _found_dry(self) -> None:
+        """The dispatcher reckons with this where the queue cannot tell how many wait."""
+        if anyio.current_time() - self._dry_at >= DRY_EVERY_S:
+            self._dry_at = anyio.current_time()
+            await self._record(self._board.dry())
 
     async def _record(self, writing: Awaitable[None]) -> None:
         """A board that cannot be written costs a reading, not a task."""
         try:
-            await writing
-        except I2VError as error:
+            with anyio.fail_after(NOTE_S):
+                await writing
+        except (I2VError, TimeoutError) as error:
             log.warning("board_not_written", error=str(error))

@@ -21,6 +21,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ import anyio
 import structlog
 from pydantic import Field, ValidationError
 
-from inference.errors import BudgetSpent, PaymentInDoubt, RecordsUnavailable
+from inference.errors import BudgetSpent, LeaseLost, PaymentInDoubt, RecordsUnavailable
 from inference.records import Records
 from inference.task import Value
 
@@ -45,6 +46,9 @@ KEPT_S = 7 * 86_400.0
 
 PAUSE_S = 2.0
 """Between looks at the intent of somebody else, who may be paying at this moment."""
+
+UNDO_LIMIT_S = 10.0
+"""For taking back an intent while the caller is being stopped."""
 
 HALF_A_CENT = 0.005
 """Sums of prices are compared with this slack."""
@@ -63,9 +67,10 @@ class Payment(Value):
     at: float  # seconds since 1970 when it was intended: the day on whose budget it counts
     cost_usd: Annotated[float, Field(ge=0)]  # estimated by us, then by the provider, then what it charged
     status: Literal["intended", "created"] | Ending = "intended"
+    ended_at: float | None = None  # on the clock of whoever ended it
     external_id: str | None = None  # the provider's name for it, once it answered
     failures: tuple[str, ...] = ()  # codes with which the provider failed this request of the item, until now
-    replays: int = 0  # how often an intent of this request was left in doubt before
+    replays: int = 0  # how often this request was allowed to be paid for again, because an answer was lost
 
     @property
     def is_open(self) -> bool:
@@ -91,6 +96,10 @@ class Ledger:
     ) -> None:
         self._records, self._budget_usd, self._clock = records, budget_usd, clock
         self._lock = anyio.Lock()  # within one process looking at the budget and spending from it are one step
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return self._clock()
 
     def purchase(self, item_id: str, holder: str) -> "Purchase":
         """The books as the holder of one lease sees them."""
@@ -146,18 +155,16 @@ class Ledger:
         """
         async with self._lock:
             payment = payment.model_copy(update={"at": self._clock()})
-            kept = await self._records.all()
-            kept.pop(f"reserved/{payment.item_id}", None)  # it was set aside for this
-            self._check_budget(kept, payment)
-            if not await self._records.add(payment.key, payment.model_dump_json()):
-                return None
+            self._check_budget(await self._records.all(), payment)
             try:
+                if not await self._records.add(payment.key, payment.model_dump_json()):
+                    return None
                 # Others may have spent the same dollars at the same moment; of those, the later one sees both.
                 self._check_budget(await self._records.all(), payment)
-            except BudgetSpent:
-                await self.discard(payment)
+                await self.unreserve(payment.item_id)
+            except BaseException:
+                await self._undo(payment)
                 raise
-            await self.unreserve(payment.item_id)
             return payment
 
     async def write(self, payment: Payment, **update: Any) -> Payment:
@@ -170,9 +177,15 @@ class Ledger:
         """Forgets an intent that certainly was not paid for. Raises RecordsUnavailable."""
         await self._records.remove(payment.key)
 
+    async def _undo(self, payment: Payment) -> None:
+        """Forgets an intent that nothing will come of, if it was written; else it would be in doubt for ever."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(UNDO_LIMIT_S), suppress(RecordsUnavailable):
+            if await self.read(payment.key) == payment:
+                await self.discard(payment)
+
     def _check_budget(self, kept: dict[str, str], payment: Payment) -> None:
-        kept = {key: text for key, text in kept.items() if key != payment.key}
-        spent = self._spent_usd(kept)
+        own = {payment.key, f"reserved/{payment.item_id}"}  # what was set aside was set aside for this
+        spent = self._spent_usd({key: text for key, text in kept.items() if key not in own})
         if spent + payment.cost_usd > self._budget_usd + HALF_A_CENT:
             raise BudgetSpent(
                 f"${spent:.2f} of today's ${self._budget_usd:.2f} are spent, and this would cost "
@@ -200,6 +213,7 @@ class Purchase:
 
     def __init__(self, ledger: Ledger, item_id: str, holder: str) -> None:
         self._ledger, self._item_id, self._holder = ledger, item_id, holder
+        self._since = ledger.now()
         self._number = 0
         self._failures: tuple[str, ...] = ()
         self._replays = 0
@@ -214,7 +228,8 @@ class Purchase:
         """The created payment to go on with, now followed by us; None where a new one may be made.
 
         An intent without an id is waited for while somebody else may be paying at this moment; after that it is in
-        doubt, and allowed to be paid for again only `replays` times. Raises PaymentInDoubt.
+        doubt, and allowed to be paid for again only `replays` times. Raises PaymentInDoubt, and LeaseLost where it was
+        delivered or cancelled under another lease since this one began.
         """
         waited_until = anyio.current_time() + CREATION_S
         while True:
@@ -226,6 +241,12 @@ class Purchase:
                     log.warning("payment_superseded", item_id=self._item_id, external_id=last.external_id)
                     await self._ledger.write(last, status="superseded")
                 return None
+            if (
+                last.status in ("delivered", "cancelled")
+                and last.holder != self._holder
+                and (last.ended_at or 0) > self._since
+            ):  # a queue that is not atomic handed the task to two at once, and we were the slow one
+                raise LeaseLost(f"{last.holder} has {last.status} it meanwhile", confirmed=False)
             self._failures = () if last.status == "delivered" else last.failures
             self._replays = last.replays
             if last.status == "created":
@@ -248,7 +269,7 @@ class Purchase:
             )
         log.warning("payment_replayed", item_id=self._item_id, cost_usd=last.cost_usd)
         self._replays = last.replays + 1
-        await self._ledger.write(last, status="in_doubt")
+        await self._ledger.write(last, status="in_doubt", replays=self._replays)  # counted, even if we end here
         return None
 
     async def intend(self, request: str, *, model: str, cost_usd: float) -> bool:
@@ -298,7 +319,9 @@ class Purchase:
             self._failures = (*self._failures, failure)
         if payment is not None and await self._follows(payment):
             cost_usd = payment.cost_usd if cost_usd is None else cost_usd
-            await self._ledger.write(payment, status=ending, failures=self._failures, cost_usd=cost_usd)
+            await self._ledger.write(
+                payment, status=ending, ended_at=self._ledger.now(), failures=self._failures, cost_usd=cost_usd
+            )
 
     async def is_ours(self) -> bool:
         """Whether nobody else has taken over what we paid for."""

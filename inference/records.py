@@ -5,7 +5,7 @@ writers cannot both be first. `modal.Dict` is such a store, and so are a SQLite 
 """
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -52,8 +52,8 @@ class Records(Protocol):
 class MemoryRecords:
     """Records for as long as the process lives: a one-off without a queue, and tests."""
 
-    def __init__(self) -> None:
-        self._kept: dict[str, str] = {}
+    def __init__(self, kept: Mapping[str, str] | None = None) -> None:
+        self._kept = dict(kept or {})
 
     async def add(self, key: str, value: str) -> bool:
         """See Records."""

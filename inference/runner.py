@@ -57,8 +57,8 @@ class Runner:
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
         tracker = ProgressTracker(plan(self._engine.stages), self._sink(lease) if self._sink else None)
         purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
-        job = Job(tracker, purchase)
         keeper = Keeper(self._queue, lease, self._policy, tracker)
+        job = Job(tracker, purchase, keeper.check)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
         try:
             try:

@@ -1,4 +1,4 @@
-"""Presigned GET and PUT: photos in, videos out.
+"""Presigned GET, PUT and forms: photos in, videos out.
 
 The URLs carry credentials in their query, and part of them is chosen by whoever fills the queue. Hence every
 error and log holds host and path only, connections go through `inference.network`, and bytes are bounded.
@@ -9,7 +9,7 @@ cookies, and reads the bodies of redirects to their end.
 
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
@@ -91,6 +91,10 @@ class Storage:
         """
         await _map_errors(url, self._upload(url, path, content_type))
 
+    async def submit(self, url: str, fields: Mapping[str, str], body: bytes, *, name: str, content_type: str) -> None:
+        """Stores bytes through a presigned form, as a browser would (S3's POST). Raises as `upload`."""
+        await _map_errors(url, self._submit(url, fields, (name, body, content_type)))
+
     async def _download(self, url: str, path: Path) -> int:
         for _ in range(MAX_REDIRECTS + 1):
             # Identity, or the length could not be compared with what arrives.
@@ -142,9 +146,16 @@ class Storage:
                 "Content-Length": str(size_bytes),  # a chunked body bypasses Supabase's limit, and S3 takes none
                 "Connection": "close",  # else Supabase answers a large duplicate and never reads the rest
             }
-            request = _request("PUT", url, headers, _FileBody(file))
-            async with self._answer(request) as response:
-                page = await _read_page(response)
+            await self._send(_request("PUT", url, headers, _FileBody(file)), url)
+
+    async def _submit(self, url: str, fields: Mapping[str, str], file: tuple[str, bytes, str]) -> None:
+        form = httpx.Request("POST", url, data=dict(fields), files={"file": file})
+        headers = {name: form.headers[name] for name in ("Content-Type", "Content-Length")}
+        await self._send(_request("POST", url, headers, httpx.ByteStream(form.read())), url)
+
+    async def _send(self, request: httpx.Request, url: str) -> None:
+        async with self._answer(request) as response:
+            page = await _read_page(response)
         refused = (
             not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400
         )

@@ -132,6 +132,11 @@ def finding(name: str, verdict: str, text: str) -> None:
     out.print(f"[{style}]{verdict:<4}[/{style}]  {name:<12}  {escape(text)}")
 
 
+def show(table: Table) -> None:
+    """A table on stdout; where that is no terminal, a line for each row."""
+    (out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPED_WIDTH)).print(table)
+
+
 def show_tasks(tasks: list[dict[str, Any]]) -> None:
     """Tasks of the embedded queue, one a row; then, what went wrong with those that failed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -150,11 +155,10 @@ def show_tasks(tasks: list[dict[str, Any]]) -> None:
             f"{task['seconds']:g}",
             escape(task["prompt"]),
         )
-    console = out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPED_WIDTH)
-    console.print(table)
+    show(table)
     for task in tasks:
         if task["error_message"]:
-            console.print(f"{task['id']}  [red]{escape(task['error_message'])}[/red]")
+            out.print(f"{task['id']}  [red]{escape(task['error_message'])}[/red]")
 
 
 def _age(created_at: str) -> str:

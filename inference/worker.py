@@ -24,14 +24,14 @@ MAX_BACKOFF_S = 60.0
 """The longest pause between questions to a queue that does not answer."""
 
 
-async def lease_from(queue: TaskQueue, item_id: str | None = None) -> Lease | None:
+async def lease_from(queue: TaskQueue, item_id: str | None = None, *, limit_s: float = LEASE_LIMIT_S) -> Lease | None:
     """Asks for a task, and hears the answer whatever happens meanwhile. Raises as TaskQueue.lease.
 
     Shielded: a request that is given up half way may still lease a task, which nobody would then work on.
     """
-    with anyio.CancelScope(shield=True), anyio.move_on_after(LEASE_LIMIT_S):
+    with anyio.CancelScope(shield=True), anyio.move_on_after(limit_s):
         return await (queue.lease() if item_id is None else queue.lease(item_id))
-    raise QueueUnavailable(f"the queue did not answer within {LEASE_LIMIT_S:g} s")
+    raise QueueUnavailable(f"the queue did not answer within {limit_s:g} s")
 
 
 class Worker:

@@ -27,7 +27,7 @@ LAYERS = [
     {"doctor", "process", "fleet", "bake"},
     {"station", "platform", "doctor_modal"},
     {"by_hand"},
-    {"cli", "cli_weights"},
+    {"cli", "cli_payments", "cli_render", "cli_start", "cli_weights"},
 ]
 """From the bottom up: a module imports from its own layer and those below. Settings stand above all that is built
 from them, so that nothing below can read the environment."""

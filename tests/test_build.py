@@ -5,13 +5,14 @@ import threading
 
 import pytest
 
-from inference.build import build_engine, build_server_config, build_worker, open_queue
+from inference.build import build_engine, build_server_config, build_worker, engine_note, open_queue, refuse
 from inference.engines.preview import PreviewEngine
-from inference.errors import DiskFull, SettingsError
+from inference.errors import DiskFull, InvalidRequest, SettingsError
 from inference.queues.memory import MemoryQueue
 from inference.queues.oracle import MemoryStore
 from inference.scratch import scratch_folder
 from inference.settings import Settings
+from inference.task import GenerationRequest
 
 
 def test_the_signing_secret_is_made_once_and_kept_private(tmp_path):
@@ -73,8 +74,20 @@ async def test_a_worker_clears_away_what_was_left_unless_told_to_keep_it(tmp_pat
 
 
 def test_the_engine_is_the_one_named():
-    """By I2V_ENGINE."""
+    """By I2V_ENGINE; one that is paid for has to have a key."""
     assert build_engine(Settings.isolated(engine="preview")).name == "preview"
+    assert build_engine(Settings.isolated(engine="runway", runway_key="key")).name == "runway"
+    with pytest.raises(SettingsError, match="RUNWAYML_API_SECRET"):
+        build_engine(Settings.isolated(engine="runway"))
+
+
+def test_what_the_engine_cannot_do_is_refused_before_it_is_loaded():
+    """By the model that the task asks for."""
+    settings = Settings.isolated(engine="runway", runway_model="gen4_turbo")
+    refuse(settings, GenerationRequest(duration_s=10))
+    with pytest.raises(InvalidRequest, match="duration_s"):
+        refuse(settings, GenerationRequest(duration_s=10, provider="veo3.1"))
+    assert "gen4_turbo: up to $0.05 a second, $10.00 a day" in engine_note(settings)
 
 
 @pytest.mark.anyio

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 
 from inference import cli
 from inference.media.video import probe
+from tests.disk import small_disk
 from tests.processes import I2V, KEY, Process, Site, environment, jpeg, until
 
 LIMIT_S = 60
@@ -95,21 +95,6 @@ def site(tmp_path_factory):
     """A queue server, and nobody who works. Tests leave its queue empty."""
     with Site(tmp_path_factory.mktemp("site")) as site:
         yield site
-
-
-@contextmanager
-def small_disk(folder: Path, size: str):
-    """A filesystem of its own, of so many bytes. Skips where mounting is not allowed."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk takes the right to mount one: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 # ---------------------------------------------------------------- help

@@ -25,6 +25,8 @@ SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "
 CHECKS = {
     "inference/keeper.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
     "inference/runner.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
+    "inference/dispatch.py": [(*PYTEST, "tests/test_dispatch.py", "-k", "lease or refused or money")],
+    "inference/host.py": [(*PYTEST, "tests/test_host.py")],
     "inference/queues/oracle.py": [(*PYTEST, "tests/server/test_store.py", "-k", "memory")],
     "inference/server/statements.py": [(*PYTEST, "tests/server/test_store.py", "-k", "sqlite")],
 }

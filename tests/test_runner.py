@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import trio
 
 from inference.engines.base import Job, run_in_thread
 from inference.errors import (
@@ -171,6 +172,23 @@ async def test_a_lease_lost_before_the_start_costs_nothing(scene):
     assert outcome.status == "lease_lost"
     assert it.engine.runs == 0
     assert set(it.queue.calls) == {"heartbeat"}
+
+
+@virtual_time
+async def test_a_process_that_was_paused_spends_nothing(scene):
+    """It asks its own clock right before it pays: nobody could have told it yet."""
+    spent = []
+
+    class Frozen(SleepyEngine):
+        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+            job.raise_if_lease_ended()
+            trio.lowlevel.current_clock().jump(250)
+            job.raise_if_lease_ended()
+            spent.append(request)
+
+    it = scene(engine=Frozen())
+    assert (await it.run()).status == "lease_lost"
+    assert spent == []
 
 
 @virtual_time

@@ -3,10 +3,13 @@
 import functools
 import random
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import anyio
 import trio
 import trio.testing
+
+from inference import progress
 
 
 def run_virtual(main: Callable[[], Awaitable[object]], *, seed: int = 0) -> object:
@@ -15,7 +18,11 @@ def run_virtual(main: Callable[[], Awaitable[object]], *, seed: int = 0) -> obje
     trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio._core._run._r.seed(seed)
     clock = trio.testing.MockClock(autojump_threshold=0)
-    return anyio.run(main, backend="trio", backend_options={"clock": clock})
+    real_time, progress.time = progress.time, SimpleNamespace(monotonic=anyio.current_time)  # of stages
+    try:
+        return anyio.run(main, backend="trio", backend_options={"clock": clock})
+    finally:
+        progress.time = real_time
 
 
 def virtual_time(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:

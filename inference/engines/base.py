@@ -22,8 +22,14 @@ STOP_GRACE_S = 10.0
 class Job:
     """What an engine may ask of its surroundings, from any thread."""
 
-    def __init__(self, tracker: ProgressTracker | None = None, purchase: Purchase | None = None) -> None:
+    def __init__(
+        self,
+        tracker: ProgressTracker | None = None,
+        purchase: Purchase | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self._tracker = tracker
+        self._check = check
         self._cancelled: I2VError | None = None
         self.purchase = purchase  # the books of a lease, for engines whose generations are paid one by one
         self.hung = False  # a thread of the engine did not obey; this process should not generate again
@@ -49,6 +55,14 @@ class Job:
         """To be called at every step and stage boundary. Raises whatever ended the job."""
         if self._cancelled is not None:
             raise self._cancelled
+
+    def raise_if_lease_ended(self) -> None:
+        """To be called on the event loop right before money is spent. Raises whatever ended the job, or LeaseLost.
+
+        A process that was paused finds out here, before anybody could tell it.
+        """
+        self.raise_if_cancelled()
+        self._check()
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from inference.errors import InvalidRequest
-from inference.task import QUEUE_FPS
+from inference.task import QUEUE_FPS, GenerationRequest
 
 USD_PER_CREDIT = 0.01
 
@@ -16,6 +16,15 @@ VEO_RATIOS = ("1280:720", "720:1280", "1920:1080", "1080:1920")
 
 VEO_SECONDS = (4, 6, 8)
 GEN4_SECONDS = tuple(range(2, 11))
+
+
+MIN_DURATION_S = 0.5
+"""Shorter than anybody asks for. What is asked for in between is ordered longer, and cut."""
+
+MAX_PROMPT_UNITS = 1000
+"""UTF-16 code units of a prompt, as Runway counts them: an emoji is two."""
+
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +40,46 @@ class Model:
     def billed_seconds(self, duration_s: float) -> int:
         """The length to order for a clip of `duration_s`: the nearest not below it, give or take a frame at 24 fps.
 
-        121 frames are 5 s and a 24th, and are ordered as 5 s. Raises InvalidRequest beyond the longest.
+        121 frames are 5 s and a 24th, and are ordered as 5 s. Raises InvalidRequest outside of what it makes.
         """
-        wanted_s = duration_s - 1 / QUEUE_FPS
-        for seconds in self.seconds:
-            if seconds >= wanted_s - 1e-6:
-                return seconds
-        raise InvalidRequest(f"duration_s: {self.name} makes at most {self.seconds[-1]} s, not {duration_s:g} s")
+        if not MIN_DURATION_S <= duration_s <= self.seconds[-1] + 1 / QUEUE_FPS + 1e-6:
+            raise InvalidRequest(
+                f"duration_s is {duration_s:g}; {self.name} makes {MIN_DURATION_S:g} to {self.seconds[-1]} s"
+            )
+        return next(seconds for seconds in self.seconds if seconds >= duration_s - 1 / QUEUE_FPS - 1e-6)
+
+    def cut_s(self, duration_s: float) -> float | None:
+        """Where to cut what `billed_seconds` ordered; None where it is right as it is. Raises InvalidRequest."""
+        return duration_s if self.billed_seconds(duration_s) - duration_s > 1 / QUEUE_FPS else None
 
     def cost_usd(self, duration_s: float) -> float:
         """Dollars for a clip of `duration_s`, at most. Raises InvalidRequest."""
-        return math.ceil(self.billed_seconds(duration_s) * self.credits_per_s) * USD_PER_CREDIT
+        return self.billed_seconds(duration_s) * self.credits_per_s * USD_PER_CREDIT
+
+    def nearest_ratio(self, width: int, height: int) -> str:
+        """The size whose shape is nearest to that of an upright photo; of two alike, the smaller."""
+
+        def distance(ratio: str) -> float:
+            wide, tall = map(int, ratio.split(":"))
+            return abs(math.log(wide * height / (tall * width)))
+
+        return min(self.ratios, key=distance)
+
+    def refuse(self, request: GenerationRequest, ratio: str | None = None) -> None:
+        """Raises InvalidRequest for what this model cannot do, naming the field. Costs nothing."""
+        self.billed_seconds(request.duration_s)
+        units = len(request.prompt.strip().encode("utf-16-le")) // 2
+        if units > MAX_PROMPT_UNITS:
+            raise InvalidRequest(f"prompt has {units} UTF-16 code units; {self.name} takes {MAX_PROMPT_UNITS}")
+        if request.seed is not None and request.seed > MAX_SEED:
+            raise InvalidRequest(f"seed is {request.seed}; {self.name} takes 0 to {MAX_SEED}")
+        for field in ("negative_prompt", "last_photo", "steps", "guidance"):
+            if getattr(request, field):
+                raise InvalidRequest(f"{field} is given; {self.name} is used without")
+        if ratio is not None and ratio not in self.ratios:
+            raise InvalidRequest(
+                f"ratio is {ratio}; {self.name} makes {', '.join(self.ratios)}: change or clear RUNWAY_DEFAULT_RATIO"
+            )
 
 
 MODELS = {
@@ -57,8 +95,19 @@ MODELS = {
 ALIASES = {"gen4.5_turbo": "gen4.5", "veo3": "veo3.1", "gen3a_turbo": "gen4_turbo"}
 """Names of the queue for models that are called otherwise today, or are gone."""
 
+GONE = {"gen3a_turbo"}
+
 
 def model_for(provider: str | None, default: str) -> Model:
     """The model that a queue's hint names, or the default one where it names none of Runway's."""
-    name = (provider or "").removeprefix("runway_")
+    name = _plain(provider)
     return MODELS.get(ALIASES.get(name, name)) or MODELS[default]
+
+
+def is_gone(provider: str | None) -> bool:
+    """Whether a hint is for a model that another has taken the place of."""
+    return _plain(provider) in GONE
+
+
+def _plain(provider: str | None) -> str:
+    return (provider or "").removeprefix("runway_")

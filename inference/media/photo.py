@@ -9,6 +9,7 @@ MachineFault where the trouble is this machine's and another could read the same
     fit        the size of a video with the photo's shape
     open_photo the whole picture, decoded no larger than it needs to be
     load       the picture, scaled and cropped to a size in one resample
+    jpeg       the picture as a file for somebody else's eyes
 """
 
 import errno
@@ -157,6 +158,25 @@ def load(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> 
             size, Image.Resampling.LANCZOS, box=cover_box(picture.size, size), reducing_gap=REDUCING_GAP
         )
         return np.array(scaled)
+
+
+def jpeg(path: Path, *, max_side_px: int, widest: float, quality: int = 95) -> bytes:
+    """The upright picture as a JPEG in sRGB, without anything a camera wrote into the file.
+
+    Scaled down to `max_side_px`; where its longer side is more than `widest` times the other, both ends are cut off.
+    Raises InvalidPhoto, MachineFault.
+    """
+    picture = open_photo(path)
+    with _refusing():
+        width, height = picture.size
+        shape = int(min(width, height * widest)), int(min(height, width * widest))
+        if shape != picture.size:
+            left, top = (width - shape[0]) // 2, (height - shape[1]) // 2
+            picture = picture.crop((left, top, left + shape[0], top + shape[1]))
+        picture.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS, REDUCING_GAP)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality, subsampling=0)
+        return file.getvalue()
 
 
 @contextmanager

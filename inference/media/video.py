@@ -46,6 +46,11 @@ FINISH_TIMEOUT_S = 120.0
 PROBE_TIMEOUT_S = 60.0
 """Probing reads packets without decoding them: milliseconds in practice."""
 
+RECODE_TIMEOUT_S = 120.0
+"""For ten seconds of 1080p, the longest that is encoded again: eight seconds in practice."""
+
+ENCODE = ("-c:v", "libx264", "-preset", PRESET, "-crf", str(CRF), "-pix_fmt", "yuv420p", "-c:a", "aac")
+
 STDERR_LINES = 20
 """How much of what ffmpeg said last is kept."""
 
@@ -272,6 +277,63 @@ def probe(path: Path) -> VideoInfo:
         duration_s=duration_s,
         faststart=_index_comes_first(path),
     )
+
+
+def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoInfo:
+    """Moves an mp4 of somebody else's to `target` as a VideoWriter would have written it, cut to `length_s`.
+
+    A cut is exact: as many frames as its own rate has in that time, to the nearest.
+
+    Bytes stay as they are where they can: H.264 in yuv420p with its index at the front is only moved, and one with its
+    index at the end is copied without encoding it again. Sound stays.
+    Raises MediaError where it is no video, EncodeFailed, MachineFault, DiskFull.
+    """
+    info = probe(source)
+    frames = info.frames if length_s is None else max(1, min(round(length_s * info.fps), info.frames))
+    cut = _cut(info, frames) if frames < info.frames else []
+    as_wanted = (info.codec, info.pix_fmt) == ("h264", "yuv420p") and not cut
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        if as_wanted and info.faststart:
+            source.replace(target)
+            return info
+        _recode(source, partial, info, ["-c", "copy"] if as_wanted else [*ENCODE, *cut])
+        info = probe(partial)
+        if info.frames != frames:
+            raise EncodeFailed(f"{source.name} was cut to {info.frames} frames, not {frames}")
+        partial.replace(target)
+    except OSError as error:
+        raise _from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
+def _cut(info: VideoInfo, frames: int) -> list[str]:
+    """Sound ends with the picture: half a frame early, lest rounding lets one more in."""
+    return ["-frames:v", str(frames), "-t", f"{(frames - 0.5) / info.fps:.6f}"]
+
+
+def _recode(source: Path, target: Path, info: VideoInfo, options: list[str]) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin"]
+    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-i", f"file:{source.absolute()}"]
+    command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
+    try:
+        ran = subprocess.run(  # noqa: S603  a fixed command and paths
+            [*command, f"file:{target}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=RECODE_TIMEOUT_S,
+            start_new_session=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise _no_start(error) from error
+    except subprocess.TimeoutExpired as error:
+        raise EncodeFailed(f"{info.duration_s:.1f} s of video took over {RECODE_TIMEOUT_S:g} s to encode") from error
+    if ran.returncode:
+        said = ran.stderr.decode(errors="replace").replace(str(target), source.name)
+        raise _judge(ran.returncode, deque(said.splitlines(), maxlen=STDERR_LINES))
 
 
 # Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709, progressive), 1280x704 [SAR …

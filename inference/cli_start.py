@@ -1,0 +1,45 @@
+"""What commands do before their work: arguments they share, settings, log lines, and outputs looked at early."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inference import logs
+from inference.errors import DiskFull, SettingsError
+from inference.settings import Settings
+
+Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
+Prompt = Annotated[str, typer.Argument(help="What should happen, e.g. “slow dolly-in”.")]
+Seconds = Annotated[float, typer.Option("--seconds", "-s", help="Length of the video.", min=0.5, max=60)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]
+Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
+
+
+def start(level: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
+    """Reads settings and sends log lines where they belong. Raises SettingsError."""
+    settings = Settings.load(*required, **overrides)
+    try:
+        logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
+    except OSError as error:
+        raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
+    return settings
+
+
+def check_mp4(output: Path) -> None:
+    """Raises SettingsError where no video can go."""
+    if output.suffix.lower() != ".mp4":
+        raise SettingsError(f"--output: {output} has to end in .mp4")
+    if output.is_dir():
+        raise SettingsError(f"--output: {output} is a folder")
+    if not output.absolute().parent.is_dir():
+        raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
+
+
+def temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder for the length of a block. Raises DiskFull."""
+    try:
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise DiskFull(f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None
