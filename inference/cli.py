@@ -29,6 +29,7 @@ from inference.cli_render import render
 from inference.cli_start import Photo, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.cli_weights import app as weights_app
 from inference.client import QueueClient
+from inference.doctor_modal import examine_modal
 from inference.errors import (
     EngineFailed,
     QueueUnavailable,
@@ -277,14 +278,25 @@ app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.r
 app.add_typer(weights_app)
 
 
-@app.command(epilog="Example: `i2v doctor --url https://app.example.com`")
-def doctor(url: Url = None, *, verbose: Verbose = False) -> None:
-    """Checks settings, ffmpeg, disk and the queue: one line each; exits 1 if something is wrong."""
+@app.command(epilog="Example: `i2v doctor --url https://app.example.com`, or `i2v doctor modal` before deploying")
+def doctor(
+    deployment: Annotated[
+        Literal["modal"] | None, typer.Argument(help="What to deploy to, instead of what runs here.")
+    ] = None,
+    url: Url = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """Checks settings, ffmpeg, disk and the queue, or a deployment: one line each; exits 1 if something is wrong."""
     logs.configure("debug" if verbose else "error")
+
+    def load() -> Settings:
+        return Settings.load(api_url=url)
 
     async def main() -> bool:
         sound = True
-        async for finding in doctor_module.examine(lambda: Settings.load(api_url=url)):
+        findings = examine_modal(load, Path.cwd()) if deployment == "modal" else doctor_module.examine(load)
+        async for finding in findings:
             terminal.finding(finding.name, finding.verdict, finding.text)
             sound = sound and finding.verdict != "FAIL"
         return sound

@@ -21,7 +21,7 @@ GPU_MEMORY_GB = {
 }  # fmt: skip
 """Of the GPUs that Modal lists (https://modal.com/docs/guide/gpu, 2026-11)."""
 
-CLI_LIMIT_S = 30
+CLI_LIMIT_S = 15
 MAX_REASON_CHARS = 300
 
 
@@ -38,7 +38,7 @@ async def examine_modal(load: Callable[[], Settings], folder: Path) -> AsyncIter
     yield Finding(
         "deployment",
         "ok",
-        f"app {settings.modal_app}, up to {sizes.engines} GPU containers, drain {settings.modal_drain}",
+        f"app {settings.modal_app}, up to {sizes.engines} containers with {settings.modal_gpu} at once",
     )
     yield _gpu(settings)
     missing = [name for name in ("app.py", "images", "inference", "pyproject.toml") if not (folder / name).exists()]

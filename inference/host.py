@@ -183,8 +183,10 @@ class Host:
             await self._record(self._board.worked(self._pool, clip_s))
         elif outcome.machine_at_fault:
             self._faults += 1
-            certain = self._fault is not None or outcome.status == "released"
-            self.broken = self.broken or certain or self._faults >= FAULTS or self._runner.engine_hung
+            is_lost = outcome.status == "released" or self._runner.engine_hung
+            self.broken = self.broken or is_lost or self._fault is not None or self._faults >= FAULTS
+            # Weights that do not load here load nowhere; a machine that was lost is one of many.
+            certain = self._fault is not None
             await self._record(self._board.faulted(self._pool, str(outcome.error), certain=certain))
 
     async def _next(self, call: _Call) -> Lease | None:

@@ -68,6 +68,7 @@ class Payment(Value):
     cost_usd: Annotated[float, Field(ge=0)]  # estimated by us, then by the provider, then what it charged
     status: Literal["intended", "created"] | Ending = "intended"
     ended_at: float | None = None  # on the clock of whoever ended it
+    is_doubtful: bool = False  # an intent whose answer is known to be lost: nobody need wait for it
     external_id: str | None = None  # the provider's name for it, once it answered
     failures: tuple[str, ...] = ()  # codes with which the provider failed this request of the item, until now
     replays: int = 0  # how often this request was allowed to be paid for again, because an answer was lost
@@ -157,7 +158,9 @@ class Ledger:
             payment = payment.model_copy(update={"at": self._clock()})
             self._check_budget(await self._records.all(), payment)
             try:
-                if not await self._records.add(payment.key, payment.model_dump_json()):
+                is_first = await self._records.add(payment.key, payment.model_dump_json())
+                # A client of the records that asks again when an answer is lost is told No by its own first try.
+                if not is_first and await self.read(payment.key) != payment:
                     return None
                 # Others may have spent the same dollars at the same moment; of those, the later one sees both.
                 self._check_budget(await self._records.all(), payment)
@@ -258,14 +261,15 @@ class Purchase:
             # Our own, whose call has returned without an answer. Not that of another process under the same lease:
             # it may have been told to stop a moment ago, and be waiting for its answer.
             mine = self._payment is not None and self._payment.key == last.key
-            if mine or anyio.current_time() >= waited_until:
+            if mine or last.is_doubtful or anyio.current_time() >= waited_until:
                 break
             await anyio.sleep(PAUSE_S)
         if last.replays >= replays:
+            await self._ledger.write(last, is_doubtful=True)
             raise PaymentInDoubt(
                 f"a paid generation of {last.model} (${last.cost_usd:.2f}) was asked for and the answer was "
-                f"lost: look for it at the provider, then clear it with `i2v payments --forget {self._item_id}`, or "
-                "set I2V_RUNWAY_REPLAY to pay once more by itself"
+                f"lost: look for it at the provider, then clear it with `i2v payments --forget {self._item_id}` (on "
+                f"Modal `modal run app.py::status --forget {self._item_id}`), or set I2V_RUNWAY_REPLAY"
             )
         log.warning("payment_replayed", item_id=self._item_id, cost_usd=last.cost_usd)
         self._replays = last.replays + 1

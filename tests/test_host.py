@@ -476,7 +476,21 @@ async def test_a_lost_engine_breaks_the_container(box):
         assert [event.verb for event in it.store.log[beats:]] == ["lease", "release"]
         assert it.statuses() == ["pending"] * 3
         assert it.engine.runs == 1
-        assert "the GPU is gone" in (await it.board.pool("gpu")).failing
+
+
+@virtual_time
+async def test_one_lost_machine_is_not_a_failing_pool(box):
+    """The next container gets another GPU; three in a row are told to the next tick."""
+    it = box(engine=BusyEngine(errors=[EngineLost("the GPU is gone")] * FAULTS))
+    it.add()
+    for number in range(FAULTS):
+        assert (await it.board.pool("gpu")).failing is None, number
+        host = Host("gpu", it.queue, it.runner, it.board)
+        async with anyio.create_task_group() as container:
+            container.start_soon(host.serve)
+            await host.run(await it.cron.lease())
+            await host.close()
+    assert (await it.board.pool("gpu")).failing == "the GPU is gone"
 
 
 @virtual_time

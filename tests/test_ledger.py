@@ -143,6 +143,35 @@ async def test_replays_are_counted_over_all_leases():
 
 
 @virtual_time
+async def test_what_is_known_to_be_in_doubt_is_not_waited_for():
+    """Whoever lost the answer said so in the books: the next holder hears of it at once."""
+    ledger, _, _ = books()
+    purchase = ledger.purchase("item", "w.1")
+    assert await purchase.resume("r") is None
+    assert await purchase.intend("r", model="m", cost_usd=0.25)
+    for holder in (purchase, ledger.purchase("item", "w.2")):
+        started = anyio.current_time()
+        with pytest.raises(PaymentInDoubt, match="--forget item"):
+            await holder.resume("r")
+        assert anyio.current_time() == started
+
+
+@virtual_time
+async def test_an_intent_whose_answer_was_lost_on_the_way_to_the_records_is_still_ours():
+    """The records' client asked again by itself and was told that the key is taken: by its own first try."""
+
+    class Repeating(MemoryRecords):
+        async def add(self, key: str, value: str) -> bool:
+            await super().add(key, value)
+            return await super().add(key, value)
+
+    ledger = Ledger(Repeating(), clock=Clock())
+    purchase = ledger.purchase("item", "w.1")
+    assert await purchase.resume("r") is None
+    assert await purchase.intend("r", model="m", cost_usd=0.25)
+
+
+@virtual_time
 async def test_a_person_may_forget_what_is_in_doubt():
     """It stays in the books, and the item may be paid for again."""
     ledger, _, _ = books()

@@ -133,6 +133,14 @@ class ControlPlane:
 
     # ------------------------------------------------------------ what functions are made of
 
+    async def SecretList(self, _request):
+        named = [
+            api_pb2.SecretListItem(secret_id=it.id, metadata=api_pb2.SecretMetadata(name=it.name))
+            for it in self.scheduler.secrets.values()
+            if it.name
+        ]
+        return api_pb2.SecretListResponse(items=named)
+
     async def SecretGetOrCreate(self, request):
         secrets, name = self.scheduler.secrets, request.deployment_name
         if name:
