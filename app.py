@@ -57,7 +57,7 @@ def pools() -> dict[PoolName, RemoteContainers]:
     image=slim,
     schedule=modal.Cron(settings.modal_cron),
     max_containers=1,
-    timeout=55,  # it stops leasing after 40 s, and ends before its next tick
+    timeout=55,  # it stops leasing after 30 s, and ends before its next tick
     scaledown_window=2,
     cpu=0.25,
     memory=512,

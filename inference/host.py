@@ -131,6 +131,8 @@ class Host:
         """
         await self._started.wait()
         if self._group is None or self._closing.is_set():
+            if lease is not None:  # it came too late, and nobody else knows of it
+                await hand_back(self._queue, lease)  # fence
             raise EngineLost("this container is stopping")
         drain_s = self._drain_s if drain else 0.0
         call = _Call(drain_until=anyio.current_time() + drain_s)

@@ -134,9 +134,18 @@ class Runner:
         except I2VError as error:  # the video is delivered all the same
             log.warning("payment_left_open", item_id=lease.task.item_id, error=str(error))
 
+    async def _unreserve(self, item_id: str) -> None:
+        """What a dispatcher set aside for a task that was not paid for is free for others."""
+        try:
+            if self._ledger:
+                await self._ledger.unreserve(item_id)
+        except I2VError as error:  # it is free after an hour
+            log.warning("still_reserved", item_id=item_id, error=str(error))
+
     async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
         """The one place where an error becomes an outcome, and where the queue is told."""
         item_id = lease.task.item_id
+        await self._unreserve(item_id)
         match error:
             case LeaseLost():
                 return Outcome(status="lease_lost", item_id=item_id, error=str(error))

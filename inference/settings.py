@@ -185,7 +185,7 @@ class Settings(LoadableSettings):
         900, "I2V_MODAL_STARTUP_TIMEOUT", about="Seconds in which a container has to have loaded its weights."
     )
     modal_linger_s: Annotated[float, Field(ge=0, le=1200)] = setting(
-        20.0, "I2V_MODAL_LINGER", about="Seconds for which a warm GPU container asks an empty queue for more. Billed."
+        0.0, "I2V_MODAL_LINGER", about="Seconds for which a warm GPU container asks an empty queue for more. Billed."
     )
     modal_drain: bool = setting(
         True, "I2V_MODAL_DRAIN", about="Let a warm container take the next task itself instead of waiting for the cron."

@@ -49,7 +49,7 @@ PHOTO_S, VIDEO_S, ONE_WAY_S = 0.5, 1.5, 0.2
 CRON_OVERHEAD_S = 5.0
 """Billed around each tick: start, imports, and two seconds of scaledown."""
 
-LINGER_S, POLL_S, CONTAINERS, INPUTS = 20.0, 5.0, 2, 2
+LINGER_S, POLL_S, CONTAINERS, INPUTS = 0.0, 5.0, 2, 2
 """The defaults of settings.py and fleet.py."""
 
 # Prices in dollars, as price lists of 2026 quote them (seen 2026-11-21 in comparisons of May and June 2026, such as
@@ -331,7 +331,7 @@ def main() -> None:
         row = live(arm, arrivals(volume, arguments.seed), arguments.clip_seconds)
         return {"clips_a_day": volume, "arm": arm.name, "cold_start_s": arm.cold_start_s} | row
 
-    arms = [Arm("cron only", fleet(drain=False, cold_start_s=cold), cold) for cold in COLD_STARTS_S]
+    arms = [Arm("cron only", fleet(drain=False, cold_start_s=cold, linger_s=20.0), cold) for cold in COLD_STARTS_S]
     kept = fleet(drain=False, cold_start_s=COLD_STARTS_S[0], linger_s=70.0)
     arms += [Arm("cron only, warm for 70 s", kept, COLD_STARTS_S[0])]
     arms += [Arm("cron, warm draining", fleet(drain=True, cold_start_s=cold), cold) for cold in COLD_STARTS_S]

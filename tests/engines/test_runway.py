@@ -355,7 +355,6 @@ class TestOrder:
 class TestPaying:
     """An order is paid for once, whatever is lost on the way."""
 
-    @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
     @pytest.mark.parametrize(
         "fault, made",
         [
