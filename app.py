@@ -9,6 +9,7 @@ Modal secret that is named as the app is. README.md has the commands.
 """
 
 import sys
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import grpclib.exceptions
@@ -20,7 +21,8 @@ from images.slim import slim_image
 from images.wan import wan_image
 from inference import by_hand, fleet, logs, terminal
 from inference.board import PoolName
-from inference.errors import I2VError
+from inference.errors import I2VError, one_line
+from inference.fleet import EngineName
 from inference.platform import DictRecords, RemoteContainers
 from inference.process import told_errors
 from inference.settings import Settings
@@ -28,13 +30,13 @@ from inference.station import Station
 
 MINUTES = 60  # seconds
 
-with told_errors(verbose=False):
+with told_errors(verbose=False) if modal.is_local() else nullcontext():
     settings = Settings.load()
     fleet.refuse_deployment(settings)
 keys = ["VERCEL_API_URL", "WORKER_API_KEY"] + (["RUNWAYML_API_SECRET"] if settings.runway_key else [])
 secret = modal.Secret.from_name(settings.modal_app, required_keys=keys)
 slim = slim_image(settings)
-wan = wan_image(settings, secret)
+wan = wan_image(settings)
 app = modal.App(settings.modal_app, secrets=[secret])
 
 ERRORS = (modal.exception.Error, grpclib.exceptions.GRPCError, grpclib.exceptions.StreamTerminatedError, OSError)
@@ -82,7 +84,7 @@ class Container:
         return outcomes
 
     @modal.method()
-    async def render(self, request: dict[str, Any], photo: bytes | str) -> dict[str, Any]:
+    async def render(self, request: dict[str, Any], photo: bytes) -> dict[str, Any]:
         return await self.station.render(request, photo)
 
     @modal.exit()
@@ -107,14 +109,16 @@ class Container:
 class Wan(Container):
     """A GPU with the weights in its image."""
 
+    by_hand: bool = modal.parameter(default=False)  # a person's own container: it is not of the fleet
+
     @modal.enter(snap=settings.modal_snapshot)
     def prepare(self) -> None:
         fleet.import_engine()  # seconds that a snapshot keeps; no GPU is there yet to load weights onto
 
     @modal.enter()
     async def start(self) -> None:
-        self.station = Station(settings, records())
-        await self.station.open("gpu", "wan", drain=settings.modal_drain)
+        self.station = Station(Settings.load(), records())  # anew: a snapshot may be older than its keys
+        await self.station.open("gpu", "wan", drain=settings.modal_drain, by_hand=self.by_hand)
 
 
 @app.cls(
@@ -130,28 +134,33 @@ class Wan(Container):
 class Overflow(Container):
     """Runway, many clips in one small container."""
 
+    by_hand: bool = modal.parameter(default=False)
+
     @modal.enter()
     async def start(self) -> None:
         self.station = Station(settings, records())
-        await self.station.open("runway", "runway")
+        await self.station.open("runway", "runway", by_hand=self.by_hand)
 
 
 @app.function(image=slim, timeout=settings.modal_timeout_s, scaledown_window=2, cpu=1, memory=2048)
-async def one_off(engine: str, item_id: str, request: dict[str, Any] | None, photo: bytes | str) -> Any:
+async def one_off(engine: EngineName, item_id: str, request: dict[str, Any] | None, photo: bytes | str) -> Any:
     """One task of the queue, or one photo without it; an error comes back as one line."""
     logs.configure(settings.log_level)
-    remote = Overflow() if engine == "runway" else Wan()
+    kind: Any = Overflow if engine == "runway" else Wan
+    remote = kind(by_hand=True)
     try:
-        if request is not None and engine != "preview":
-            return await remote.render.remote.aio(request, photo)
+        by_hand.refuse(settings, engine, request)
         if request is not None:
-            return await by_hand.preview(settings, None, request, photo)
+            found = await by_hand.fetch(settings, photo)
+            if engine == "preview":
+                return await by_hand.preview(settings, None, request, found)
+            return await remote.render.remote.aio(request, found)
         async with by_hand.taken(settings, item_id) as lease:
             if engine == "preview":
                 return await by_hand.preview(settings, lease, None, b"")
             return await remote.run.remote.aio(lease.model_dump(mode="json"), drain=False)
-    except I2VError as error:
-        return {"error": str(error)}
+    except (I2VError, *ERRORS) as error:
+        return {"error": one_line(str(error), 1000)}
 
 
 @app.local_entrypoint()
@@ -167,8 +176,7 @@ def process(
     """Takes the next task now, or --item-id; with --photo or --photo-url makes one video, which `-w out.mp4` saves."""
     with told_errors(verbose=False):
         saves = any(argument.startswith(("-w", "--write-result")) for argument in sys.argv)
-        source = photo or photo_url
-        request = by_hand.asked(item_id=item_id, photo=source, prompt=prompt, seconds=seconds, seed=seed, saves=saves)
+        request = by_hand.asked(photo, photo_url, prompt, seconds, seed, item_id=item_id, saves=saves)
         answer = one_off.remote(engine, item_id, request, by_hand.photo_bytes(photo) if photo else photo_url)
         return by_hand.tell(answer)
 

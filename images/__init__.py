@@ -11,12 +11,7 @@ BASE = "python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4
 """Python and nothing else: the torch wheels bring their CUDA libraries, imageio-ffmpeg brings ffmpeg."""
 
 
-def with_settings(image: modal.Image, settings: Settings) -> modal.Image:
-    """What the operator set, where the containers read it."""
-    given = settings.for_containers()
-    return image.env(given) if given else image
-
-
 def with_code(image: modal.Image, settings: Settings) -> modal.Image:
-    """What changes most often comes last. The code is no layer at all: it is added when a container starts."""
-    return with_settings(image, settings).add_local_python_source("inference", "images")
+    """What changes most often comes last: what the operator set, then the code, which is no layer at all."""
+    given = settings.for_containers()
+    return (image.env(given) if given else image).add_local_python_source("inference", "images")

@@ -6,7 +6,7 @@ a change of code or of a setting moves no gigabyte.
 
 import modal
 
-from images import BASE, PYPROJECT, with_code, with_settings
+from images import BASE, PYPROJECT, with_code
 from inference.bake import compile_kernels, fetch_weights
 from inference.engines.wan.presets import PRESETS
 from inference.settings import Settings
@@ -15,9 +15,9 @@ WEIGHTS = "/weights"
 HOURS = 3600
 
 
-def wan_image(settings: Settings, secret: modal.Secret) -> modal.Image:
-    """The image of one preset. `secret` may hold HF_TOKEN; public weights need none."""
-    preset = PRESETS[settings.wan_preset]
+def wan_image(settings: Settings) -> modal.Image:
+    """The image of one preset. The build gets no key but HF_TOKEN, if there is one; public weights need none."""
+    preset, token = PRESETS[settings.wan_preset], settings.hf_token
     image = (
         modal.Image.from_registry(BASE)
         .apt_install("gcc", "libc6-dev")  # Triton compiles its launchers
@@ -27,7 +27,7 @@ def wan_image(settings: Settings, secret: modal.Secret) -> modal.Image:
             fetch_weights,
             args=(preset.name, preset.pins),
             kwargs={"accept_non_commercial": True} if settings.accept_non_commercial else {},
-            secrets=[secret],
+            secrets=[modal.Secret.from_dict({"HF_TOKEN": token.get_secret_value()})] if token else [],
             timeout=4 * HOURS,
             cpu=4,
             memory=32 * 1024,  # MiB: weights published larger than they are run are saved again
@@ -35,9 +35,10 @@ def wan_image(settings: Settings, secret: modal.Secret) -> modal.Image:
         .env({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
     )
     if settings.wan_compile:
-        image = with_settings(image, settings).run_function(
+        switches = {name: value for name, value in settings.for_containers().items() if name.startswith("I2V_WAN_")}
+        image = image.env(switches).run_function(
             compile_kernels,
-            args=(preset.name, settings.for_containers()),
+            args=(preset.name, switches),
             gpu=settings.modal_gpu,
             timeout=HOURS,
         )

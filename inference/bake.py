@@ -34,7 +34,8 @@ def fetch_weights(preset: str, pins: dict[str, str], *, accept_non_commercial: b
 def compile_kernels(preset: str, settings: dict[str, str]) -> None:
     """Compiles what the engine would compile at its start, on the GPU it will run on; the cache stays in the image.
 
-    `settings` are those of the environment, for what changes the result. Raises EngineError.
+    `settings` are those of the environment that change the result. Where a change of code does, too, containers
+    compile at their start what is missing, until the next deployment with other settings. Raises EngineError.
     """
     from inference.build import build_engine  # noqa: PLC0415 - as above
     from inference.settings import Settings  # noqa: PLC0415

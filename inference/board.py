@@ -25,6 +25,7 @@ FAULTS = 3
 DECISIONS_KEPT = 20
 
 DRY = "board/dry"
+VERSION = "board/version"
 DECISIONS = "board/decisions"
 
 
@@ -36,6 +37,8 @@ class PoolRecord(Value):
     faults: int = 0  # in a row
     failing: str | None = None  # why nothing should be sent there; None while it works
     failing_at: float = 0.0  # when that was found, or last tried again
+    tries: int = 0  # how often it was tried again since
+    waiting_since: float | None = None  # when something sent there was first seen waiting for a container
 
 
 class Board:
@@ -55,7 +58,7 @@ class Board:
     async def worked(self, name: PoolName, clip_s: float | None = None) -> None:
         """The pool can work; with `clip_s`, it made a clip in so many seconds of its engine's time."""
         known = await self.pool(name)
-        update: dict[str, Any] = {"faults": 0, "failing": None}
+        update: dict[str, Any] = {"faults": 0, "failing": None, "tries": 0}
         if clip_s is not None:
             before = clip_s if known.clip_s is None else known.clip_s
             update |= {"clip_s": round(before + SMOOTHING * (clip_s - before), 3), "clips": known.clips + 1}
@@ -74,7 +77,24 @@ class Board:
     async def tried(self, name: PoolName) -> None:
         """A failing pool was asked to show that it works again."""
         known = await self.pool(name)
-        await self._write(name, known.model_copy(update={"failing_at": self._clock()}))
+        await self._write(name, known.model_copy(update={"failing_at": self._clock(), "tries": known.tries + 1}))
+
+    async def seen_waiting(self, name: PoolName, *, waits: bool) -> float:
+        """Whether something that was sent to a pool waits for a container; returns for how long something has."""
+        known = await self.pool(name)
+        if waits != (known.waiting_since is not None):
+            known = known.model_copy(update={"waiting_since": self._clock() if waits else None})
+            await self._write(name, known)
+        return self.since_s(known.waiting_since) if known.waiting_since is not None else 0.0
+
+    async def deployed(self, version: str) -> None:
+        """What was deployed last: containers of anything else take no more tasks."""
+        if await self.version() != version:
+            await self._records.put(VERSION, version)
+
+    async def version(self) -> str | None:
+        """What was deployed last; None before its first tick."""
+        return await self._records.get(VERSION)
 
     def since_s(self, at: float) -> float:
         """Seconds since a reading was taken."""

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 from pydantic import ValidationError
 from rich.markup import escape
 
-from inference import terminal
-from inference.build import open_queue
+from inference import build, terminal
 from inference.errors import EngineError, InvalidRequest, NoTask, SettingsError
-from inference.fleet import for_a_cold_start
+from inference.fleet import EngineName, for_a_cold_start
 from inference.keeper import hand_back
+from inference.media import photo as photos
 from inference.records import MemoryRecords
+from inference.scratch import scratch_folder
 from inference.settings import Settings
 from inference.station import Station
 from inference.task import GenerationRequest, Lease, Outcome, Video, explain
@@ -22,13 +24,15 @@ from inference.worker import lease_from
 
 
 def asked(
-    *, item_id: str, photo: str, prompt: str, seconds: float, seed: int | None, saves: bool
+    photo: str, photo_url: str, prompt: str, seconds: float, seed: int | None, *, item_id: str, saves: bool
 ) -> dict[str, Any] | None:
     """The request of somebody who brings a photo, as JSON; None for a task of the queue, which has its own.
 
     Raises SettingsError where what was asked for does not go together, InvalidRequest naming the field.
     """
-    if not photo:
+    if photo and photo_url:
+        raise SettingsError("--photo is a file and --photo-url an address: give one of them")
+    if not (photo or photo_url):
         if prompt or seed is not None:
             raise SettingsError("--prompt and --seed go with --photo or --photo-url; a task of the queue has its own")
         return None
@@ -50,13 +54,38 @@ def photo_bytes(path: str) -> bytes:
         raise SettingsError(f"--photo: {path} cannot be read: {error.strerror}") from None
 
 
+def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | None) -> None:
+    """Raises SettingsError, InvalidRequest for what an engine would refuse, before a container is started for it."""
+    if engine == "runway" and settings.runway_key is None:
+        raise SettingsError(f"the secret {settings.modal_app} has no RUNWAYML_API_SECRET: nothing can go to Runway")
+    if request is not None:
+        own = settings.model_copy(update={"engine": engine})
+        build.refuse(own, GenerationRequest.model_validate(request))
+
+
+async def fetch(settings: Settings, photo: bytes | str) -> bytes:
+    """A photo's bytes, given or at a URL; known to be one before a GPU is started for it.
+
+    Raises StorageError, InvalidPhoto, MachineFault.
+    """
+    with scratch_folder(settings.temp_dir) as folder:
+        path = folder / "photo"
+        if isinstance(photo, bytes):
+            path.write_bytes(photo)
+        else:
+            async with build.open_storage(settings) as storage:
+                await storage.download(photo, path)
+        await anyio.to_thread.run_sync(photos.verify, path)
+        return path.read_bytes()
+
+
 @asynccontextmanager
 async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
     """A lease for one run: of a given item, or of the next with no id. Handed back if the block fails.
 
     Raises NoTask, QueueError, Refusal, InvalidTask.
     """
-    async with open_queue(for_a_cold_start(settings)) as queue:
+    async with build.open_queue(for_a_cold_start(settings)) as queue:
         lease = await lease_from(queue, item_id or None)
         if lease is None:
             raise NoTask(f"{item_id} cannot be taken now: see its status" if item_id else "no task waits")
@@ -67,10 +96,10 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
             raise
 
 
-async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes | str) -> Any:
+async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes) -> Any:
     """The same as a container does, here, with the engine that needs no model."""
     station = Station(settings, MemoryRecords())
-    await station.open("gpu", "preview")
+    await station.open("gpu", "preview", by_hand=True)
     try:
         if lease is not None:
             return await station.run(lease.model_dump(mode="json"))

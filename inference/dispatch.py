@@ -19,6 +19,7 @@ can take is handed back before the tick ends.
 
 import math
 from collections.abc import Awaitable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Protocol, TypeVar
 
@@ -28,7 +29,14 @@ from pydantic import Field
 
 from inference.board import Board, PoolName
 from inference.engines.runway_models import model_for
-from inference.errors import I2VError, InvalidRequest, InvalidTask, PoolUnavailable, QueueUnavailable
+from inference.errors import (
+    I2VError,
+    InvalidRequest,
+    InvalidTask,
+    PoolUnavailable,
+    QueueUnavailable,
+    RecordsUnavailable,
+)
 from inference.keeper import hand_back
 from inference.ledger import Ledger
 from inference.queues.base import TaskQueue
@@ -47,11 +55,14 @@ LOOK_AHEAD: dict[PoolName, int] = {"gpu": 8, "runway": 50}
 move on by themselves; those for Runway can stand there until midnight, and must not hide all others."""
 
 PROBE_AFTER_S = 600.0
-"""How long a failing pool is left alone before one container without a task is asked whether it works again."""
+"""How long a failing pool is left alone before one container without a task is asked whether it works again, while
+tasks wait; twice as long after each time that it did not."""
 
-PLAN_S, LEASE_UNTIL_S, TICK_S = 25.0, 30.0, 40.0
+MAX_DOUBLINGS = 4
+
+PLAN_S, LEASE_UNTIL_S, TICK_S = 22.0, 26.0, 36.0
 """Seconds into a tick: looking around has to have ended, the last lease is asked for, everything else is given up.
-Handing back (6 s) and writing down what was done (4 s) come on top, and then there is room before the next minute."""
+Handing back (6 s), the money set aside (4 s) and writing down what was done (4 s) come on top: 50 s of a minute."""
 
 CALL_S = 10.0
 """How long a queue or a platform is waited for, one call."""
@@ -91,6 +102,7 @@ class Fleet(Value):
 class Rules(Value):
     """What the operator decided."""
 
+    ready_after_s: Annotated[float, Field(gt=0)] = 1800.0  # a container that is not there by then never will be
     overflow_after_s: Annotated[float, Field(ge=0)] = 600.0
     overflow_wan_local: bool = False
     budget_usd: Annotated[float, Field(ge=0)] = 10.0  # a day
@@ -152,6 +164,11 @@ def choices(task: Task, rules: Rules, *, has_runway: bool) -> tuple[PoolName, ..
     return ("gpu", "runway") if may_overflow else ("gpu",)
 
 
+async def may_stay(task: Task, ledger: Ledger, *, has_runway: bool) -> bool:
+    """Whether a warm GPU container keeps a task that it took from the queue itself. Raises RecordsUnavailable."""
+    return not has_runway or (lane(task.provider) == "wan" and not await ledger.is_paid_for(task.item_id))
+
+
 def cost_usd(task: Task, rules: Rules) -> float | None:
     """What a task costs at Runway, at most; None where Runway cannot make it."""
     try:
@@ -160,11 +177,18 @@ def cost_usd(task: Task, rules: Rules) -> float | None:
         return None
 
 
+class Live(Value):
+    """Leases in a pool, as its platform counts them."""
+
+    running: Count
+    waiting: Count  # sent there, and not in a container yet
+
+
 class Containers(Protocol):
     """A pool of containers, as the platform that runs it shows it. Raises PoolUnavailable, from any method."""
 
-    async def held(self) -> int:
-        """Leases that are running there, and those on their way."""
+    async def live(self) -> "Live":
+        """What is running there now, and what waits for a container."""
         ...
 
     async def send(self, lease: Lease | None) -> None:
@@ -200,7 +224,11 @@ class Dispatcher:
         what there is; what was leased by then was sent or handed back.
         """
         began_at = anyio.current_time()
-        tick = await self._look_around(began_at)
+        try:
+            tick = await self._look_around(began_at)
+        except I2VError as error:
+            await self._note(f"nothing: {error}")
+            raise
         try:
             with anyio.CancelScope(deadline=began_at + TICK_S):
                 for kind, queue in self._queues.items():
@@ -212,9 +240,13 @@ class Dispatcher:
                         tasks.start_soon(self._give_back, aside)
         decision = f"sent {tick.sent['gpu']} to gpu, {tick.sent['runway']} to runway ({tick.plan.why}){tick.trouble()}"
         log.log(30 if tick.troubles else 20, "dispatched", decision=decision)
-        with anyio.move_on_after(NOTE_S):
-            await self._board.decided(decision)
+        await self._note(decision)
         return decision
+
+    async def _note(self, decision: str) -> None:
+        """For people; what a tick did stands without it."""
+        with anyio.move_on_after(NOTE_S), suppress(RecordsUnavailable):
+            await self._board.decided(decision)
 
     async def _look_around(self, began_at: float) -> "_Tick":
         try:
@@ -228,15 +260,15 @@ class Dispatcher:
             raise PoolUnavailable(f"records, queue and pools did not all answer within {PLAN_S:g} s") from None
 
     async def _plan(self, paid_for: int) -> Plan:
-        gpu = await self._pool("gpu")
-        assert gpu is not None  # noqa: S101 - every fleet has one
         waiting = await self._waiting()
         if waiting == 0:
             await self._board.dry()
+        gpu = await self._pool("gpu", waiting)
+        assert gpu is not None  # noqa: S101 - every fleet has one
         return plan(
             Fleet(
                 gpu=gpu,
-                runway=await self._pool("runway"),
+                runway=await self._pool("runway", waiting),
                 waiting=waiting,
                 undry_s=await self._board.undry_s(),
                 spent_usd=await self._ledger.spent_usd() if "runway" in self._pools else 0.0,
@@ -245,21 +277,27 @@ class Dispatcher:
             self._rules,
         )
 
-    async def _pool(self, name: PoolName) -> Pool | None:
+    async def _pool(self, name: PoolName, waiting: int | None) -> Pool | None:
         if name not in self._pools:
             return None
         size, containers = self._pools[name]
         known = await self._board.pool(name)
-        if known.failing and self._board.since_s(known.failing_at) >= PROBE_AFTER_S:
-            await self._probe(name, containers)
         failing = known.failing
         try:
-            held = await _in_time(containers.held())
-        except PoolUnavailable as error:
-            held, failing = size.slots, str(error)
-        return Pool(
-            slots=size.slots, held=held, engines=size.engines, clip_s=known.clip_s or FIRST_CLIP_S, failing=failing
-        )
+            live = await _in_time(containers.live())
+        except PoolUnavailable as error:  # once is no reason to spend money elsewhere
+            log.warning("pool_unknown", pool=name, error=str(error))
+            live = Live(running=size.slots, waiting=0)
+        else:
+            for_s = await self._board.seen_waiting(name, waits=live.waiting > 0)
+            if for_s > self._rules.ready_after_s:
+                failing = failing or f"no container has become ready for {for_s / 60:.0f} minutes"
+        # Somebody has to wait for it: a container that only shows that it cannot work is billed, too.
+        due_s = PROBE_AFTER_S * 2 ** min(known.tries, MAX_DOUBLINGS)
+        if known.failing and waiting != 0 and not live.waiting and self._board.since_s(known.failing_at) >= due_s:
+            await self._probe(name, containers)
+        held, clip_s = live.running + live.waiting, known.clip_s or FIRST_CLIP_S
+        return Pool(slots=size.slots, held=held, engines=size.engines, clip_s=clip_s, failing=failing)
 
     async def _probe(self, name: PoolName, containers: Containers) -> None:
         """Asks a failing pool to show that it works again, with nobody's task at stake."""

@@ -4,10 +4,14 @@ What a container of a pool does (`open_host`), what the cron does (`open_dispatc
 (`report`). A platform's own file wires these to its functions and does no more.
 """
 
+import functools
+import hashlib
+import json
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 import anyio
@@ -15,17 +19,18 @@ import structlog
 
 from inference import logs
 from inference.board import Board, PoolName
-from inference.build import build_runner, load_engine, needing_extra, open_queue
-from inference.dispatch import Containers, Dispatcher, Rules, Sized
+from inference.build import build_runner, load_engine, open_queue
+from inference.dispatch import Containers, Dispatcher, Rules, Sized, may_stay
 from inference.engines.base import Engine
 from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError, PoolUnavailable, SettingsError
 from inference.host import BrokenEngine, Host
 from inference.ledger import Ledger
 from inference.queues.base import TaskQueue
-from inference.queues.item import Lane, lane
-from inference.records import Records
+from inference.queues.item import Lane
+from inference.records import MemoryRecords, Records
 from inference.settings import Settings
+from inference.task import Task
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +66,16 @@ def sizes(settings: Settings) -> dict[PoolName, Sized]:
     return found
 
 
+@functools.cache
+def version(settings: Settings) -> str:
+    """A name for this code with these settings: after a deployment, containers of the one before take no more."""
+    digest = hashlib.sha256(json.dumps(settings.for_containers(), sort_keys=True).encode())
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def for_a_cold_start(settings: Settings) -> Settings:
     """Settings of who leases for a container: a task waits for its start, and nobody beats for it meanwhile."""
     lease_s = max(settings.lease_duration_s, settings.modal_startup_timeout_s + COLD_START_MARGIN_S)
@@ -89,13 +104,18 @@ def refuse_deployment(settings: Settings) -> None:
             f"I2V_WAN_PRESET: {unfree[0].name} is for non-commercial use only ({unfree[0].license}): "
             "if yours is, set I2V_ACCEPT_NON_COMMERCIAL=true"
         )
+    problems += [
+        f"{name}: {value!r} has a line break, which an image cannot hold"
+        for name, value in settings.for_containers().items()
+        if not value.isprintable()
+    ]
     if problems:
         raise SettingsError("\n".join(problems))
 
 
 def import_engine() -> None:
     """The imports of the Wan engine, which take longer than all else that needs no GPU."""
-    with suppress(SettingsError), needing_extra("wan", "the Wan engine"):  # told when the engine is loaded
+    with suppress(Exception):  # whatever it is, loading the engine meets it again, and tells
         import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra
 
 
@@ -103,7 +123,7 @@ def import_engine() -> None:
 async def open_dispatcher(
     settings: Settings, records: Records, containers: Mapping[PoolName, Containers]
 ) -> AsyncIterator[Dispatcher]:
-    """What the cron runs. Raises SettingsError."""
+    """What the cron runs. Raises SettingsError, RecordsUnavailable."""
     own = for_a_cold_start(settings)
     kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
     async with AsyncExitStack() as stack:
@@ -112,16 +132,25 @@ async def open_dispatcher(
             for kind in kinds
         }
         pools = {name: (size, containers[name]) for name, size in sizes(settings).items()}
-        yield Dispatcher(queues, pools, Board(records), ledger(settings, records), rules(settings))
+        board = Board(records)
+        await board.deployed(version(settings))
+        yield Dispatcher(queues, pools, board, ledger(settings, records), rules(settings))
 
 
 @asynccontextmanager
 async def open_host(
-    settings: Settings, pool: PoolName, engine_name: EngineName, records: Records, *, drain: bool = False
+    settings: Settings,
+    pool: PoolName,
+    engine_name: EngineName,
+    records: Records,
+    *,
+    drain: bool = False,
+    by_hand: bool = False,
 ) -> AsyncIterator[Host]:
     """A container's engine and what runs leases on it. Never raises for an engine that cannot be loaded.
 
-    A platform would start the next container on the same lease, and the next: so the first task is told instead.
+    A platform would start the next container on the same lease, and the next: so the first task is told instead. One
+    that a person started `by_hand` tells the fleet's board nothing: its code and preset may be others.
     Raises SettingsError for a queue that is not configured.
     """
     own = settings.model_copy(update={"engine": engine_name, "worker_type": "wan" if settings.queue_lanes else None})
@@ -142,16 +171,23 @@ async def open_host(
         log.error("engine_not_loaded", pool=pool, error=str(fault))
         engine = BrokenEngine(fault)
     async with open_queue(own) as queue:
-        runner = build_runner(
-            own, queue, engine, ledger=ledger(settings, records), sink=lambda lease: logs.stages(lease.task.item_id)
-        )
+        books, board = ledger(settings, records), Board(MemoryRecords() if by_hand else records)
+
+        async def fits(task: Task) -> bool:
+            return await may_stay(task, books, has_runway=settings.runway_key is not None)
+
+        async def is_current() -> bool:
+            return await board.version() in (None, version(settings))
+
+        sink = lambda lease: logs.stages(lease.task.item_id)  # noqa: E731
         yield Host(
             pool,
             queue,
-            runner,
-            Board(records),
+            build_runner(own, queue, engine, ledger=books, sink=sink),
+            board,
             fault=fault,
-            fits=lambda task: lane(task.provider) == "wan" or settings.runway_key is None,
+            fits=fits,
+            is_current=is_current,
             # The last task it takes has to end within the platform's own limit for a call.
             drain_s=max(0.0, settings.modal_timeout_s - settings.attempt_limit_s) if drain else 0.0,
             linger_s=settings.modal_linger_s,
@@ -166,7 +202,8 @@ async def report(settings: Settings, records: Records, containers: Mapping[PoolN
     for name, size in sizes(settings).items():
         known = await board.pool(name)
         try:
-            held = str(await containers[name].held())
+            live = await containers[name].live()
+            held = f"{live.running + live.waiting}"
         except PoolUnavailable as error:
             held = f"? ({error})"
         pace = f"{known.clip_s:.1f} s a clip, {known.clips} made" if known.clip_s else "no clip made yet"

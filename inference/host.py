@@ -77,18 +77,20 @@ class Host:
         board: Board,
         *,
         fault: I2VError | None = None,
-        fits: Callable[[Task], bool] = lambda _: True,
+        fits: Callable[[Task], Awaitable[bool]] | None = None,
+        is_current: Callable[[], Awaitable[bool]] | None = None,
         drain_s: float = 0.0,
         linger_s: float = 0.0,
         poll_interval_s: float = 5.0,
     ) -> None:
         """`fault`: why the runner's engine is a broken one.
 
-        `drain_s`: how long after it began a call may take another task, 0 for never; `fits` says which ones.
+        `drain_s`: how long after it began a call may take another task, 0 for never; `fits` says which ones, and
+        `is_current` whether what was deployed last is still this.
         `linger_s`: how long an empty queue is asked again after the last work of this container.
         """
         self._pool, self._queue, self._runner, self._board = pool, queue, runner, board
-        self._fault, self._fits = fault, fits
+        self._fault, self._fits, self._is_current = fault, fits, is_current
         self._drain_s, self._linger_s, self._poll_interval_s = drain_s, linger_s, poll_interval_s
         self._group: TaskGroup | None = None
         self._started, self._closing = anyio.Event(), anyio.Event()
@@ -223,6 +225,8 @@ class Host:
         """The next task for this pool, or None. Tasks of other pools are handed back at once."""
         aside: list[Lease] = []
         malformed = 0
+        if not await self._agrees(self._is_current and self._is_current()):
+            return None
         try:
             while len(aside) <= LOOK_AHEAD and malformed <= LOOK_AHEAD:
                 try:
@@ -234,15 +238,24 @@ class Host:
                 if lease is None:
                     await self._found_dry()
                     return None
-                if self._fits(lease.task):
-                    return lease
                 aside.append(lease)
+                if await self._agrees(self._fits and self._fits(lease.task)):
+                    return aside.pop()
             return None
         finally:
             with anyio.CancelScope(shield=True):
                 async with anyio.create_task_group() as tasks:
                     for lease in aside:
                         tasks.start_soon(hand_back, self._queue, lease)  # fence
+
+    async def _agrees(self, asking: Awaitable[bool] | None) -> bool:
+        """What the fleet's records say; a warm GPU does not stand still because they do not answer."""
+        try:
+            with anyio.fail_after(NOTE_S):
+                return asking is None or await asking
+        except (I2VError, TimeoutError) as error:
+            log.warning("records_not_read", error=str(error))
+            return True
 
     async def _found_dry(self) -> None:
         """The dispatcher reckons with this where the queue cannot tell how many wait."""

@@ -144,6 +144,11 @@ class Ledger:
         own = [payment for payment in await self.payments() if payment.item_id == item_id]
         return max(own, key=lambda payment: payment.number, default=None)
 
+    async def is_paid_for(self, item_id: str) -> bool:
+        """Whether a clip is being made, or waits to be fetched. Raises RecordsUnavailable."""
+        latest = await self.latest(item_id)
+        return latest is not None and latest.status == "created"
+
     async def read(self, key: str) -> Payment | None:
         """One payment as the books have it now. Raises RecordsUnavailable."""
         text = await self._records.get(key)

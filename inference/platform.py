@@ -7,6 +7,7 @@ given, and end here.
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
+from inference.dispatch import Live
 from inference.errors import PoolUnavailable, RecordsUnavailable, one_line
 from inference.task import Lease
 
@@ -59,10 +60,10 @@ class RemoteContainers:
     def __init__(self, function: Any, errors: Errors) -> None:
         self._function, self._errors = function, errors
 
-    async def held(self) -> int:
+    async def live(self) -> Live:
         """See Containers."""
         stats = await self._ask(self._function.get_current_stats.aio())
-        return int(stats.backlog + stats.num_running_inputs)
+        return Live(running=stats.num_running_inputs, waiting=stats.backlog)
 
     async def send(self, lease: Lease | None) -> None:
         """See Containers."""

@@ -25,6 +25,9 @@ from inference.task import GenerationRequest, Lease, Outcome, Video
 
 log = structlog.get_logger(__name__)
 
+NOTE_S = 10.0
+"""How long the books are waited for when a lease has ended."""
+
 
 class Runner:
     """Runs leases, several at once, on one engine that generates for `at_once` of them: a GPU for one at a time."""
@@ -77,6 +80,8 @@ class Runner:
                 "machine_at_fault": outcome.machine_at_fault or job.hung,
             }
         )
+        if outcome.status in ("failed", "cancelled"):  # else it is its successor's by now
+            await self._unreserve(outcome.item_id)
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
         if outcome.video is not None and outcome.video.cost_usd is not None:
             facts["cost_usd"] = outcome.video.cost_usd
@@ -137,15 +142,15 @@ class Runner:
     async def _unreserve(self, item_id: str) -> None:
         """What a dispatcher set aside for a task that was not paid for is free for others."""
         try:
-            if self._ledger:
-                await self._ledger.unreserve(item_id)
-        except I2VError as error:  # it is free after an hour
+            with anyio.fail_after(NOTE_S):
+                if self._ledger:
+                    await self._ledger.unreserve(item_id)
+        except (I2VError, TimeoutError) as error:  # it is free after an hour
             log.warning("still_reserved", item_id=item_id, error=str(error))
 
     async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
         """The one place where an error becomes an outcome, and where the queue is told."""
         item_id = lease.task.item_id
-        await self._unreserve(item_id)
         match error:
             case LeaseLost():
                 return Outcome(status="lease_lost", item_id=item_id, error=str(error))

@@ -163,7 +163,8 @@ class Settings(LoadableSettings):
     ledger_path: Path = setting(
         Path("~/.local/state/serverless-i2v/ledger.db"),
         "I2V_LEDGER",
-        about="File with what was paid for, so that nothing is paid twice. On Modal a `modal.Dict` takes its place.",
+        about="File with what was paid for, so that workers that share it pay nothing twice. On Modal a `modal.Dict` "
+        "of the app takes its place, which forgets after a week.",
     )
 
     # The fleet on Modal: read by `modal deploy app.py`, and told to the containers
@@ -176,7 +177,7 @@ class Settings(LoadableSettings):
         None, "I2V_MODAL_REGION", about="Region of GPU containers, e.g. us or eu; costs more. Default: anywhere."
     )
     modal_max_containers: Annotated[int, Field(ge=1, le=100)] = setting(
-        2, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once: bounds what an hour can cost."
+        2, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once, `modal run` aside: bounds what an hour can cost."
     )
     modal_timeout_s: Annotated[int, Field(ge=60, le=86_400)] = setting(
         14_400, "I2V_MODAL_TIMEOUT", about="Seconds for which a GPU container takes tasks before it starts afresh."
@@ -191,7 +192,9 @@ class Settings(LoadableSettings):
         True, "I2V_MODAL_DRAIN", about="Let a warm container take the next task itself instead of waiting for the cron."
     )
     modal_snapshot: bool = setting(
-        False, "I2V_MODAL_SNAPSHOT", about="Memory snapshots of loaded containers, for faster cold starts."
+        False,
+        "I2V_MODAL_SNAPSHOT",
+        about="Snapshots of containers with their imports done, for faster cold starts.",
     )
     overflow_after_s: Annotated[float, Field(ge=0)] = setting(
         600.0,

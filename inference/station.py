@@ -1,6 +1,7 @@
 """A container's host behind calls that carry JSON, as platforms make them."""
 
 import asyncio
+import hashlib
 import secrets
 from contextlib import AsyncExitStack
 from typing import Any
@@ -10,11 +11,11 @@ from pydantic import ValidationError
 
 from inference import logs
 from inference.board import PoolName
-from inference.build import open_storage
 from inference.engines.base import Job
 from inference.errors import I2VError
 from inference.fleet import EngineName, ledger, open_host
 from inference.host import Host
+from inference.ledger import digest
 from inference.media import photo as photos
 from inference.progress import ProgressTracker, plan
 from inference.records import Records
@@ -30,10 +31,10 @@ class Station:
         self._settings, self._records = settings, records
         self._stack = AsyncExitStack()
 
-    async def open(self, pool: PoolName, engine: EngineName, *, drain: bool = False) -> None:
+    async def open(self, pool: PoolName, engine: EngineName, *, drain: bool = False, by_hand: bool = False) -> None:
         """Loads the engine, and serves from then on. Raises SettingsError."""
         logs.configure(self._settings.log_level)
-        opening = open_host(self._settings, pool, engine, self._records, drain=drain)
+        opening = open_host(self._settings, pool, engine, self._records, drain=drain, by_hand=by_hand)
         self._host = await self._stack.enter_async_context(opening)
         # In a task of its own, which no call's end cancels; platforms run functions on asyncio.
         self._serving = asyncio.create_task(self._host.serve())
@@ -48,7 +49,7 @@ class Station:
         outcomes = await self._host.run(Lease.model_validate(lease) if lease else None, drain=drain)
         return [outcome.model_dump(mode="json") for outcome in outcomes]
 
-    async def render(self, request: dict[str, Any], photo: bytes | str) -> dict[str, Any]:
+    async def render(self, request: dict[str, Any], photo: bytes) -> dict[str, Any]:
         """One video without a queue, {"video": …, "mp4": bytes}, or {"error": one line}."""
         try:
             asked = GenerationRequest.model_validate(request)
@@ -67,23 +68,19 @@ class Station:
 
 
 async def render(
-    settings: Settings, records: Records, host: Host, request: GenerationRequest, photo: bytes | str
+    settings: Settings, records: Records, host: Host, request: GenerationRequest, photo: bytes
 ) -> tuple[Video, bytes]:
-    """One video without a queue, of a photo's bytes or of what is at a URL; and the bytes of its mp4.
+    """One video of a photo without a queue; and the bytes of its mp4.
 
-    Raises StorageError, InvalidPhoto, MachineFault, EngineError.
+    The same request of the same photo goes on with what an interrupted one paid for. Raises InvalidPhoto,
+    MachineFault, EngineError.
     """
-    name = f"by-hand-{secrets.token_hex(6)}"
-    purchase = ledger(settings, records).purchase(name, name)
-    tracker = ProgressTracker(plan(host.stages), logs.stages(name))
+    asked = digest(photo=hashlib.sha256(photo).hexdigest(), **request.model_dump(mode="json"))
+    purchase = ledger(settings, records).purchase(f"by-hand-{asked}", f"by-hand.{secrets.token_hex(6)}")
+    tracker = ProgressTracker(plan(host.stages), logs.stages(f"by-hand-{asked}"))
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
-        tracker.update("download")
-        if isinstance(photo, bytes):
-            path.write_bytes(photo)
-        else:
-            async with open_storage(settings) as storage:
-                await storage.download(photo, path)
+        path.write_bytes(photo)
         await anyio.to_thread.run_sync(photos.verify, path)
         video = await host.render(request, path, folder, Job(tracker, purchase))
         mp4 = video.path.read_bytes()

@@ -9,6 +9,7 @@ and the provider are lost on the way. Then the weather clears, and `check` looks
 """
 
 import argparse
+import functools
 import math
 import random
 import shutil
@@ -27,7 +28,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from inference.board import Board
-from inference.dispatch import Dispatcher, Rules, Sized
+from inference.dispatch import Dispatcher, Live, Rules, Sized, may_stay
 from inference.engines.base import Job
 from inference.engines.runway_models import model_for
 from inference.errors import (
@@ -119,10 +120,10 @@ class SimulatedPool:
         self.history: list[Container] = []
         self.trouble: Callable[[], str | None] = lambda: None  # with the platform's own calls
 
-    async def held(self):
+    async def live(self):
         """See Containers."""
         await self._answer(None)
-        return len(self.backlog) + sum(len(each.running) for each in self.containers)
+        return Live(running=sum(len(each.running) for each in self.containers), waiting=len(self.backlog))
 
     async def send(self, lease):
         """See Containers."""
@@ -525,7 +526,7 @@ class World:
             runner,
             Board(records, clock=self.clock),
             fault=fault,
-            fits=lambda task: lane(task.provider) == "wan" or not self.has_runway,
+            fits=functools.partial(may_stay, ledger=ledger, has_runway=self.has_runway),
             drain_s=3600.0 if self.drain and pool == "gpu" else 0.0,
             linger_s=self.linger_s,
         )

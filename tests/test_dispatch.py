@@ -16,6 +16,7 @@ from inference.dispatch import (
     PROBE_AFTER_S,
     Dispatcher,
     Fleet,
+    Live,
     Pool,
     Rules,
     Sized,
@@ -185,15 +186,16 @@ class FakeContainers:
 
     running: list[Lease] = field(default_factory=list)
     sent: list[Lease] = field(default_factory=list)
+    waiting: int = 0  # beside those that run
     probes: int = 0
     fails: dict[str, I2VError] = field(default_factory=dict)  # by method
     takes_s: dict[str, float] = field(default_factory=dict)
     lands_late: bool = False  # a spawn that is answered too late, or not at all, was carried out all the same
 
-    async def held(self):
+    async def live(self):
         """See Containers."""
-        await self._turn("held")
-        return len(self.running)
+        await self._turn("live")
+        return Live(running=len(self.running), waiting=self.waiting)
 
     async def send(self, lease):
         """See Containers."""
@@ -397,7 +399,7 @@ async def test_without_a_runway_key_hints_are_only_hints():
     counts=st.booleans(),
     budget_usd=st.sampled_from([0.0, 0.3, 2.0, 50.0]),
     overflow_after_s=st.sampled_from([0.0, 60.0, 600.0]),
-    troubled=st.dictionaries(st.sampled_from(["gpu", "runway"]), st.sampled_from(["held", "send"])),
+    troubled=st.dictionaries(st.sampled_from(["gpu", "runway"]), st.sampled_from(["live", "send"])),
     minutes=st.integers(1, 4),
 )
 def test_every_lease_ends_up_in_one_place(
@@ -462,7 +464,7 @@ DELAYS = st.sampled_from([0.0, 0.0, 0.5, 5.0, 9.9, 30.0, 1000.0])
 
 @virtual
 @given(
-    held=DELAYS,
+    live=DELAYS,
     send=DELAYS,
     lease=DELAYS,
     release=DELAYS,
@@ -471,9 +473,9 @@ DELAYS = st.sampled_from([0.0, 0.0, 0.5, 5.0, 9.9, 30.0, 1000.0])
     lanes=st.booleans(),
     failing=st.booleans(),
 )
-@example(held=9.9, send=9.9, lease=9.9, release=1000, backlog=0, records=0.5, lanes=True, failing=True)
-@example(held=0, send=9.9, lease=9.9, release=1000, backlog=9.9, records=2, lanes=True, failing=False)
-def test_a_tick_ends_before_the_next_one(*, held, send, lease, release, backlog, records, lanes, failing):
+@example(live=9.9, send=9.9, lease=9.9, release=1000, backlog=0, records=0.5, lanes=True, failing=True)
+@example(live=0, send=9.9, lease=9.9, release=1000, backlog=9.9, records=2, lanes=True, failing=False)
+def test_a_tick_ends_before_the_next_one(*, live, send, lease, release, backlog, records, lanes, failing):
     """However long each call takes; and what it holds when its time is up goes back."""
 
     async def scene():
@@ -485,7 +487,7 @@ def test_a_tick_ends_before_the_next_one(*, held, send, lease, release, backlog,
         it.add(20)
         it.records.takes_s = records
         for pool in (it.gpu, it.runway):
-            pool.takes_s = {"held": held, "send": send}
+            pool.takes_s = {"live": live, "send": send}
         for queue in it.queues.values():
             queue.takes_s = {"lease": lease, "release": release, "backlog": backlog}
         try:
@@ -597,12 +599,12 @@ async def test_an_unreachable_pool_gets_nothing():
     it = Yard()
     it.add(3)
     it.add(1, "gen4_turbo")
-    it.gpu.fails["held"] = PoolUnavailable("no such app")
+    it.gpu.fails["live"] = PoolUnavailable("no such app")
     await it.tick()
-    assert (len(it.gpu.running), len(it.runway.running)) == (0, 2)  # and one task overflowed
+    assert (len(it.gpu.running), len(it.runway.running)) == (0, 1)  # no answer is no reason to pay elsewhere
     it = Yard()
     it.add(3)
-    it.runway.takes_s["held"] = 1e9
+    it.runway.takes_s["live"] = 1e9
     await it.tick()
     assert len(it.gpu.running) == 3
 
@@ -781,18 +783,50 @@ async def test_tasks_that_wait_for_runway_alone_do_not_make_a_queue_look_full():
 
 @virtual_time
 async def test_a_failing_pool_is_probed_and_otherwise_left_alone():
-    """No lease until a container has shown that it works; one is asked every ten minutes."""
+    """No lease until a container has shown that it works; one is asked after ten minutes, then ever more rarely."""
     it = Yard(runway=None)
     await it.board.faulted("gpu", "no weights", certain=True)
     it.add(3)
-    for _ in range(61):
+    probes = []
+    for _ in range(75):
         await it.tick()
+        probes.append(it.gpu.probes)
         await anyio.sleep(60)
-    assert it.gpu.probes == 60 * 60 // PROBE_AFTER_S
+    assert [probes.index(number) for number in (1, 2, 3)] == [10, 30, 70]
     assert not it.given
     await it.board.worked("gpu")
     await it.tick()
     assert len(it.gpu.running) == 3
+
+
+@virtual_time
+async def test_nobody_is_asked_while_nobody_waits():
+    """A container that only shows whether it works is billed, too."""
+    it = Yard(runway=None)
+    await it.board.faulted("gpu", "no weights", certain=True)
+    for _ in range(30):
+        await it.tick()
+        await anyio.sleep(60)
+    assert it.gpu.probes == 0
+
+
+@virtual_time
+async def test_containers_that_never_become_ready_are_a_failing_pool():
+    """What waits for one for half an hour is no reason to send more; it is over when nothing waits any more."""
+    it = Yard()
+    it.gpu.waiting = 1
+    for _ in range(32):
+        it.add(1)
+        await it.tick()
+        await anyio.sleep(60)
+    assert "no container has become ready" in (await it.board.decisions())[-1][1]
+    assert it.runway.sent
+    sent = len(it.gpu.sent)
+    it.gpu.waiting = 0
+    it.gpu.running.clear()
+    it.add(1)
+    await it.tick()
+    assert len(it.gpu.sent) > sent
 
 
 @virtual_time

@@ -7,6 +7,7 @@ import anyio
 import pytest
 
 from inference.board import FAULTS, Board
+from inference.dispatch import may_stay
 from inference.engines.base import Job
 from inference.errors import (
     EngineFailed,
@@ -19,7 +20,7 @@ from inference.errors import (
     WeightsError,
 )
 from inference.host import DRY_EVERY_S, LOOK_AHEAD, BrokenEngine, Host
-from inference.queues.item import lane
+from inference.ledger import Ledger
 from inference.queues.memory import Faults
 from inference.queues.oracle import MemoryStore
 from inference.runner import Runner
@@ -77,11 +78,19 @@ class Box:
             self.runner,
             self.board,
             fault=fault,
-            fits=lambda task: lane(task.provider) == "wan",
+            fits=self._fits,
+            is_current=self._is_current,
             drain_s=drain_s,
             linger_s=linger_s,
         )
         self.ended = {}  # when each call ended
+        self.is_current = True
+
+    async def _fits(self, task):
+        return await may_stay(task, Ledger(self.records), has_runway=True)
+
+    async def _is_current(self):
+        return self.is_current
 
     async def __aenter__(self):
         self._group = anyio.create_task_group()
@@ -563,3 +572,39 @@ async def test_a_photo_by_hand_learns_why_there_is_no_engine(box, tmp_path):
     async with box(fault=WeightsError("run `i2v weights fetch`")) as it:
         with pytest.raises(WeightsError, match="i2v weights fetch"):
             await it.host.render(GenerationRequest(duration_s=5), tmp_path / "p.jpg", tmp_path, Job())
+
+
+@virtual_time
+async def test_what_is_paid_for_elsewhere_is_not_made_here(box):
+    """Runway makes that clip already; the dispatcher sends it there, and the rest is drained."""
+    async with box() as it:
+        paid, other = it.add(2)
+        purchase = Ledger(it.records).purchase(paid.id, "before.1")
+        assert await purchase.resume("r") is None
+        assert await purchase.intend("r", model="m", cost_usd=0.25)
+        await purchase.created("task-1")
+        lease = await it.cron.lease(other.id)
+        assert statuses(await it.host.run(lease)) == ["completed"]
+        assert it.statuses() == ["pending", "completed"]
+
+
+@virtual_time
+async def test_a_container_of_the_deployment_before_takes_no_more(box):
+    """It ends what it has; the next task is for those that run what was deployed last."""
+    async with box() as it:
+        it.add(2)
+        it.is_current = False
+        assert statuses(await it.host.run(await it.cron.lease())) == ["completed"]
+        assert it.statuses() == ["completed", "pending"]
+
+
+@virtual_time
+async def test_a_lease_that_comes_too_late_is_handed_back(box):
+    """The container is closing, and nobody else knows of it."""
+    async with box() as it:
+        it.add()
+        lease = await it.cron.lease()
+        await it.host.close()
+        with pytest.raises(EngineLost, match="stopping"):
+            await it.host.run(lease)
+        assert it.statuses() == ["pending"]

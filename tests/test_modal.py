@@ -187,7 +187,8 @@ def test_settings_reach_the_deployment(tmp_path):
     for line in ("app family-clips", "H200", "eu", "at most 7", "33 s", "snapshot", "*/2 * * * *", "compile_kernels"):
         assert line in found, line
     assert "ENV I2V_WAN_PRESET=5b-fast" in found
-    assert "secret" not in found.replace("secrets: family-clips", "")
+    assert "hf_secret" not in found
+    assert "local-secret" not in found
 
 
 def test_a_deployment_that_cannot_work_is_refused(tmp_path):
@@ -235,8 +236,11 @@ def test_from_the_cron_to_the_last_report(tmp_path):
 
 
 def test_a_container_is_killed_and_the_next_one_preempted(tmp_path):
-    """Modal runs the same calls again. After a kill their leases still hold; after a preemption they were handed back,
-    and the container that finds them lost takes the tasks anew. Each ends once."""
+    """Modal runs the same calls again, and each task ends once.
+
+    After a kill their leases still hold. After a preemption they were handed back, and the container that finds them
+    lost takes the tasks anew.
+    """
     with fleet(tmp_path) as it:
         ids = submit(it.site, 2, seconds=10)
         it.tick()
@@ -256,8 +260,10 @@ def test_a_container_is_killed_and_the_next_one_preempted(tmp_path):
 
 
 def test_weights_that_are_missing_fail_one_task_and_the_rest_overflow(tmp_path):
-    """One task says what is wrong, the other is handed back, no container is started again for nothing; the next tick
-    finds the pool failing, and sends to Runway what may go there."""
+    """One task says what is wrong, the other is handed back, no container is started again for nothing.
+
+    The next tick finds the pool failing, and sends to Runway what may go there.
+    """
     with fleet(tmp_path, I2V_WAN_PRESET="a14b-fast") as it:
         ids = submit(it.site, 2, seconds=5)
         it.tick()
@@ -358,6 +364,11 @@ def test_by_hand(tmp_path):
         assert again.returncode == 1
         assert "cannot be taken now" in again.stderr + again.stdout
         (it.source / "photo.jpg").write_bytes(jpeg())
+        (it.source / "notes.txt").write_text("not a photo")
+        wrong = it.run("-w", "out.mp4", "app.py::process", "--photo", "notes.txt")
+        assert wrong.returncode == 1
+        assert "is not a JPEG" in wrong.stderr
+        assert not it.cloud.containers("Wan")  # found out before a GPU is started for it
         made = it.run(
             "-w", "out.mp4", "app.py::process", "--photo", "photo.jpg", "--prompt", "zoom", "--seconds", "0.5"
         )
@@ -383,4 +394,20 @@ def test_ctrl_c_gives_the_task_back_and_keeps_what_was_paid(tmp_path):
         again = it.run("app.py::process", "--engine", "runway")
         assert again.returncode == 0, again.stderr
         assert it.statuses([item_id]) == ["completed"]
+        assert it.runway.paid.total() == 1
+
+
+def test_by_hand_at_runway_is_paid_once(tmp_path):
+    """The container that paid is preempted while a person waits: the call comes again, and goes on with the clip."""
+    with fleet(tmp_path) as it:
+        it.runway.hold()
+        (it.source / "photo.jpg").write_bytes(jpeg())
+        arguments = ("-w", "out.mp4", "app.py::process", "--photo", "photo.jpg", "--engine", "runway")
+        command = it.cloud.start_cli("run", *arguments, cwd=it.source)
+        it.runway.wait_for(lambda runway: runway.asked("poll") > 1, PATIENCE_S)
+        it.cloud.preempt(it.cloud.containers("Overflow")[0])
+        it.runway.release()
+        _, said = command.communicate(timeout=PATIENCE_S)
+        assert command.returncode == 0, said
+        assert probe(it.source / "out.mp4").frames == 120
         assert it.runway.paid.total() == 1

@@ -111,7 +111,15 @@ def tree(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("mutant", fences() + weakened(), ids=str)
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        # Each SQL mutant costs seconds of imports; the oracle's rules are the same, and it is held against them.
+        pytest.param(it, marks=pytest.mark.slow if it.path.startswith("inference/server/") else ())
+        for it in fences() + weakened()
+    ],
+    ids=str,
+)
 def test_taking_it_out_is_noticed(mutant, tree):
     """The check that passes on the tree as it is fails on the mutant, and not for want of valid Python."""
     path = tree / mutant.path

@@ -13,6 +13,9 @@ from tests.cloud.cloud import Cloud
 from tests.cloud.containers import make_interpreter
 from tests.processes import until
 
+pytestmark = pytest.mark.slow
+"""It is used by tests/test_modal.py; these are for whoever changes it."""
+
 APP = '''
 import asyncio, os
 from threading import Event
