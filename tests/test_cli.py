@@ -249,7 +249,7 @@ def test_all_problems_of_the_settings_are_said_at_once(here):
 
 def test_up_serves_submit_and_tasks(home, here):
     """The whole way of somebody who tries it: up, submit and wait, look, cancel, retry, Ctrl-C."""
-    env = home.env(I2V_PORT=0, WORKER_API_KEY=KEY, POLL_INTERVAL=0.1, I2V_SHUTDOWN_GRACE=0.2)
+    env = home.env(I2V_PORT=0, WORKER_API_KEY=KEY, POLL_INTERVAL=0.1, I2V_SHUTDOWN_GRACE=0.2, I2V_CONCURRENCY=1)
     up = Process(home.folder, "up", "up", env=env)
     try:
         port = until(lambda: [line["port"] for line in up.events("the queue is open")], 20, "it is open")[0]
@@ -265,7 +265,7 @@ def test_up_serves_submit_and_tasks(home, here):
 
         assert "[red]" not in ran.out
 
-        long, _, last = here("submit", "photo.jpg", "-s", "20", "-n", "3", **queue).out.split()
+        long, _, last = here("submit", "photo.jpg", "-s", "60", "-n", "3", **queue).out.split()
         until(lambda: up.events("stage", item_id=long, stage="render"), 20, "it renders")
         for action, status in (("--cancel", "cancelled"), ("--retry", "pending")):
             assert json.loads(here("tasks", action, last, "--json", **queue).out)["status"] == status

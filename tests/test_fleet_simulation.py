@@ -5,7 +5,7 @@ import pytest
 from tests import fleet_simulation as simulation
 from tests.simulation import Broken
 
-SEEDS, CHUNK = 24, 6
+SEEDS, CHUNK = 12, 4
 
 
 @pytest.fixture(autouse=True)

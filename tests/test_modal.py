@@ -33,6 +33,8 @@ GOLDEN = ROOT / "tests" / "golden" / "modal.txt"
 FILES = ("app.py", "pyproject.toml", "README.md", "inference", "images")
 PATIENCE_S = 90  # for a container that imports torch on a busy machine
 
+IDLE_S = 5.0
+
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -73,6 +75,12 @@ class Fleet:
 
         return until(there, PATIENCE_S, f"a container is at {stage}")
 
+    def status(self, forget: str = "") -> str:
+        """What `modal run app.py::status` shows, without the command."""
+        call = self.cloud.spawn("look", forget)
+        until(lambda: call.has_ended, 30, "the fleet was looked at")
+        return "\n".join(call.value)
+
     def run(self, *arguments: str):
         """`modal run …` beside the app."""
         return self.cloud.run_cli("run", *arguments, cwd=self.source)
@@ -97,7 +105,7 @@ def fleet(folder: Path, **settings: object) -> Iterator[Fleet]:
     with (
         Site(folder / "site") as site,
         RunwayServer() as runway,
-        Cloud(folder / "cloud", container_env=weights) as cloud,
+        Cloud(folder / "cloud", idle_s=IDLE_S, container_env=weights) as cloud,
     ):
         source = copy_of_the_clone(folder / "clone")
         given = {
@@ -242,7 +250,7 @@ def test_a_container_is_killed_and_the_next_one_preempted(tmp_path):
     lost takes the tasks anew.
     """
     with fleet(tmp_path) as it:
-        ids = submit(it.site, 2, seconds=10)
+        ids = submit(it.site, 2, seconds=6)
         it.tick()
         first = it.until_stage("decode")
         it.cloud.kill(first)
@@ -281,40 +289,21 @@ def test_weights_that_are_missing_fail_one_task_and_the_rest_overflow(tmp_path):
         assert it.statuses(stays) == ["pending"]  # wan_local never leaves the GPU pool unless allowed
         assert len(it.cloud.containers("Wan")) == 1
         assert it.runway.paid.total() == 1
-        assert "FAILING" in it.run("app.py::status").stdout
+        assert "FAILING" in it.status()
 
 
-def test_a_queue_that_is_down_costs_nothing_but_a_tick(tmp_path):
-    """The tick says so and spawns nothing; the first one after the queue is back takes the task."""
+def test_trouble_on_the_way_to_runway(tmp_path):
+    """A queue that is down, a spawn that is refused, a container preempted after it has paid: it is paid once."""
     with fleet(tmp_path) as it:
         [item_id] = submit(it.site, provider="gen4_turbo", seconds=5)
         it.site.server.kill()
         assert "sent 0 to gpu, 0 to runway" in it.tick()
         it.site.start_server()
-        assert "1 to runway" in it.tick()
-        it.until_done()
-        assert it.statuses([item_id]) == ["completed"]
-
-
-def test_a_spawn_that_fails_hands_its_lease_back(tmp_path):
-    """The task is free again at once, and the next tick sends it."""
-    with fleet(tmp_path) as it:
-        [item_id] = submit(it.site, provider="gen4_turbo", seconds=5)
         it.cloud.refuse_spawns("Overflow", 1)
         assert "sent 0 to gpu, 0 to runway" in it.tick()
-        until(lambda: it.site.ask("GET", "tasks")["items"][0]["status"] == "pending", 10, "the task is free")
-        assert "1 to runway" in it.tick()
-        it.until_done()
-        assert it.statuses([item_id]) == ["completed"]
-        assert it.runway.paid.total() == 1
-
-
-def test_a_preempted_payment_is_gone_on_with(tmp_path):
-    """The container that paid is preempted while Runway generates: whoever comes next follows the same task."""
-    with fleet(tmp_path) as it:
+        until(lambda: it.statuses([item_id]) == ["pending"], 10, "the task is free")
         it.runway.hold()
-        [item_id] = submit(it.site, provider="gen4_turbo", seconds=5)
-        it.tick()
+        assert "1 to runway" in it.tick()
         it.runway.wait_for(lambda runway: runway.asked("poll") > 1, PATIENCE_S)
         [container] = it.cloud.containers("Overflow")
         it.cloud.preempt(container)
@@ -343,8 +332,8 @@ def test_a_lost_reply_of_a_paid_request_is_paid_once(tmp_path):
         it.until_done()
         assert it.statuses([item_id]) == ["failed"]
         assert it.runway.paid.total() == 1
-        assert "IN DOUBT" in it.run("app.py::status").stdout
-        assert "IN DOUBT" not in it.run("app.py::status", "--forget", item_id).stdout
+        assert "IN DOUBT" in it.status()
+        assert "IN DOUBT" not in it.status(item_id)
         it.site.ask("POST", f"tasks/{item_id}/retry")
         it.tick()
         it.until_done()
@@ -353,35 +342,25 @@ def test_a_lost_reply_of_a_paid_request_is_paid_once(tmp_path):
 
 
 def test_by_hand(tmp_path):
-    """`modal run app.py::process`: the next task, a given one, a photo of one's own; clear errors and exit codes."""
+    """`modal run app.py::process`: a given task, one that is taken, a photo of one's own, something that is none."""
     with fleet(tmp_path) as it:
-        first, second, third = submit(it.site, 3)
+        first, second = submit(it.site, 2)
         given = it.run("app.py::process", "--item-id", second, "--engine", "preview")
         assert given.returncode == 0, given.stderr
-        assert second in given.stderr + given.stdout
-        assert it.statuses([first, second, third]) == ["pending", "completed", "pending"]
+        assert second in given.stderr
+        assert it.statuses([first, second]) == ["pending", "completed"]
         again = it.run("app.py::process", "--item-id", second, "--engine", "preview")
         assert again.returncode == 1
-        assert "cannot be taken now" in again.stderr + again.stdout
-        (it.source / "photo.jpg").write_bytes(jpeg())
+        assert "cannot be taken now" in again.stderr
         (it.source / "notes.txt").write_text("not a photo")
         wrong = it.run("-w", "out.mp4", "app.py::process", "--photo", "notes.txt")
         assert wrong.returncode == 1
         assert "is not a JPEG" in wrong.stderr
         assert not it.cloud.containers("Wan")  # found out before a GPU is started for it
-        made = it.run(
-            "-w", "out.mp4", "app.py::process", "--photo", "photo.jpg", "--prompt", "zoom", "--seconds", "0.5"
-        )
-        assert made.returncode == 0, made.stdout + made.stderr
-        assert probe(it.source / "out.mp4").frames == 13
-        unsaved = it.run("app.py::process", "--photo", "photo.jpg")
-        assert unsaved.returncode == 1
-        assert "-w out.mp4" in unsaved.stderr + unsaved.stdout
-        assert it.statuses([first]) == ["pending"]
 
 
-def test_ctrl_c_gives_the_task_back_and_keeps_what_was_paid(tmp_path):
-    """`modal run` is interrupted while Runway generates: the task is free at once, and the next run pays nothing."""
+def test_by_hand_at_runway_is_paid_once(tmp_path):
+    """Ctrl-C gives a task back and keeps what was paid; a call that is preempted and comes again goes on with it."""
     with fleet(tmp_path) as it:
         it.runway.hold()
         [item_id] = submit(it.site, provider="gen4_turbo", seconds=5)
@@ -391,23 +370,18 @@ def test_ctrl_c_gives_the_task_back_and_keeps_what_was_paid(tmp_path):
         command.communicate(timeout=30)
         until(lambda: it.statuses([item_id]) == ["pending"], 20, "the task is free")
         it.runway.release()
-        again = it.run("app.py::process", "--engine", "runway")
-        assert again.returncode == 0, again.stderr
-        assert it.statuses([item_id]) == ["completed"]
+        it.tick()
+        until(lambda: it.statuses([item_id]) == ["completed"], PATIENCE_S, "the next container made it")
         assert it.runway.paid.total() == 1
 
-
-def test_by_hand_at_runway_is_paid_once(tmp_path):
-    """The container that paid is preempted while a person waits: the call comes again, and goes on with the clip."""
-    with fleet(tmp_path) as it:
         it.runway.hold()
         (it.source / "photo.jpg").write_bytes(jpeg())
         arguments = ("-w", "out.mp4", "app.py::process", "--photo", "photo.jpg", "--engine", "runway")
-        command = it.cloud.start_cli("run", *arguments, cwd=it.source)
-        it.runway.wait_for(lambda runway: runway.asked("poll") > 1, PATIENCE_S)
-        it.cloud.preempt(it.cloud.containers("Overflow")[0])
+        before, command = it.runway.asked("poll"), it.cloud.start_cli("run", *arguments, cwd=it.source)
+        it.runway.wait_for(lambda runway: runway.asked("poll") > before + 1, PATIENCE_S)
+        it.cloud.preempt(it.cloud.containers("Overflow")[-1])
         it.runway.release()
         _, said = command.communicate(timeout=PATIENCE_S)
         assert command.returncode == 0, said
         assert probe(it.source / "out.mp4").frames == 120
-        assert it.runway.paid.total() == 1
+        assert it.runway.paid.total() == 2
