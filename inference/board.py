@@ -38,7 +38,7 @@ class PoolRecord(Value):
     failing: str | None = None  # why nothing should be sent there; None while it works
     failing_at: float = 0.0  # when that was found, or last tried again
     tries: int = 0  # how often it was tried again since
-    waiting_since: float | None = None  # when something sent there was first seen waiting for a container
+    waiting_since: float | None = None  # when all that was sent there was first seen waiting for a container
 
 
 class Board:
@@ -80,7 +80,7 @@ class Board:
         await self._write(name, known.model_copy(update={"failing_at": self._clock(), "tries": known.tries + 1}))
 
     async def seen_waiting(self, name: PoolName, *, waits: bool) -> float:
-        """Whether something that was sent to a pool waits for a container; returns for how long something has."""
+        """Whether all that was sent to a pool waits for a container; returns for how long that has been so."""
         known = await self.pool(name)
         if waits != (known.waiting_since is not None):
             known = known.model_copy(update={"waiting_since": self._clock() if waits else None})

@@ -18,6 +18,7 @@ from rich.markup import escape
 from inference import doctor as doctor_module
 from inference import logs, process, terminal
 from inference.build import (
+    build_ledger,
     build_server_config,
     build_worker,
     engine_note,
@@ -35,7 +36,7 @@ from inference.errors import (
     QueueUnavailable,
     SettingsError,
 )
-from inference.progress import Progress, Sink
+from inference.progress import Sink
 from inference.settings import Settings
 from inference.task import Lease, Outcome
 
@@ -159,10 +160,12 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
 
     def sink(lease: Lease) -> Sink:
         taken.append(lease.task.item_id)
-        return _log_stages(lease)
+        return logs.stages(lease.task.item_id)
 
     async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
         engine = await load_engine(settings)  # before a task is taken: nobody else should wait for these weights
+        if settings.engine == "runway":
+            await build_ledger(settings).prune()
         worker = build_worker(settings, queue, engine, sink=sink)
         log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
@@ -337,19 +340,6 @@ async def _serving(settings: Settings) -> AsyncIterator[Settings]:
             yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
         finally:
             lifetime.cancel()
-
-
-def _log_stages(lease: Lease) -> Sink:
-    """A log line whenever a lease enters a stage: progress for those who read logs."""
-    last = ""
-
-    def sink(progress: Progress) -> None:
-        nonlocal last
-        if progress.stage != last:
-            last = progress.stage
-            log.info("stage", item_id=lease.task.item_id, stage=progress.stage)
-
-    return sink
 
 
 def main() -> None:

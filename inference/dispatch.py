@@ -268,7 +268,7 @@ class Dispatcher:
         return plan(
             Fleet(
                 gpu=gpu,
-                runway=await self._pool("runway", waiting),
+                runway=await self._pool("runway", None),  # what waits may be counted for the GPU alone
                 waiting=waiting,
                 undry_s=await self._board.undry_s(),
                 spent_usd=await self._ledger.spent_usd() if "runway" in self._pools else 0.0,
@@ -289,7 +289,7 @@ class Dispatcher:
             log.warning("pool_unknown", pool=name, error=str(error))
             live = Live(running=size.slots, waiting=0)
         else:
-            for_s = await self._board.seen_waiting(name, waits=live.waiting > 0)
+            for_s = await self._board.seen_waiting(name, waits=live.waiting > 0 and live.running == 0)
             if for_s > self._rules.ready_after_s:
                 failing = failing or f"no container has become ready for {for_s / 60:.0f} minutes"
         # Somebody has to wait for it: a container that only shows that it cannot work is billed, too.

@@ -49,6 +49,7 @@ COLD_START_MARGIN_S = 60.0
 def rules(settings: Settings) -> Rules:
     """What the operator decided."""
     return Rules(
+        ready_after_s=2.0 * settings.modal_startup_timeout_s,
         overflow_after_s=settings.overflow_after_s,
         overflow_wan_local=settings.overflow_wan_local,
         budget_usd=settings.runway_budget_usd,

@@ -134,7 +134,7 @@ class Ledger:
         return payment
 
     async def prune(self) -> None:
-        """Drops ended payments of more than a week ago. Raises RecordsUnavailable."""
+        """Drops ended payments of more than a week ago, as `modal.Dict` does by itself. Raises RecordsUnavailable."""
         for payment in await self.payments():
             if not payment.is_open and self._clock() - payment.at > KEPT_S:
                 await self._records.remove(payment.key)

@@ -186,7 +186,7 @@ class FakeContainers:
 
     running: list[Lease] = field(default_factory=list)
     sent: list[Lease] = field(default_factory=list)
-    waiting: int = 0  # beside those that run
+    is_ready: bool = True  # False: its containers never get as far as a lease
     probes: int = 0
     fails: dict[str, I2VError] = field(default_factory=dict)  # by method
     takes_s: dict[str, float] = field(default_factory=dict)
@@ -195,7 +195,8 @@ class FakeContainers:
     async def live(self):
         """See Containers."""
         await self._turn("live")
-        return Live(running=len(self.running), waiting=self.waiting)
+        ready = len(self.running) if self.is_ready else 0
+        return Live(running=ready, waiting=len(self.running) - ready)
 
     async def send(self, lease):
         """See Containers."""
@@ -811,18 +812,28 @@ async def test_nobody_is_asked_while_nobody_waits():
 
 
 @virtual_time
+async def test_runway_is_asked_again_whoever_waits():
+    """With a queue that hands out by kind what waits is counted for the GPU alone; asking Runway costs next to none."""
+    it = Yard(lanes=True)
+    await it.board.faulted("runway", "no credits", certain=True)
+    it.add(1, "gen4_turbo")
+    it.ahead_s += PROBE_AFTER_S
+    await it.tick()
+    assert it.runway.probes == 1
+
+
+@virtual_time
 async def test_containers_that_never_become_ready_are_a_failing_pool():
     """What waits for one for half an hour is no reason to send more; it is over when nothing waits any more."""
     it = Yard()
-    it.gpu.waiting = 1
-    for _ in range(32):
+    it.gpu.is_ready = False
+    for _ in range(33):
         it.add(1)
         await it.tick()
         await anyio.sleep(60)
     assert "no container has become ready" in (await it.board.decisions())[-1][1]
     assert it.runway.sent
     sent = len(it.gpu.sent)
-    it.gpu.waiting = 0
     it.gpu.running.clear()
     it.add(1)
     await it.tick()
