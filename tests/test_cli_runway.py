@@ -138,7 +138,7 @@ def test_what_is_missing_is_said_in_one_line(home, settings, said):
     assert home.runway.tasks == []
 
 
-@pytest.mark.parametrize("fate", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("fate", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_worker_that_ends_leaves_its_task_to_the_next(home, runway, tmp_path, fate):
     """`i2v work` on any box: the lease is handed back, or runs out; the clip is paid for once."""
     runway.hold()

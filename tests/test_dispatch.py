@@ -48,7 +48,7 @@ APP_LIMIT_S = 55
 
 HINTS = (None, "wan_local", "gen4_turbo", "gen4.5", "veo3.1", "runway_gen4_turbo")
 CLIP_USD = 0.25  # five seconds of gen4_turbo
-virtual = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+virtual = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
 pools = st.builds(
     Pool,

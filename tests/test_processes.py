@@ -175,6 +175,7 @@ def test_lost_replies_lose_nothing(site):
     assert [row.crash_count for row in books.rows] == [0] * 4
 
 
+@pytest.mark.slow  # the soak is `python -m tests.storm`
 def test_a_storm_leaves_the_ledger_exact(tmp_path):
     """Kills, pauses, stops and restarts at random for a while; afterwards every task has ended once, and rightly."""
     books = storm.run(tmp_path, seconds=9, tasks=12, seed=4)
