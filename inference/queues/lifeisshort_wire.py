@@ -1,6 +1,5 @@
 """The shapes of the Life-is-Short worker API, and the one place where they are validated."""
 
-import ipaddress
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -8,6 +7,7 @@ import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from inference.errors import InvalidTask, QueueAuthError, QueueRefused, QueueUnavailable, SettingsError
+from inference.network import safe_for_a_key
 from inference.queues.item import duration_s
 from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, QUEUE_FPS, Identifier, Task, explain
 
@@ -130,13 +130,9 @@ def worker_api_url(api_url: str) -> str:
     Raises SettingsError: the key must not travel in the clear, save to this machine.
     """
     try:
-        url = httpx.URL(api_url.strip())
-    except (httpx.InvalidURL, UnicodeError):
-        url = httpx.URL()
-    if not url.host or url.scheme not in ("http", "https") or url.query or url.fragment or url.userinfo:
-        raise SettingsError("VERCEL_API_URL: must look like https://host, without query, fragment or user")
-    if url.scheme == "http" and not _is_this_machine(url.host):
-        raise SettingsError(f"VERCEL_API_URL: must be https, since {url.host} is not this machine")
+        url = safe_for_a_key(api_url)
+    except SettingsError as error:
+        raise SettingsError(f"VERCEL_API_URL: {error}") from None
     path = url.path.rstrip("/").removesuffix("/api")
     return str(url.copy_with(path=f"{path}/api/worker/"))
 
@@ -147,10 +143,3 @@ def may_be_proxied(url: str) -> bool:
     Plain http leads to this machine only: a proxy would look for it on its own, and read the key.
     """
     return httpx.URL(url).scheme == "https"
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
