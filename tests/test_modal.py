@@ -230,6 +230,7 @@ def test_from_the_cron_to_the_last_report(tmp_path):
         assert "sent" in second.value  # it waited for the first, and found what that had left
         assert len(it.cloud.containers("dispatch")) == 1
         assert len(it.cloud.containers("Wan")) == 1
+        assert len(it.cloud.calls("Wan.run")) == 2  # the third clip was taken by the warm container itself
         assert len(it.cloud.containers("Overflow")) == 1
         assert it.runway.paid["to runway"] == 2
         assert [payment.status for payment in it.payments()] == ["delivered"] * 2

@@ -25,6 +25,7 @@ from inference.engines.wan import bf16, fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset, Repository
 from inference.engines.wan.weights import LOCK, check, folder_of, read_ahead, require, weight_files
 from inference.errors import DiskFull, WeightsError
+from tests.disk import small_disk
 from tests.engines.wan.conftest import tiny_weights
 from tests.engines.wan.hub import Fault, Hub, git_sha1, sha256
 from tests.processes import until
@@ -619,21 +620,6 @@ def test_no_error_shows_a_credential(hub, fetch, tmp_path):
 
 
 # The machine
-
-
-@contextmanager
-def small_disk(folder: Path, size: str):
-    """A filesystem of its own, of so many bytes. Skips where mounting is not allowed."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk takes the right to mount one: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_room_for_the_finished_files_and_one_more(hub, fetch, preset, finished, tmp_path):
