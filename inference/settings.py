@@ -24,6 +24,8 @@ Bytes = Annotated[int, Field(gt=0)]
 
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
 OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_path"}
+OF_ONE_MACHINE |= {"runpod_endpoint_id", "runpod_url", "runpod_max_workers", "runpod_init_timeout_s", "runpod_webhook"}
+OF_ONE_MACHINE |= {"bucket_url", "bucket_name", "bucket_key_id", "bucket_region"}
 """Settings that mean something else, or nothing, in a container: its address of the queue comes with its secret."""
 
 
@@ -44,6 +46,7 @@ class Settings(LoadableSettings):
         "",
         "WORKER_ID",
         "MODAL_TASK_ID",
+        "RUNPOD_POD_ID",
         about="Name of this worker in the queue; every lease adds its own suffix. Default: host name.",
     )
     worker_type: Literal["wan", "runway"] | None = setting(
@@ -205,6 +208,37 @@ class Settings(LoadableSettings):
         False, "I2V_OVERFLOW_WAN_LOCAL", about="Let tasks that ask for `wan_local` overflow to Runway, too."
     )
 
+    # The endpoint on RunPod: for who calls it, and for its workers
+    runpod_key: SecretStr | None = setting(
+        None, "RUNPOD_API_KEY", about="Key of the RunPod API, for `i2v runpod`; workers need none."
+    )
+    runpod_endpoint_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] | None = setting(
+        None, "RUNPOD_ENDPOINT_ID", about="Endpoint that `i2v runpod` calls; workers are told theirs."
+    )
+    runpod_url: str = setting(
+        "https://api.runpod.ai/v2", "RUNPOD_ENDPOINT_BASE_URL", about="Base URL of RunPod's endpoints."
+    )
+    runpod_max_workers: Annotated[int, Field(ge=1, le=100)] = setting(
+        3, "I2V_RUNPOD_MAX_WORKERS", about="Max workers of the endpoint: `i2v runpod dispatch` sends no more at once."
+    )
+    runpod_init_timeout_s: Annotated[int, Field(ge=10, le=7200)] = setting(
+        800, "RUNPOD_INIT_TIMEOUT", about="Seconds in which a worker has to be ready; RunPod itself defaults to 420."
+    )
+    runpod_webhook: str | None = setting(
+        None, "I2V_RUNPOD_WEBHOOK", about="URL that RunPod tells of the end of each job that was dispatched."
+    )
+    bucket_url: str | None = setting(
+        None,
+        "BUCKET_ENDPOINT_URL",
+        about="S3-compatible storage for videos of direct invocations, e.g. https://s3.eu-central-1.amazonaws.com.",
+    )
+    bucket_name: str | None = setting(None, "BUCKET_NAME", about="Bucket in that storage.")
+    bucket_key_id: str | None = setting(None, "BUCKET_ACCESS_KEY_ID", about="Access key that may write there.")
+    bucket_secret: SecretStr | None = setting(None, "BUCKET_SECRET_ACCESS_KEY", about="Its secret.")
+    bucket_region: str | None = setting(
+        None, "BUCKET_REGION", about="Region that requests are signed for. Default: the one in BUCKET_ENDPOINT_URL."
+    )
+
     # The embedded queue server
     host: str = setting("127.0.0.1", "I2V_HOST", about="Address the server binds to; others than loopback need a key.")
     port: Annotated[int, Field(ge=0, le=65535)] = setting(8000, "I2V_PORT", about="Port of the server; 0 picks one.")
@@ -217,7 +251,7 @@ class Settings(LoadableSettings):
     )
     max_video_bytes: Bytes = setting(500_000_000, "I2V_MAX_VIDEO_BYTES", about="Bytes of the largest upload taken.")
 
-    @field_validator("api_url", "public_url")
+    @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook")
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
         scheme, _, rest = (value or "https://x").strip().partition("://")
@@ -235,9 +269,9 @@ class Settings(LoadableSettings):
             raise ValueError(str(error).removeprefix("VERCEL_API_URL: ")) from None
         return value
 
-    @field_validator("runway_url")
+    @field_validator("runway_url", "runpod_url")
     @classmethod
-    def _is_safe_for_the_runway_key(cls, value: str) -> str:
+    def _is_safe_for_a_key(cls, value: str) -> str:
         try:
             return str(safe_for_a_key(value)).rstrip("/")
         except SettingsError as error:
@@ -250,7 +284,7 @@ class Settings(LoadableSettings):
             raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
         return value
 
-    @field_validator("api_key", "runway_key")
+    @field_validator("api_key", "runway_key", "runpod_key")
     @classmethod
     def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
         key = value.get_secret_value() if value else ""
