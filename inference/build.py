@@ -3,7 +3,7 @@
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.records import SqliteRecords
 from inference.runner import Runner
 from inference.scratch import sweep
+from inference.seat import Seat
 from inference.settings import Settings
 from inference.storage import Storage
 from inference.task import GenerationRequest, Lease, Outcome
@@ -148,12 +149,12 @@ def needing_extra(extra: str, what: str) -> Iterator[None]:
         raise SettingsError(f"{what} needs an extra: pip install 'serverless-i2v[{extra}]' ({error})") from None
 
 
-def open_storage(settings: Settings) -> Storage:
+def open_storage(settings: Settings, trusted_origins: Sequence[str] = ()) -> Storage:
     """Downloads and uploads under the limits of `settings`; to be entered."""
     # The operator named this host: its presigned URLs may lead back to it, wherever it is.
     origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
     return Storage(
-        trusted_origins=origins,
+        trusted_origins=[*origins, *trusted_origins],
         allow_private=settings.allow_private_addresses,
         max_download_bytes=settings.max_photo_bytes,
     )
@@ -180,10 +181,30 @@ async def open_queue(settings: Settings) -> AsyncIterator[LifeIsShortQueue]:
         yield queue
 
 
+def build_policy(settings: Settings) -> Policy:
+    """How leases are kept, and how often things are tried."""
+    return Policy(
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        attempt_limit_s=settings.attempt_limit_s,
+        keep_temp=not settings.auto_cleanup_temp,
+    )
+
+
+def clear_temp(settings: Settings) -> None:
+    """Makes the temporary folder, and clears away what killed workers left there. Raises SettingsError."""
+    if settings.temp_dir:
+        try:
+            settings.temp_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"TEMP_DIR: {settings.temp_dir} cannot be made: {error.strerror}") from None
+    if settings.auto_cleanup_temp:
+        sweep(settings.temp_dir)
+
+
 def build_runner(
     settings: Settings,
     queue: TaskQueue,
-    engine: Engine,
+    engine: Engine | Seat,
     *,
     ledger: Ledger | None = None,
     sink: Callable[[Lease], Sink] | None = None,
@@ -192,20 +213,16 @@ def build_runner(
 
     Raises SettingsError where the temporary folder cannot be made.
     """
-    if settings.temp_dir:
-        try:
-            settings.temp_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"TEMP_DIR: {settings.temp_dir} cannot be made: {error.strerror}") from None
-    if settings.auto_cleanup_temp:
-        sweep(settings.temp_dir)
-    policy = Policy(
-        heartbeat_interval_s=settings.heartbeat_interval_s,
-        attempt_limit_s=settings.attempt_limit_s,
-        keep_temp=not settings.auto_cleanup_temp,
+    clear_temp(settings)
+    return Runner(
+        queue,
+        engine,
+        policy=build_policy(settings),
+        temp_dir=settings.temp_dir,
+        sink=sink,
+        ledger=ledger,
+        at_once=settings.runway_concurrency if settings.engine == "runway" else 1,
     )
-    at_once = settings.runway_concurrency if settings.engine == "runway" else 1
-    return Runner(queue, engine, policy=policy, temp_dir=settings.temp_dir, sink=sink, ledger=ledger, at_once=at_once)
 
 
 def build_worker(

@@ -12,11 +12,11 @@ from rich.markup import escape
 
 from inference import build, terminal
 from inference.errors import EngineError, InvalidRequest, NoTask, SettingsError
-from inference.fleet import EngineName, for_a_cold_start
+from inference.fleet import EngineName, for_a_cold_start, on_modal
 from inference.keeper import hand_back
 from inference.media import photo as photos
 from inference.records import MemoryRecords
-from inference.scratch import scratch_folder
+from inference.scratch import put, scratch_folder
 from inference.settings import Settings
 from inference.station import Station
 from inference.task import GenerationRequest, Lease, Outcome, Video, explain
@@ -71,7 +71,7 @@ async def fetch(settings: Settings, photo: bytes | str) -> bytes:
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
         if isinstance(photo, bytes):
-            path.write_bytes(photo)
+            await anyio.to_thread.run_sync(put, path, photo)
         else:
             async with build.open_storage(settings) as storage:
                 await storage.download(photo, path)
@@ -85,7 +85,7 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
 
     Raises NoTask, QueueError, Refusal, InvalidTask.
     """
-    async with build.open_queue(for_a_cold_start(settings)) as queue:
+    async with build.open_queue(for_a_cold_start(settings, on_modal(settings))) as queue:
         lease = await lease_from(queue, item_id or None)
         if lease is None:
             raise NoTask(f"{item_id} cannot be taken now: see its status" if item_id else "no task waits")

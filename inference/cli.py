@@ -27,6 +27,7 @@ from inference.build import (
 )
 from inference.cli_payments import payments
 from inference.cli_render import render
+from inference.cli_runpod import app as runpod_app
 from inference.cli_start import Photo, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.cli_weights import app as weights_app
 from inference.client import QueueClient
@@ -88,7 +89,7 @@ async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, ou
         terminal.say(f"  submitted  {escape(photo.name)}, “{escape(prompt)}”, {seconds:g} s → task {task['id']}")
         with terminal.bar("working") as sink:
             engine = await load_engine(here)
-            await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(once=True)
+            await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(at_most=1)
         [outcome] = outcomes
         if outcome.video is None:
             raise EngineFailed(f"no video was made: {outcome.error}")
@@ -170,7 +171,7 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
         try:
-            await worker.run(once=once)
+            await worker.run(at_most=1 if once else None)
         except QueueUnavailable as error:
             raise QueueUnavailable(f"no queue at {settings.api_url}, see VERCEL_API_URL or --url: {error}") from None
         tasks.cancel_scope.cancel()
@@ -279,6 +280,7 @@ def tasks(
 
 app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com")(payments)
 app.add_typer(weights_app)
+app.add_typer(runpod_app)
 
 
 @app.command(epilog="Example: `i2v doctor --url https://app.example.com`, or `i2v doctor modal` before deploying")

@@ -18,7 +18,7 @@ from inference.engines.runway_models import USD_PER_CREDIT
 from inference.engines.runway_wire import RunwayApi
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
-from inference.errors import I2VError
+from inference.errors import EngineLost, I2VError
 from inference.media.video import VideoWriter, probe
 from inference.settings import Settings
 
@@ -65,6 +65,14 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         here = find_spec(package) is not None
         text = use if here else f"{use} need it: pip install 'serverless-i2v[{extra}]'"
         yield Finding(f"extra {extra}", "ok" if here else "skip", text)
+
+
+def require_machine(settings: Settings) -> None:
+    """Raises EngineLost where the weights or the GPU that the engine needs are not there. Quick: nothing is loaded."""
+    if settings.engine == "wan":
+        for finding in (_weights(settings), _gpu(settings)):
+            if finding.verdict == "FAIL":
+                raise EngineLost(finding.text)
 
 
 def _weights(settings: Settings) -> Finding:

@@ -22,6 +22,16 @@ class Progress(Value):
 Sink = Callable[[Progress], None]
 
 
+def both(one: Sink, other: Sink) -> Sink:
+    """A sink that is two."""
+
+    def sink(progress: Progress) -> None:
+        one(progress)
+        other(progress)
+
+    return sink
+
+
 def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
     """The stages of one lease with an engine's own in the place of `generate`, scaled to its share."""
     scale = DELIVERY_STAGES["generate"] / sum(engine_stages.values())

@@ -15,12 +15,13 @@ import anyio
 import structlog
 
 from inference.engines.base import Engine, Job
-from inference.errors import CancelRequested, EngineHung, EngineLost, I2VError, LeaseLost, QueueAuthError
+from inference.errors import CancelRequested, I2VError, LeaseLost, QueueAuthError
 from inference.keeper import Keeper, Policy, repeat
 from inference.ledger import Ledger, Purchase
 from inference.progress import ProgressTracker, Sink, plan
 from inference.queues.base import TaskQueue
 from inference.scratch import scratch_folder
+from inference.seat import Seat
 from inference.task import GenerationRequest, Lease, Outcome, Video
 
 log = structlog.get_logger(__name__)
@@ -35,7 +36,7 @@ class Runner:
     def __init__(
         self,
         queue: TaskQueue,
-        engine: Engine,
+        engine: Engine | Seat,
         *,
         policy: Policy | None = None,
         temp_dir: Path | None = None,
@@ -43,22 +44,28 @@ class Runner:
         ledger: Ledger | None = None,
         at_once: int = 1,
     ) -> None:
-        self._queue, self._engine, self._ledger = queue, engine, ledger
+        """`engine`: this runner's own, used by `at_once` leases at a time, or a seat that it shares with others."""
+        self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
+        limit_s = self._policy.attempt_limit_s
+        self._seat = engine if isinstance(engine, Seat) else Seat(engine, at_once=at_once, limit_s=limit_s)
         self._temp_dir = temp_dir
         self._sink = sink
-        self._engine_free = anyio.Semaphore(at_once)
-        self.engine_hung = False  # a thread of the engine did not stop: nothing may generate here any more
+
+    @property
+    def engine_hung(self) -> bool:
+        """A thread of the engine did not stop: nothing may generate here any more."""
+        return self._seat.hung
 
     @property
     def engine_stages(self) -> Mapping[str, float]:
         """The engine's own stages: the seconds spent in them are what a clip takes."""
-        return self._engine.stages
+        return self._seat.stages
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Never raises for what happens to it; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
-        tracker = ProgressTracker(plan(self._engine.stages), self._sink(lease) if self._sink else None)
+        tracker = ProgressTracker(plan(self._seat.stages), self._sink(lease) if self._sink else None)
         purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         job = Job(tracker, purchase, keeper.check)
@@ -98,8 +105,8 @@ class Runner:
             photo = await repeat(lambda: self._queue.fetch_photo(lease, folder), policy, keeper.check)
             job.report("wait")
             request = GenerationRequest.from_task(lease.task)
-            async with self._engine_free:  # for all its tries
-                video = await repeat(lambda: self._generate(request, photo, folder, job), policy, keeper.check)
+            async with self._seat.taken():
+                video = await repeat(lambda: self._seat.generate(request, photo, folder, job), policy, keeper.check)
             job.report("upload")
             storage_path = await repeat(lambda: self._queue.deliver(lease, video), policy, keeper.check)
             keeper.reporting = True
@@ -118,19 +125,8 @@ class Runner:
         Raises as Engine.generate, and EngineHung.
         """
         job.report("wait")
-        async with self._engine_free:
-            return await self._generate(request, photo, folder, job)
-
-    async def _generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        if self.engine_hung:
-            raise EngineLost("the engine of this worker is stuck")
-        limit_s = self._policy.attempt_limit_s
-        try:
-            with anyio.move_on_after(limit_s):
-                return await self._engine.generate(request, photo, folder, job)
-        finally:
-            self.engine_hung = self.engine_hung or job.hung
-        raise EngineHung(f"the {self._engine.name} engine made no video within {limit_s:g} s")
+        async with self._seat.taken():
+            return await self._seat.generate(request, photo, folder, job)
 
     async def _close_the_books(self, purchase: Purchase, lease: Lease) -> None:
         """Only now: until the queue has the video, whoever gets the task next goes on with what was paid for."""

@@ -50,6 +50,14 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
             os.close(lock)
 
 
+def put(path: Path, data: bytes) -> None:
+    """Writes a temporary file. Raises DiskFull."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise DiskFull(f"{len(data) / 1e6:.1f} MB cannot be written to {path.parent}: {error.strerror}") from None
+
+
 def sweep(parent: Path | None = None) -> int:
     """Removes the folders that killed processes left in `parent`; returns how many."""
     removed = 0

@@ -19,7 +19,7 @@ from inference.ledger import digest
 from inference.media import photo as photos
 from inference.progress import ProgressTracker, plan
 from inference.records import Records
-from inference.scratch import scratch_folder
+from inference.scratch import put, scratch_folder
 from inference.settings import Settings
 from inference.task import GenerationRequest, Lease, Video, explain
 
@@ -80,7 +80,7 @@ async def render(
     tracker = ProgressTracker(plan(host.stages), logs.stages(f"by-hand-{asked}"))
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
-        path.write_bytes(photo)
+        await anyio.to_thread.run_sync(put, path, photo)
         await anyio.to_thread.run_sync(photos.verify, path)
         video = await host.render(request, path, folder, Job(tracker, purchase))
         mp4 = video.path.read_bytes()

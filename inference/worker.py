@@ -1,5 +1,6 @@
 """The polling worker: lease, run, repeat, several leases at once; drains when told to stop."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -71,8 +72,8 @@ class Worker:
         self.stop()
         self._stopping_now.set()
 
-    async def run(self, *, once: bool = False) -> None:
-        """Works until stopped; with `once`, takes at most one task and returns when it has ended.
+    async def run(self, *, at_most: int | None = None) -> None:
+        """Works until stopped; with `at_most`, until so many tasks were taken or the queue has none, and they ended.
 
         Raises QueueAuthError, QueueRefused where the queue will not have us, EngineHung when the engine is stuck,
         EngineLost when leases keep ending badly for reasons that may be this machine's. Everything it held was
@@ -82,7 +83,7 @@ class Worker:
             async with anyio.create_task_group() as leases:
                 beside.start_soon(self._enforce_stop, leases.cancel_scope)
                 with self._polling:
-                    await self._poll(leases, once=once)
+                    await self._poll(leases, at_most)
             beside.cancel_scope.cancel()
         if self._runner.engine_hung:
             raise EngineHung("the engine is stuck; this process has to be started again")
@@ -95,33 +96,37 @@ class Worker:
             await self._stopping_now.wait()
         leases.cancel()
 
-    async def _poll(self, leases: TaskGroup, *, once: bool) -> None:
+    async def _poll(self, leases: TaskGroup, at_most: int | None) -> None:
         unanswered = 0
-        while True:
+        left = math.inf if at_most is None else at_most
+        while left > 0:
             await self._slots.acquire()
+            left -= 1
             lease, pause_s = None, self._poll_interval_s * random.uniform(0.8, 1.2)
+            waits_for_more = at_most is None
             try:
                 lease = await lease_from(self._queue)
                 unanswered = 0
             except QueueUnavailable as error:
-                if once:
+                if not waits_for_more:
                     self._fault = self._fault or error
                 unanswered = min(unanswered + 1, 10)
                 pause_s = random.uniform(0.5, 1) * min(MAX_BACKOFF_S, self._poll_interval_s * 2.0**unanswered)
                 log.warning("queue_unavailable", error=str(error), next_try_s=round(pause_s, 1))
             except InvalidTask as error:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
+                waits_for_more = True
             except I2VError as error:
                 self._fault = self._fault or error
                 self.stop()
-            if lease is None:
-                self._slots.release()
-            else:
+            if lease is not None:
                 leases.start_soon(self._run, lease)
                 pause_s = 0.0
-            if once:
-                return
-            await anyio.sleep(pause_s)
+            else:
+                self._slots.release()
+                if not waits_for_more:
+                    return
+            await anyio.sleep(pause_s if left else 0.0)
 
     async def _run(self, lease: Lease) -> None:
         try:

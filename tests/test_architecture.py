@@ -13,21 +13,22 @@ MODULES = sorted((ROOT / "inference").rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"task"},
-    {"progress", "media", "network", "storage", "storage_errors", "scratch", "records"},
+    {"progress", "media", "network", "storage", "storage_errors", "scratch", "records", "bucket"},
     {"ledger"},
     {"queues", "engines"},
-    {"keeper"},
+    {"keeper", "seat", "snapshots", "runpod_wire"},
     {"runner"},
     {"worker"},
     {"board"},
     {"dispatch", "host"},
-    {"server", "client"},
+    {"server", "client", "runpod_api"},
     {"settings", "settings_base", "logs", "terminal", "assets"},
     {"build"},
     {"doctor", "process", "fleet", "bake"},
     {"station", "platform", "doctor_modal"},
-    {"by_hand"},
-    {"cli", "cli_payments", "cli_render", "cli_start", "cli_weights"},
+    {"by_hand", "invocation"},
+    {"endpoint"},
+    {"cli", "cli_payments", "cli_render", "cli_runpod", "cli_start", "cli_weights"},
 ]
 """From the bottom up: a module imports from its own layer and those below. Settings stand above all that is built
 from them, so that nothing below can read the environment."""
@@ -38,6 +39,8 @@ FOREIGN = {
     "transformers": "inference/engines/wan/",
     "modal": "app.py",
     "runpod": "runpod_handler.py",
+    "boto3": "inference/bucket.py",
+    "botocore": "inference/bucket.py",
     "fastapi": "inference/server/",
     "uvicorn": "inference/server/",
     "sqlalchemy": "inference/server/",
@@ -104,7 +107,18 @@ def test_the_environment_is_read_in_one_file(path):
 
 def test_import_works_with_every_optional_package_blocked():
     """What the cron, a Runway container or a library user imports needs none of the extras."""
-    blocked = ["torch", "diffusers", "transformers", "modal", "runpod", "fastapi", "uvicorn", "sqlalchemy", "psycopg"]
+    blocked = [
+        "torch",
+        "diffusers",
+        "transformers",
+        "modal",
+        "runpod",
+        "boto3",
+        "fastapi",
+        "uvicorn",
+        "sqlalchemy",
+        "psycopg",
+    ]
     blocked += ["pillow_heif"]
     program = f"""
 import sys

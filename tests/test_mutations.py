@@ -25,6 +25,7 @@ SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "
 CHECKS = {
     "inference/keeper.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
     "inference/runner.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
+    "inference/seat.py": [(*PYTEST, "tests/test_runner.py")],
     "inference/dispatch.py": [(*PYTEST, "tests/test_dispatch.py", "-k", "lease or refused or money")],
     "inference/host.py": [(*PYTEST, "tests/test_host.py")],
     "inference/queues/oracle.py": [(*PYTEST, "tests/server/test_store.py", "-k", "memory")],
@@ -63,8 +64,8 @@ def weakened() -> list[Mutant]:
     changes = [
         ("inference/keeper.py", "WORK_SHARE = 2 / 3", "WORK_SHARE = 100"),
         ("inference/keeper.py", "wait_s = self._second_beat_s", "wait_s = self._interval_s"),
-        ("inference/runner.py", "async with self._engine_free:  # for all its tries", "if True:"),
-        ("inference/runner.py", "with anyio.move_on_after(limit_s):", "with anyio.move_on_after(1e9):"),
+        ("inference/seat.py", "async with self._free:", "if True:"),
+        ("inference/seat.py", "with anyio.move_on_after(self._limit_s):", "with anyio.move_on_after(1e9):"),
         (
             "inference/keeper.py",
             "with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):",

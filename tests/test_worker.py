@@ -167,9 +167,9 @@ async def test_a_lease_that_arrives_during_the_stop_is_handed_back(box):
 async def test_once_takes_one_task_and_ends(box):
     """One task if there is one, none otherwise."""
     it = box(tasks=2)
-    await it.worker.run(once=True)
+    await it.worker.run(at_most=1)
     assert it.statuses() == ["completed", "pending"]
-    await box().worker.run(once=True)
+    await box().worker.run(at_most=1)
     assert anyio.current_time() == 100
 
 
@@ -179,7 +179,7 @@ async def test_once_says_when_the_queue_is_away(box):
     it = box()
     it.queue.errors = [QueueUnavailable("away")]
     with pytest.raises(QueueUnavailable):
-        await it.worker.run(once=True)
+        await it.worker.run(at_most=1)
 
 
 @virtual_time

@@ -51,6 +51,12 @@ RECODE_TIMEOUT_S = 120.0
 
 ENCODE = ("-c:v", "libx264", "-preset", PRESET, "-crf", str(CRF), "-pix_fmt", "yuv420p", "-c:a", "aac")
 
+COPY = ("-c:a", "copy")
+
+SHRINK_SHARES = (0.92, 0.6, 0.3)
+"""Of a limit on size, what the encoder is told to aim at: it misses by a few percent, and by more where a clip is
+short or all noise."""
+
 STDERR_LINES = 20
 """How much of what ffmpeg said last is kept."""
 
@@ -307,6 +313,28 @@ def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoI
     finally:
         partial.unlink(missing_ok=True)
     return info
+
+
+def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
+    """Encodes an mp4 again so that it is no larger than `max_bytes`, as little worse as that allows; nothing is cut.
+
+    Raises MediaError where it is no video, EncodeFailed where it does not get small enough, MachineFault, DiskFull.
+    """
+    info = probe(source)
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        for share in SHRINK_SHARES:
+            rate = int(max_bytes * 8 * share / info.duration_s)  # bits a second
+            limit = ["-b:v", str(rate), "-maxrate", str(rate), "-bufsize", str(rate // 2)]
+            _recode(source, partial, info, ["-c:v", "libx264", "-preset", PRESET, *limit, "-pix_fmt", "yuv420p", *COPY])
+            if partial.stat().st_size <= max_bytes:
+                partial.replace(target)
+                return probe(target)
+    except OSError as error:
+        raise _from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    raise EncodeFailed(f"{source.name}: {info.duration_s:.1f} s of video do not fit into {max_bytes} bytes")
 
 
 def _cut(info: VideoInfo, frames: int) -> list[str]:

@@ -1,0 +1,77 @@
+"""An S3-compatible bucket that videos of direct invocations go to.
+
+Only URLs are signed here, with no request made: bytes travel as for every other presigned URL, through `storage`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from inference.errors import SettingsError
+
+UPLOAD_S = 3600
+"""How long the address of an upload is good: longer than all tries of it take."""
+
+DOWNLOAD_S = 7 * 86_400
+"""How long the address in an answer is good: as long as SigV4 allows."""
+
+DEFAULT_REGION = "us-east-1"
+"""What storages with no regions of their own (MinIO, R2, Spaces) take."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One bucket, and a key that may write there."""
+
+    endpoint_url: str  # of the storage, https://s3.eu-central-1.amazonaws.com; one that starts with the bucket is fine
+    name: str
+    key_id: str
+    secret: str = field(repr=False)
+    region: str | None = None  # None: the one in the endpoint's name
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port of the storage."""
+        url = httpx.URL(self.endpoint_url)
+        return f"{url.scheme}://{url.netloc.decode('ascii').removeprefix(f'{self.name}.')}"
+
+    def upload_url(self, key: str, *, content_type: str) -> str:
+        """Where to PUT an object of this type. Raises SettingsError."""
+        return self._signed("put_object", key, UPLOAD_S, ContentType=content_type)
+
+    def download_url(self, key: str) -> str:
+        """Where to GET it, for a week. Raises SettingsError."""
+        return self._signed("get_object", key, DOWNLOAD_S)
+
+    def _signed(self, operation: str, key: str, expires_s: int, **parameters: Any) -> str:
+        try:
+            import boto3  # noqa: PLC0415 - comes with the runpod extra
+            import botocore.config  # noqa: PLC0415
+            import botocore.exceptions  # noqa: PLC0415
+        except ImportError:
+            raise SettingsError("S3 storage needs an extra: pip install 'serverless-i2v[runpod]'") from None
+        try:
+            client = boto3.client(
+                "s3",
+                endpoint_url=self.origin,
+                aws_access_key_id=self.key_id,
+                aws_secret_access_key=self.secret,
+                region_name=self.region or _region_of(self.origin),
+                # In the path every storage takes the bucket; as a host, only those with a certificate for it.
+                config=botocore.config.Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+            )
+            return str(
+                client.generate_presigned_url(
+                    operation, Params={"Bucket": self.name, "Key": key, **parameters}, ExpiresIn=expires_s
+                )
+            )
+        except (botocore.exceptions.BotoCoreError, ValueError) as error:
+            raise SettingsError(f"the S3 storage: {error}") from None
+
+
+def _region_of(origin: str) -> str:
+    """eu-central-1 of https://s3.eu-central-1.amazonaws.com, and of the like of other providers."""
+    found = re.search(r"(?://|\.)s3[.-]([a-z0-9-]+)\.[^/.]+\.", origin)
+    return found[1] if found else DEFAULT_REGION

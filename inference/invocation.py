@@ -1,0 +1,128 @@
+"""A direct invocation: a photo comes with the job, and the video goes where the job says or into its answer."""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+
+from inference import logs
+from inference.bucket import Bucket
+from inference.build import build_policy, refuse
+from inference.engines.base import Job
+from inference.errors import InvalidRequest, SettingsError
+from inference.keeper import repeat
+from inference.media import photo as photos
+from inference.media import video as videos
+from inference.progress import ProgressTracker, Sink, both, plan
+from inference.runpod_wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
+from inference.scratch import put, scratch_folder
+from inference.seat import Seat
+from inference.settings import Settings
+from inference.storage import Storage, redact
+from inference.task import Video
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What invocations of one worker share."""
+
+    settings: Settings
+    seat: Seat
+    storage: Storage
+    bucket: Bucket | None  # the operator's own
+
+
+async def render(
+    asked: DirectInput, s3: S3Config | None, job_id: str, here: Surroundings, sink: Sink
+) -> dict[str, Any]:
+    """The answer to one invocation. What cannot end well is refused before the GPU is touched.
+
+    The video goes to `upload_url`, else to the bucket of `s3`, else to the operator's, else into the answer.
+    Raises InvalidRequest, InvalidPhoto, StorageError, MachineFault, EngineError, MediaError.
+    """
+    settings, policy = here.settings, build_policy(here.settings)
+    bucket = bucket_in(s3) or here.bucket
+    _check(asked, settings, is_inline=asked.upload_url is None and bucket is None)
+    tracker = ProgressTracker(plan(here.seat.stages), both(logs.stages(job_id), sink))
+    job = Job(tracker)
+    with scratch_folder(settings.temp_dir, keep=policy.keep_temp) as folder:
+        job.report("download")
+        photo = folder / "photo"
+        if (given := asked.photo_bytes(settings.max_photo_bytes)) is not None:
+            await anyio.to_thread.run_sync(put, photo, given)
+        else:
+            url = asked.photo_url or ""
+            await repeat(lambda: here.storage.download(url, photo), policy)
+        await anyio.to_thread.run_sync(photos.verify, photo)
+        job.report("wait")
+        async with here.seat.taken():
+            video = await repeat(lambda: here.seat.generate(asked.request, photo, folder, job), policy)
+        job.report("upload")
+        if asked.upload_url:
+            where = {"url": redact(asked.upload_url)}
+            await repeat(lambda: here.storage.upload(asked.upload_url or "", video.path), policy)
+        elif bucket:
+            key = f"{job_id}.mp4"
+            put_url = bucket.upload_url(key, content_type="video/mp4")
+            where = {"url": bucket.download_url(key)}
+            await repeat(lambda: here.storage.upload(put_url, video.path), policy)
+        else:
+            video, mp4 = await anyio.to_thread.run_sync(_inline, video, folder)
+            where = {"base64": mp4}
+        return answer(video, tracker.stage_seconds(), **where)
+
+
+def bucket_of(settings: Settings) -> Bucket | None:
+    """The operator's bucket. Raises SettingsError where only half of it is said."""
+    secret = settings.bucket_secret.get_secret_value() if settings.bucket_secret else None
+    needed = {
+        "BUCKET_ENDPOINT_URL": settings.bucket_url,
+        "BUCKET_NAME": settings.bucket_name,
+        "BUCKET_ACCESS_KEY_ID": settings.bucket_key_id,
+        "BUCKET_SECRET_ACCESS_KEY": secret,
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if len(missing) == len(needed):
+        return None
+    if missing:
+        raise SettingsError(f"{', '.join(missing)}: not set, though other settings of the bucket are")
+    return Bucket(
+        settings.bucket_url or "",
+        settings.bucket_name or "",
+        settings.bucket_key_id or "",
+        secret or "",
+        settings.bucket_region,
+    )
+
+
+def bucket_in(s3: S3Config | None) -> Bucket | None:
+    """The bucket that a job brings."""
+    if s3 is None:
+        return None
+    return Bucket(s3.endpointUrl, s3.bucketName, s3.accessId, s3.accessSecret.get_secret_value(), s3.region)
+
+
+def _check(asked: DirectInput, settings: Settings, *, is_inline: bool) -> None:
+    runs = settings.wan_preset if settings.engine == "wan" else settings.engine
+    if asked.preset not in (None, runs):
+        raise InvalidRequest(f"preset: this endpoint runs {runs}; {asked.preset} needs an endpoint of its own")
+    if is_inline and asked.seconds > INLINE_S:
+        raise InvalidRequest(
+            f"seconds: a video of {asked.seconds:g} s may not fit into an answer, which holds {PAYLOAD_BYTES // 10**6} "
+            f"MB; give an upload_url or an s3Config, or set BUCKET_ENDPOINT_URL, or ask for {INLINE_S:.0f} s at most"
+        )
+    try:
+        refuse(settings, asked.request)
+    except InvalidRequest as error:  # under the name the job has for it
+        raise InvalidRequest(str(error).replace("duration_s", "seconds")) from None
+
+
+def _inline(video: Video, folder: Path) -> tuple[Video, str]:
+    """The mp4 as base64: as it is where an answer has room for it, else encoded again, for it is paid for already."""
+    if video.size_bytes > INLINE_BYTES:
+        smaller = folder / "smaller.mp4"
+        videos.shrink(video.path, smaller, INLINE_BYTES)
+        video = video.model_copy(update={"path": smaller, "size_bytes": smaller.stat().st_size})
+    return video, base64.b64encode(video.path.read_bytes()).decode("ascii")

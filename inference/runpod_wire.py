@@ -1,0 +1,183 @@
+"""What people send to the RunPod endpoint and what they get back: the one place where both shapes stand."""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from inference.errors import InvalidRequest, InvalidTask
+from inference.queues.lifeisshort_wire import parse_task
+from inference.task import (
+    MAX_PROMPT_CHARS,
+    DurationS,
+    GenerationRequest,
+    Identifier,
+    Lease,
+    Outcome,
+    Task,
+    Video,
+    explain,
+)
+
+PAYLOAD_BYTES = 10_000_000
+"""The largest body of a `/run` request, and of an answer that is sure to arrive (docs.runpod.io: 10 MB, `/runsync`
+20 MB; a worker is not told by which of them its job came)."""
+
+INLINE_BYTES = (PAYLOAD_BYTES - 100_000) // 4 * 3
+"""The largest mp4 that fits into an answer as base64, beside everything else an answer says."""
+
+INLINE_BITS_PER_S = 5_000_000
+"""Below this rate a video of 720p begins to show it (support.google.com/youtube/answer/1722171: 5 Mbit/s)."""
+
+INLINE_S = INLINE_BYTES * 8 / INLINE_BITS_PER_S
+"""The longest video that an answer has room for, whatever is on the photo: 11.9 s."""
+
+MAX_DRAIN = 1000
+
+KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt"
+
+
+def _is_http(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("http", "https") or not rest.strip("/"):
+        raise ValueError("has to be a URL that starts with https:// or http://")
+    return url
+
+
+HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(_is_http)]
+
+
+class _Wire(BaseModel):
+    """JSON types are taken as they are: a number in quotes is a mistake, and so is a field nobody knows."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class S3Config(_Wire):
+    """`s3Config`, beside `input`, as RunPod documents it; `region` is ours."""
+
+    accessId: Annotated[str, Field(min_length=1)]  # noqa: N815 - RunPod's names
+    accessSecret: SecretStr  # noqa: N815
+    bucketName: Annotated[str, Field(min_length=1)]  # noqa: N815
+    endpointUrl: HttpUrl  # noqa: N815
+    region: str | None = None
+
+
+class DirectInput(_Wire):
+    """One photo to one video, without a queue."""
+
+    photo_url: HttpUrl | None = None
+    photo_base64: str | None = None  # a data: URL is fine, too
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    seconds: DurationS = 5.0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    preset: str | None = None  # has to be the one this endpoint runs
+    upload_url: HttpUrl | None = None  # a presigned PUT
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What the engine is asked for."""
+        return GenerationRequest(
+            prompt=self.prompt, negative_prompt=self.negative_prompt, duration_s=self.seconds, seed=self.seed
+        )
+
+    def photo_bytes(self, limit_bytes: int) -> bytes | None:
+        """The photo that came along; None for one at a URL. Raises InvalidRequest."""
+        if self.photo_base64 is None:
+            return None
+        text = self.photo_base64.partition(",")[2] if self.photo_base64.startswith("data:") else self.photo_base64
+        if len(text) // 4 * 3 > limit_bytes:
+            raise InvalidRequest(f"photo_base64: larger than {limit_bytes} bytes")
+        try:
+            return base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidRequest("photo_base64: not base64") from None
+
+
+class DrainInput(_Wire):
+    """Tasks that this worker leases from the queue itself."""
+
+    drain: Annotated[int, Field(ge=1, le=MAX_DRAIN)]
+
+
+class _TaskInput(_Wire):
+    task: dict[str, Any]
+    worker_id: Identifier | None = None
+    length_s: float | None = None
+
+
+class TaskInput(BaseModel):
+    """A task that somebody else leased."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lease: Lease
+
+
+Input = TaskInput | DrainInput | DirectInput
+
+
+def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
+    """What a job's `input` asks for. Raises InvalidRequest naming every wrong field.
+
+    A task comes as a queue hands it out or as a Lease of ours. `worker_id` is whose lease it is where the job does not
+    say, `lease_s` how long a renewal lasts.
+    """
+    if not isinstance(payload, Mapping):
+        raise InvalidRequest(f"input: has to be an object with {KINDS}")
+    asked = [name for name in ("task", "drain", "photo_url", "photo_base64") if payload.get(name) is not None]
+    if len(asked) != 1:
+        found = f"{' and '.join(asked)} exclude each other" if asked else "nothing to do"
+        raise InvalidRequest(f"input: {found}; give one of {KINDS}")
+    try:
+        if asked == ["task"]:
+            return TaskInput(lease=_lease(_TaskInput.model_validate(payload), worker_id, lease_s))
+        return (DrainInput if asked == ["drain"] else DirectInput).model_validate(payload)
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from None
+
+
+def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
+    try:
+        # Only ours counts in seconds; queues count in frames.
+        task = Task.model_validate(given.task) if "duration_s" in given.task else parse_task(given.task)
+        return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
+    except ValidationError as error:
+        raise InvalidRequest(f"task: {explain(error)}") from None
+    except InvalidTask as error:
+        raise InvalidRequest(f"task: {error}") from None
+
+
+def parse_s3(payload: object) -> S3Config | None:
+    """What stands beside `input` in a job. Raises InvalidRequest naming every wrong field."""
+    try:
+        return None if payload is None else S3Config.model_validate(payload)
+    except ValidationError as error:
+        raise InvalidRequest(f"s3Config: {explain(error)}") from None
+
+
+def answer(video: Video, timings: Mapping[str, float], **where: str) -> dict[str, Any]:
+    """A video that was made; `where`: its url, base64 or storage_path."""
+    facts = video.model_dump(mode="json", include={"width", "height", "fps", "frames", "size_bytes"})
+    return {
+        "video": {**where, **facts, "seconds": round(video.duration_s, 3)},
+        "seed": video.seed,
+        "timings": dict(timings),
+    }
+
+
+def answer_of(outcome: Outcome) -> dict[str, Any]:
+    """How a task of the queue ended; the queue knows already."""
+    whose = {"item_id": outcome.item_id, "status": outcome.status}
+    if outcome.video is not None:
+        return answer(outcome.video, outcome.stage_seconds, storage_path=outcome.storage_path or "") | whose
+    may_pass = outcome.status == "released" or (outcome.status == "failed" and outcome.machine_at_fault)
+    return failure(outcome.error or outcome.status, retryable=may_pass) | whose
+
+
+def failure(message: str, *, retryable: bool) -> dict[str, Any]:
+    """No video. RunPod takes `error` for the job's error, and the rest for its output."""
+    return {"error": message, "retryable": retryable}

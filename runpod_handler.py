@@ -1,0 +1,95 @@
+"""RunPod: one worker of a serverless endpoint. Wiring only; what a job is and what becomes of it is in `inference/`.
+
+    on RunPod      the image of images/runpod.Dockerfile runs `python -u runpod_handler.py`
+    on a laptop    python runpod_handler.py --rp_serve_api    python runpod_handler.py --test_input '{"input": {…}}'
+
+README.md has the jobs it takes and how to call it.
+"""
+
+import asyncio
+import functools
+import signal
+from types import FrameType
+from typing import Any
+
+import runpod
+from runpod.http_client import AsyncClientSession
+from runpod.serverless.modules import rp_http, worker_state
+from runpod.serverless.modules.rp_logger import RunPodLogger
+
+from inference import logs
+from inference.endpoint import Endpoint
+from inference.process import told_errors
+from inference.settings import Settings
+
+
+@functools.cache
+def settings() -> Settings:
+    return Settings.load()
+
+
+@functools.cache
+def endpoint() -> Endpoint:
+    return Endpoint(settings())
+
+
+def weights_and_gpu() -> None:
+    """Loads the engine. A worker where this check fails tells RunPod that it is unhealthy and why, and takes no job."""
+    logs.configure(settings().log_level)
+    endpoint().load()
+
+
+async def handle(job: dict[str, Any]) -> dict[str, Any]:
+    """One job; what it may hold and what it is answered stands in inference/runpod_wire.py."""
+    listen()
+
+    async def post(snapshot: dict[str, object]) -> None:
+        # Not the SDK's progress_update: that posts from a thread of its own, and may be overtaken by the result.
+        if not worker_state.IS_LOCAL_TEST:
+            async with AsyncClientSession() as session:
+                await rp_http.send_result(session, {"status": "IN_PROGRESS", "output": snapshot}, job)
+
+    return await endpoint().run(job, post)
+
+
+@functools.cache
+def listen() -> None:
+    """On a signal the SDK waits for running jobs, however long they take; the platform's patience is shorter.
+
+    So they get I2V_SHUTDOWN_GRACE seconds, and then hand back what they hold and are answered.
+    """
+    loop = asyncio.get_running_loop()
+    closing: list[asyncio.Task[None]] = []
+
+    def close() -> None:
+        closing.append(loop.create_task(endpoint().close(settings().shutdown_grace_s)))
+
+    def chain(number: signal.Signals) -> None:
+        before = signal.getsignal(number)
+
+        def stop(received: int, frame: FrameType | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(close)
+            if callable(before):
+                before(received, frame)
+
+        signal.signal(number, stop)
+
+    chain(signal.SIGTERM)
+    chain(signal.SIGINT)
+
+
+def main() -> None:
+    """Runs until RunPod stops it. Exits 1 with one line where it cannot begin."""
+    # Below INFO the SDK logs whole jobs and answers: photos, URLs with credentials. --rp_log_level DEBUG undoes it.
+    RunPodLogger().set_level("INFO")
+    with told_errors(verbose=False):
+        if worker_state.IS_LOCAL_TEST:
+            weights_and_gpu()
+        else:
+            runpod.serverless.register_fitness_check(weights_and_gpu)
+        runpod.serverless.start({"handler": handle, "concurrency_modifier": lambda _: settings().concurrency})
+
+
+if __name__ == "__main__":
+    main()
