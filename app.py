@@ -67,7 +67,7 @@ def pools() -> dict[PoolName, RemoteContainers]:
 async def dispatch() -> str:
     """One tick: leases what can start, and sends each lease to a container."""
     logs.configure(settings.log_level)
-    async with fleet.open_dispatcher(settings, records(), pools()) as dispatcher:
+    async with fleet.open_dispatcher(settings, fleet.on_modal(settings), records(), pools()) as dispatcher:
         return await dispatcher.tick()
 
 
@@ -186,7 +186,7 @@ async def look(forget: str) -> list[str]:
     """What `status` shows."""
     if forget:
         await fleet.ledger(settings, records()).forget(forget)
-    return await fleet.report(settings, records(), pools())
+    return await fleet.report(settings, fleet.on_modal(settings), records(), pools())
 
 
 @app.local_entrypoint()

@@ -12,6 +12,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+import aiohttp
+import aiohttp_retry
 import runpod
 from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, worker_state
@@ -79,10 +81,20 @@ def listen() -> None:
     chain(signal.SIGINT)
 
 
+def patient(attempts: int) -> aiohttp_retry.FibonacciRetry:
+    """How the SDK posts results: for half a minute, and also where a connection broke.
+
+    By itself it tries for five seconds, and again only after a 5xx: a video in an answer, paid for, would be lost.
+    """
+    again = {aiohttp.ClientConnectionError, OSError}
+    return aiohttp_retry.FibonacciRetry(2 * attempts, statuses={429}, exceptions=again, max_timeout=30)
+
+
 def main() -> None:
     """Runs until RunPod stops it. Exits 1 with one line where it cannot begin."""
     # Below INFO the SDK logs whole jobs and answers: photos, URLs with credentials. --rp_log_level DEBUG undoes it.
     RunPodLogger().set_level("INFO")
+    rp_http.FibonacciRetry = patient
     with told_errors(verbose=False):
         if worker_state.IS_LOCAL_TEST:
             weights_and_gpu()

@@ -216,6 +216,7 @@ class Dispatcher:
     ) -> None:
         """`queues`: a connection that hands out any task under None, or one for each kind of task."""
         self._queues, self._pools, self._board, self._ledger, self._rules = queues, pools, board, ledger, rules
+        self.troubles: list[str] = []  # of the last tick: a queue or a pool that did not do what it was asked
 
     async def tick(self) -> str:
         """Leases and sends what can start now; returns what was done, in one line that is also on the board.
@@ -224,6 +225,7 @@ class Dispatcher:
         what there is; what was leased by then was sent or handed back.
         """
         began_at = anyio.current_time()
+        self.troubles = []
         try:
             tick = await self._look_around(began_at)
         except I2VError as error:
@@ -255,7 +257,9 @@ class Dispatcher:
                 payments = await self._ledger.payments() if has_runway else []
                 paid_for = frozenset(payment.item_id for payment in payments if payment.status == "created")
                 plan = await self._plan(len(paid_for))
-                return _Tick(plan, self._rules, began_at, has_runway=has_runway, paid_for=paid_for)
+                return _Tick(
+                    plan, self._rules, began_at, has_runway=has_runway, paid_for=paid_for, troubles=self.troubles
+                )
         except TimeoutError:
             raise PoolUnavailable(f"records, queue and pools did not all answer within {PLAN_S:g} s") from None
 
@@ -287,6 +291,7 @@ class Dispatcher:
             live = await _in_time(containers.live())
         except PoolUnavailable as error:  # once is no reason to spend money elsewhere
             log.warning("pool_unknown", pool=name, error=str(error))
+            self.troubles.append(f"{name}: {error}")
             live = Live(running=size.slots, waiting=0)
         else:
             for_s = await self._board.seen_waiting(name, waits=live.waiting > 0 and live.running == 0)
@@ -398,7 +403,14 @@ class _Tick:
     """What is left of a plan while a tick spends it."""
 
     def __init__(
-        self, plan: Plan, rules: Rules, began_at: float, *, has_runway: bool, paid_for: frozenset[str] = frozenset()
+        self,
+        plan: Plan,
+        rules: Rules,
+        began_at: float,
+        *,
+        has_runway: bool,
+        paid_for: frozenset[str],
+        troubles: list[str],
     ) -> None:
         """`paid_for`: items whose clip is being made at Runway, or waits there; going on with it costs nothing."""
         self.plan, self._rules, self._has_runway, self._paid_for = plan, rules, has_runway, paid_for
@@ -408,7 +420,7 @@ class _Tick:
         self.sent: dict[PoolName, int] = {"gpu": 0, "runway": 0}
         self.aside: list[_Aside] = []
         self._closed: set[PoolName] = set()  # pools that did not take what was sent
-        self.troubles: list[str] = []
+        self.troubles = troubles
         self.malformed = 0
 
     def has_room(self, kind: Lane | None) -> bool:

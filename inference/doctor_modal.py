@@ -34,11 +34,11 @@ async def examine_modal(load: Callable[[], Settings], folder: Path) -> AsyncIter
         for line in str(error).splitlines():
             yield Finding("deployment", "FAIL", line)
         return
-    sizes = fleet.sizes(settings)["gpu"]
+    gpus = fleet.on_modal(settings).sizes["gpu"].engines
     yield Finding(
         "deployment",
         "ok",
-        f"app {settings.modal_app}, up to {sizes.engines} containers with {settings.modal_gpu} at once",
+        f"app {settings.modal_app}, up to {gpus} containers with {settings.modal_gpu} at once",
     )
     yield _gpu(settings)
     missing = [name for name in ("app.py", "images", "inference", "pyproject.toml") if not (folder / name).exists()]

@@ -30,7 +30,7 @@ from inference.queues.base import TaskQueue
 from inference.queues.item import Lane
 from inference.records import MemoryRecords, Records
 from inference.settings import Settings
-from inference.task import Task
+from inference.task import Task, Value
 
 log = structlog.get_logger(__name__)
 
@@ -45,11 +45,43 @@ CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client passes on anythin
 COLD_START_MARGIN_S = 60.0
 """A lease that waits for a container has to outlive the container's start by this."""
 
+TRANSFERS_S = 600.0
+"""How much longer than its generation a job may take: storage.TRANSFER_LIMIT_S, or some tries of ordinary transfers."""
 
-def rules(settings: Settings) -> Rules:
+
+class Shape(Value):
+    """What a platform has room for."""
+
+    sizes: dict[PoolName, Sized]  # of the pools there are
+    startup_timeout_s: float  # in which a container has to be ready
+
+    def lease_s(self, settings: Settings) -> float:
+        """For how long a dispatcher leases: a task waits for a container's start, and nobody beats for it meanwhile."""
+        return max(settings.lease_duration_s, self.startup_timeout_s + COLD_START_MARGIN_S)
+
+
+def on_modal(settings: Settings) -> Shape:
+    """GPU containers, and Runway where there is a key."""
+    gpus, clips = settings.modal_max_containers, settings.runway_concurrency
+    sizes: dict[PoolName, Sized] = {"gpu": Sized(slots=gpus * INPUTS, engines=gpus)}
+    if settings.runway_key:
+        sizes["runway"] = Sized(slots=clips, engines=clips)
+    return Shape(sizes=sizes, startup_timeout_s=settings.modal_startup_timeout_s)
+
+
+def on_runpod(settings: Settings) -> Shape:
+    """The workers of an endpoint. With a key for Runway, tasks for it are others': a pool that takes nothing."""
+    gpus = settings.runpod_max_workers
+    sizes: dict[PoolName, Sized] = {"gpu": Sized(slots=gpus * INPUTS, engines=gpus)}
+    if settings.runway_key:
+        sizes["runway"] = Sized(slots=0, engines=1)
+    return Shape(sizes=sizes, startup_timeout_s=settings.runpod_init_timeout_s)
+
+
+def rules(settings: Settings, shape: Shape) -> Rules:
     """What the operator decided."""
     return Rules(
-        ready_after_s=2.0 * settings.modal_startup_timeout_s,
+        ready_after_s=2.0 * shape.startup_timeout_s,
         overflow_after_s=settings.overflow_after_s,
         overflow_wan_local=settings.overflow_wan_local,
         budget_usd=settings.runway_budget_usd,
@@ -57,14 +89,9 @@ def rules(settings: Settings) -> Rules:
     )
 
 
-def sizes(settings: Settings) -> dict[PoolName, Sized]:
-    """The pools there are: GPU containers, and Runway where there is a key."""
-    found: dict[PoolName, Sized] = {
-        "gpu": Sized(slots=settings.modal_max_containers * INPUTS, engines=settings.modal_max_containers)
-    }
-    if settings.runway_key:
-        found["runway"] = Sized(slots=settings.runway_concurrency, engines=settings.runway_concurrency)
-    return found
+def execution_limit_s(settings: Settings) -> float:
+    """How long a job may take in a container where another has its turn before it: beyond all limits of its own."""
+    return INPUTS * settings.attempt_limit_s + TRANSFERS_S
 
 
 @functools.cache
@@ -77,10 +104,9 @@ def version(settings: Settings) -> str:
     return digest.hexdigest()[:12]
 
 
-def for_a_cold_start(settings: Settings) -> Settings:
-    """Settings of who leases for a container: a task waits for its start, and nobody beats for it meanwhile."""
-    lease_s = max(settings.lease_duration_s, settings.modal_startup_timeout_s + COLD_START_MARGIN_S)
-    return settings.model_copy(update={"lease_duration_s": lease_s})
+def for_a_cold_start(settings: Settings, shape: Shape) -> Settings:
+    """Settings of who leases for a container."""
+    return settings.model_copy(update={"lease_duration_s": shape.lease_s(settings)})
 
 
 def ledger(settings: Settings, records: Records) -> Ledger:
@@ -122,20 +148,20 @@ def import_engine() -> None:
 
 @asynccontextmanager
 async def open_dispatcher(
-    settings: Settings, records: Records, containers: Mapping[PoolName, Containers]
+    settings: Settings, shape: Shape, records: Records, containers: Mapping[PoolName, Containers]
 ) -> AsyncIterator[Dispatcher]:
     """What the cron runs. Raises SettingsError, RecordsUnavailable."""
-    own = for_a_cold_start(settings)
+    own = for_a_cold_start(settings, shape)
     kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
     async with AsyncExitStack() as stack:
         queues: dict[Lane | None, TaskQueue] = {
             kind: await stack.enter_async_context(open_queue(own.model_copy(update={"worker_type": kind})))
             for kind in kinds
         }
-        pools = {name: (size, containers[name]) for name, size in sizes(settings).items()}
+        pools = {name: (size, containers[name]) for name, size in shape.sizes.items()}
         board = Board(records)
         await board.deployed(version(settings))
-        yield Dispatcher(queues, pools, board, ledger(settings, records), rules(settings))
+        yield Dispatcher(queues, pools, board, ledger(settings, records), rules(settings, shape))
 
 
 @asynccontextmanager
@@ -196,11 +222,13 @@ async def open_host(
         )
 
 
-async def report(settings: Settings, records: Records, containers: Mapping[PoolName, Containers]) -> list[str]:
+async def report(
+    settings: Settings, shape: Shape, records: Records, containers: Mapping[PoolName, Containers]
+) -> list[str]:
     """What a person wants to know of a fleet: pools, queue, money, the last ticks. Raises RecordsUnavailable."""
     board, books = Board(records), ledger(settings, records)
     lines = []
-    for name, size in sizes(settings).items():
+    for name, size in shape.sizes.items():
         known = await board.pool(name)
         try:
             live = await containers[name].live()
@@ -216,7 +244,7 @@ async def report(settings: Settings, records: Records, containers: Mapping[PoolN
         lines.append(f"queue    {'the queue cannot tell how many' if waiting is None else waiting} wait")
     except I2VError as error:
         lines.append(f"queue    FAILING: {error}")
-    if "runway" in sizes(settings):
+    if "runway" in shape.sizes:
         lines.append(
             f"money    ${await books.spent_usd():.2f} of ${settings.runway_budget_usd:.2f} spent today at Runway"
         )

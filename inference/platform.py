@@ -1,14 +1,17 @@
-"""What a platform lends, as a fleet sees it: a dictionary, and functions in containers.
+"""What a platform lends, as a fleet sees it: a dictionary, functions in containers, an endpoint with a queue.
 
-For anything with the methods of `modal.Dict` and of a Modal function; nothing of Modal is imported. Its errors are
-given, and end here.
+The first two are anything with the methods of `modal.Dict` and of a Modal function; nothing of Modal is imported. Its
+errors are given, and end here. The endpoint is one of RunPod.
 """
 
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
+import anyio.lowlevel
+
 from inference.dispatch import Live
-from inference.errors import PoolUnavailable, RecordsUnavailable, one_line
+from inference.errors import EngineError, PoolUnavailable, RecordsUnavailable, one_line
+from inference.runpod_api import RunPodApi
 from inference.task import Lease
 
 T = TypeVar("T")
@@ -74,6 +77,59 @@ class RemoteContainers:
             return await call
         except self._errors as error:
             raise PoolUnavailable(_reason(error)) from None
+
+
+class RunPodContainers:
+    """dispatch.Containers: the workers of a RunPod endpoint. Direct invocations take up its slots, too."""
+
+    def __init__(
+        self, api: RunPodApi, *, execution_timeout_s: float, lease_s: float, webhook: str | None = None
+    ) -> None:
+        """`lease_s`: for how long a lease waits for its first heartbeat."""
+        self._api, self._webhook = api, webhook
+        self._execution_timeout_s = execution_timeout_s
+        # RunPod counts waiting and working together. A job that starts so late that its lease has ended does no harm:
+        # its worker's first heartbeat is refused. One that is forgotten while it works would be made again, and again.
+        self._ttl_s = lease_s + execution_timeout_s
+
+    async def live(self) -> Live:
+        """See Containers."""
+        jobs = (await self._ask(self._api.health())).jobs
+        return Live(running=jobs.in_progress, waiting=jobs.in_queue)
+
+    async def send(self, lease: Lease | None) -> None:
+        """See Containers.
+
+        A job whose answer was lost counts as not sent, and its lease is handed back. If the job did arrive, its
+        worker's first heartbeat finds the lease given up or taken over, and nothing is generated for it
+        (`runner.py` beats before it spends anything; tests/test_cli_runpod.py has that very case).
+        """
+        payload = {"drain": 1} if lease is None else lease.model_dump(mode="json")
+        await self._ask(
+            self._api.run(
+                payload, execution_timeout_s=self._execution_timeout_s, ttl_s=self._ttl_s, webhook=self._webhook
+            )
+        )
+
+    async def _ask(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except EngineError as error:
+            raise PoolUnavailable(str(error)) from None
+
+
+class NoContainers:
+    """dispatch.Containers: a pool whose tasks others take from the queue. Nothing is sent there from here."""
+
+    async def live(self) -> Live:
+        """See Containers."""
+        await anyio.lowlevel.checkpoint()
+        return Live(running=0, waiting=0)
+
+    async def send(self, lease: Lease | None) -> None:  # noqa: ARG002 - the protocol's
+        """See Containers."""
+        await anyio.lowlevel.checkpoint()
+        raise PoolUnavailable("nothing is sent there from here")
 
 
 def _reason(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def bar(label: str) -> Iterator[Sink]:
 
         def sink(snapshot: Snapshot) -> None:
             count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
-            progress.update(task, completed=snapshot.fraction, stage=f"{snapshot.stage}{count}")
+            progress.update(task, completed=snapshot.fraction, stage=f"{escape(snapshot.stage)}{count}")
 
         yield sink
 
@@ -108,7 +108,7 @@ def _stage_lines(label: str) -> Sink:
         nonlocal last
         if snapshot.stage != last:
             last = snapshot.stage
-            say(f"  {label}: {snapshot.stage}")
+            say(f"  {label}: {escape(snapshot.stage)}")
 
     return sink
 

@@ -382,6 +382,40 @@ async def test_each_task_goes_where_its_hint_says():
 
 
 @virtual_time
+async def test_a_pool_that_takes_nothing_leaves_its_tasks_to_others():
+    """Somebody else takes them from the queue; the GPU does not, and what is for it is not held up."""
+    for lanes in (False, True):
+        it = Yard(runway=0, lanes=lanes)
+        it.add(60, "veo3.1")
+        it.add(2)
+        if not lanes:  # no more than it looks past, or what stands behind them waits for its turn
+            for item_id in list(it.store.items)[:20]:
+                it.store.cancel(item_id)
+        await it.tick()
+        assert (it.providers(it.gpu), it.runway.sent) == ([None, None], [])
+        assert it.dispatcher.troubles == []
+
+
+@virtual_time
+async def test_what_did_not_do_as_it_was_asked_is_told():
+    """In the decision, and to whoever runs the tick; the next one begins anew."""
+    it = Yard(runway=None)
+    it.add(1)
+    it.gpu.fails["live"] = PoolUnavailable("who are you")
+    assert "gpu: who are you" in await it.tick()
+    assert it.dispatcher.troubles == ["gpu: who are you"]
+    it.gpu.fails = {"send": PoolUnavailable("no room")}
+    assert "handed back 1; gpu: no room" in await it.tick()
+    assert it.dispatcher.troubles == ["gpu: no room"]
+    it.gpu.fails = {}
+    it.queues[None].errors.append(QueueUnavailable("away"))
+    await it.tick()
+    assert it.dispatcher.troubles == ["away"]
+    await it.tick()
+    assert (it.dispatcher.troubles, len(it.gpu.running)) == ([], 1)
+
+
+@virtual_time
 async def test_without_a_runway_key_hints_are_only_hints():
     """Everything is for the GPU."""
     for lanes in (False, True):
