@@ -1,4 +1,7 @@
-"""Container images: one module an image. Versions come from the extras of pyproject.toml, the one list of them."""
+"""Container images: one module an image for Modal, one Dockerfile for RunPod, and beside each the versions it installs.
+
+pyproject.toml has the ranges; `python -m images.lock` picks from them what stands in `<image>.txt`.
+"""
 
 from pathlib import Path
 
@@ -9,6 +12,16 @@ from inference.settings import Settings
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 BASE = "python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c"
 """Python and nothing else: the torch wheels bring their CUDA libraries, imageio-ffmpeg brings ffmpeg."""
+
+
+def lock_of(image: str) -> Path:
+    """The file with the exact versions that an image installs."""
+    return Path(__file__).with_name(f"{image}.txt")
+
+
+def with_packages(image: modal.Image, name: str) -> modal.Image:
+    """Installs what the file of the image `name` lists. It is complete: there is nothing for pip to resolve."""
+    return image.pip_install_from_requirements(str(lock_of(name)), extra_options="--no-deps")
 
 
 def with_code(image: modal.Image, settings: Settings) -> modal.Image:

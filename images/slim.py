@@ -2,13 +2,10 @@
 
 import modal
 
-from images import BASE, PYPROJECT, with_code
+from images import BASE, with_code, with_packages
 from inference.settings import Settings
 
 
 def slim_image(settings: Settings) -> modal.Image:
     """Base install and HEIC, then settings and code."""
-    packages = modal.Image.from_registry(BASE).pip_install_from_pyproject(
-        str(PYPROJECT), optional_dependencies=["heic"]
-    )
-    return with_code(packages, settings)
+    return with_code(with_packages(modal.Image.from_registry(BASE), "slim"), settings)

@@ -6,7 +6,7 @@ a change of code or of a setting moves no gigabyte.
 
 import modal
 
-from images import BASE, PYPROJECT, with_code
+from images import BASE, with_code, with_packages
 from inference.bake import compile_kernels, fetch_weights
 from inference.engines.wan.presets import PRESETS
 from inference.settings import Settings
@@ -18,10 +18,9 @@ HOURS = 3600
 def wan_image(settings: Settings) -> modal.Image:
     """The image of one preset. The build gets no key but HF_TOKEN, if there is one; public weights need none."""
     preset, token = PRESETS[settings.wan_preset], settings.hf_token
+    base = modal.Image.from_registry(BASE).apt_install("gcc", "libc6-dev")  # Triton compiles its launchers
     image = (
-        modal.Image.from_registry(BASE)
-        .apt_install("gcc", "libc6-dev")  # Triton compiles its launchers
-        .pip_install_from_pyproject(str(PYPROJECT), optional_dependencies=["wan", "heic"])
+        with_packages(base, "wan")
         .env({"I2V_WEIGHTS_DIR": WEIGHTS})
         .run_function(
             fetch_weights,

@@ -87,7 +87,9 @@ def _layer(state: Scheduler, image: Image) -> Iterator[str]:
     recipe = image.recipe
     commands = [it for it in recipe.dockerfile_commands if it != "FROM base"]
     yield from (HOST.sub("…", line) for command in commands for line in command.splitlines())
-    yield from (f"with the file {it.filename}" for it in recipe.context_files)
+    for file in recipe.context_files:
+        digest = hashlib.sha256(file.data).hexdigest()[:12]
+        yield f"with the file {file.filename}: {len(file.data.splitlines())} lines, sha256 {digest}"
     if recipe.context_mount_id:
         yield from ("with the files", *_indented(_by_folder(state.mounts[recipe.context_mount_id].files)))
     if recipe.gpu_config.count:

@@ -1,0 +1,70 @@
+"""Exact versions of what the images install: `pip install uv`, then `python -m images.lock` writes the files anew.
+
+    slim.txt     base and heic             the cron and Runway, on Modal
+    wan.txt      the same, and wan         GPU containers on Modal
+    runpod.txt   the same, and runpod      workers on RunPod
+
+Compiled from the ranges of pyproject.toml, the largest first, so that all three have the same version of everything.
+Each is complete, and has the sha256 of every wheel that the base image could take: what is installed is what was
+locked, whichever index it comes from. Wheels of other platforms are left out, for they would be nine lines of ten.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from images import PYPROJECT, lock_of
+
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "runpod": ("heic", "wan", "runpod"),
+    "wan": ("heic", "wan"),
+    "slim": ("heic",),
+}
+"""Of each image, the largest first."""
+
+PYTHON = "3.12"
+PLATFORM = "x86_64-manylinux_2_36"
+"""Of the base image; 2.36 is the C library of bookworm."""
+
+
+def compiled(image: str, limits: Path | None) -> str:
+    """The contents of an image's file, with no version that `limits` does not have.
+
+    Raises subprocess.CalledProcessError where nothing fits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "pylock.toml"
+        command = [shutil.which("uv") or "uv", "pip", "compile", str(PYPROJECT), "--quiet", "--no-config"]
+        command += ["--format", "pylock.toml", "--output-file", str(found)]
+        command += ["--python-version", PYTHON, "--python-platform", PLATFORM, "--no-build"]  # wheels or nothing
+        command += [f"--extra={extra}" for extra in EXTRAS[image]]
+        command += ["--constraints", str(limits)] if limits else []
+        subprocess.run(command, check=True)  # noqa: S603 - uv, with names from above
+        packages = tomllib.loads(found.read_text())["packages"]
+    return "\n".join(["# Written by `python -m images.lock`.", *_lines(packages)]) + "\n"
+
+
+def _lines(packages: list[dict[str, Any]]) -> Iterator[str]:
+    for package in packages:
+        yield f"{package['name']}=={package['version']} \\"
+        digests = sorted({wheel["hashes"]["sha256"] for wheel in package["wheels"]})
+        yield " \\\n".join(f"    --hash=sha256:{digest}" for digest in digests)
+
+
+def main() -> None:
+    """Writes every file."""
+    limits: Path | None = None
+    for image in EXTRAS:
+        path = lock_of(image)
+        path.write_text(compiled(image, limits))
+        sys.stdout.write(f"{path.name}: {path.read_text().count('==')} packages\n")
+        limits = path
+
+
+if __name__ == "__main__":
+    main()
