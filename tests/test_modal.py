@@ -244,6 +244,7 @@ def test_from_the_cron_to_the_last_report(tmp_path):
         it.site.close_books(tasks=5)
 
 
+@pytest.mark.slow
 def test_a_container_is_killed_and_the_next_one_preempted(tmp_path):
     """Modal runs the same calls again, and each task ends once.
 
@@ -268,6 +269,7 @@ def test_a_container_is_killed_and_the_next_one_preempted(tmp_path):
         it.site.close_books(tasks=2)
 
 
+@pytest.mark.slow
 def test_weights_that_are_missing_fail_one_task_and_the_rest_overflow(tmp_path):
     """One task says what is wrong, the other is handed back, no container is started again for nothing.
 
@@ -293,6 +295,7 @@ def test_weights_that_are_missing_fail_one_task_and_the_rest_overflow(tmp_path):
         assert "FAILING" in it.status()
 
 
+@pytest.mark.slow
 def test_trouble_on_the_way_to_runway(tmp_path):
     """A queue that is down, a spawn that is refused, a container preempted after it has paid: it is paid once."""
     with fleet(tmp_path) as it:
@@ -319,6 +322,7 @@ def test_trouble_on_the_way_to_runway(tmp_path):
         assert [(payment.status, payment.cost_usd) for payment in it.payments()] == [("delivered", 0.25)]
 
 
+@pytest.mark.slow
 def test_a_lost_reply_of_a_paid_request_is_paid_once(tmp_path):
     """Runway made the task and its answer was lost: it is not asked again until a person has looked."""
     with fleet(tmp_path) as it:
@@ -360,6 +364,7 @@ def test_by_hand(tmp_path):
         assert not it.cloud.containers("Wan")  # found out before a GPU is started for it
 
 
+@pytest.mark.slow
 def test_by_hand_at_runway_is_paid_once(tmp_path):
     """Ctrl-C gives a task back and keeps what was paid; a call that is preempted and comes again goes on with it."""
     with fleet(tmp_path) as it:

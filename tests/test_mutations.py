@@ -112,15 +112,8 @@ def tree(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        # Each SQL mutant costs seconds of imports; the oracle's rules are the same, and it is held against them.
-        pytest.param(it, marks=pytest.mark.slow if it.path.startswith("inference/server/") else ())
-        for it in fences() + weakened()
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", fences() + weakened(), ids=str)
 def test_taking_it_out_is_noticed(mutant, tree):
     """The check that passes on the tree as it is fails on the mutant, and not for want of valid Python."""
     path = tree / mutant.path
@@ -136,6 +129,7 @@ def test_taking_it_out_is_noticed(mutant, tree):
     assert "NameError" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CHECKS)
 def test_the_checks_pass_on_the_tree_as_it_is(path, tree):
     """A check that always fails would notice everything. The simulation is a test of its own."""

@@ -83,7 +83,9 @@ def test_a_report_that_arrives_late_is_refused(site):
         books._check_history(books.rows[0])
 
 
-@pytest.mark.parametrize("arrives", ["before the successor's", "after the successor's"])
+@pytest.mark.parametrize(
+    "arrives", ["before the successor's", pytest.param("after the successor's", marks=pytest.mark.slow)]
+)
 def test_an_upload_that_arrives_late_spoils_nothing(site, arrives):
     """A video of the holder before, held up on its way, neither replaces the successor's nor stands in its place."""
     [item_id] = site.submit()
@@ -108,6 +110,7 @@ def test_an_upload_that_arrives_late_spoils_nothing(site, arrives):
     site.close_books(tasks=1)
 
 
+@pytest.mark.slow
 def test_a_stop_lets_short_work_finish(site):
     """SIGTERM and Ctrl-C: no new task, the running one is completed, exit 0; the rest waits, uncounted."""
     items = site.submit(3, seconds=1.5)
@@ -149,6 +152,7 @@ def test_a_stop_hands_back_long_work(site):
     site.close_books(tasks=2, cancelled=2)
 
 
+@pytest.mark.slow
 def test_a_server_may_be_killed_under_its_workers(site):
     """SIGKILL and a restart on the same data, twice: workers wait for it, everything completes, nothing twice."""
     site.submit(6)
@@ -162,6 +166,7 @@ def test_a_server_may_be_killed_under_its_workers(site):
     site.close_books(tasks=6)
 
 
+@pytest.mark.slow
 def test_lost_replies_lose_nothing(site):
     """Beats, presigns, uploads and reports get through and their answers do not, or they are lost themselves."""
     site.submit(4)

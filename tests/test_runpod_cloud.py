@@ -19,6 +19,8 @@ from tests.processes import until
 from tests.runpod_cloud import RunPodCloud, Worker
 from tests.s3_server import S3Server
 
+pytestmark = pytest.mark.slow
+
 HANDLER = """
 import asyncio, functools
 from pathlib import Path

@@ -300,6 +300,7 @@ def image_settings(weights_dir: Path, preset: str = "tiny") -> dict[str, str]:
     return kept | {"I2V_WEIGHTS_DIR": str(weights_dir), "I2V_WAN_PRESET": preset}
 
 
+@pytest.mark.slow
 def test_an_image_that_works_passes_its_own_check(python, app, tmp_path):
     """As the user it will run as, without a network; and what it starts with can be imported."""
     [command] = [it.rest for it in STEPS[-4:] if it.word == "RUN"]

@@ -4,7 +4,7 @@ import pytest
 
 from tests import simulation
 
-SEEDS, CHUNK = 250, 50
+SEEDS, CHUNK = 150, 50
 
 
 @pytest.fixture(autouse=True)

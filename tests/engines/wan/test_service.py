@@ -38,7 +38,7 @@ async def test_a_task_goes_through_the_embedded_queue(tmp_path, photo, weights_d
             engine = await load_engine(settings)
             worker = build_worker(settings, queue, engine, sink=lambda _: heard.append, on_outcome=outcomes.append)
             for _ in tasks:
-                await worker.run(once=True)
+                await worker.run(at_most=1)
             assert [outcome.status for outcome in outcomes] == ["completed", "completed"]
             for task in tasks:
                 path = await client.save_video(task["id"], tmp_path / f"{task['id']}.mp4")
