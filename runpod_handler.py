@@ -9,6 +9,7 @@ README.md has the jobs it takes and how to call it.
 import asyncio
 import functools
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
@@ -51,7 +52,12 @@ async def handle(job: dict[str, Any]) -> dict[str, Any]:
             async with AsyncClientSession() as session:
                 await rp_http.send_result(session, {"status": "IN_PROGRESS", "output": snapshot}, job)
 
-    return await endpoint().run(job, post)
+    try:
+        return await endpoint().run(job, post)
+    finally:
+        # Beside the answer's `refresh_worker`, which the platform may take its time to read: no job more for this one.
+        if endpoint().broken and not worker_state.IS_LOCAL_TEST:
+            signal.raise_signal(signal.SIGTERM)
 
 
 @functools.cache
@@ -86,14 +92,17 @@ def patient(attempts: int) -> aiohttp_retry.FibonacciRetry:
 
     By itself it tries for five seconds, and again only after a 5xx: a video in an answer, paid for, would be lost.
     """
-    again = {aiohttp.ClientConnectionError, OSError}
+    again = {aiohttp.ClientConnectionError, ConnectionError}  # not a timeout, which is ten minutes
     return aiohttp_retry.FibonacciRetry(2 * attempts, statuses={429}, exceptions=again, max_timeout=30)
 
 
 def main() -> None:
     """Runs until RunPod stops it. Exits 1 with one line where it cannot begin."""
+    logs.configure()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the engine loads; the SDK sets its own afterwards
     # Below INFO the SDK logs whole jobs and answers: photos, URLs with credentials. --rp_log_level DEBUG undoes it.
-    RunPodLogger().set_level("INFO")
+    if RunPodLogger.level == "DEBUG":
+        RunPodLogger().set_level("INFO")
     rp_http.FibonacciRetry = patient
     with told_errors(verbose=False):
         if worker_state.IS_LOCAL_TEST:

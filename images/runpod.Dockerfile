@@ -8,7 +8,7 @@
 #
 # A layer is built again when it or one above it in this file changes. Weights are by far the largest and depend on the
 # packages, on PRESET and on the modules in the stage `fetcher`: a change of other code moves no gigabyte.
-# RunPod's own builder takes images of up to 80 GB and 160 minutes; that of `a14b-fast` has about 78 GB.
+# RunPod's own builder takes images of up to 80 GB and 160 minutes; that of `a14b-fast` has about 76 GB.
 
 # What fetches weights, and no more. Without __init__.py on purpose: the version in it changes with every release.
 FROM scratch AS fetcher

@@ -73,5 +73,5 @@ class Bucket:
 
 def _region_of(origin: str) -> str:
     """eu-central-1 of https://s3.eu-central-1.amazonaws.com, and of the like of other providers."""
-    found = re.search(r"(?://|\.)s3[.-]([a-z0-9-]+)\.[^/.]+\.", origin)
+    found = re.search(r"(?://|\.)s3[.-](?:dualstack\.)?([a-z0-9-]+)\.[^/.]+\.", origin)
     return found[1] if found else DEFAULT_REGION

@@ -149,12 +149,16 @@ def needing_extra(extra: str, what: str) -> Iterator[None]:
         raise SettingsError(f"{what} needs an extra: pip install 'serverless-i2v[{extra}]' ({error})") from None
 
 
-def open_storage(settings: Settings, trusted_origins: Sequence[str] = ()) -> Storage:
-    """Downloads and uploads under the limits of `settings`; to be entered."""
-    # The operator named this host: its presigned URLs may lead back to it, wherever it is.
-    origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
+def open_storage(settings: Settings, trusted_origins: Sequence[str] | None = None) -> Storage:
+    """Downloads and uploads under the limits of `settings`; to be entered.
+
+    `trusted_origins` may be anywhere. None: those of the queue, which the operator named: its presigned URLs may lead
+    back to it.
+    """
+    if trusted_origins is None:
+        trusted_origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
     return Storage(
-        trusted_origins=[*origins, *trusted_origins],
+        trusted_origins=trusted_origins,
         allow_private=settings.allow_private_addresses,
         max_download_bytes=settings.max_photo_bytes,
     )

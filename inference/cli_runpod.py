@@ -45,8 +45,9 @@ from inference.task import GenerationRequest, Video, explain
 if sys.platform != "win32":
     import fcntl
 
-SIDES_PX = (4096, 3072, 2048, 1536, 1024)
-"""Longer sides that a photo is made smaller to, until it fits into a request. No clip is larger than 1280x720."""
+MAX_SIDE_PX = 1536
+"""Longer side that a photo is made smaller to where it does not fit into a request: even noise fits then, and no clip
+is larger than 1280x720."""
 
 MAX_VIDEO_BYTES = 1_000_000_000
 """A minute of 720p at x264's crf 18 is some 20 MB; a bucket holds what it holds."""
@@ -153,7 +154,9 @@ def health(
     process.run(main)
 
 
-@app.command(epilog="Example, in a crontab: `* * * * * cd /srv/i2v && i2v runpod dispatch`")
+@app.command(
+    epilog="Example, in a crontab, with settings in `.env`: `* * * * * cd /srv/i2v && .venv/bin/i2v runpod dispatch`"
+)
 def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = False) -> None:
     """Leases the tasks that can start now and sends each to the endpoint: one tick, for any scheduler.
 
@@ -164,7 +167,7 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
     Tasks that ask for a Runway model are made by the endpoint, too, unless there is a RUNWAYML_API_SECRET: then they
     are left to others, such as `i2v work --engine runway`.
     """
-    settings = _start(endpoint, "api_url", verbose=verbose, level=None, api_url=url)
+    settings = _start(endpoint, "api_url", verbose=verbose, api_url=url)
     with _alone(settings) as is_alone:
         if is_alone:
             process.run(lambda: _dispatch(settings))
@@ -214,7 +217,11 @@ async def _invoke(
                 job = await _finished(api, settings, asked.model_dump(exclude_none=True), sink, wait_s)
             answer = _completed(job)
             sink(Progress(stage="fetch", done=0, total=1, fraction=0.99))
-            path = await _fetched(settings, answer.video, Path(folder))
+            try:
+                path = await _fetched(settings, answer.video, Path(folder))
+            except I2VError:  # it is paid for
+                terminal.say(f"RunPod keeps the answer of job {job.id} for 30 minutes: GET /status/{job.id} has it.")
+                raise
         video = await anyio.to_thread.run_sync(_measured, path)
         path.replace(output)
     seed = "" if answer.seed is None else f" · seed {answer.seed}"
@@ -234,18 +241,13 @@ async def _encoded(photo: Path) -> str:
             content = photo.read_bytes()
         except OSError as error:
             raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from None
-        before_bytes = len(content)
-        for side_px in SIDES_PX:
-            if len(content) <= INLINE_BYTES:
-                break
-            content = photos.jpeg(photo, max_side_px=side_px, widest=photos.MAX_ASPECT_RATIO)
-        else:
-            raise InvalidPhoto(f"the photo does not fit into {INLINE_BYTES / 1e6:.1f} MB; give its URL instead")
-        if len(content) != before_bytes:
+        if len(content) > INLINE_BYTES:
+            smaller = photos.jpeg(photo, max_side_px=MAX_SIDE_PX, widest=photos.MAX_ASPECT_RATIO)
             terminal.say(
-                f"The photo ({info.width}x{info.height}, {before_bytes / 1e6:.1f} MB) is larger than a request may be: "
-                f"sent as a JPEG of {len(content) / 1e6:.1f} MB."
+                f"The photo ({info.width}x{info.height}, {len(content) / 1e6:.1f} MB) is larger than a request may be: "
+                f"sent as a JPEG of {len(smaller) / 1e6:.1f} MB."
             )
+            content = smaller
         return base64.b64encode(content).decode("ascii")
 
     return await anyio.to_thread.run_sync(encoded)
@@ -281,6 +283,7 @@ async def _hurry(scope: anyio.CancelScope) -> None:
 
 async def _cancel(api: RunPodApi, job_id: str) -> None:
     why = f"no answer within {CANCEL_S:g} s"
+    terminal.say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
         try:
             await api.cancel(job_id)
@@ -349,7 +352,7 @@ def _measured(path: Path) -> Video:
 
 
 def _is_url(text: str) -> bool:
-    return text.startswith(("https://", "http://"))
+    return text.lower().startswith(("https://", "http://"))
 
 
 # An endpoint

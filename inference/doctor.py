@@ -68,11 +68,17 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
 
 
 def require_machine(settings: Settings) -> None:
-    """Raises EngineLost where the weights or the GPU that the engine needs are not there. Quick: nothing is loaded."""
+    """Looks for what a worker needs before it takes a task: disk and ffmpeg; for Wan weights and a GPU. Loads nothing.
+
+    Raises EngineLost.
+    """
+    checks = [lambda: _disk(settings.temp_dir), _ffmpeg]
     if settings.engine == "wan":
-        for finding in (_weights(settings), _gpu(settings)):
-            if finding.verdict == "FAIL":
-                raise EngineLost(finding.text)
+        checks += [lambda: _weights(settings), lambda: _gpu(settings)]
+    for check in checks:
+        finding = check()
+        if finding.verdict == "FAIL":
+            raise EngineLost(f"{finding.name}: {finding.text}")
 
 
 def _weights(settings: Settings) -> Finding:

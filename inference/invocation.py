@@ -1,18 +1,20 @@
 """A direct invocation: a photo comes with the job, and the video goes where the job says or into its answer."""
 
 import base64
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+import httpx
 
 from inference import logs
 from inference.bucket import Bucket
 from inference.build import build_policy, refuse
 from inference.engines.base import Job
-from inference.errors import InvalidRequest, SettingsError
-from inference.keeper import repeat
+from inference.errors import InvalidRequest, ObjectExists, SettingsError
+from inference.keeper import Policy, repeat
 from inference.media import photo as photos
 from inference.media import video as videos
 from inference.progress import ProgressTracker, Sink, both, plan
@@ -20,7 +22,7 @@ from inference.runpod_wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectI
 from inference.scratch import put, scratch_folder
 from inference.seat import Seat
 from inference.settings import Settings
-from inference.storage import Storage, redact
+from inference.storage import Storage
 from inference.task import Video
 
 
@@ -30,8 +32,36 @@ class Surroundings:
 
     settings: Settings
     seat: Seat
-    storage: Storage
+    storage: Storage  # for the URLs of whoever calls, who is trusted with no address
     bucket: Bucket | None  # the operator's own
+    own_storage: Storage  # for that bucket, wherever it is
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a video goes, and under which URL its caller finds it."""
+
+    storage: Storage
+    put_url: str
+    url: str
+
+    async def take(self, video: Path, policy: Policy) -> None:
+        """Stores a video. Raises StorageError.
+
+        A second try that finds something there finds our own: the answer to the first one was lost.
+        """
+        tries = 0
+
+        async def once() -> None:
+            nonlocal tries
+            tries += 1
+            try:
+                await self.storage.upload(self.put_url, video)
+            except ObjectExists:
+                if tries == 1:
+                    raise
+
+        await repeat(once, policy)
 
 
 async def render(
@@ -43,35 +73,48 @@ async def render(
     Raises InvalidRequest, InvalidPhoto, StorageError, MachineFault, EngineError, MediaError.
     """
     settings, policy = here.settings, build_policy(here.settings)
-    bucket = bucket_in(s3) or here.bucket
-    _check(asked, settings, is_inline=asked.upload_url is None and bucket is None)
+    target = await anyio.to_thread.run_sync(_target, asked, s3, job_id, here)
+    _check(asked, settings, is_inline=target is None)
+    if target is not None:
+        await target.storage.check(target.put_url)
     tracker = ProgressTracker(plan(here.seat.stages), both(logs.stages(job_id), sink))
     job = Job(tracker)
     with scratch_folder(settings.temp_dir, keep=policy.keep_temp) as folder:
         job.report("download")
         photo = folder / "photo"
-        if (given := asked.photo_bytes(settings.max_photo_bytes)) is not None:
-            await anyio.to_thread.run_sync(put, photo, given)
+        if asked.photo_url is None:
+            await anyio.to_thread.run_sync(lambda: put(photo, asked.photo_bytes(settings.max_photo_bytes)))
         else:
-            url = asked.photo_url or ""
+            url = asked.photo_url
             await repeat(lambda: here.storage.download(url, photo), policy)
         await anyio.to_thread.run_sync(photos.verify, photo)
         job.report("wait")
         async with here.seat.taken():
             video = await repeat(lambda: here.seat.generate(asked.request, photo, folder, job), policy)
         job.report("upload")
-        if asked.upload_url:
-            where = {"url": redact(asked.upload_url)}
-            await repeat(lambda: here.storage.upload(asked.upload_url or "", video.path), policy)
-        elif bucket:
-            key = f"{job_id}.mp4"
-            put_url = bucket.upload_url(key, content_type="video/mp4")
-            where = {"url": bucket.download_url(key)}
-            await repeat(lambda: here.storage.upload(put_url, video.path), policy)
+        if target is not None:
+            await target.take(video.path, policy)
+            where = {"url": target.url}
         else:
             video, mp4 = await anyio.to_thread.run_sync(_inline, video, folder)
             where = {"base64": mp4}
         return answer(video, tracker.stage_seconds(), **where)
+
+
+def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: Surroundings) -> _Target | None:
+    """None: the video comes with the answer. Signing takes half a second the first time, for all that it imports."""
+    if asked.upload_url is not None:
+        bare = httpx.URL(asked.upload_url).copy_with(query=None, fragment=None, userinfo=b"")
+        return _Target(here.storage, asked.upload_url, str(bare))
+    bucket = bucket_in(s3) or here.bucket
+    if bucket is None:
+        return None
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", job_id) + ".mp4"
+    try:
+        put_url, url = bucket.upload_url(key, content_type="video/mp4"), bucket.download_url(key)
+    except SettingsError as error:
+        raise InvalidRequest(f"s3Config: {error}") from None
+    return _Target(here.storage if s3 else here.own_storage, put_url, url)
 
 
 def bucket_of(settings: Settings) -> Bucket | None:
@@ -111,7 +154,7 @@ def _check(asked: DirectInput, settings: Settings, *, is_inline: bool) -> None:
     if is_inline and asked.seconds > INLINE_S:
         raise InvalidRequest(
             f"seconds: a video of {asked.seconds:g} s may not fit into an answer, which holds {PAYLOAD_BYTES // 10**6} "
-            f"MB; give an upload_url or an s3Config, or set BUCKET_ENDPOINT_URL, or ask for {INLINE_S:.0f} s at most"
+            f"MB; give an upload_url or an s3Config, or set BUCKET_ENDPOINT_URL, or ask for {int(INLINE_S)} s at most"
         )
     try:
         refuse(settings, asked.request)

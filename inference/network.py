@@ -109,7 +109,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Raises AddressRefused where any address of the host is not public."""
         failure: httpcore.ConnectError | httpcore.ConnectTimeout | None = None
-        for address in await self._allowed(host, port):
+        for address in await self.addresses(host, port):
             try:
                 stream = await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
@@ -118,7 +118,8 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
                 return DuplexStream(stream)
         raise failure or httpcore.ConnectError("the host has no address")
 
-    async def _allowed(self, host: str, port: int) -> Sequence[str]:
+    async def addresses(self, host: str, port: int) -> Sequence[str]:
+        """Where a host may be reached now. Raises AddressRefused, httpcore.ConnectError where it has no address."""
         try:
             addresses = await self._resolve(host, port)
         except (OSError, UnicodeError) as error:

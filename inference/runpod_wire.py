@@ -5,10 +5,11 @@ import binascii
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+import httpx
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
-from inference.errors import InvalidRequest, InvalidTask
-from inference.queues.lifeisshort_wire import parse_task
+from inference.errors import InvalidRequest, InvalidTask, one_line
+from inference.queues.lifeisshort_wire import StoragePath, parse_task
 from inference.task import (
     MAX_PROMPT_CHARS,
     DurationS,
@@ -35,18 +36,25 @@ INLINE_S = INLINE_BYTES * 8 / INLINE_BITS_PER_S
 """The longest video that an answer has room for, whatever is on the photo: 11.9 s."""
 
 MAX_DRAIN = 1000
+MAX_ERROR_CHARS = 1000
 
 KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt"
 
 
 def _is_http(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    if scheme not in ("http", "https") or not rest.strip("/"):
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError("has to be a URL that starts with https:// or http://")
     return url
 
 
 HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(_is_http)]
+
+
+storage_path: TypeAdapter[str] = TypeAdapter(StoragePath)
 
 
 class _Wire(BaseModel):
@@ -59,7 +67,7 @@ class S3Config(_Wire):
     """`s3Config`, beside `input`, as RunPod documents it; `region` is ours."""
 
     accessId: Annotated[str, Field(min_length=1)]  # noqa: N815 - RunPod's names
-    accessSecret: SecretStr  # noqa: N815
+    accessSecret: Annotated[SecretStr, Field(min_length=1)]  # noqa: N815
     bucketName: Annotated[str, Field(min_length=1)]  # noqa: N815
     endpointUrl: HttpUrl  # noqa: N815
     region: str | None = None
@@ -84,11 +92,10 @@ class DirectInput(_Wire):
             prompt=self.prompt, negative_prompt=self.negative_prompt, duration_s=self.seconds, seed=self.seed
         )
 
-    def photo_bytes(self, limit_bytes: int) -> bytes | None:
-        """The photo that came along; None for one at a URL. Raises InvalidRequest."""
-        if self.photo_base64 is None:
-            return None
-        text = self.photo_base64.partition(",")[2] if self.photo_base64.startswith("data:") else self.photo_base64
+    def photo_bytes(self, limit_bytes: int) -> bytes:
+        """The photo that came along. Raises InvalidRequest."""
+        given = self.photo_base64 or ""
+        text = given.partition(",")[2] if given.startswith("data:") else given
         if len(text) // 4 * 3 > limit_bytes:
             raise InvalidRequest(f"photo_base64: larger than {limit_bytes} bytes")
         try:
@@ -123,8 +130,8 @@ Input = TaskInput | DrainInput | DirectInput
 def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
     """What a job's `input` asks for. Raises InvalidRequest naming every wrong field.
 
-    A task comes as a queue hands it out or as a Lease of ours. `worker_id` is whose lease it is where the job does not
-    say, `lease_s` how long a renewal lasts.
+    A task comes as a queue hands it out or, with `length_s`, as a Lease of ours. `worker_id` is whose lease it is where
+    the job does not say, `lease_s` how long a renewal lasts.
     """
     if not isinstance(payload, Mapping):
         raise InvalidRequest(f"input: has to be an object with {KINDS}")
@@ -142,8 +149,11 @@ def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
 
 def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
     try:
-        # Only ours counts in seconds; queues count in frames.
-        task = Task.model_validate(given.task) if "duration_s" in given.task else parse_task(given.task)
+        if given.length_s is None:
+            task = parse_task(given.task)
+        else:
+            task = Task.model_validate(given.task)
+            storage_path.validate_python(task.photo_storage_path)
         return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
     except ValidationError as error:
         raise InvalidRequest(f"task: {explain(error)}") from None
@@ -170,7 +180,7 @@ def answer(video: Video, timings: Mapping[str, float], **where: str) -> dict[str
 
 
 def answer_of(outcome: Outcome) -> dict[str, Any]:
-    """How a task of the queue ended; the queue knows already."""
+    """How a task of the queue ended; the queue knows already. Another try is of whoever it hands the task to."""
     whose = {"item_id": outcome.item_id, "status": outcome.status}
     if outcome.video is not None:
         return answer(outcome.video, outcome.stage_seconds, storage_path=outcome.storage_path or "") | whose
@@ -180,4 +190,4 @@ def answer_of(outcome: Outcome) -> dict[str, Any]:
 
 def failure(message: str, *, retryable: bool) -> dict[str, Any]:
     """No video. RunPod takes `error` for the job's error, and the rest for its output."""
-    return {"error": message, "retryable": retryable}
+    return {"error": one_line(message, MAX_ERROR_CHARS), "retryable": retryable}

@@ -34,7 +34,10 @@ class Settings(LoadableSettings):
 
     # The queue a worker takes its tasks from
     api_url: str | None = setting(
-        None, "VERCEL_API_URL", "NEXT_API_URL", about="Base URL of the queue, with or without /api. Required to work."
+        None,
+        "VERCEL_API_URL",
+        "NEXT_API_URL",
+        about="Base URL of the queue, with or without /api; only who takes tasks needs it.",
     )
     api_key: SecretStr | None = setting(
         None, "WORKER_API_KEY", about="Key of the queue; the embedded server asks for the same one."
@@ -219,7 +222,9 @@ class Settings(LoadableSettings):
         "https://api.runpod.ai/v2", "RUNPOD_ENDPOINT_BASE_URL", about="Base URL of RunPod's endpoints."
     )
     runpod_max_workers: Annotated[int, Field(ge=1, le=100)] = setting(
-        3, "I2V_RUNPOD_MAX_WORKERS", about="Max workers of the endpoint: `i2v runpod dispatch` sends no more at once."
+        3,
+        "I2V_RUNPOD_MAX_WORKERS",
+        about="Max workers of the endpoint, as set there; `i2v runpod dispatch` sends two jobs for each.",
     )
     runpod_init_timeout_s: Annotated[int, Field(ge=10, le=7200)] = setting(
         800, "RUNPOD_INIT_TIMEOUT", about="Seconds in which a worker has to be ready; RunPod itself defaults to 420."

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import anyio
+import httpcore
 import httpx
 
 from inference.errors import (
@@ -64,7 +65,8 @@ class Storage:
     ) -> None:
         trusted = {_endpoint(origin) for origin in trusted_origins}
         self._max_download_bytes = max_download_bytes
-        self._transport = transport or GuardedTransport(GuardedNetwork(trusted=trusted, allow_private=allow_private))
+        self._network = GuardedNetwork(trusted=trusted, allow_private=allow_private)
+        self._transport = transport or GuardedTransport(self._network)
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,6 +77,17 @@ class Storage:
     async def aclose(self) -> None:
         """Closes connections."""
         await self._transport.aclose()
+
+    async def check(self, url: str) -> None:
+        """Looks whether a URL leads where a worker may go, and sends nothing there.
+
+        Raises AddressRefused, StorageUnavailable where its host cannot be found.
+        """
+        host, port = _endpoint(url)
+        try:
+            await self._network.addresses(host, port)
+        except httpcore.ConnectError as error:
+            raise StorageUnavailable(f"{redact(url)}: {error}") from None
 
     async def download(self, url: str, path: Path) -> int:
         """Fetches an object into `path`, which appears when it is whole; returns its size in bytes.

@@ -30,7 +30,7 @@ from inference.errors import (
 MAX_REASON_CHARS = 200
 MIN_SECRET_CHARS = 4  # shorter parts of a query are flags, and taking them out would garble words
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # not the task's fault
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # not the task's fault
 
 # What storages call their refusals: Supabase (github.com/supabase/storage, internal/errors/codes.ts) and S3
 # (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), R2 and GCS after it. They outrank the HTTP status,

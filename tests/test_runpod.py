@@ -344,8 +344,8 @@ def test_the_operators_bucket(house):
     )
     job = house.answer({**DIRECT, "seconds": 13})
     assert len(httpx.get(job.output["video"]["url"]).content) == job.output["video"]["size_bytes"]
-    refused = house.answer({"photo_url": f"{house.site.url}/x.jpg?key=hush", "prompt": ""}, s3Config=house.s3_config)
-    assert refused.status == "FAILED"
+    refused = house.answer({"photo_url": f"{house.s3.url}/x.jpg?key=hush", "prompt": ""})
+    assert "not a public address" in refused.error
     assert "hush" not in refused.error
 
 
@@ -356,6 +356,30 @@ def test_a_lost_gpu_takes_its_worker_along(house):
     assert job.error == "the GPU does not work any more: CUDA error: unspecified launch failure"
     assert (job.output, job.stop_pod) == ({"retryable": True}, True)
     assert worker.wait() == 0
+
+
+def test_a_worker_that_is_done_for_takes_no_job_more(house):
+    """Whatever the platform makes of the request to replace it: what waits goes to another worker."""
+    first = house.cloud.worker(house.folder / "first", script=ODD, pod_id="first", env={"I2V_ENGINE": "preview"})
+    lost = house.cloud.run({**DIRECT, "prompt": "lost"})
+    house.cloud.wait(lost, PATIENCE_S)
+    others = [house.cloud.run(DIRECT) for _ in range(3)]
+    assert first.wait() == 0
+    house.worker("second", script=ODD)
+    assert {house.cloud.wait(job_id, PATIENCE_S).status for job_id in others} == {"COMPLETED"}
+
+
+def test_the_same_lease_twice_is_made_once(house):
+    """RunPod delivers a job again when it is in doubt."""
+    worker = house.worker()
+    [item_id] = house.site.submit(seconds=2)
+    asked = {"task": house.lease("cron.6", 600), "worker_id": "cron.6"}
+    first = house.cloud.run(asked)
+    house.until_stage(worker, item_id, "render")
+    second = house.answer(asked)
+    assert second.error == f"task {item_id} is being worked on here under the same lease"
+    assert house.cloud.wait(first, PATIENCE_S).output["status"] == "completed"
+    assert worker.log().count(f'"item_id": "{item_id}", "stage": "render"') == 1
 
 
 def test_a_worker_that_cannot_work_is_unhealthy(house):

@@ -30,6 +30,7 @@ WIRE_TASK = {
     "leased_until": "2026-01-01T00:00:00Z",
     "new_field": 1,
 }
+OURS = {"item_id": "a1", "group_id": "g", "photo_id": "p", "photo_storage_path": "g/p.jpg", "duration_s": 5}
 PHOTO = {"photo_base64": "QUJD", "prompt": "zoom in"}
 S3 = {"accessId": "id", "accessSecret": "hush", "bucketName": "b", "endpointUrl": "https://s3.example.com"}
 
@@ -89,6 +90,8 @@ def test_base64_as_browsers_make_it():
         ({**PHOTO, "seed": -1}, "seed: input should be greater than or equal to 0"),
         ({**PHOTO, "seed": 1.5}, "seed: input should be a valid integer"),
         ({**PHOTO, "sed": 1}, "sed: extra inputs are not permitted"),
+        ({**PHOTO, "upload_url": "https://host:port/x"}, "upload_url: value error, has to be a URL that starts"),
+        ({**PHOTO, "upload_url": "https://[::1/x"}, "upload_url: value error, has to be a URL that starts"),
         ({**PHOTO, "upload_url": "ftp://x/y"}, "upload_url: value error, has to be a URL that starts with https://"),
         ({"photo_url": "file:///etc/passwd", "prompt": ""}, "photo_url: value error, has to be a URL"),
         ({"drain": 0}, "drain: input should be greater than or equal to 1"),
@@ -99,8 +102,12 @@ def test_base64_as_browsers_make_it():
         ({"task": {**WIRE_TASK, "photo_storage_path": "../x"}}, "photo_storage_path: value error, must be a relative"),
         ({"task": {**WIRE_TASK, "frame_num": "many"}}, "frame_num: input should be a valid integer"),
         ({"task": WIRE_TASK, "worker_id": "no spaces"}, "worker_id: string should match pattern"),
-        ({"task": WIRE_TASK, "worker_id": "w", "length_s": 1.0}, "task: length_s: input should be greater"),
-        ({"task": {"item_id": "a1", "duration_s": 5}}, "task: group_id: field required"),
+        ({"task": OURS, "worker_id": "w", "length_s": 1.0}, "task: length_s: input should be greater"),
+        ({"task": {"item_id": "a1"}, "worker_id": "w", "length_s": 60.0}, "task: group_id: field required"),
+        (
+            {"task": OURS | {"photo_storage_path": "../../other.jpg"}, "worker_id": "w", "length_s": 60.0},
+            "task: value: value error, must be a relative path",
+        ),
     ],
 )
 def test_bad_input_names_the_field(payload, told):

@@ -17,6 +17,16 @@ NO_GPU_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",  # a convolution without room (github.com/pytorch/pytorch/issues/108645)
 )
+# After these nothing on the GPU works any more, whichever library says so; torch has a type for those of CUDA itself.
+GPU_LOST = (
+    "device-side assert",
+    "illegal memory access",
+    "misaligned address",
+    "unspecified launch failure",
+    "uncorrectable ECC",
+    "_STATUS_EXECUTION_FAILED",
+    "_STATUS_INTERNAL_ERROR",
+)
 NO_HOST_MEMORY = "DefaultCPUAllocator"
 
 log = structlog.get_logger(__name__)
@@ -52,7 +62,7 @@ def _mapped(error: Exception) -> Exception:
         return OutOfRoom("the GPU ran out of memory")
     if isinstance(error, MemoryError) or NO_HOST_MEMORY in said:
         return MachineFault("this machine has no memory left to generate")
-    if isinstance(error, torch.AcceleratorError):
+    if isinstance(error, torch.AcceleratorError) or any(sign in said for sign in GPU_LOST):
         return EngineLost(f"the GPU does not work any more: {said}")
     log.error("engine_error", traceback="".join(traceback.format_exception(error)))
     return EngineFailed(f"{type(error).__name__}: {said}")
