@@ -1,11 +1,12 @@
 """Fetches the weights of a preset in the build of an image: `python fetch.py PRESET FOLDER`.
 
-Weights are the layer of tens of gigabytes, and a builder makes it anew when any file changes that it was given before.
+Weights are layers of tens of gigabytes, and a builder makes them anew when any file changes that it was given before.
 So this imports the few modules that weights depend on and nothing else of ours, and reads no setting;
 `runpod.Dockerfile` names those modules.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--accept-non-commercial", choices=["true", "false"], default="false")
     parser.add_argument("--token-file", type=Path, help="token of huggingface.co; public weights need none")
+    parser.add_argument("--at-most-gb", type=float, default=math.inf, help="stop before more is there, for one layer")
     parser.add_argument("--endpoint", default=ENDPOINT, help="a mirror of huggingface.co")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +58,7 @@ def main() -> None:
             endpoint=given.endpoint,
             token=given.token_file.read_text().strip() if there else None,
             accept_non_commercial=given.accept_non_commercial == "true",
+            at_most_bytes=given.at_most_gb * 1e9,
         )
     except I2VError as error:
         sys.exit(f"error: {error}")

@@ -39,10 +39,33 @@ RUN --mount=type=bind,source=images/runpod.txt,target=/tmp/runpod.txt \
 
 ARG PRESET=a14b-fast
 ARG ACCEPT_NON_COMMERCIAL=false
-RUN --mount=type=bind,from=fetcher,target=/fetch \
-    --mount=type=secret,id=hf_token \
-    python /fetch/fetch.py "$PRESET" /weights \
-    --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token
+# Layer by layer: registries take up to a size (ghcr.io 10 GB), pulls unpack several at a time, and a push that broke goes
+# on where it was. Each step fetches what comes next; the last one whatever is left, and looks whether all is there.
+# hadolint global ignore=DL3059
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token --at-most-gb 9.95
+RUN --mount=type=bind,from=fetcher,target=/fetch --mount=type=secret,id=hf_token python /fetch/fetch.py "$PRESET" \
+    /weights --accept-non-commercial "$ACCEPT_NON_COMMERCIAL" --token-file /run/secrets/hf_token
 
 # Nothing is fetched at run time. RunPod's limit of 420 s for a start would be tight for a first one from a cold disk.
 ENV HF_HUB_OFFLINE=1 \

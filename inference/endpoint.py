@@ -93,12 +93,11 @@ class Endpoint:
         call = _Call()
         try:
             group = await self._opened()
-            if self._serving.done():
-                raise EngineLost(REPLACED)
             self._calls.add(call)
             group.start_soon(self._work, job, post, call)
-        except I2VError as error:  # no job can be answered here
+        except Exception as error:  # no job can be answered here
             self.broken = True
+            log.exception("not_opened", job_id=job.get("id"))
             return _failed(error) | REFRESH
         try:
             await call.ended.wait()
@@ -150,6 +149,8 @@ class Endpoint:
                     with anyio.CancelScope(shield=True):
                         await started.wait()
             assert self._group is not None  # noqa: S101 - what `started` says
+            if self._serving.done():
+                raise EngineLost(REPLACED)
             return self._group
 
     async def _serve(self, stack: AsyncExitStack, started: anyio.Event) -> None:
@@ -189,7 +190,7 @@ class Endpoint:
             said, is_fault = _failed(error), error.hand_back
         except Exception as error:
             log.exception("unexpected_error", job_id=job.get("id"))
-            said = failure(f"internal error: {type(error).__name__}: {error}", retryable=True)
+            said = _failed(error)
         self._faults = self._faults + 1 if is_fault else 0
         self.broken = self.broken or self._faults >= MAX_FAULTS_IN_A_ROW
         return said
@@ -263,7 +264,9 @@ def _origins(bucket: Bucket | None) -> list[str]:
     return [bucket.origin] if bucket else []
 
 
-def _failed(error: I2VError) -> dict[str, Any]:
-    """Of an address that has run out, another try finds the same: only its caller can sign a new one."""
+def _failed(error: Exception) -> dict[str, Any]:
+    if not isinstance(error, I2VError):
+        return failure(f"internal error: {type(error).__name__}: {error}", retryable=True)
+    # Of an address that has run out, another try finds the same: only its caller can sign a new one.
     may_pass = (error.retryable or error.hand_back) and not isinstance(error, UrlExpired)
     return failure(str(error), retryable=may_pass)

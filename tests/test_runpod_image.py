@@ -87,6 +87,9 @@ def find(word: str, containing: str) -> int:
     return number
 
 
+FETCHES = [n for n, it in enumerate(STEPS) if (it.stage, it.word) == (WORKER, "RUN") and "fetch.py" in it.rest]
+
+
 def from_the_context() -> list[str]:
     """Every path that the build takes from the repository."""
     copied = [source for it in STEPS if it.word == "COPY" for source in it.copied[0]]
@@ -189,11 +192,20 @@ def test_what_it_copies_is_there_and_is_sent():
 
 def test_weights_lie_below_the_code():
     """Packages, weights, code; and the step that fetches is given its few modules, a token, and nothing else."""
-    packages, fetch, code = find("RUN", "uv pip install"), find("RUN", "fetch.py"), find("COPY", "inference/")
-    assert packages < fetch < code
-    assert not [it for it in STEPS[:fetch] if it.stage == WORKER and it.word in {"COPY", "ADD", "WORKDIR"}]
-    mounts = re.findall(r"--mount=(\S+)", STEPS[fetch].rest)
-    assert mounts == ["type=bind,from=fetcher,target=/fetch", "type=secret,id=hf_token"]
+    packages, code = find("RUN", "uv pip install"), find("COPY", "inference/")
+    assert packages < FETCHES[0] < FETCHES[-1] < code
+    assert not [it for it in STEPS[: FETCHES[-1]] if it.stage == WORKER and it.word in {"COPY", "ADD", "WORKDIR"}]
+    for number in FETCHES:
+        mounts = re.findall(r"--mount=(\S+)", STEPS[number].rest)
+        assert mounts == ["type=bind,from=fetcher,target=/fetch", "type=secret,id=hf_token"]
+
+
+def test_weights_are_layers_that_registries_take():
+    """All steps are the same but the last, which has no limit and so finds out whether anything is missing."""
+    *limited, last = [STEPS[number].rest for number in FETCHES]
+    assert {step.removesuffix(" --at-most-gb 9.95") for step in limited} == {last}
+    assert [*range(FETCHES[0], FETCHES[0] + len(FETCHES))] == FETCHES
+    assert len(limited) * 9.95 * 2 / 3 > 72  # a third of each may stay empty, since files are not cut
 
 
 def test_no_secret_stays_in_it():
@@ -224,7 +236,7 @@ def test_its_environment_is_one_of_settings():
     settings = Settings.isolated(**{FIELDS[name][0]: value for name, value in ours.items()})
     assert (settings.engine, settings.wan_preset) == ("wan", found["PRESET"])
     assert settings.runpod_init_timeout_s == Settings.model_fields["runpod_init_timeout_s"].default
-    assert f" {settings.weights_dir} " in STEPS[find("RUN", "fetch.py")].rest
+    assert f" {settings.weights_dir} " in STEPS[FETCHES[-1]].rest
 
 
 # What it runs
@@ -258,7 +270,7 @@ def hub():
 def test_weights_are_fetched_as_the_image_fetches_them(python, hub, tmp_path):
     """With the token of the build, verified, converted, readable for the worker; a second time nothing is asked."""
     folder, target = lay_out(FETCHER, tmp_path / "fetcher"), tmp_path / "weights"
-    [command] = re.findall(r"python (/fetch/fetch\.py .+)", STEPS[find("RUN", "fetch.py")].rest)
+    [command] = re.findall(r"python (/fetch/fetch\.py .+)", STEPS[FETCHES[-1]].rest)
     values = {"$PRESET": "a14b-fast", "$ACCEPT_NON_COMMERCIAL": "false", "/weights": target}
     values |= {"/fetch/fetch.py": folder / "fetch.py", "/run/secrets/hf_token": tmp_path / "token"}
     (tmp_path / "token").write_text("hf_token_of_a_test\n")

@@ -1,6 +1,7 @@
 """Weights, fetched at their pinned revision and verified: what is not there yet, and of that what has not arrived."""
 
 import importlib.util
+import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,12 +33,16 @@ def fetch(
     endpoint: str | None = None,  # a mirror of huggingface.co
     token: str | None = None,
     accept_non_commercial: bool = False,
+    at_most_bytes: float = math.inf,
     pauses_s: Sequence[float] = PAUSES_S,
 ) -> int:
     """Fetches what is not there yet and returns how many files that were; 0, without a request, if all are there.
 
     Blocks. Goes on where an earlier call stopped, however that ended. Takes the space of the finished files and of
-    one more. Raises WeightsError, DiskFull; ValueError for a preset that is built here.
+    one more. With `at_most_bytes` stops before it has put more there, but for one file at least: for layers of an
+    image, which registries take up to a size.
+
+    Raises WeightsError, DiskFull; ValueError for a preset that is built here.
     """
     for repository in preset.repositories:
         if repository.built_here:
@@ -56,7 +61,12 @@ def fetch(
             stack.enter_context(_alone(folder))
             jobs += _jobs(_listed(preset, repository, folder, hub), weights.parts_of(preset, repository), folder)
         _refuse_the_impossible(jobs, weights_dir)
+        put_bytes = 0
         for number, job in enumerate(jobs, 1):
+            if put_bytes and put_bytes + job.size_bytes > at_most_bytes:
+                log.info("weights fetched so far", preset=preset.name, files=number - 1, to_come=len(jobs) - number + 1)
+                return number - 1
+            put_bytes += job.size_bytes
             progress = FileProgress(job.lock.repository, job.path, job.entry.published_bytes, number, len(jobs))
             job.run(hub, weights.reporter(sink, progress))
         for repository in preset.repositories:
@@ -127,6 +137,12 @@ class _Job:
     @property
     def entry(self) -> Entry:
         return self.lock.files[self.path]
+
+    @property
+    def size_bytes(self) -> int:
+        """What the file will take in its place, to a percent: bf16 takes half of fp32, which is what is converted."""
+        published_bytes = self.entry.published_bytes
+        return published_bytes // 2 if self.as_bf16 and self.path.endswith(TENSORS) else published_bytes
 
     @property
     def partial(self) -> Path:

@@ -172,6 +172,18 @@ def test_what_is_there_after_a_fetch(hub, fetch, finished, tmp_path, folder):
     assert {path.name for path in weight_files(whole, tmp_path)} >= {Path(SHARD).name, "high_noise_model.safetensors"}
 
 
+def test_a_fetch_in_pieces(hub, fetch, finished, tmp_path):
+    """As layers of an image are made: each call puts no more there than it may, but one file at least."""
+    whole = whole_at(hub)
+    sizes = []
+    while taken := fetch(whole, at_most_bytes=100_000):
+        here = sum(len(it) for it in files_in(tmp_path).values())
+        sizes.append(here - sum(sizes))
+        assert taken == 1 or sizes[-1] < 110_000
+    assert len(sizes) > 2
+    assert files_in(tmp_path) == files_in(finished)
+
+
 @pytest.mark.usefixtures("there")
 def test_a_second_fetch_asks_for_nothing(hub, fetch, tmp_path):
     """Names and sizes are compared, and that is all; it says so."""
