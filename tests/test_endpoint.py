@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,10 @@ from inference.endpoint import REPLACED, STOPPING, Endpoint
 from inference.engines.base import run_in_thread
 from inference.errors import DiskFull, EngineLost, InvalidRequest, SettingsError, WeightsError
 from inference.media.video import VideoWriter
+from inference.queues.memory import MemoryQueue
+from inference.queues.oracle import MemoryStore
 from inference.settings import Settings
+from tests.simulation import PHOTO
 
 pytestmark = pytest.mark.anyio
 
@@ -45,11 +49,13 @@ class FakeEngine:
         self.go_on.set()
         self.stuck = None
         self.stops_slowly = False
+        self.before = anyio.lowlevel.checkpoint
         self.stopped = False
 
     async def generate(self, request, photo, folder, job):  # noqa: ARG002
         self.runs += 1
         self.started.set()
+        await self.before()
         job.report("render", 0, 1)
         try:
             await self.go_on.wait()
@@ -60,8 +66,8 @@ class FakeEngine:
             self.stopped = True
         if self.stuck is not None:
             await run_in_thread(job, self.stuck.wait, stop_grace_s=0.05)
-        if self.errors:
-            raise self.errors.pop(0)
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
         with VideoWriter(folder / "out.mp4", width=64, height=64, fps=24) as writer:
             for _ in range(3):
                 writer.write(np.zeros((64, 64, 3), np.uint8))
@@ -293,6 +299,112 @@ async def test_settings_that_no_worker_can_have():
         Endpoint(Settings.isolated(engine="runway"))
     with pytest.raises(SettingsError, match="BUCKET_NAME, BUCKET_SECRET_ACCESS_KEY: not set"):
         Endpoint(Settings.isolated(bucket_url="https://s3.example.com", bucket_key_id="k"))
+
+
+class Served(Box):
+    """The same with a queue, in memory, that has tasks."""
+
+    def __init__(self, folder, tasks, **settings):
+        super().__init__(folder, **settings)
+        self.store = MemoryStore(clock=anyio.current_time)
+        self.ids = [self.store.add(PHOTO).id for _ in range(tasks)]
+
+    async def open(self):
+        """Opens the endpoint, then puts the queue into its place; what the queue says of another worker."""
+        await self.endpoint._opened()
+        self.endpoint._queue = MemoryQueue(store=self.store, worker_id="box")
+        self.elsewhere = MemoryQueue(store=self.store, worker_id="cron")
+
+    def statuses(self):
+        """Of the tasks, in order."""
+        return [self.store.items[item_id].status for item_id in self.ids]
+
+    async def run_task(self):
+        """A job with a task that somebody else leased."""
+        lease = await self.elsewhere.lease()
+        return await self.run({"id": "j1", "input": lease.model_dump(mode="json")})
+
+    async def drain(self, count):
+        """A job that takes them itself."""
+        return await self.run({"id": "j1", "input": {"drain": count}})
+
+
+async def test_a_task_and_what_there_is(tmp_path):
+    """A lease is run where it came, a drain takes the rest, and both say what the queue knows."""
+    box = Served(tmp_path, 4)
+    await box.open()
+    answer = await box.run_task()
+    assert (answer["item_id"], answer["status"], answer["video"]["frames"]) == (box.ids[0], "completed", 3)
+    drained = await box.drain(9)
+    assert (drained["completed"], [it["item_id"] for it in drained["tasks"]]) == (3, box.ids[1:])
+    assert box.statuses() == ["completed"] * 4
+    assert box.posted[-1]["stage"] == "drain"
+
+
+async def test_a_task_that_comes_too_late_is_handed_back(tmp_path):
+    """A worker that is being replaced, or stopped, gives it to the next one at once."""
+    box = Served(tmp_path, 2)
+    await box.open()
+    box.engine.errors = [EngineLost("the GPU does not work any more")]
+    assert (await box.run())["refresh_worker"]
+    answer = await box.run_task()
+    assert (answer["error"], answer["retryable"]) == (REPLACED, True)
+    assert (await box.drain(2))["error"] == REPLACED
+    assert box.engine.runs == 1
+    assert box.statuses() == ["pending", "pending"]
+
+
+async def test_a_drain_ends_with_its_gpu(tmp_path):
+    """What it holds goes back uncounted; it takes no more, and tells what was done before."""
+    box = Served(tmp_path, 6)
+    await box.open()
+    box.engine.errors = [None, EngineLost("the GPU does not work any more")]
+    answer = await box.drain(6)
+    assert answer["completed"] == 1
+    assert len(answer["tasks"]) <= 3  # what it held when the GPU went
+    assert answer["refresh_worker"]
+    assert {it["status"] for it in answer["tasks"]} == {"completed", "released"}
+    assert box.statuses().count("completed") == 1
+    assert "failed" not in box.statuses()
+    assert box.engine.runs == 2
+
+
+async def test_a_stopped_drain_says_what_it_did(tmp_path):
+    """The rest goes back to the queue."""
+    box = Served(tmp_path, 3, shutdown_grace_s=0.05, concurrency=1)
+    await box.open()
+    answers = []
+
+    async def run():
+        answers.append(await box.drain(3))
+
+    second = anyio.Event()
+
+    async def hold():
+        if box.engine.runs == 2:
+            box.engine.go_on = anyio.Event()
+            second.set()
+
+    box.engine.before = hold
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        await second.wait()
+        await box.endpoint.close(0.05)
+    [answer] = answers
+    assert (answer["completed"], answer["tasks"][0]["item_id"]) == (1, box.ids[0])
+    assert box.statuses()[0] == "completed"
+    assert box.engine.runs == 2
+
+
+async def test_the_wrong_holder_is_told_what_to_give(tmp_path):
+    """A job that does not say who leased its task cannot be right by chance."""
+    box = Served(tmp_path, 1)
+    await box.open()
+    lease = await box.elsewhere.lease()
+    task = {"item_id": lease.task.item_id, "group_id": "g", "photo_id": "p", "photo_storage_path": "g/p.jpg"}
+    answer = await box.run({"id": "j1", "input": {"task": task}})
+    assert answer["error"].endswith("give the worker_id that it was leased under")
+    assert (answer["status"], answer["retryable"], box.engine.runs) == ("lease_lost", False, 0)
 
 
 @pytest.fixture

@@ -249,6 +249,7 @@ async def test_two_shapes_warm_up_for_all(weights_dir, photo, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_compiled_code_is_kept_for_the_next_process(tmp_path, weights_dir):
     """The real compiler, twice: the second start finds the first one's work and is faster for it."""
     program = """
