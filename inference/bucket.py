@@ -11,8 +11,9 @@ import httpx
 
 from inference.errors import SettingsError
 
-UPLOAD_S = 3600
-"""How long the address of an upload is good: longer than all tries of it take."""
+UPLOAD_S = 86_400
+"""How long the address of an upload is good. It is signed before the GPU is touched, and used when the video is there,
+with other jobs and other tries before it: a day is how long RunPod keeps a job, unless told otherwise (its ttl)."""
 
 DOWNLOAD_S = 7 * 86_400
 """How long the address in an answer is good: as long as SigV4 allows."""

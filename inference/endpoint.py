@@ -141,7 +141,7 @@ class Endpoint:
                     own = await stack.enter_async_context(open_storage(settings, _origins(self._bucket)))
                     self._queue = await stack.enter_async_context(open_queue(settings)) if settings.api_url else None
                     engine = self._engine or await load_engine(settings)
-                    self._seat = Seat(engine, limit_s=settings.attempt_limit_s, once=True)
+                    self._seat = Seat(engine, limit_s=settings.attempt_limit_s, strict=True)
                     self._here = Surroundings(settings, self._seat, storage, self._bucket, own)
                     started = anyio.Event()
                     # In a task of its own, which no job's end cancels; platforms run handlers on asyncio.

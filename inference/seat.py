@@ -14,9 +14,9 @@ from inference.task import GenerationRequest, Video
 class Seat:
     """Lets `at_once` requests at an engine: a GPU generates for one at a time."""
 
-    def __init__(self, engine: Engine, *, at_once: int = 1, limit_s: float = 1800, once: bool = False) -> None:
-        """`limit_s`: after which a generation counts as hung. `once`: nothing generates on a suspect engine."""
-        self._engine, self._limit_s, self._once = engine, limit_s, once
+    def __init__(self, engine: Engine, *, at_once: int = 1, limit_s: float = 1800, strict: bool = False) -> None:
+        """`limit_s`: after which a generation counts as hung. `strict`: nothing generates on a suspect engine."""
+        self._engine, self._limit_s, self._strict = engine, limit_s, strict
         self._free = anyio.Semaphore(at_once)
         self.hung = False  # a thread of the engine did not stop: nothing may generate here any more
         self.suspect = False  # the engine was lost, hung, or failed in a way nobody foresaw
@@ -36,7 +36,7 @@ class Seat:
         """One try, by whoever has the turn. Raises as Engine.generate, EngineHung, and EngineLost where it hung."""
         if self.hung:
             raise EngineLost("the engine of this worker is stuck")
-        if self.suspect and self._once:
+        if self.suspect and self._strict:
             raise EngineLost("the engine of this worker failed, and is not trusted any more")
         try:
             with anyio.move_on_after(self._limit_s):
