@@ -4,7 +4,7 @@
        ▲                │  │  │
        │◀───release─────┘  │  └────────fail────▶ failed ──retry──▶ pending
        │                   │
-       └──── lease ran out ┘   (MAX_CRASHES times: failed; cancel_requested: cancelled)
+       └──── lease ran out ┘   (MAX_CRASHES times in a worker's hands: failed; cancel_requested: cancelled)
 
     cancel: pending → cancelled at once; processing → cancel_requested, and cancelled as soon as the holder
     writes, releases, or its lease runs out. retry: failed or cancelled → pending, counters at zero.
@@ -13,6 +13,9 @@ Leasing takes the oldest item that is pending, or processing with a lease that r
 retry_count < MAX_FAILURES and no cancellation requested; or a given item, where all this is true of it. Only the
 holder (same worker_id, status processing) can renew, complete, fail or release. A repeated end by the same holder
 changes nothing and is accepted.
+
+A worker renews before it spends anything. So a lease that ran out unrenewed was on its way to a worker that never
+came, and says nothing about the item: where no GPU is to be had for hours it may happen any number of times.
 """
 
 from typing import Literal
@@ -58,7 +61,8 @@ class Item(Value):
     leased_until: float | None = None
     lease_seq: int = 0  # counts the leases of this item: a second fence beside worker_id
     retry_count: int = 0  # failures reported
-    crash_count: int = 0  # leases that ran out
+    renewed: bool = False  # the holder was heard of under this lease
+    crash_count: int = 0  # leases that ran out after a renewal
     cancel_requested: bool = False
     progress: ItemProgress | None = None
     video_storage_path: str | None = None

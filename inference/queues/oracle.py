@@ -80,7 +80,8 @@ class MemoryStore:
             worker_id=worker_id,
             leased_until=self._clock() + lease_s,
             lease_seq=item.lease_seq + 1,
-            crash_count=item.crash_count + (1 if self._ran_out(item) else 0),
+            renewed=False,
+            crash_count=item.crash_count + (1 if self._ran_out(item) and item.renewed else 0),
             progress=None,
         )
 
@@ -98,7 +99,8 @@ class MemoryStore:
             status = "cancelled" if item.cancel_requested else "pending"
             return self._write("release", item, worker_id, status=status, worker_id=None, leased_until=None)
         until = self._clock() + extend_s
-        return self._write("heartbeat", item, worker_id, leased_until=until, progress=progress or item.progress)
+        said = progress or item.progress
+        return self._write("heartbeat", item, worker_id, leased_until=until, renewed=True, progress=said)
 
     def complete(
         self,
@@ -216,7 +218,7 @@ class MemoryStore:
                 continue
             if item.cancel_requested:
                 self._write("sweep", item, None, status="cancelled", leased_until=None)
-            elif item.crash_count + 1 >= MAX_CRASHES:
+            elif item.renewed and item.crash_count + 1 >= MAX_CRASHES:
                 self._write(
                     "sweep",
                     item,

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.schema import CreateColumn
 
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
 from inference.server.schema import metadata
@@ -113,6 +114,7 @@ class Database:
             if not self._sqlite:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             metadata.create_all(connection)
+            _add_columns(connection)
             connection.exec_driver_sql("COMMIT")
 
     def _taking_turns(self) -> AbstractContextManager[object]:
@@ -185,6 +187,16 @@ class Turns:
                 self._waiting.popleft().release()
             else:
                 self._taken = False
+
+
+def _add_columns(connection: Connection) -> None:
+    """Those that a database made by an earlier version lacks; each has a default for the rows that are there."""
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                described = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
 
 
 def _reason(error: Exception) -> str:

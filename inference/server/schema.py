@@ -18,6 +18,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    false,
     text,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -90,6 +91,7 @@ video_items = Table(
     Column("leased_until", Double),
     Column("lease_seq", Integer, nullable=False),
     Column("retry_count", Integer, nullable=False),
+    Column("renewed", Boolean, nullable=False, server_default=false()),
     Column("crash_count", Integer, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("progress_stage", Text),

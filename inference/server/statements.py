@@ -25,6 +25,7 @@ from sqlalchemy import (
     func,
     insert,
     literal_column,
+    not_,
     null,
     or_,
     select,
@@ -56,7 +57,7 @@ def _constant(value: str | int) -> ColumnElement[Any]:
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = map(
     _constant, ("pending", "processing", "completed", "failed", "cancelled")
 )
-ZERO, ONE = _constant(0), _constant(1)
+ZERO, ONE, FALSE = _constant(0), _constant(1), literal_column("FALSE")
 
 # A subquery: read once for the whole statement, where PostgreSQL would read a bare clock anew for every row.
 now = select(Clock()).scalar_subquery()
@@ -69,7 +70,7 @@ row = (*(column for column in items.c if column.name != "lane"), _photo_storage_
 """What makes an `Item`."""
 
 ran_out = and_(items.c.status == PROCESSING, items.c.leased_until <= now)
-last_crash = items.c.crash_count + ONE >= _constant(MAX_CRASHES)
+last_crash = and_(items.c.renewed, items.c.crash_count + ONE >= _constant(MAX_CRASHES))
 
 held = [
     items.c.id == bindparam("item_id", type_=Text),
@@ -122,7 +123,7 @@ may_be_leased: list[Any] = [
     or_(items.c.status == PENDING, items.c.leased_until <= now),  # fence
     items.c.retry_count < _constant(MAX_FAILURES),  # fence
     items.c.cancel_requested.is_(False),  # fence
-    or_(items.c.status == PENDING, items.c.crash_count + ONE < _constant(MAX_CRASHES)),  # fence
+    or_(items.c.status == PENDING, not_(last_crash)),  # fence
 ]
 
 
@@ -146,7 +147,9 @@ def _lease(waiting: Select[Any]) -> Update:
             worker_id=bindparam("worker_id", type_=Text),
             leased_until=Clock() + bindparam("lease_s", type_=Double),
             lease_seq=items.c.lease_seq + ONE,
-            crash_count=items.c.crash_count + case((items.c.status == PROCESSING, ONE), else_=ZERO),
+            renewed=FALSE,
+            crash_count=items.c.crash_count
+            + case((and_(items.c.status == PROCESSING, items.c.renewed), ONE), else_=ZERO),
             progress_stage=null(),
             progress_fraction=null(),
             updated_at=Clock(),
@@ -159,7 +162,7 @@ def _lease(waiting: Select[Any]) -> Update:
 def lease(worker_type: Lane | None, *, given: bool, sweep: bool) -> Statement:
     """Hands an item to a worker: the oldest of the line, or the given one if it stands there.
 
-    One whose lease ran out counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite knows
+    One whose worker went silent counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite knows
     no UPDATE within a WITH.
     """
     waiting = select(items.c.id).where(*_line(worker_type))
@@ -192,6 +195,7 @@ HEARTBEAT = Statement(
     .where(*held)
     .values(
         leased_until=Clock() + bindparam("extend_s", type_=Double),
+        renewed=true(),
         progress_stage=func.coalesce(bindparam("stage", type_=Text), items.c.progress_stage),
         progress_fraction=func.coalesce(bindparam("fraction", type_=Double), items.c.progress_fraction),
         updated_at=Clock(),
@@ -295,7 +299,7 @@ RETRY = Statement(
         leased_until=null(),
         retry_count=ZERO,
         crash_count=ZERO,
-        cancel_requested=literal_column("FALSE"),
+        cancel_requested=FALSE,
         progress_stage=null(),
         progress_fraction=null(),
         error_message=null(),
@@ -344,7 +348,7 @@ ADD_ITEM = Statement(
         lease_seq=ZERO,
         retry_count=ZERO,
         crash_count=ZERO,
-        cancel_requested=literal_column("FALSE"),
+        cancel_requested=FALSE,
         created_at=Clock(),
         updated_at=Clock(),
     )

@@ -253,11 +253,11 @@ async def test_a_given_task_that_may_not_be_leased(home, photo_bytes):
     queue = home.connect(worker_type="wan")
     runway = home.add(photo_bytes, inference_provider="gen4_turbo")
     held, failed, cancelled, deadly = (home.add(photo_bytes) for _ in range(4))
-    await queue.lease(held)
+    await queue.heartbeat(await queue.lease(held))
     await queue.fail(await queue.lease(failed), "no")
     home.cancel(cancelled)
     for _ in range(3):
-        assert await queue.lease(deadly) is not None
+        await queue.heartbeat(await queue.lease(deadly))
         home.expire(deadly)
     for item_id in (runway, held, failed, cancelled, deadly):
         assert await queue.lease(item_id) is None
@@ -281,8 +281,8 @@ async def test_the_backlog_is_what_could_be_leased(home, photo_bytes):
     home.expire(cancelled)
     await wan.fail(leases[3], "no")
     assert [await queue.backlog() for queue in (any_kind, wan, runway)] == [2, 1, 1]
-    for _ in range(2):
-        await wan.lease(lapsed)
+    for _ in range(3):
+        await wan.heartbeat(await wan.lease(lapsed))
         home.expire(lapsed)
     assert await wan.backlog() == 0
     await wan.release(leases[0])
@@ -294,6 +294,7 @@ async def test_an_expired_lease_goes_to_the_next_and_the_first_is_fenced(home, p
     item_id = home.add(photo_bytes)
     first, second = home.connect("first"), home.connect("second")
     old = await first.lease()
+    await first.heartbeat(old)
     home.expire(item_id)
     new = await second.lease()
     assert new.task.item_id == item_id
@@ -355,11 +356,24 @@ async def test_three_silent_workers_are_enough(home, photo_bytes):
     item_id = home.add(photo_bytes)
     queue = home.connect()
     for _ in range(3):
-        assert (await queue.lease()).task.item_id == item_id
+        lease = await queue.lease()
+        assert lease.task.item_id == item_id
+        await queue.heartbeat(lease)
         home.expire(item_id)
     assert await queue.lease() is None
     item = home.item(item_id)
     assert (item.status, item.error_message, item.crash_count) == ("failed", CRASHED, 3)
+
+
+async def test_a_lease_that_reached_nobody_is_no_silent_worker(home, photo_bytes):
+    """However often it runs out before anybody renewed it, the task waits for somebody who does."""
+    item_id = home.add(photo_bytes)
+    queue = home.connect()
+    for _ in range(4):
+        assert (await queue.lease()).task.item_id == item_id
+        home.expire(item_id)
+    await queue.heartbeat(await queue.lease())
+    assert home.item(item_id).crash_count == 0
 
 
 async def test_nothing_is_ever_overwritten(home, photo_bytes, video):

@@ -1,11 +1,13 @@
-"""Turns: a lock that is handed over in order, and given up on in time."""
+"""Turns: a lock that is handed over in order, and given up on in time. And what an earlier version left."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from inference.errors import QueueUnavailable
 from inference.server.database import Turns
+from inference.server.store import Store
 
 
 def test_turns_come_in_the_order_they_were_asked_for():
@@ -53,3 +55,21 @@ def test_an_error_inside_ends_the_turn():
         fails()
     with turns.take():
         pass
+
+
+def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
+    """By each server that opens it, at once if need be; what is in it stays, and goes on."""
+    item = sql.add()
+    sql.store.lease("w", 600)
+    before = sql.row(item.id)
+    sql.run("ALTER TABLE video_items DROP COLUMN renewed")
+    together = threading.Barrier(4)
+
+    def open_it(_number):
+        together.wait()
+        Store(sql.url).close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_it, range(4)))
+    assert sql.row(item.id) == before
+    assert sql.store.heartbeat(item.id, "w", 600).renewed

@@ -13,6 +13,12 @@ def leased(subject, worker="w", lease_s=600):
     return item
 
 
+def silence(subject, item, worker):
+    """Its holder is heard of once more, and then no more."""
+    subject.store.heartbeat(item.id, worker, 60)
+    subject.expire(item.id)
+
+
 def test_the_oldest_goes_first(subject):
     """Items are handed out in the order they were added, each once."""
     ids = [subject.add().id for _ in range(4)]
@@ -59,7 +65,7 @@ def test_a_given_item_lives_by_the_same_rules(subject):
     assert subject.row(cancelled.id).status == "cancelled"
     for crashes in range(MAX_CRASHES):
         assert subject.store.lease("w", 60, None, deadly.id).crash_count == crashes
-        subject.expire(deadly.id)
+        silence(subject, deadly, "w")
     assert subject.store.lease("w", 60, None, deadly.id) is None
     assert subject.row(deadly.id).error_message == CRASHED
 
@@ -80,7 +86,7 @@ def test_a_lease_that_ran_out_goes_to_another(subject):
     """It keeps its place in the line, counts a crash, and locks its old holder out."""
     item = leased(subject, "w1")
     subject.add()
-    subject.expire(item.id)
+    silence(subject, item, "w1")
     again = subject.store.lease("w2", 60)
     assert (again.id, again.worker_id, again.lease_seq, again.crash_count) == (item.id, "w2", 2, 1)
     with pytest.raises(NotHolder):
@@ -106,11 +112,30 @@ def test_workers_that_go_silent_end_the_item(subject):
     item = subject.add()
     for n in range(MAX_CRASHES):
         assert subject.store.lease(f"w{n}", 60).crash_count == n
-        subject.expire(item.id)
+        silence(subject, item, f"w{n}")
     assert subject.store.lease("w", 60) is None
     row = subject.row(item.id)  # the lease has swept; nobody read in between
     assert (row.status, row.error_message, row.crash_count) == ("failed", CRASHED, MAX_CRASHES)
     assert (row.worker_id, row.leased_until) == (None, None)
+
+
+def test_a_lease_that_reached_no_worker_says_nothing_of_the_item(subject):
+    """While a platform has no GPU for anybody leases run out on their way: that is no crash, however often."""
+    item = subject.add()
+    for n in range(2 * MAX_CRASHES):
+        assert subject.store.lease(f"w{n}", 60).crash_count == 0
+        subject.expire(item.id)
+        assert subject.store.backlog() == 1
+    for n in range(MAX_CRASHES - 1):
+        assert subject.store.lease("w", 60).crash_count == n
+        silence(subject, item, "w")
+    for _ in range(MAX_CRASHES):  # the renewals of one lease say nothing of the next
+        assert subject.store.lease("w", 60).crash_count == MAX_CRASHES - 1
+        subject.expire(item.id)
+    assert subject.store.get(item.id).status == "processing"
+    subject.store.lease("w", 60)
+    silence(subject, item, "w")
+    assert subject.store.get(item.id).status == "failed"
 
 
 def test_reading_ends_what_ran_out(subject):

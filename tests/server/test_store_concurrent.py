@@ -40,6 +40,7 @@ def test_a_lapsed_lease_has_one_heir(sql):
     """Many workers reach for one item that ran out: one gets it, one crash is counted."""
     item = sql.add()
     sql.store.lease("w", 600)
+    sql.store.heartbeat(item.id, "w", 600)
     sql.expire(item.id)
     together = threading.Barrier(WORKERS)
 
