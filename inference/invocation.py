@@ -3,6 +3,7 @@
 import base64
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from inference import logs
 from inference.bucket import Bucket
 from inference.build import build_policy, refuse
 from inference.engines.base import Job
-from inference.errors import InvalidRequest, ObjectExists, SettingsError
+from inference.errors import InvalidRequest, ObjectExists, SettingsError, UrlExpired
 from inference.keeper import Policy, repeat
 from inference.media import photo as photos
 from inference.media import video as videos
+from inference.presigned import ends_at
 from inference.progress import ProgressTracker, Sink, both, plan
 from inference.runpod_wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
 from inference.scratch import put, scratch_folder
@@ -44,6 +46,12 @@ class _Target:
     storage: Storage
     put_url: str
     url: str
+
+    def refuse_ended(self) -> None:
+        """Raises UrlExpired where nothing can be stored here any more."""
+        end = ends_at(self.put_url)
+        if end is not None and end <= datetime.now(UTC):
+            raise UrlExpired(f"upload_url: it ended at {end:%Y-%m-%d %H:%M:%S} UTC; sign a new one, for longer")
 
     async def take(self, video: Path, policy: Policy) -> None:
         """Stores a video. Raises StorageError.
@@ -76,6 +84,7 @@ async def render(
     target = await anyio.to_thread.run_sync(_target, asked, s3, job_id, here)
     _check(asked, settings, is_inline=target is None)
     if target is not None:
+        target.refuse_ended()
         await target.storage.check(target.put_url)
     tracker = ProgressTracker(plan(here.seat.stages), both(logs.stages(job_id), sink))
     job = Job(tracker)
@@ -90,6 +99,8 @@ async def render(
         await anyio.to_thread.run_sync(photos.verify, photo)
         job.report("wait")
         async with here.seat.taken():
+            if target is not None:
+                target.refuse_ended()  # while this waited for its turn
             video = await repeat(lambda: here.seat.generate(asked.request, photo, folder, job), policy)
         job.report("upload")
         if target is not None:

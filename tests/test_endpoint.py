@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import io
+import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -152,6 +154,10 @@ async def test_a_refused_request_costs_nobody_a_worker(box):
         ({"photo_url": "http://169.254.169.254/latest", "photo_base64": None}, "169.254.169.254"),
         ({"upload_url": "http://127.0.0.1:9/x.mp4?sig=hush"}, "127.0.0.1 is at 127.0.0.1: not a public address"),
         ({"upload_url": "http://10.0.0.1/x.mp4"}, "10.0.0.1: not a public address"),
+        (
+            {"upload_url": "https://1.1.1.1/x.mp4?X-Amz-Date=20260101T000000Z&X-Amz-Expires=60&X-Amz-Signature=hush"},
+            "upload_url: it ended at 2026-01-01 00:01:00 UTC; sign a new one",
+        ),
     ],
 )
 async def test_what_cannot_end_well_is_refused_before_the_engine(box, change, told):
@@ -466,6 +472,28 @@ async def test_a_video_whose_upload_was_not_answered_is_there(tmp_path, storage)
     again = await box.run({**JOB, "input": {**JOB["input"], "upload_url": f"{put}?token=hush"}})
     assert "Duplicate" in again["error"]
     assert not again["retryable"]
+
+
+async def test_a_place_that_ended_while_a_job_waited_costs_nothing(tmp_path, storage):
+    """Its turn comes, and is left to the next."""
+    _, url = storage
+    box = Box(tmp_path, allow_private_addresses=True)
+    box.engine.go_on, answers = anyio.Event(), []
+    end = time.time() + 0.3
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": end}).encode()).decode().rstrip("=")
+
+    async def late():
+        answers.append(await box.run({**JOB, "input": {**JOB["input"], "upload_url": f"{url}/a?token=e30.{claims}.c"}}))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(box.run)
+        await box.engine.started.wait()
+        tasks.start_soon(late)
+        while time.time() < end:
+            await anyio.sleep(0.01)
+        box.engine.go_on.set()
+    assert answers[0]["error"].startswith("upload_url: it ended at ")
+    assert (answers[0]["retryable"], box.engine.runs) == (False, 1)
 
 
 async def test_strangers_gain_nothing_by_what_the_operator_trusts(tmp_path, storage):
