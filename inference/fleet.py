@@ -20,12 +20,13 @@ import structlog
 from inference import logs
 from inference.board import Board, PoolName
 from inference.build import build_runner, load_engine, open_queue
-from inference.dispatch import Containers, Dispatcher, Rules, Sized, may_stay
+from inference.dispatch import Containers, Dispatcher, Sized
 from inference.engines.base import Engine
 from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError, PoolUnavailable, SettingsError
 from inference.host import BrokenEngine, Host
 from inference.ledger import Ledger
+from inference.plan import Rules, may_stay
 from inference.queues.base import TaskQueue
 from inference.queues.item import Lane
 from inference.records import MemoryRecords, Records

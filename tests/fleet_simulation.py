@@ -28,7 +28,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from inference.board import Board
-from inference.dispatch import Dispatcher, Live, Rules, Sized, may_stay
+from inference.dispatch import Dispatcher, Live, Sized
 from inference.engines.base import Job
 from inference.engines.runway_models import model_for
 from inference.errors import (
@@ -45,6 +45,7 @@ from inference.errors import (
 from inference.host import BrokenEngine, Host
 from inference.keeper import Policy
 from inference.ledger import HALF_A_CENT, Ledger, digest
+from inference.plan import Rules, may_stay
 from inference.queues.item import lane
 from inference.queues.memory import Faults
 from inference.queues.oracle import MemoryStore

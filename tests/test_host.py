@@ -7,7 +7,6 @@ import anyio
 import pytest
 
 from inference.board import FAULTS, Board
-from inference.dispatch import may_stay
 from inference.engines.base import Job
 from inference.errors import (
     EngineFailed,
@@ -21,6 +20,7 @@ from inference.errors import (
 )
 from inference.host import DRY_EVERY_S, LOOK_AHEAD, BrokenEngine, Host
 from inference.ledger import Ledger
+from inference.plan import may_stay
 from inference.queues.memory import Faults
 from inference.queues.oracle import MemoryStore
 from inference.runner import Runner

@@ -57,7 +57,8 @@ def _constant(value: str | int) -> ColumnElement[Any]:
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = map(
     _constant, ("pending", "processing", "completed", "failed", "cancelled")
 )
-ZERO, ONE, FALSE = _constant(0), _constant(1), literal_column("FALSE")
+ZERO, ONE = _constant(0), _constant(1)
+FALSE: ColumnElement[bool] = literal_column("FALSE")
 
 # A subquery: read once for the whole statement, where PostgreSQL would read a bare clock anew for every row.
 now = select(Clock()).scalar_subquery()

@@ -22,9 +22,10 @@ from pathlib import Path
 import anyio
 
 from inference.board import Board
-from inference.dispatch import Dispatcher, Rules, Sized
+from inference.dispatch import Dispatcher, Sized
 from inference.host import Host
 from inference.ledger import Ledger
+from inference.plan import Rules
 from inference.queues.memory import Faults, MemoryQueue
 from inference.queues.oracle import MemoryStore
 from inference.records import MemoryRecords
