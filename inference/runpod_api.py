@@ -7,7 +7,7 @@ not say is taken for nothing, and fields and statuses that are not known are pas
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import httpx
@@ -15,14 +15,14 @@ import structlog
 import tenacity
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from inference import json_api
 from inference.errors import AccountError, EngineError, EngineFailed, InvalidRequest, PaymentInDoubt, one_line
+from inference.json_api import MAX_SAID_CHARS, JsonApi, Unanswered
 from inference.progress import Progress, Sink
-from inference.storage_errors import FOREIGN
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-CONNECT_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 30.0
 """A connection on which nothing moves for this long is dead."""
 
@@ -47,23 +47,18 @@ QUIET_S = 20.0
 MIN_EXECUTION_S, MIN_TTL_S, MAX_POLICY_S = 6.0, 10.0, 7 * 86_400.0
 """What RunPod takes as limits of a job: more than 5 s, from 10 s, and a week at most."""
 
-MAX_SAID_CHARS = 300
-
-# Raised while a connection is made, and only then: no byte of the request itself was sent (see runway_wire.py).
-NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
-
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._~-]{1,200}$")]  # part of a URL's path
 Count = Annotated[int, Field(ge=0), BeforeValidator(lambda value: value or 0)]  # null where RunPod does not count
 OrNothing = BeforeValidator(lambda value: value or {})
 
 
-class _Answer(BaseModel):
+class _Told(BaseModel):
     """What RunPod tells, under its own names."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
 
 
-class Job(_Answer):
+class Job(_Told):
     """One job. A status that is not known is of work in progress."""
 
     id: JobId
@@ -101,7 +96,7 @@ class Job(_Answer):
         return one_line(str(said or ""), MAX_SAID_CHARS) or "RunPod does not say why"
 
 
-class Jobs(_Answer):
+class Jobs(_Told):
     """How many jobs of an endpoint are in which state."""
 
     in_progress: Annotated[Count, Field(alias="inProgress")] = 0
@@ -111,7 +106,7 @@ class Jobs(_Answer):
     retried: Count = 0
 
 
-class Workers(_Answer):
+class Workers(_Told):
     """How many workers of an endpoint are in which state."""
 
     running: Count = 0
@@ -122,7 +117,7 @@ class Workers(_Answer):
     unhealthy: Count = 0
 
 
-class Health(_Answer):
+class Health(_Told):
     """An endpoint at one moment."""
 
     jobs: Annotated[Jobs, OrNothing] = Jobs()
@@ -139,12 +134,13 @@ class Health(_Answer):
         return f"in queue, no worker is ready: {counts}"
 
 
-class _Said(NamedTuple):
+class _Answer(json_api.Answer):
     """What RunPod, or whatever stands in its place, answered."""
 
-    status: int
-    payload: Any  # None where it was no JSON
-    text: str  # for people: one line, without the key
+    @staticmethod
+    def told(payload: dict[str, Any]) -> str:
+        """Why something was refused, wherever RunPod's gateways put that."""
+        return next((str(payload[name]) for name in ("error", "detail", "message", "title") if payload.get(name)), "")
 
     @property
     def may_pass(self) -> bool:
@@ -153,7 +149,7 @@ class _Said(NamedTuple):
 
     def error(self, endpoint_id: str) -> EngineError:
         """What an answer means that is not the wanted one."""
-        said = f"RunPod: {self.status} {self.text}".strip()
+        said = f"RunPod: {self.status} {self.said}".strip()
         match self.status:
             case 401 | 403:
                 return AccountError(
@@ -173,43 +169,21 @@ class _Said(NamedTuple):
         return EngineFailed(said) if self.may_pass else InvalidRequest(said)
 
 
-class _Unanswered(Exception):
-    """No answer came. `sent`: the request may have been carried out all the same."""
-
-    def __init__(self, why: str, *, sent: bool) -> None:
-        super().__init__(why)
-        self.sent = sent
-
-
-class RunPodApi:
+class RunPodApi(JsonApi[_Answer]):
     """One endpoint, for the length of a block.
 
     Questions that change nothing when asked twice are repeated a few times; a job is sent once.
 
-    Raises, from every method: AccountError where the key or the endpoint is wrong, EngineFailed where RunPod does not
-    answer or has had enough for now, InvalidRequest.
+    Raises, from every method but `ask`: AccountError where the key or the endpoint is wrong, EngineFailed where RunPod
+    does not answer or has had enough for now, InvalidRequest.
     """
 
     def __init__(
         self, key: str, base_url: str, endpoint_id: str, *, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
-        self._key, self._endpoint_id = key, endpoint_id
-        self._client = httpx.AsyncClient(
-            base_url=f"{base_url.rstrip('/')}/{endpoint_id}/",
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-            # A new connection for each request: one that was closed meanwhile would fail after it was written to.
-            limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=base_url.startswith("https:"),  # a proxy would look for this machine's own port elsewhere
-            transport=transport,
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._client.aclose()
+        url = f"{base_url.rstrip('/')}/{endpoint_id}/"
+        super().__init__(_Answer, url, key, limit_s=ANSWER_LIMIT_S, idle_s=IDLE_TIMEOUT_S, transport=transport)
+        self._endpoint_id = endpoint_id
 
     async def run(
         self, payload: dict[str, Any], *, execution_timeout_s: float, ttl_s: float, webhook: str | None = None
@@ -231,15 +205,16 @@ class RunPodApi:
 
         async def send() -> str:
             try:
-                said = await self._ask("POST", "run", body)
-            except _Unanswered as error:
-                raise (_in_doubt(str(error)) if error.sent else EngineFailed(str(error))) from None
-            if said.may_pass and said.status != 429:  # a server's, or a proxy's that waited for one
-                raise _in_doubt(f"{said.status} {said.text}")
-            if not 200 <= said.status < 300:
-                raise said.error(self._endpoint_id)
+                answer = await self.ask("POST", "run", body)
+            except Unanswered as error:
+                why = f"no answer of {error}"
+                raise (_in_doubt(why) if error.sent else EngineFailed(f"RunPod: {why}")) from None
+            if answer.may_pass and answer.status != 429:  # a server's, or a proxy's that waited for one
+                raise _in_doubt(f"{answer.status} {answer.said}")
+            if not 200 <= answer.status < 300:
+                raise answer.error(self._endpoint_id)
             try:
-                return Job.model_validate(said.payload).id
+                return Job.model_validate(answer.payload).id
             except ValidationError:
                 raise _in_doubt("its answer has no job in it") from None
 
@@ -255,11 +230,11 @@ class RunPodApi:
 
     async def health(self) -> Health:
         """How the endpoint is."""
-        said = await self._asked("GET", "health")
-        if not 200 <= said.status < 300:
-            raise said.error(self._endpoint_id)
+        answer = await self._asked("GET", "health")
+        if not 200 <= answer.status < 300:
+            raise answer.error(self._endpoint_id)
         try:
-            return Health.model_validate(said.payload)
+            return Health.model_validate(answer.payload)
         except ValidationError:
             raise EngineFailed("RunPod: its answer to /health is not what its documents say") from None
 
@@ -277,48 +252,29 @@ class RunPodApi:
             await anyio.sleep(POLL_S)
 
     async def _job(self, method: str, path: str) -> Job | None:
-        said = await self._asked(method, path)
-        if said.status == 404:
+        answer = await self._asked(method, path)
+        if answer.status == 404:
             return None
-        if not 200 <= said.status < 300:
-            raise said.error(self._endpoint_id)
+        if not 200 <= answer.status < 300:
+            raise answer.error(self._endpoint_id)
         try:
-            return Job.model_validate(said.payload)
+            return Job.model_validate(answer.payload)
         except ValidationError:
             raise EngineFailed("RunPod: its answer about a job is not what its documents say") from None
 
-    async def _asked(self, method: str, path: str) -> _Said:
+    async def _asked(self, method: str, path: str) -> _Answer:
         """A question that may be asked again; refusals are answers, too."""
 
-        async def ask() -> _Said:
+        async def ask() -> _Answer:
             try:
-                said = await self._ask(method, path)
-            except _Unanswered as error:
-                raise EngineFailed(str(error)) from None
-            if said.may_pass:
-                raise said.error(self._endpoint_id)
-            return said
+                answer = await self.ask(method, path)
+            except Unanswered as error:
+                raise EngineFailed(f"RunPod: no answer of {error}") from None
+            if answer.may_pass:
+                raise answer.error(self._endpoint_id)
+            return answer
 
         return await _repeated(ask)
-
-    async def _ask(self, method: str, path: str, body: object = None) -> _Said:
-        """One try."""
-        try:
-            with anyio.fail_after(ANSWER_LIMIT_S):
-                response = await self._client.request(method, path, json=body)
-        except FOREIGN as error:
-            why = self._clean(
-                f"RunPod: no answer of {self._client.base_url.host}: {str(error) or type(error).__name__}"
-            )
-            raise _Unanswered(why, sent=not isinstance(error, NEVER_SENT)) from None
-        try:
-            payload = response.json()
-        except (ValueError, RecursionError):
-            payload = None
-        return _Said(response.status_code, payload, self._clean(_told(payload) or response.reason_phrase))
-
-    def _clean(self, text: str) -> str:
-        return one_line(text.replace(self._key, "…") if self._key else text, MAX_SAID_CHARS)
 
 
 class _Watch:
@@ -386,17 +342,10 @@ async def _repeated(operation: Callable[[], Awaitable[T]]) -> T:
 
 def _in_doubt(why: str) -> PaymentInDoubt:
     return PaymentInDoubt(
-        f"whether the job was taken is not known ({why.removeprefix('RunPod: ')}): look at the endpoint's requests at "
-        "console.runpod.io before it is sent again, or a GPU may be paid for twice"
+        f"whether the job was taken is not known ({why}): look at the endpoint's requests at console.runpod.io before "
+        "it is sent again, or a GPU may be paid for twice"
     )
 
 
 def _milliseconds(seconds: float, least_s: float) -> int:
     return int(1000 * min(max(seconds, least_s), MAX_POLICY_S))
-
-
-def _told(payload: Any) -> str:
-    """Why something was refused, wherever RunPod's gateways put that."""
-    if not isinstance(payload, dict):
-        return ""
-    return next((str(payload[name]) for name in ("error", "detail", "message", "title") if payload.get(name)), "")

@@ -26,11 +26,11 @@ from inference.engines.runway_wire import (
     Created,
     RunwayApi,
     RunwayTask,
-    Unanswered,
     failed,
     refused_before,
 )
 from inference.errors import EngineError, EngineFailed, LeaseLost, RecordsUnavailable
+from inference.json_api import Unanswered
 from inference.ledger import Ending, Ledger, Purchase, digest
 from inference.records import MemoryRecords
 

@@ -3,37 +3,23 @@
 From the official Python SDK 5.24, its documentation, and experiments with that SDK against a loopback server.
 """
 
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any
 
-import anyio
 import httpx
 from pydantic import BaseModel, Field, ValidationError
 
-from inference.errors import (
-    AccountError,
-    ContentRefused,
-    EngineError,
-    EngineFailed,
-    InvalidRequest,
-    one_line,
-)
-from inference.storage_errors import FOREIGN
+from inference import json_api
+from inference.errors import AccountError, ContentRefused, EngineError, EngineFailed, InvalidRequest, one_line
+from inference.json_api import MAX_SAID_CHARS, JsonApi, Unanswered
 
 VERSION = "2024-11-06"
 """Of the API; every request names it."""
 
-CONNECT_TIMEOUT_S = 10.0
 ANSWER_LIMIT_S = 30.0
 """One question, whole."""
 
 DATA_URI_BYTES = 5 * 1024 * 1024
 """A photo in a request has to stay below this, encoded; a larger one is uploaded first."""
-
-MAX_SAID_CHARS = 300
-
-# Raised while a connection is made, and only then (httpcore: connect_tcp, start_tls, CONNECT to a proxy): no byte of
-# the request itself was sent. After any other failure it may have been carried out.
-NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 # Failure codes by dotted segment (docs.dev.runwayml.com/errors/task-failures).
 SAFETY = ("SAFETY",)
@@ -85,20 +71,20 @@ class Organization(BaseModel):
     creditBalance: float  # noqa: N815
 
 
-class Unanswered(Exception):
-    """No answer came. `sent`: the request may have been carried out all the same."""
-
-    def __init__(self, why: str, *, sent: bool) -> None:
-        super().__init__(why)
-        self.sent = sent
-
-
-class Answer(NamedTuple):
+class Answer(json_api.Answer):
     """What Runway, or whatever stands in its place, answered."""
 
-    status: int
-    payload: Any  # None where it was no JSON
-    said: str  # for people: one line, without the key
+    @staticmethod
+    def told(payload: dict[str, Any]) -> str:
+        """`error`, and which fields the API found wrong: what it says of a value may hold the photo, so only where."""
+        told = [str(payload.get("error") or payload.get("message") or "")]
+        issues = payload.get("issues")
+        for issue in issues if isinstance(issues, list) else []:
+            if isinstance(issue, dict):
+                path = issue.get("path")
+                where = ".".join(map(str, path)) if isinstance(path, list) else ""
+                told.append(f"{where}: {issue.get('message', '')}")
+        return "; ".join(part for part in told if part)
 
     @property
     def is_refusal(self) -> bool:
@@ -146,47 +132,12 @@ def _has(code: str, parts: tuple[str, ...]) -> bool:
     return any(tuple(segments[at : at + len(parts)]) == parts for at in range(len(segments)))
 
 
-class RunwayApi:
+class RunwayApi(JsonApi[Answer]):
     """One connection for the length of a block. Every call is one try and raises Unanswered where no answer came."""
 
-    def __init__(
-        self,
-        key: str,
-        base_url: str,
-        *,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._key = key
-        self._client = httpx.AsyncClient(
-            base_url=f"{base_url.rstrip('/')}/v1/",
-            headers={"Authorization": f"Bearer {key}", "X-Runway-Version": VERSION},
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),  # `ask` bounds the rest
-            # A new connection for each request: one that was closed meanwhile would fail after it was written to.
-            limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=base_url.startswith("https:"),  # a proxy would look for this machine's own port elsewhere
-            transport=transport,
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._client.aclose()
-
-    async def ask(self, method: str, path: str, body: object = None, *, limit_s: float = ANSWER_LIMIT_S) -> Answer:
-        """One request. Raises Unanswered."""
-        try:
-            with anyio.fail_after(limit_s):
-                response = await self._client.request(method, path, json=body)
-        except FOREIGN as error:
-            why = self._clean(f"{self._client.base_url.host}: {str(error) or type(error).__name__}")
-            raise Unanswered(why, sent=not isinstance(error, NEVER_SENT)) from None
-        try:
-            payload = response.json()
-        except (ValueError, RecursionError):
-            payload = None
-        return Answer(response.status_code, payload, self._clean(_said(payload) or response.reason_phrase))
+    def __init__(self, key: str, base_url: str, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        super().__init__(Answer, f"{base_url.rstrip('/')}/v1/", key, limit_s=ANSWER_LIMIT_S, transport=transport)
+        self._client.headers["X-Runway-Version"] = VERSION
 
     async def task(self, task_id: str) -> RunwayTask | Answer:
         """How a task is, or the answer that does not tell."""
@@ -217,20 +168,3 @@ class RunwayApi:
             raise EngineFailed(f"no answer of the Runway API: {error}") from None
         except ValidationError:
             raise EngineFailed("its answer to an upload is not what its documents say") from None
-
-    def _clean(self, text: str) -> str:
-        return one_line(text.replace(self._key, "…") if self._key else text, MAX_SAID_CHARS)
-
-
-def _said(payload: Any) -> str:
-    """`error`, and which fields the API found wrong: what it says of a value may hold the photo, so only where."""
-    if not isinstance(payload, dict):
-        return ""
-    said = [str(payload.get("error") or payload.get("message") or "")]
-    issues = payload.get("issues")
-    for issue in issues if isinstance(issues, list) else []:
-        if isinstance(issue, dict):
-            path = issue.get("path")
-            where = ".".join(map(str, path)) if isinstance(path, list) else ""
-            said.append(f"{where}: {issue.get('message', '')}")
-    return "; ".join(part for part in said if part)
