@@ -1,68 +1,31 @@
 """`i2v runpod …`: a RunPod endpoint from outside. One photo by hand, the tasks of a queue, how its workers are."""
 
-import base64
-import binascii
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+import shlex
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import anyio
-import anyio.to_thread
 import typer
-from pydantic import BaseModel, ValidationError
-from rich.markup import escape
+from pydantic import TypeAdapter, ValidationError
 
-from inference import fleet, process, terminal
-from inference.board import PoolName
+from inference import process, runpod_answer, runpod_job, runpod_tick, terminal
 from inference.cli_start import Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
-from inference.dispatch import Containers
 from inference.engines.wan.presets import PRESETS
-from inference.errors import (
-    EngineError,
-    EngineFailed,
-    I2VError,
-    InvalidPhoto,
-    InvalidRequest,
-    PoolUnavailable,
-    RecordsUnavailable,
-    SettingsError,
-)
-from inference.keeper import Policy, repeat
-from inference.media import photo as photos
-from inference.media.video import probe
-from inference.platform import NoContainers, RunPodContainers
+from inference.errors import InvalidRequest, PoolUnavailable, SettingsError
 from inference.progress import Progress, Sink
-from inference.records import SqliteRecords
-from inference.runpod_api import Health, Job, RunPodApi
-from inference.runpod_wire import INLINE_BYTES, DirectInput
-from inference.scratch import put
+from inference.runpod_api import Health, Job, JobId, RunPodApi
 from inference.settings import Settings
-from inference.storage import Storage
-from inference.task import GenerationRequest, Video, explain
-
-if sys.platform != "win32":
-    import fcntl
-
-MAX_SIDE_PX = 1536
-"""Longer side that a photo is made smaller to where it does not fit into a request: even noise fits then, and no clip
-is larger than 1280x720."""
-
-MAX_VIDEO_BYTES = 1_000_000_000
-"""A minute of 720p at x264's crf 18 is some 20 MB; a bucket holds what it holds."""
+from inference.task import GenerationRequest, explain
 
 PREVIEW = "preview"
 """What an endpoint with that engine calls its preset."""
 
-GRACE_S = 5.0
-"""How long the answer to a job that was just sent is waited for by somebody who was interrupted."""
+SOME_JOB = "60902e6c-08a1-426e-9cb9-9eaec90f5e2b-u1"
+"""What an id of RunPod's looks like."""
 
-PATIENT = Policy()
-"""How often a video is fetched that is not at hand: it was paid for, and once is not enough."""
-
-CANCEL_S = 10.0
-"""How long cancelling a job may take."""
+job_ids: TypeAdapter[str] = TypeAdapter(JobId)
 
 app = typer.Typer(
     name="runpod",
@@ -73,25 +36,11 @@ app = typer.Typer(
 )
 
 Endpoint = Annotated[str | None, typer.Option("--endpoint", metavar="ID", help="Instead of RUNPOD_ENDPOINT_ID.")]
-
-
-class _Made(BaseModel):
-    """Where a video is, in a worker's answer; what else it says of it is read from the video itself."""
-
-    base64: str | None = None
-    url: str | None = None
-
-
-class _Answer(BaseModel):
-    """What a worker of ours answers (`runpod_wire.answer`), as far as it is needed."""
-
-    video: _Made
-    seed: int | None = None
-    timings: dict[str, float] = {}
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")]
 
 
 def _photo(value: str) -> str:
-    if not _is_url(value) and not Path(value).is_file():
+    if not runpod_job.is_url(value) and not Path(value).is_file():
         raise typer.BadParameter(f"file '{value}' does not exist, or is none.")
     return value
 
@@ -102,7 +51,7 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
         str, typer.Argument(help="A JPEG, PNG, WebP or HEIC file, or the URL of one.", callback=_photo, metavar="PHOTO")
     ],
     prompt: Prompt = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
+    output: Output = Path("out.mp4"),
     seconds: Seconds = 5,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.", min=0)] = None,
     negative: Annotated[str | None, typer.Option(help="What should not be seen, where the preset can do that.")] = None,
@@ -118,7 +67,8 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
     """One photo through a worker of the endpoint into a file, without a queue of tasks.
 
     A photo too large for a request is made smaller first. Ctrl-C cancels the job at RunPod, and so does a wait there
-    that is longer than --wait. The limit of the work itself goes by I2V_ATTEMPT_LIMIT.
+    that is longer than --wait. The limit of the work itself goes by I2V_ATTEMPT_LIMIT. The job's id is told at once:
+    `i2v runpod fetch` has its video where this command came to another end.
     """
     check_mp4(output)
     settings = _start(endpoint, verbose=verbose)
@@ -130,7 +80,50 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
         raise SettingsError(f"--preset: there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
     if preset is not None and preset != PREVIEW:
         PRESETS[preset].refuse(request)
-    process.run(lambda: _invoke(settings, photo, request, preset, output.absolute(), wait_s=wait * 60))
+    again = partial(_again, output.absolute(), endpoint)
+
+    async def main() -> None:
+        asked = await runpod_job.asked(photo, request, preset)
+        await _bring(
+            settings,
+            output.absolute(),
+            again,
+            lambda api, sink: runpod_job.invoked(api, settings, asked, sink, again, wait_s=wait * 60),
+        )
+
+    process.run(main)
+
+
+def _job_id(value: str) -> str:
+    try:
+        job_ids.validate_python(value.strip("."))  # a path of dots leads elsewhere
+    except ValidationError:
+        raise typer.BadParameter(f"has to be the id of a job, such as {SOME_JOB}.") from None
+    return value
+
+
+@app.command(epilog=f"Example: `i2v runpod fetch {SOME_JOB} -o out.mp4`")
+def fetch(
+    job_id: Annotated[str, typer.Argument(help="As `invoke` and /run told it.", callback=_job_id, metavar="JOB_ID")],
+    output: Output = Path("out.mp4"),
+    endpoint: Endpoint = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """The video of a job that was sent before, into a file; waits for it while the job is at work.
+
+    RunPod keeps an answer for 30 minutes. Ctrl-C leaves the job as it is.
+    """
+    check_mp4(output)
+    settings = _start(endpoint, verbose=verbose)
+    process.run(
+        lambda: _bring(
+            settings,
+            output.absolute(),
+            partial(_again, output.absolute(), endpoint),
+            lambda api, sink: runpod_job.taken_up(api, settings, job_id, sink),
+        )
+    )
 
 
 @app.command(epilog="Example: `i2v runpod health`")
@@ -168,9 +161,16 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
     are left to others, such as `i2v work --engine runway`.
     """
     settings = _start(endpoint, "api_url", verbose=verbose, api_url=url)
-    with _alone(settings) as is_alone:
+
+    async def main() -> None:
+        async with _open_api(settings) as api, runpod_tick.open_dispatcher(settings, api) as dispatcher:
+            terminal.out.print(await dispatcher.tick(), markup=False)
+        if dispatcher.troubles:
+            raise PoolUnavailable("; ".join(dispatcher.troubles))
+
+    with runpod_tick.alone(settings) as is_alone:
         if is_alone:
-            process.run(lambda: _dispatch(settings))
+            process.run(main)
         else:
             terminal.say("Another dispatch to this endpoint is at work here: nothing to do.")
 
@@ -192,167 +192,34 @@ async def _open_api(settings: Settings) -> AsyncIterator[RunPodApi]:
         yield api
 
 
-# One photo
+# One video
 
 
-async def _invoke(
-    settings: Settings, photo: str, request: GenerationRequest, preset: str | None, output: Path, *, wait_s: float
+def _again(output: Path, endpoint: str | None, job_id: str) -> str:
+    """The command that has the video of a job, ready to be copied."""
+    words = ["i2v", "runpod", "fetch", job_id, "-o", str(output)] + (["--endpoint", endpoint] if endpoint else [])
+    return shlex.join(words)
+
+
+async def _bring(
+    settings: Settings, output: Path, again: Callable[[str], str], end: Callable[[RunPodApi, Sink], Awaitable[Job]]
 ) -> None:
-    source = {"photo_url": photo} if _is_url(photo) else {"photo_base64": await _encoded(Path(photo))}
-    try:
-        asked = DirectInput(
-            **source,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            seconds=request.duration_s,
-            seed=request.seed,
-            preset=preset,
-        )
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
+    """Waits for the end of a job, saves its video and says what came of it."""
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.
-    with temporary_folder(".i2v-", output.parent) as folder:
-        with terminal.bar(f"at {settings.runpod_endpoint_id}") as sink:
-            async with _open_api(settings) as api:
-                job = await _finished(api, settings, asked.model_dump(exclude_none=True), sink, wait_s)
-            answer = _completed(job)
-            sink(Progress(stage="fetch", done=0, total=1, fraction=0.99))
-            try:
-                path = await _fetched(settings, answer.video, Path(folder))
-            except I2VError:  # it is paid for
-                terminal.say(f"RunPod keeps the answer of job {job.id} for 30 minutes: GET /status/{job.id} has it.")
-                raise
-        video = await anyio.to_thread.run_sync(_measured, path)
-        path.replace(output)
+    with temporary_folder(".i2v-", output.parent) as folder, terminal.bar(f"at {settings.runpod_endpoint_id}") as sink:
+        async with _open_api(settings) as api:
+            job = await end(api, sink)
+        answer = runpod_answer.completed(job)
+        sink(Progress(stage="fetch", done=0, total=1, fraction=0.99))
+        video = await runpod_answer.saved(
+            settings, job.id, answer.video, folder=Path(folder), output=output, again=again
+        )
     seed = "" if answer.seed is None else f" · seed {answer.seed}"
     execution_s = (job.execution_ms or 0) / 1000
     terminal.say(f"  {terminal.describe(video)}{seed}")
     terminal.say(f"  time  {terminal.times({'queue': (job.delay_ms or 0) / 1000} | answer.timings)}")
     terminal.say(f"  cost  {execution_s:.1f} s on a GPU, its start aside; RunPod does not say what they are billed at")
     terminal.out.print(output)
-
-
-async def _encoded(photo: Path) -> str:
-    """A photo as base64, small enough for a request. Raises InvalidPhoto, MachineFault."""
-
-    def encoded() -> str:
-        info = photos.verify(photo)  # before a GPU is started for it
-        try:
-            content = photo.read_bytes()
-        except OSError as error:
-            raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from None
-        if len(content) > INLINE_BYTES:
-            smaller = photos.jpeg(photo, max_side_px=MAX_SIDE_PX, widest=photos.MAX_ASPECT_RATIO)
-            terminal.say(
-                f"The photo ({info.width}x{info.height}, {len(content) / 1e6:.1f} MB) is larger than a request may be: "
-                f"sent as a JPEG of {len(smaller) / 1e6:.1f} MB."
-            )
-            content = smaller
-        return base64.b64encode(content).decode("ascii")
-
-    return await anyio.to_thread.run_sync(encoded)
-
-
-async def _finished(api: RunPodApi, settings: Settings, payload: dict[str, Any], sink: Sink, wait_s: float) -> Job:
-    """Sends a job and follows it to its end; one that is given up, for whatever reason, is cancelled."""
-    sink(Progress(stage="send", done=0, total=1, fraction=0))
-    limit_s = fleet.execution_limit_s(settings)
-    job_id, sending = None, anyio.CancelScope(shield=True)
-    try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_hurry, sending)
-            with sending:  # what is sent is heard of, or nobody could cancel it
-                job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=wait_s + limit_s)
-            tasks.cancel_scope.cancel()
-        return await api.until_ended(str(job_id), sink, wait_s=wait_s)
-    except BaseException:
-        if job_id is not None:
-            await _cancel(api, job_id)
-        elif sending.cancelled_caught:
-            terminal.say("Whether RunPod took the job is not known: see the endpoint's requests at console.runpod.io.")
-        raise
-
-
-async def _hurry(scope: anyio.CancelScope) -> None:
-    """Leaves what is shielded GRACE_S once everything around it is cancelled."""
-    try:
-        await anyio.sleep_forever()
-    finally:
-        scope.deadline = anyio.current_time() + GRACE_S
-
-
-async def _cancel(api: RunPodApi, job_id: str) -> None:
-    why = f"no answer within {CANCEL_S:g} s"
-    terminal.say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
-    with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
-        try:
-            await api.cancel(job_id)
-        except I2VError as error:
-            why = str(error)
-        else:
-            terminal.say(f"Job {job_id} was cancelled at RunPod.")
-            return
-    terminal.say(f"Job {job_id} could not be cancelled and may go on ({escape(why)}): stop it at console.runpod.io.")
-
-
-def _completed(job: Job) -> _Answer:
-    """What came of a job. Raises EngineError, one line that says whether trying again can help."""
-    match job.status:
-        case "COMPLETED":
-            with suppress(ValidationError):
-                answer = _Answer.model_validate(job.output)
-                if answer.video.base64 or answer.video.url:
-                    return answer
-            raise EngineError(f"job {job.id} brought no video: is the endpoint one with a worker of serverless-i2v?")
-        case "CANCELLED":
-            raise EngineError(f"job {job.id} was cancelled at RunPod by somebody else")
-        case "TIMED_OUT":
-            worked_s = (job.execution_ms or 0) / 1000
-            raise EngineFailed(
-                f"RunPod gave job {job.id} up after {worked_s:.0f} s on a worker: its time was over, or the worker is "
-                "gone; trying again can help, and so can a longer I2V_ATTEMPT_LIMIT"
-            )
-    advice = ""
-    if isinstance(job.output, dict) and isinstance(may_pass := job.output.get("retryable"), bool):
-        advice = f"; trying again {'can' if may_pass else 'will not'} help"
-    raise EngineFailed(f"job {job.id} failed: {job.why}{advice}")
-
-
-async def _fetched(settings: Settings, made: _Made, folder: Path) -> Path:
-    """The mp4 of an answer. Raises EngineError, StorageError, DiskFull."""
-    path = folder / "video.mp4"
-    if made.base64 is None:
-        storage = Storage(
-            trusted_origins=[settings.bucket_url] if settings.bucket_url else [],  # the operator's own
-            allow_private=settings.allow_private_addresses,
-            max_download_bytes=MAX_VIDEO_BYTES,
-        )
-        async with storage:
-            await repeat(lambda: storage.download(str(made.url), path), PATIENT)
-        return path
-    try:
-        content = base64.b64decode(made.base64, validate=True)
-    except (binascii.Error, ValueError):
-        raise EngineError("what the worker sent as a video is not base64") from None
-    await anyio.to_thread.run_sync(put, path, content)
-    return path
-
-
-def _measured(path: Path) -> Video:
-    """Raises MediaError for what is no video."""
-    info = probe(path)
-    return Video(
-        path=path,
-        width=info.width,
-        height=info.height,
-        fps=info.fps,
-        frames=info.frames,
-        size_bytes=path.stat().st_size,
-    )
-
-
-def _is_url(text: str) -> bool:
-    return text.lower().startswith(("https://", "http://"))
 
 
 # An endpoint
@@ -368,47 +235,3 @@ def _show(found: Health) -> None:
         terminal.say(
             "Unhealthy workers did not start, or not within RUNPOD_INIT_TIMEOUT: see their logs at console.runpod.io."
         )
-
-
-# The tasks of a queue
-
-
-async def _dispatch(settings: Settings) -> None:
-    shape = fleet.on_runpod(settings)
-    async with _open_api(settings) as api:
-        workers = RunPodContainers(
-            api,
-            execution_timeout_s=fleet.execution_limit_s(settings),
-            lease_s=shape.lease_s(settings),
-            webhook=settings.runpod_webhook,
-        )
-        pools: dict[PoolName, Containers] = {"gpu": workers, "runway": NoContainers()}
-        records = SqliteRecords(settings.ledger_path)
-        async with fleet.open_dispatcher(settings, shape, records, pools) as dispatcher:
-            terminal.out.print(await dispatcher.tick(), markup=False)
-    if dispatcher.troubles:
-        raise PoolUnavailable("; ".join(dispatcher.troubles))
-
-
-@contextmanager
-def _alone(settings: Settings) -> Iterator[bool]:
-    """Whether nobody else on this machine dispatches to the endpoint. Raises RecordsUnavailable.
-
-    Two that look at it at the same moment would each fill its free slots; no task is sent twice even then.
-    """
-    path = settings.ledger_path.with_name(f"dispatch-{settings.runpod_endpoint_id}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise RecordsUnavailable(f"I2V_LEDGER: {path} cannot be written: {error.strerror}") from None
-    with file:
-        is_alone = True
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                is_alone = False
-            except OSError:  # a file system without locks is as good as another machine
-                pass
-        yield is_alone

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"task"},
     {"progress", "media", "network", "storage", "storage_errors", "scratch", "records", "bucket", "presigned"},
-    {"ledger"},
+    {"ledger", "json_api"},
     {"queues", "engines"},
     {"keeper", "seat", "snapshots", "runpod_wire"},
     {"runner"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"build"},
     {"doctor", "process", "fleet", "bake"},
     {"station", "platform", "doctor_modal"},
-    {"by_hand", "invocation"},
+    {"by_hand", "invocation", "runpod_answer", "runpod_job", "runpod_tick"},
     {"endpoint"},
     {"cli", "cli_payments", "cli_render", "cli_runpod", "cli_start", "cli_weights"},
 ]

@@ -7,6 +7,7 @@ real SDK.
 import base64
 import json
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -23,15 +24,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from inference import cli, cli_runpod, runpod_api
+from inference import cli, cli_runpod, runpod_answer, runpod_api, runpod_job, runpod_tick
 from inference.build import build_runner, open_queue
 from inference.engines.preview import PreviewEngine
+from inference.errors import I2VError
 from inference.media.video import VideoWriter, probe
 from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.runpod_api import RunPodApi
-from inference.runpod_wire import answer, failure
+from inference.runpod_wire import answer, answer_of, failure
 from inference.settings import Settings
-from inference.task import Lease
+from inference.task import Lease, Outcome
 from tests.processes import KEY, Process, Site, environment, jpeg, until
 from tests.runpod_cloud import RunPodCloud
 from tests.virtual import virtual_time
@@ -132,6 +134,12 @@ class Ran:
         """The lines that say what went wrong."""
         return [line for line in self.err.splitlines() if line.startswith("i2v: ")]
 
+    @property
+    def advice(self):
+        """The command that is to have the video later, without `i2v runpod`."""
+        [line] = re.findall(r"RunPod keeps its answer for 30 minutes: i2v runpod (.+)$", self.err, re.MULTILINE)
+        return shlex.split(line)
+
 
 class Home:
     """A folder with a photo, and what a command needs to reach the cloud."""
@@ -169,6 +177,7 @@ def i2v(home, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(home.folder))
     monkeypatch.setattr(runpod_api, "POLL_S", 0.05)
     monkeypatch.setattr(runpod_api, "MAX_PAUSE_S", 0.01)
+    monkeypatch.setattr(runpod_job, "SECOND_LOOK_S", 0.05)
 
     def run(*arguments, **settings):
         with monkeypatch.context() as patch:
@@ -221,7 +230,8 @@ def test_a_video_comes_back_in_the_answer(i2v, home, mp4):
     wanted = {"prompt": "pan left", "negative_prompt": "blur", "seconds": 2.0, "seed": 7, "preset": "a14b-fast"}
     assert job.input == wanted
     assert job.execution_limit_s == 2 * 1800 + 600
-    assert job.queue_limit_s == 1800 + job.execution_limit_s
+    assert job.queue_limit_s == 1800 + job.execution_limit_s + 1800  # waiting, working, and while its answer is kept
+    assert f"\n  job   {job.id}\n" in ran.err
     assert home.is_tidy()
 
 
@@ -249,20 +259,39 @@ def served(content):
 
 
 def test_a_video_is_fetched_from_where_it_was_put(i2v, home, mp4, monkeypatch):
-    """From the operator's own bucket wherever that is; from other private addresses not. A cut transfer is repeated."""
-    monkeypatch.setattr(cli_runpod, "PATIENT", cli_runpod.PATIENT.__class__(retry_wait_s=0))
+    """From the operator's own bucket wherever that is; from other private addresses not. A cut transfer is repeated.
+
+    What could not be fetched is paid for: the very command that was advised brings it.
+    """
+    monkeypatch.setattr(runpod_answer, "PATIENT", runpod_answer.PATIENT.__class__(retry_wait_s=0))
     with served(mp4.path.read_bytes()) as origin:
         made = answer(mp4, {}, url=f"{origin}/videos/j.mp4?X-Amz-Signature=secret")
-        with by_hand(home.cloud, made, made):
-            refused = i2v("invoke", "photo.jpg")
-            assert (refused.exit_code, len(refused.errors)) == (1, 1)
-            assert "not a public address" in refused.err
-            assert not (home.folder / "out.mp4").exists()
-            ran = i2v("invoke", "photo.jpg", BUCKET_ENDPOINT_URL=origin)
+        with by_hand(home.cloud, made):
+            where = ("-o", "my [new] clip.mp4", "--endpoint", "ep1")
+            refused = i2v("invoke", "photo.jpg", *where, RUNPOD_ENDPOINT_ID="other")
+        assert (refused.exit_code, len(refused.errors)) == (1, 1)
+        assert "not a public address" in refused.err
+        assert not (home.folder / "my [new] clip.mp4").exists()
+        ran = i2v(*refused.advice, RUNPOD_ENDPOINT_ID="other", BUCKET_ENDPOINT_URL=origin)
     assert ran.exit_code == 0, ran.err
-    assert (home.folder / "out.mp4").read_bytes() == mp4.path.read_bytes()
+    assert (home.folder / "my [new] clip.mp4").read_bytes() == mp4.path.read_bytes()
     assert "secret" not in refused.err + ran.err
     assert home.is_tidy()
+
+
+def test_a_video_that_cannot_be_put_where_it_belongs_is_not_lost(i2v, home, mp4):
+    """One line, and the command that has it."""
+
+    def make(_):
+        (home.folder / "out.mp4").mkdir()
+        return answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
+
+    with by_hand(home.cloud, make):
+        ran = i2v("invoke", "photo.jpg")
+    assert (ran.exit_code, len(ran.errors), "out.mp4 cannot be written" in ran.errors[0]) == (1, 1, True), ran.err
+    (home.folder / "out.mp4").rmdir()
+    assert i2v(*ran.advice).exit_code == 0
+    assert (home.folder / "out.mp4").read_bytes() == mp4.path.read_bytes()
 
 
 def test_a_photo_at_a_url_is_left_to_the_worker(i2v, home, mp4):
@@ -398,25 +427,34 @@ def test_an_interrupted_invocation_cancels_its_job(home):
 
 
 class SlowRunPod:
-    """A transport that takes its time with a new job, and refuses to cancel where it is told to."""
+    """A transport that takes its time with a new job, and has an answer of its own to whoever cancels it."""
 
-    def __init__(self, takes_s, cancel_status=200):
-        self.takes_s, self.cancel_status = takes_s, cancel_status
+    def __init__(self, takes_s, cancel=(200, "CANCELLED")):
+        self.takes_s, self.cancel = takes_s, cancel
         self.asked = []
 
     async def __call__(self, request):
         self.asked.append(request.url.path.split("/")[3])
         if self.asked[-1] == "run":
             await anyio.sleep(self.takes_s)
-        status = self.cancel_status if self.asked[-1] == "cancel" else 200
-        return httpx.Response(status, json={"id": "j1", "status": "IN_QUEUE"})
+        status, said = self.cancel if self.asked[-1] == "cancel" else (200, "IN_QUEUE")
+        return httpx.Response(status, json={"id": "j1", "status": said})
+
+
+async def invoked(server):
+    """One invocation through a transport."""
+    api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
+    again = "i2v runpod fetch {} -o out.mp4".format
+    return await runpod_job.invoked(api, Settings.isolated(), {}, lambda _: None, again, wait_s=60)
 
 
 @pytest.mark.parametrize(
     "server, said",
     [
         (SlowRunPod(3), "Job j1 was cancelled at RunPod."),
-        (SlowRunPod(3, cancel_status=401), "Job j1 could not be cancelled and may go on"),
+        (SlowRunPod(3, cancel=(401, "")), "Job j1 could not be cancelled and may go on"),
+        (SlowRunPod(3, cancel=(404, "")), "Job j1 could not be cancelled and may go on (RunPod does not know it)"),
+        (SlowRunPod(3, cancel=(200, "COMPLETED")), "for 30 minutes: i2v runpod fetch j1 -o out.mp4"),
         (SlowRunPod(100), "Whether RunPod took the job is not known"),
     ],
 )
@@ -425,14 +463,225 @@ def test_who_is_interrupted_while_a_job_is_sent_hears_what_became_of_it(server, 
 
     @virtual_time
     async def scene():
-        api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
         with anyio.move_on_after(1):
-            await cli_runpod._finished(api, Settings.isolated(), {}, lambda _: None, 60)
-        assert anyio.current_time() <= 1 + cli_runpod.GRACE_S
+            await invoked(server)
+        assert anyio.current_time() <= 1 + runpod_job.GRACE_S
 
     scene()
     assert said in capsys.readouterr().err
     assert ("cancel" in server.asked) == ("j1" in said)
+
+
+class Turning:
+    """A transport on which a job's status is one thing for ten seconds, and then another: a status, or an error."""
+
+    def __init__(self, first, then):
+        self.first, self.then = first, then
+        self.asked = []
+
+    async def __call__(self, request):
+        self.asked.append(request.url.path.split("/")[3])
+        said = (self.then if anyio.current_time() > 10 else self.first) if self.asked[-1] == "status" else "IN_QUEUE"
+        if isinstance(said, Exception):
+            raise said
+        status = said if isinstance(said, int) else 200
+        return httpx.Response(status, json={"id": "j1", "status": said} if status == 200 else {})
+
+
+class LastMoment(Turning):
+    """A job that a worker takes when its wait is over, between the last look at it and what comes of that."""
+
+    def __init__(self):
+        super().__init__("IN_QUEUE", "IN_QUEUE")
+        self.looked_at = -1.0
+
+    async def __call__(self, request):
+        now = anyio.current_time()
+        if request.url.path.split("/")[3] == "status":
+            self.first = self.then = "IN_PROGRESS" if now == self.looked_at else "IN_QUEUE"
+            self.looked_at = now
+        return await super().__call__(request)
+
+
+@pytest.mark.parametrize(
+    "server",
+    [Turning(status, then) for status in ("IN_QUEUE", "IN_PROGRESS") for then in (httpx.ConnectError("no"), 503, 401)]
+    + [Turning("IN_PROGRESS", 404), LastMoment()],
+)
+def test_a_job_that_may_be_made_is_left_to_be_made(server, capsys):
+    """Whatever keeps RunPod from telling how it is: it is paid for, and can be fetched."""
+
+    @virtual_time
+    async def scene():
+        with pytest.raises(I2VError):
+            await invoked(server)
+
+    scene()
+    told = capsys.readouterr().err
+    assert "Job j1 was not cancelled and may go on." in told
+    assert "30 minutes: i2v runpod fetch j1 -o out.mp4\n" in told
+    assert "cancel" not in server.asked
+
+
+def test_a_job_that_still_waits_is_cancelled_when_it_is_given_up(capsys):
+    """Nothing is lost with it, even where RunPod was away and could say so only now."""
+    server = Turning("IN_QUEUE", "IN_QUEUE")
+
+    @virtual_time
+    async def scene():
+        with pytest.raises(I2VError, match="no worker took job j1"):
+            await invoked(server)
+
+    scene()
+    assert "Job j1 was cancelled at RunPod." in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- fetch
+
+
+def test_the_video_of_an_invocation_that_was_killed_is_fetched(i2v, home, mp4):
+    """By the id that it told at once, while the job is still at work. It ends as the invocation would have."""
+    killed = threading.Event()
+
+    def make(_):
+        assert killed.wait(20)
+        looks = home.cloud.asked.count("status")
+        until(lambda: home.cloud.asked.count("status") > looks, 20, "somebody looked")
+        return answer(mp4, {"load": 1.5}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
+
+    with by_hand(home.cloud, make):
+        process = home.start("killed", "invoke", "photo.jpg")
+        told = until(lambda: re.search(r"^  job   (\S+)$", process.stderr.read_text(), re.MULTILINE), 30, "its id")
+        process.kill()
+        killed.set()
+        ran = i2v("fetch", told[1], "-o", "late.mp4")
+    assert ran.exit_code == 0, ran.err
+    assert ran.out.strip() == str(home.folder / "late.mp4")
+    assert (home.folder / "late.mp4").read_bytes() == mp4.path.read_bytes()
+    assert "12 frames" in ran.err
+    assert "seed 7" in ran.err
+    assert "load 1.5 s" in ran.err
+    assert re.search(r"cost  \d+\.\d s on a GPU", ran.err)
+    assert "cancel" not in home.cloud.asked
+    looks = home.cloud.asked.count("status")
+    assert i2v("fetch", told[1]).exit_code == 0
+    assert home.cloud.asked.count("status") == looks + 1, "what has ended is asked for once: it is some megabytes"
+
+
+def test_an_interrupted_fetch_leaves_the_job_as_it_is(home):
+    """Somebody waits for it, or will."""
+    job_id = home.cloud.run({"prompt": ""})
+    process = home.start("interrupted", "fetch", job_id)
+    until(lambda: home.cloud.asked.count("status") > 1, 30, "the job is watched")
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    assert f"Job {job_id} goes on at RunPod: the same command may be run again." in process.stderr.read_text()
+    assert home.cloud.job(job_id).status == "IN_QUEUE"
+    assert "cancel" not in home.cloud.asked
+    assert home.is_tidy()
+
+
+def test_who_is_interrupted_while_a_video_comes_hears_where_it_is(home, mp4):
+    """It is made and paid for."""
+    asked, over = threading.Event(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.set()
+            over.wait(30)
+
+        def log_message(self, *_):
+            """Nothing on stderr."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        origin = f"http://127.0.0.1:{server.server_port}"
+        with by_hand(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
+            process = home.start("interrupted", "invoke", "photo.jpg", BUCKET_ENDPOINT_URL=origin)
+            assert asked.wait(30)
+            process.send(signal.SIGINT)
+            assert process.wait() == 130
+        over.set()
+        server.shutdown()
+    [job_id] = home.cloud.jobs
+    assert Ran(130, "", process.stderr.read_text()).advice == ["fetch", job_id, "-o", str(home.folder / "out.mp4")]
+    assert home.is_tidy()
+
+
+@pytest.mark.parametrize("job_id", ["", " ", "a b", "../health", "status/j1", "..", "j1?x", "j1\n", "jé"])
+def test_what_is_no_id_is_not_asked_for(i2v, home, job_id):
+    """It would be part of a URL's path."""
+    ran = i2v("fetch", job_id)
+    assert (ran.exit_code, "has to be the id of a job" in ran.err) == (2, True), ran.err
+    assert home.cloud.asked == []
+
+
+def test_an_unknown_job_is_not_waited_for(i2v, home, mp4):
+    """Two looks; the second is for a job that was sent a moment ago."""
+    ran = i2v("fetch", "j1")
+    assert (ran.exit_code, len(ran.errors)) == (1, 1), ran.err
+    assert "does not know job j1 at endpoint ep1: it keeps answers for 30 minutes" in ran.errors[0]
+    assert "again" not in ran.err
+    assert home.cloud.asked == ["status"] * 2
+    job_id = home.cloud.run({"prompt": ""})
+    home.cloud.faults["status"].append((404, False))
+    with by_hand(home.cloud, answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())):
+        assert i2v("fetch", job_id).exit_code == 0
+
+
+@pytest.mark.parametrize("server", [Turning(503, 503), Turning("IN_QUEUE", 503), Turning("IN_PROGRESS", 404)])
+def test_a_fetch_that_gives_up_says_that_the_job_need_not(server, capsys):
+    """RunPod is away, from the beginning or later; or its API does not find the job any more, which may pass."""
+
+    @virtual_time
+    async def scene():
+        api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
+        with pytest.raises(I2VError):
+            await runpod_job.taken_up(api, Settings.isolated(runpod_endpoint_id="ep1"), "j1", lambda _: None)
+
+    scene()
+    told = "Job j1 was not cancelled: while RunPod has it, the same command may be run again.\n"
+    assert told in capsys.readouterr().err
+    assert set(server.asked) <= {"status", "health"}
+
+
+@virtual_time
+async def test_a_fetch_waits_for_as_long_as_the_job_does(monkeypatch):
+    """Whoever sent it has said for how long that may be."""
+    monkeypatch.setattr(runpod_api, "POLL_S", 600)
+    server = Turning("IN_QUEUE", "IN_QUEUE")
+    api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
+    with anyio.move_on_after(86_400) as scope:
+        await runpod_job.taken_up(api, Settings.isolated(runpod_endpoint_id="ep1"), "j1", lambda _: None)
+    assert scope.cancelled_caught
+    assert set(server.asked) == {"status", "health"}
+
+
+@pytest.mark.parametrize("status, said", [("CANCELLED", "by somebody else"), ("TIMED_OUT", "trying again can help")])
+def test_a_job_that_ended_badly_is_told_as_by_invoke(i2v, home, status, said):
+    """It is no news to RunPod, and nothing is waited for."""
+    job_id = home.cloud.run({"prompt": ""})
+    with home.cloud._changed:
+        home.cloud._end(home.cloud._find(job_id), status)
+    ran = i2v("fetch", job_id)
+    assert (ran.exit_code, len(ran.errors), said in ran.err) == (1, 1, True), ran.err
+
+
+def test_a_drain_has_its_videos_elsewhere(i2v, home, mp4):
+    """So has a task; one that failed is told as by invoke."""
+    completed = Outcome(status="completed", item_id="i1", video=mp4, storage_path="g/[i1].mp4")
+    failed = Outcome(status="failed", item_id="i2", error="the photo is 3x3 pixels")
+    drained = {"tasks": [answer_of(completed), answer_of(failed)], "completed": 1}
+    for made, said in (
+        (drained, "brought no video: it took tasks from a queue (1 of 2 completed)"),
+        (answer_of(completed), "brought no video: it made task i1 of a queue, whose storage has it at g/[i1].mp4"),
+        (answer_of(failed), "failed: the photo is 3x3 pixels; trying again will not help"),
+    ):
+        job_id = home.cloud.run({"drain": 2})
+        with by_hand(home.cloud, made):
+            ran = i2v("fetch", job_id)
+        assert (ran.exit_code, len(ran.errors), said in ran.err) == (1, 1, True), ran.err
+        assert not (home.folder / "out.mp4").exists()
 
 
 # ---------------------------------------------------------------- health
@@ -518,6 +767,9 @@ def test_tasks_go_to_the_endpoint_and_are_made_there(home, queue, tmp_path):
         jobs = [job for job in home.cloud.jobs.values() if "task" in job.input]
         for job in jobs:
             home.cloud.wait(job.id)
+        fetched = home.start("fetched", "fetch", jobs[0].id)
+        assert fetched.wait() == 1
+        assert f"it made task {ids[0]} of a queue" in fetched.stderr.read_text()
     assert probe(home.folder / "out.mp4").duration_s == pytest.approx(0.5, abs=0.1)
     assert [job.input["task"]["item_id"] for job in jobs] == ids
     assert jobs[0].top["webhook"] == "http://127.0.0.1:9/hook"
@@ -577,7 +829,7 @@ def test_two_that_dispatch_at_once_send_nothing_twice(i2v, home, queue):
     assert [process.wait() for process in both] == [0, 0]
     assert sorted(job.input["task"]["item_id"] for job in home.cloud.jobs.values()) == sorted(ids)
     given = Settings.isolated(ledger_path=home.settings["I2V_LEDGER"], runpod_endpoint_id="ep1")
-    with cli_runpod._alone(given) as is_alone:
+    with runpod_tick.alone(given) as is_alone:
         assert is_alone
         ran = i2v("dispatch")
     assert (ran.exit_code, ran.out, "nothing to do" in ran.err) == (0, "", True)

@@ -163,8 +163,8 @@ def _lease(waiting: Select[Any]) -> Update:
 def lease(worker_type: Lane | None, *, given: bool, sweep: bool) -> Statement:
     """Hands an item to a worker: the oldest of the line, or the given one if it stands there.
 
-    One whose worker went silent counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite knows
-    no UPDATE within a WITH.
+    One whose worker went silent counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite
+    knows no UPDATE within a WITH.
     """
     waiting = select(items.c.id).where(*_line(worker_type))
     if given:
