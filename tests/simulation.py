@@ -330,8 +330,7 @@ def check_one_end(item: Item, events: list[Event], *, calm: bool) -> None:
     ends = [number for number, event in enumerate(events) if event.status in TERMINAL]
     if item.status not in TERMINAL or not ends:
         raise Broken(f"{item.id} never ended: {item.status}")
-    lapsed = any(was.status == "processing" and now.verb == "lease" for was, now in itertools.pairwise(events))
-    if calm and (lapsed or item.crash_count):
+    if calm and item.crash_count + item.lost_count:
         raise Broken(f"a lease of {item.id} was left to run out, though every worker could have handed it back")
     later = [event for event in events[ends[0] + 1 :] if event.accepted]
     if later:

@@ -6,10 +6,22 @@ It keeps the rules of `item.py`; the SQL store is tested against it, and simulat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 from inference.errors import ItemMissing, NotHolder, ObjectExists, WrongState
-from inference.queues.item import CRASHED, MAX_CRASHES, MAX_FAILURES, RELEASE_S, Item, ItemProgress, Lane, lane
+from inference.queues.item import (
+    CRASHED,
+    LOST,
+    MAX_CRASHES,
+    MAX_FAILURES,
+    MAX_LOST,
+    RELEASE_S,
+    Item,
+    ItemProgress,
+    Lane,
+    lane,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +93,8 @@ class MemoryStore:
             leased_until=self._clock() + lease_s,
             lease_seq=item.lease_seq + 1,
             renewed=False,
-            crash_count=item.crash_count + (1 if self._ran_out(item) and item.renewed else 0),
             progress=None,
+            **(self._counted(item) if self._ran_out(item) else {}),
         )
 
     def heartbeat(
@@ -171,6 +183,7 @@ class MemoryStore:
             leased_until=None,
             retry_count=0,
             crash_count=0,
+            lost_count=0,
             cancel_requested=False,
             progress=None,
             error_message=None,
@@ -218,17 +231,15 @@ class MemoryStore:
                 continue
             if item.cancel_requested:
                 self._write("sweep", item, None, status="cancelled", leased_until=None)
-            elif item.renewed and item.crash_count + 1 >= MAX_CRASHES:
-                self._write(
-                    "sweep",
-                    item,
-                    None,
-                    status="failed",
-                    worker_id=None,
-                    leased_until=None,
-                    crash_count=item.crash_count + 1,
-                    error_message=CRASHED,
-                )
+                continue
+            counted = self._counted(item)
+            if counted.get("crash_count") == MAX_CRASHES or counted.get("lost_count") == MAX_LOST:
+                counted["error_message"] = CRASHED if item.renewed else LOST
+                self._write("sweep", item, None, status="failed", worker_id=None, leased_until=None, **counted)
+
+    def _counted(self, item: Item) -> dict[str, Any]:
+        """What a lease that ran out adds to."""
+        return {"crash_count": item.crash_count + 1} if item.renewed else {"lost_count": item.lost_count + 1}
 
     def _write(self, verb: str, item: Item, by: str | None, *, accepted: bool = True, **changes: object) -> Item:
         now = self._clock()

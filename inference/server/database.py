@@ -37,7 +37,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        """Opens the database and creates the tables it lacks. Raises SettingsError for a URL it cannot use."""
+        """Opens the database and creates the tables it lacks. Raises SettingsError for what it cannot use."""
         self._url = _parse(url)
         self.dialect_name = self._url.get_backend_name()
         self._sqlite = self.dialect_name == "sqlite"
@@ -49,7 +49,11 @@ class Database:
         self._compiled: dict[Statement, tuple[str, Mapping[str, Any]]] = {}
         self._columns: dict[Statement, tuple[str, ...]] = {}
         self._driver: Any = self._engine.dialect.dbapi
-        self._create_schema()
+        try:
+            self._create_schema()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Gives every connection back."""
@@ -190,13 +194,20 @@ class Turns:
 
 
 def _add_columns(connection: Connection) -> None:
-    """Those that a database made by an earlier version lacks; each has a default for the rows that are there."""
+    """Those that tables of an earlier version lack, which have defaults for the rows that are there.
+
+    Raises SettingsError for tables that only have the names of ours, such as an app's own, and changes nothing.
+    """
     for table in metadata.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in there:
-                described = CreateColumn(column).compile(dialect=connection.dialect)
-                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
+        lacking = [column for column in table.columns if column.name not in there]
+        if any(column.server_default is None or column.computed is not None for column in lacking):
+            raise SettingsError(
+                f"the database has a table {table.name} of something else: give this queue one of its own"
+            )
+        for column in lacking:
+            described = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
 
 
 def _reason(error: Exception) -> str:

@@ -93,6 +93,7 @@ video_items = Table(
     Column("retry_count", Integer, nullable=False),
     Column("renewed", Boolean, nullable=False, server_default=false()),
     Column("crash_count", Integer, nullable=False),
+    Column("lost_count", Integer, nullable=False, server_default="0"),
     Column("cancel_requested", Boolean, nullable=False),
     Column("progress_stage", Text),
     Column("progress_fraction", Double),

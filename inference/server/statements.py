@@ -36,7 +36,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.expression import ColumnElement
 
-from inference.queues.item import CRASHED, MAX_CRASHES, MAX_FAILURES, Lane
+from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST, Lane
 from inference.server.schema import ONGOING, Clock, groups, photos
 from inference.server.schema import video_items as items
 
@@ -71,7 +71,19 @@ row = (*(column for column in items.c if column.name != "lane"), _photo_storage_
 """What makes an `Item`."""
 
 ran_out = and_(items.c.status == PROCESSING, items.c.leased_until <= now)
-last_crash = and_(items.c.renewed, items.c.crash_count + ONE >= _constant(MAX_CRASHES))
+last_lapse = case(
+    (items.c.renewed, items.c.crash_count + ONE >= _constant(MAX_CRASHES)),
+    else_=items.c.lost_count + ONE >= _constant(MAX_LOST),
+)
+
+
+def _lapsed(counts: ColumnElement[bool]) -> dict[str, ColumnElement[Any]]:
+    """What a lease that ran out adds to, where it counts."""
+    return {
+        "crash_count": items.c.crash_count + case((and_(counts, items.c.renewed), ONE), else_=ZERO),
+        "lost_count": items.c.lost_count + case((and_(counts, not_(items.c.renewed)), ONE), else_=ZERO),
+    }
+
 
 held = [
     items.c.id == bindparam("item_id", type_=Text),
@@ -85,7 +97,7 @@ held = [
 
 beyond_leasing = [
     ran_out,  # fence
-    or_(items.c.cancel_requested, last_crash),  # fence
+    or_(items.c.cancel_requested, last_lapse),  # fence
 ]
 
 ANY_TO_SWEEP = Statement(
@@ -111,8 +123,12 @@ SWEEP = Statement(
         status=case((items.c.cancel_requested, CANCELLED), else_=FAILED),
         worker_id=case((items.c.cancel_requested, items.c.worker_id), else_=null()),
         leased_until=null(),
-        crash_count=items.c.crash_count + case((items.c.cancel_requested, ZERO), else_=ONE),
-        error_message=case((items.c.cancel_requested, items.c.error_message), else_=_constant(CRASHED)),
+        **_lapsed(not_(items.c.cancel_requested)),
+        error_message=case(
+            (items.c.cancel_requested, items.c.error_message),
+            (items.c.renewed, _constant(CRASHED)),
+            else_=_constant(LOST),
+        ),
         updated_at=Clock(),
     ),
 )
@@ -124,7 +140,7 @@ may_be_leased: list[Any] = [
     or_(items.c.status == PENDING, items.c.leased_until <= now),  # fence
     items.c.retry_count < _constant(MAX_FAILURES),  # fence
     items.c.cancel_requested.is_(False),  # fence
-    or_(items.c.status == PENDING, not_(last_crash)),  # fence
+    or_(items.c.status == PENDING, not_(last_lapse)),  # fence
 ]
 
 
@@ -149,8 +165,7 @@ def _lease(waiting: Select[Any]) -> Update:
             leased_until=Clock() + bindparam("lease_s", type_=Double),
             lease_seq=items.c.lease_seq + ONE,
             renewed=FALSE,
-            crash_count=items.c.crash_count
-            + case((and_(items.c.status == PROCESSING, items.c.renewed), ONE), else_=ZERO),
+            **_lapsed(items.c.status == PROCESSING),
             progress_stage=null(),
             progress_fraction=null(),
             updated_at=Clock(),
@@ -300,6 +315,7 @@ RETRY = Statement(
         leased_until=null(),
         retry_count=ZERO,
         crash_count=ZERO,
+        lost_count=ZERO,
         cancel_requested=FALSE,
         progress_stage=null(),
         progress_fraction=null(),

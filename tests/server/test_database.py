@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from inference.errors import QueueUnavailable
+from inference.errors import QueueUnavailable, SettingsError
 from inference.server.database import Turns
 from inference.server.store import Store
 
@@ -62,7 +62,8 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
     item = sql.add()
     sql.store.lease("w", 600)
     before = sql.row(item.id)
-    sql.run("ALTER TABLE video_items DROP COLUMN renewed")
+    for column in ("renewed", "lost_count"):
+        sql.run(f"ALTER TABLE video_items DROP COLUMN {column}")
     together = threading.Barrier(4)
 
     def open_it(_number):
@@ -73,3 +74,13 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
         list(pool.map(open_it, range(4)))
     assert sql.row(item.id) == before
     assert sql.store.heartbeat(item.id, "w", 600).renewed
+
+
+def test_tables_of_somebody_else_are_left_alone(sql):
+    """An app's own are called the same: it is told, and nothing is added to them."""
+    for table in ("video_items", "photos", "groups"):
+        sql.run(f"DROP TABLE {table}")
+    sql.run("CREATE TABLE video_items (id TEXT PRIMARY KEY, status TEXT NOT NULL)")
+    with pytest.raises(SettingsError, match="has a table video_items of something else"):
+        Store(sql.url)
+    sql.run("INSERT INTO video_items VALUES ('a', 'pending')")  # as many columns as before

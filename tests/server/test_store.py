@@ -3,7 +3,7 @@
 import pytest
 
 from inference.errors import ItemMissing, NotHolder, WrongState
-from inference.queues.item import CRASHED, MAX_CRASHES, MAX_FAILURES, ItemProgress
+from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST, ItemProgress
 
 
 def leased(subject, worker="w", lease_s=600):
@@ -136,6 +136,20 @@ def test_a_lease_that_reached_no_worker_says_nothing_of_the_item(subject):
     subject.store.lease("w", 60)
     silence(subject, item, "w")
     assert subject.store.get(item.id).status == "failed"
+
+
+def test_workers_that_never_come_end_the_item_at_last(subject):
+    """Whoever waits for it is told why, and can have it tried as often again."""
+    item = subject.add()
+    for _ in range(2):
+        for n in range(MAX_LOST):
+            assert subject.store.lease("w", 60).lost_count == n
+            subject.expire(item.id)
+        assert subject.store.lease("w", 60) is None
+        row = subject.row(item.id)
+        assert (row.status, row.error_message) == ("failed", LOST)
+        assert (row.crash_count, row.lost_count) == (0, MAX_LOST)
+        subject.store.retry(item.id)
 
 
 def test_reading_ends_what_ran_out(subject):
