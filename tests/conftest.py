@@ -1,10 +1,33 @@
 """What all tests share."""
 
+import os
+from collections.abc import Iterator
+
+import certifi
 import pytest
 import structlog
 
 from inference.settings import Settings
 from tests.simulation import PHOTO
+
+# Pytest's workers are the threads. Torch, which is not imported yet, reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_authorities(tmp_path_factory) -> Iterator[None]:
+    """One of certifi's authorities, here and in the processes of tests: every client of httpx reads the whole file.
+
+    That takes 60 to 100 ms of a core, for clients of `http:` too, and tests make thousands; none meets an authority
+    that is not its own.
+    """
+    first, end, _ = certifi.contents().partition("-----END CERTIFICATE-----")
+    bundle = tmp_path_factory.mktemp("authorities") / "one.pem"
+    bundle.write_text(f"{first}{end}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifi, "where", lambda: str(bundle))
+        patch.setenv("SSL_CERT_FILE", str(bundle))
+        yield
 
 
 @pytest.fixture(autouse=True)

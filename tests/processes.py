@@ -1,21 +1,25 @@
 """Real `i2v` processes: a queue server, workers, and what may happen to them."""
 
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from io import BytesIO
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self, TypeVar
 
 import httpx
+import pytest
 from PIL import Image
 
+from inference import cli
 from tests import ledger
 from tests.proxy import Exchange, Fault, Proxy, Record
 
@@ -40,8 +44,30 @@ def until(condition: Callable[[], T], deadline_s: float, what: str) -> T:
 
 def environment(**settings: object) -> dict[str, str]:
     """What a process needs to run, and nothing of the test's own settings."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    wanted = ("PATH", "HOME", "LANG", "SSL_CERT_FILE", "OMP_NUM_THREADS")  # the last two: see conftest.py
+    kept = {name: os.environ[name] for name in wanted if name in os.environ}
     return kept | {name: str(value) for name, value in settings.items()}
+
+
+def i2v_here(
+    capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object, typed: str = "", **settings: object
+) -> subprocess.CompletedProcess[str]:
+    """Runs an `i2v` command to its end within this process, in a folder: a process of its own takes a second of a core.
+
+    For whatever is not about processes. No setting of the machine is there; TMPDIR counts.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["i2v", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(typed))
+        patch.setenv("COLUMNS", "80")
+        for name, value in settings.items():
+            patch.setenv(name, str(value))
+        patch.setattr(tempfile, "tempdir", None)  # it is looked up again
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    said = capsys.readouterr()
+    return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
 
 
 class Process:
@@ -259,6 +285,6 @@ class Site:
 
 def jpeg() -> bytes:
     """A small photo: quick to send, not quick to render, since every video has the same size."""
-    file = BytesIO()
+    file = io.BytesIO()
     Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(file, "JPEG")
     return file.getvalue()

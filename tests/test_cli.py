@@ -1,4 +1,7 @@
-"""The command line as people meet it: real processes, their output, and what they leave behind."""
+"""The command line as people meet it: what it says, how it ends, and what it leaves behind.
+
+Each command runs as a real process somewhere in here; what more there is to ask of it is asked within this process.
+"""
 
 import json
 import os
@@ -7,8 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from inference import cli
 from inference.media.video import probe
 from tests.disk import small_disk
-from tests.processes import I2V, KEY, Process, Site, environment, jpeg, until
+from tests.processes import I2V, KEY, Process, Site, environment, i2v_here, jpeg, until
 
 LIMIT_S = 60
 
@@ -72,20 +73,12 @@ def home(tmp_path):
 
 
 @pytest.fixture
-def here(home, monkeypatch, capsys):
-    """Runs a command within this process, which spares the start of one. Returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(home.folder)
-    monkeypatch.setattr(tempfile, "tempdir", str(home.temp))
+def here(home, capsys):
+    """Runs a command within this process, which spares the start of one."""
 
     def run(*arguments, **settings):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["i2v", *map(str, arguments)])
-            for name, value in settings.items():
-                patch.setenv(name, str(value))
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-        said = capsys.readouterr()
-        return Ran(ended.value.code or 0, said.out, said.err)
+        ran = i2v_here(capsys, home.folder, *arguments, **({"TMPDIR": home.temp} | settings))
+        return Ran(ran.returncode, ran.stdout, ran.stderr)
 
     return run
 
@@ -117,7 +110,7 @@ def test_help_shows_every_command_and_an_example_of_each(home):
 # ---------------------------------------------------------------- demo
 
 
-def test_demo_makes_a_video_wherever_it_runs(home):
+def test_demo_makes_a_video_wherever_it_runs(home, here):
     """Whatever is set for real work; twice; stdout is the path alone; nothing else is left."""
     hostile = {
         "I2V_WORKER_TYPE": "runway",
@@ -129,8 +122,8 @@ def test_demo_makes_a_video_wherever_it_runs(home):
         "LOG_DIR": "/proc/nowhere",
     }
     (home.folder / ".env").write_text("I2V_PORT=-1\nHEARTBEAT_INTERVAL=soon\n")
-    for arguments in ([], ["photo.jpg", "--prompt", "[/red] 천천히 줌인 [bold]"]):
-        ran = home.i2v("demo", *arguments, "--seconds", "0.5", **hostile)
+    for run, arguments in ((home.i2v, []), (here, ["photo.jpg", "--prompt", "[/red] 천천히 줌인 [bold]"])):
+        ran = run("demo", *arguments, "--seconds", "0.5", **hostile)
         assert (ran.exit_code, ran.errors) == (0, []), ran.err
         assert ran.out == f"{home.folder / 'i2v-demo.mp4'}\n"
         info = probe(home.folder / "i2v-demo.mp4")
@@ -154,7 +147,7 @@ def test_demo_can_be_interrupted(home):
     assert demo.logs() == []
 
 
-def test_a_full_disk_is_one_clear_line(home, tmp_path):
+def test_a_full_disk_is_one_clear_line(home, here, tmp_path):
     """For the temporary files of a demo, and for the output of a rendering; the old output stays."""
     with small_disk(tmp_path / "disk", "280k") as disk:
         ran = home.i2v("demo", "--seconds", "5", TMPDIR=disk)
@@ -167,7 +160,7 @@ def test_a_full_disk_is_one_clear_line(home, tmp_path):
         (disk / "out.mp4").write_bytes(b"old" * 1000)
         with pytest.raises(OSError, match="No space"):
             (disk / "more").write_bytes(bytes(300_000))
-        ran = home.i2v("render", home.photo, "--seconds", "1", "-o", disk / "out.mp4")
+        ran = here("render", home.photo, "--seconds", "1", "-o", disk / "out.mp4")
         assert (ran.exit_code, len(ran.errors)) == (1, 1)
         assert "no room left" in ran.errors[0]
         assert {path.name for path in disk.iterdir()} == {"out.mp4", "more"}
@@ -178,7 +171,7 @@ def test_a_full_disk_is_one_clear_line(home, tmp_path):
 # ---------------------------------------------------------------- render
 
 
-def test_render_replaces_its_output_whole_or_not_at_all(home):
+def test_render_replaces_its_output_whole_or_not_at_all(home, here):
     """A Korean prompt; a second rendering that fails leaves the first one's file as it was."""
     output = home.folder / "영상 [1].mp4"
     output.write_bytes(b"old")
@@ -187,7 +180,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home):
     assert probe(output).frames == 13
     first = output.read_bytes()
     (home.folder / "broken.jpg").write_bytes(jpeg()[:200])
-    ran = home.i2v("render", "broken.jpg", "--seconds", "0.5", "-o", output)
+    ran = here("render", "broken.jpg", "--seconds", "0.5", "-o", output)
     assert (ran.exit_code, ran.out, len(ran.errors)) == (1, "", 1)
     assert "the photo is damaged" in ran.errors[0]
     assert output.read_bytes() == first
@@ -250,17 +243,18 @@ def test_all_problems_of_the_settings_are_said_at_once(here):
 def test_up_serves_submit_and_tasks(home, here):
     """The whole way of somebody who tries it: up, submit and wait, look, cancel, retry, Ctrl-C."""
     env = home.env(I2V_PORT=0, WORKER_API_KEY=KEY, POLL_INTERVAL=0.1, I2V_SHUTDOWN_GRACE=0.2, I2V_CONCURRENCY=1)
+    env["HEARTBEAT_INTERVAL"] = "0.2"
     up = Process(home.folder, "up", "up", env=env)
     try:
         port = until(lambda: [line["port"] for line in up.events("the queue is open")], 20, "it is open")[0]
         queue = {"VERCEL_API_URL": f"http://127.0.0.1:{port}", "WORKER_API_KEY": KEY}
         arguments = ("photo.jpg", "[/b] pan left", "--seconds", "0.5", "--wait", "--output", "out.mp4")
-        ran = home.i2v("submit", *arguments, **queue)
+        ran = here("submit", *arguments, **queue)
         assert ran.exit_code == 0, ran.err
         item_id, output = ran.out.splitlines()
         assert output == str(home.folder / "out.mp4")
         assert probe(Path(output)).frames == 13
-        ran = home.i2v("tasks", **queue)
+        ran = here("tasks", **queue)
         assert [word in ran.out for word in (item_id, "completed", "[/b] pan left")] == [True] * 3
 
         assert "[red]" not in ran.out
@@ -287,15 +281,15 @@ def test_up_serves_submit_and_tasks(home, here):
     assert list(home.temp.iterdir()) == []
 
 
-def test_work_once(site, home):
+def test_work_once(site, home, here):
     """An empty queue, a wrong key, one task: what it says, where its log goes, and that no secret is in it."""
     settings = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY, "LOG_DIR": home.folder / "logs"}
-    ran = home.i2v("work", "--once", **settings)
+    ran = here("work", "--once", **settings)
     assert (ran.exit_code, ran.out) == (0, "")
     events = [json.loads(line)["event"] for line in ran.err.splitlines()]
     assert events == ["worker_started", "no_task", "worker_stopped"]
 
-    ran = home.i2v("work", "--once", **settings | {"WORKER_API_KEY": "wrong-key-here"})
+    ran = here("work", "--once", **settings | {"WORKER_API_KEY": "wrong-key-here"})
     assert (ran.exit_code, len(ran.errors)) == (1, 1)
     assert "key" in ran.errors[0]
     assert "wrong-key-here" not in ran.err
@@ -339,7 +333,7 @@ def _read(terminal: int) -> bytes:
 # ---------------------------------------------------------------- doctor
 
 
-def test_doctor_says_what_is_wrong_and_exits_1(site, home):
+def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
     """Sound, and with a key that the queue does not take."""
     ran = home.i2v("doctor", "--url", site.url, WORKER_API_KEY=KEY)
     assert (ran.exit_code, ran.err) == (0, "")
@@ -347,7 +341,7 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home):
     assert verdicts == dict.fromkeys(
         ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan"], "ok"
     )
-    ran = home.i2v("doctor", "--url", site.url, WORKER_API_KEY="another-key")
+    ran = here("doctor", "--url", site.url, WORKER_API_KEY="another-key")
     assert ran.exit_code == 1
     assert "FAIL  queue" in ran.out
     assert "another-key" not in ran.out + ran.err

@@ -1,4 +1,7 @@
-"""The command line where it costs money: real processes, a Runway on loopback, one ledger on disk."""
+"""The command line where it costs money: a Runway on loopback, one ledger on disk.
+
+Whoever is interrupted or killed is a real process.
+"""
 
 import json
 import re
@@ -11,10 +14,8 @@ import pytest
 from inference import doctor
 from inference.media.video import probe
 from inference.settings import Settings
-from tests.processes import I2V, Process, Site, environment, jpeg, until
+from tests.processes import Process, Site, environment, i2v_here, jpeg, until
 from tests.runway_server import BAD_GATEWAY_AFTER, Fault, RunwayServer
-
-LIMIT_S = 60
 
 
 @pytest.fixture
@@ -27,8 +28,8 @@ def runway():
 class Home:
     """A folder with a photo, a ledger, and the command."""
 
-    def __init__(self, folder: Path, runway: RunwayServer) -> None:
-        self.folder, self.runway = folder, runway
+    def __init__(self, folder: Path, runway: RunwayServer, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.runway, self.capsys = folder, runway, capsys
         self.ledger = folder / "state" / "ledger.db"
         (folder / "photo.jpg").write_bytes(jpeg())
         self.settings = {
@@ -44,16 +45,8 @@ class Home:
 
     def i2v(self, *arguments: object, typed: str = "", **settings: object) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end."""
-        ran = subprocess.run(
-            [I2V, *map(str, arguments)],
-            cwd=self.folder,
-            env=self.env(**settings),
-            input=typed,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=LIMIT_S,
-        )
+        given = {"TMPDIR": self.folder} | self.settings | settings
+        ran = i2v_here(self.capsys, self.folder, *arguments, typed=typed, **given)
         assert self.runway.key not in ran.stdout + ran.stderr
         return ran
 
@@ -63,9 +56,9 @@ class Home:
 
 
 @pytest.fixture
-def home(tmp_path, runway):
+def home(tmp_path, runway, capsys):
     """A clean place."""
-    return Home(tmp_path, runway)
+    return Home(tmp_path, runway, capsys)
 
 
 def test_a_rendering_is_in_the_books(home):
