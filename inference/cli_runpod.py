@@ -41,7 +41,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes
 
 def _photo(value: str) -> str:
     if not runpod_job.is_url(value) and not Path(value).is_file():
-        raise typer.BadParameter(f"file '{value}' does not exist, or is none.")
+        raise typer.BadParameter(f"'{value}' is a folder." if Path(value).is_dir() else f"there is no file '{value}'.")
     return value
 
 
@@ -77,7 +77,7 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
     except ValidationError as error:
         raise InvalidRequest(explain(error)) from None
     if preset is not None and preset not in (PREVIEW, *PRESETS):
-        raise SettingsError(f"--preset: there is no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        raise SettingsError(f"--preset: there is no preset {preset!r}; choose one of {', '.join((PREVIEW, *PRESETS))}")
     if preset is not None and preset != PREVIEW:
         PRESETS[preset].refuse(request)
     again = partial(_again, output.absolute(), endpoint)
@@ -164,9 +164,10 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
 
     async def main() -> None:
         async with _open_api(settings) as api, runpod_tick.open_dispatcher(settings, api) as dispatcher:
-            terminal.out.print(await dispatcher.tick(), markup=False)
+            decision = await dispatcher.tick()
         if dispatcher.troubles:
-            raise PoolUnavailable("; ".join(dispatcher.troubles))
+            raise PoolUnavailable(decision)  # once, as an error: cron mails whatever is said
+        terminal.out.print(decision, markup=False)
 
     with runpod_tick.alone(settings) as is_alone:
         if is_alone:
@@ -176,8 +177,9 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
 
 
 def _start(
-    endpoint: str | None, *required: str, verbose: bool, level: str | None = "warning", **overrides: Any
+    endpoint: str | None, *required: str, verbose: bool, level: str | None = "error", **overrides: Any
 ) -> Settings:
+    # Whatever a person has to know of warnings is said beside them: by progress, or at the end.
     overrides |= {"runpod_endpoint_id": endpoint}
     return start(level, *required, "runpod_key", "runpod_endpoint_id", verbose=verbose, **overrides)
 

@@ -3,7 +3,7 @@
 import base64
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from inference.seat import Seat
 from inference.settings import Settings
 from inference.storage import Storage
 from inference.task import Video
+
+SKEW = timedelta(hours=1)
+"""How far a worker's clock may be off (reliability.md, rule 4): so late is late by any clock."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class _Target:
     def refuse_ended(self) -> None:
         """Raises UrlExpired where nothing can be stored here any more."""
         end = ends_at(self.put_url)
-        if end is not None and end <= datetime.now(UTC):
+        if end is not None and end + SKEW <= datetime.now(UTC):
             raise UrlExpired(f"upload_url: it ended at {end:%Y-%m-%d %H:%M:%S} UTC; sign a new one, for longer")
 
     async def take(self, video: Path, policy: Policy) -> None:

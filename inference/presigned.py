@@ -14,6 +14,9 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 
+EARLIEST_S = 1e9
+"""Of 2001: what is less is no moment at which a URL ends."""
+
 
 def ends_at(url: str) -> datetime | None:
     """The moment, in UTC, from which the URL is refused; None where it does not say, or not in words we know."""
@@ -25,8 +28,13 @@ def ends_at(url: str) -> datetime | None:
                 signed_at = datetime.strptime(query[f"x-{signer}-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
                 return signed_at + timedelta(seconds=int(query[f"x-{signer}-expires"]))
         if "expires" in query:
-            return datetime.fromtimestamp(int(query["expires"]), UTC)
+            return _moment(int(query["expires"]))
         payload = query["token"].split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return datetime.fromtimestamp(claims["exp"], UTC)
+        return _moment(claims["exp"])
     return None
+
+
+def _moment(seconds: float) -> datetime | None:
+    # Some servers mean a duration by `expires`, and `true` is a number to Python.
+    return datetime.fromtimestamp(seconds, UTC) if seconds >= EARLIEST_S else None

@@ -16,7 +16,17 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 
 from inference import terminal
-from inference.errors import DiskFull, EngineError, EngineFailed, MachineFault, MediaError, StorageError, one_line
+from inference.errors import (
+    AddressRefused,
+    DiskFull,
+    EngineError,
+    EngineFailed,
+    MachineFault,
+    MediaError,
+    StorageError,
+    StorageUnavailable,
+    one_line,
+)
 from inference.keeper import Policy, repeat
 from inference.media.video import probe
 from inference.runpod_api import Job
@@ -70,7 +80,7 @@ def completed(job: Job) -> Answer:
                     return answer
             raise EngineError(one_line(f"job {job.id} brought no video{_why_none(job.output)}", MAX_ERROR_CHARS))
         case "CANCELLED":
-            raise EngineError(f"job {job.id} was cancelled at RunPod by somebody else")
+            raise EngineError(f"job {job.id} was cancelled at RunPod")
         case "TIMED_OUT":
             worked_s = (job.execution_ms or 0) / 1000
             raise EngineFailed(
@@ -107,8 +117,11 @@ async def saved(settings: Settings, job_id: str, made: _Made, *, folder: Path, o
             path.replace(output)
         except OSError as error:
             raise DiskFull(f"{output} cannot be written: {error.strerror}") from None
-    except (StorageError, MediaError, MachineFault, anyio.get_cancelled_exc_class()):  # it is paid for
-        terminal.say(f"Job {job_id} was made. {kept(job_id, again)}")
+    except (StorageUnavailable, AddressRefused, MachineFault, anyio.get_cancelled_exc_class()):
+        terminal.say(f"Job {job_id} was made. {kept(job_id, again)}")  # it is paid for, and a setting or time can help
+        raise
+    except (StorageError, MediaError):
+        terminal.say(f"Job {job_id} was made, but fetching its answer again would bring the same.")
         raise
     return video
 

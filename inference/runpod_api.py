@@ -129,9 +129,10 @@ class Health(_Told):
         workers = self.workers
         if workers.running + workers.idle + workers.ready:
             return f"in queue with {max(self.jobs.in_queue - 1, 0)} more, {workers.running} workers are busy"
-        states = ("initializing", "throttled", "unhealthy")
-        counts = ", ".join(f"{getattr(workers, state)} {state}" for state in states)
-        return f"in queue, no worker is ready: {counts}"
+        counts = {state: getattr(workers, state) for state in ("initializing", "throttled", "unhealthy")}
+        if not any(counts.values()):
+            return "in queue, the endpoint has no workers: is its max workers above 0?"
+        return f"in queue, no worker is ready: {', '.join(f'{count} {state}' for state, count in counts.items())}"
 
 
 class _Answer(json_api.Answer):
@@ -295,11 +296,15 @@ class _Watch:
             if anyio.current_time() - self._heard_at > PATIENCE_S:
                 raise
             log.warning("look_lost", job_id=job_id, error=str(error))
+            self._sink(Progress(stage="RunPod does not answer", done=0, total=1, fraction=self._fraction))
             return None
         self._heard_at = anyio.current_time()
         self._unknown = 0 if job else self._unknown + 1
         if self._unknown > MAX_UNKNOWN:
-            raise EngineFailed(f"RunPod does not know job {job_id} any more, and its result with it")
+            raise EngineFailed(
+                f"RunPod did not find job {job_id} in {self._unknown} looks: unless that passes, it is forgotten, and "
+                "its answer with it"
+            )
         if job is not None and job.is_waiting:
             await self._tell_wait(job_id)
         elif job is not None and not job.has_ended:

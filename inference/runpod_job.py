@@ -97,19 +97,21 @@ async def invoked(
     sink(Progress(stage="send", done=0, total=1, fraction=0))
     limit_s = fleet.execution_limit_s(settings)
     ttl_s = wait_s + limit_s + KEPT_S  # or the answer of one that took its time would be forgotten sooner than we say
-    job_id, sending = None, anyio.CancelScope(shield=True)
+    job_id, sending, answered = None, anyio.CancelScope(shield=True), anyio.Event()
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_hurry, sending)
-            with sending:  # what is sent is heard of, or nobody could cancel it
-                job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
-            tasks.cancel_scope.cancel()
+            tasks.start_soon(_hurry, sending, answered)
+            try:
+                with sending:  # what is sent is heard of, or nobody could cancel it
+                    job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
+            finally:
+                answered.set()
         await anyio.lowlevel.checkpoint()  # who was interrupted meanwhile comes no further
         terminal.say(f"  job   {job_id}")  # now: not every end leaves this process a last word
         return await api.until_ended(str(job_id), sink, wait_s=wait_s)
     except BaseException as error:
         if job_id is None:
-            if sending.cancelled_caught:
+            if not isinstance(error, Exception):  # those say it themselves; a second Ctrl-C gets through the shield
                 terminal.say(
                     "Whether RunPod took the job is not known: see the endpoint's requests at console.runpod.io."
                 )
@@ -120,12 +122,15 @@ async def invoked(
         raise
 
 
-async def _hurry(scope: anyio.CancelScope) -> None:
-    """Leaves what is shielded GRACE_S once everything around it is cancelled."""
+async def _hurry(scope: anyio.CancelScope, answered: anyio.Event) -> None:
+    """Leaves what is shielded GRACE_S once everything around it is cancelled, unless it has ended before."""
     try:
-        await anyio.sleep_forever()
+        await answered.wait()
     finally:
-        scope.deadline = anyio.current_time() + GRACE_S
+        if not answered.is_set():
+            scope.deadline = anyio.current_time() + GRACE_S
+            # Silence would invite a second Ctrl-C.
+            terminal.say(f"Waiting up to {GRACE_S:g} s for RunPod's answer, to cancel the job …")
 
 
 # Given up
@@ -142,19 +147,23 @@ async def _is_waiting(api: RunPodApi, job_id: str) -> bool:
 async def _cancel(api: RunPodApi, job_id: str, again: Again) -> None:
     why = f"no answer within {CANCEL_S:g} s"
     terminal.say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
-    with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
-        try:
-            job = await api.cancel(job_id)
-        except I2VError as error:
-            why = str(error)
-        else:
-            if job is not None and job.status == "COMPLETED":  # meanwhile
-                terminal.say(f"Job {job_id} was made already. {kept(job_id, again)}")
-                return
-            if job is not None:
-                terminal.say(f"Job {job_id} was cancelled at RunPod.")
-                return
-            why = "RunPod does not know it"  # yet: it may not be known everywhere
+    job = None
+    try:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
+            try:
+                job = await api.cancel(job_id)
+                why = "RunPod does not know it"  # yet: it may not be known everywhere
+            except I2VError as error:
+                why = str(error)
+    except BaseException:  # a second Ctrl-C gets through the shield; the time limit above does not come here
+        terminal.say(f"Whether job {job_id} was cancelled is not known: look at console.runpod.io.")
+        raise
+    if job is not None and job.status == "COMPLETED":  # meanwhile
+        terminal.say(f"Job {job_id} was made already. {kept(job_id, again)}")
+        return
+    if job is not None:
+        terminal.say(f"Job {job_id} was cancelled at RunPod.")
+        return
     terminal.say(f"Job {job_id} could not be cancelled and may go on ({escape(why)}): stop it at console.runpod.io.")
 
 
@@ -167,6 +176,7 @@ async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink) 
     Raises EngineError where RunPod does not know it, and as RunPodApi.until_ended.
     """
     sink(Progress(stage="look", done=0, total=1, fraction=0))
+    job = None
     try:
         job = await _known(api, settings, job_id)
         # Its wait was limited when it was sent, by whoever sent it.
@@ -175,7 +185,8 @@ async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink) 
         terminal.say(f"Job {job_id} was not cancelled: while RunPod has it, the same command may be run again.")
         raise
     except anyio.get_cancelled_exc_class():
-        terminal.say(f"Job {job_id} goes on at RunPod: the same command may be run again.")
+        how = "was left as it is" if job is None else "goes on at RunPod"  # it may have ended, or not exist
+        terminal.say(f"Job {job_id} {how}: the same command may be run again.")
         raise
 
 

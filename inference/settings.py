@@ -5,6 +5,7 @@ file in the working directory is read too; the environment wins over it. `python
 contents of `.env.example`.
 """
 
+import re
 import socket
 import textwrap
 from pathlib import Path
@@ -215,7 +216,7 @@ class Settings(LoadableSettings):
     runpod_key: SecretStr | None = setting(
         None, "RUNPOD_API_KEY", about="Key of the RunPod API, for `i2v runpod`; workers need none."
     )
-    runpod_endpoint_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")] | None = setting(
+    runpod_endpoint_id: str | None = setting(
         None, "RUNPOD_ENDPOINT_ID", about="Endpoint that `i2v runpod` calls; workers are told theirs."
     )
     runpod_url: str = setting(
@@ -281,6 +282,13 @@ class Settings(LoadableSettings):
             return str(safe_for_a_key(value)).rstrip("/")
         except SettingsError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("runpod_endpoint_id")
+    @classmethod
+    def _is_an_endpoint_id(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", value):  # part of a URL's path
+            raise ValueError("has to be an endpoint's id, such as 4lrqs0ab1cd2ef, from console.runpod.io/serverless")
+        return value
 
     @field_validator("runway_model")
     @classmethod

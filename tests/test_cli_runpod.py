@@ -44,6 +44,7 @@ LIMIT_S = 60
 # out before.
 LOST = (None, True)
 DOWN = (503, False)
+HANG = (0, False)  # nothing, for as long as the cloud is there
 
 
 class FaultyCloud(RunPodCloud):
@@ -65,6 +66,9 @@ class FaultyCloud(RunPodCloud):
         status, is_carried_out = self.faults[call].popleft()
         if is_carried_out:
             super().handle(method, path, headers, raw)
+        if (status, is_carried_out) == HANG:
+            self._closing.wait(LIMIT_S)
+            return None, None
         return status, {"error": "to order"}
 
 
@@ -178,6 +182,7 @@ def i2v(home, monkeypatch, capsys):
     monkeypatch.setattr(runpod_api, "POLL_S", 0.05)
     monkeypatch.setattr(runpod_api, "MAX_PAUSE_S", 0.01)
     monkeypatch.setattr(runpod_job, "SECOND_LOOK_S", 0.05)
+    monkeypatch.setattr(runpod_answer, "PATIENT", runpod_answer.PATIENT.__class__(retry_wait_s=0))
 
     def run(*arguments, **settings):
         with monkeypatch.context() as patch:
@@ -236,6 +241,15 @@ def test_a_video_comes_back_in_the_answer(i2v, home, mp4):
 
 
 @contextmanager
+def serving(handler):
+    """The origin of a server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
 def served(content):
     """A URL of these bytes, once they are asked for; the second time, for the first answer is cut short."""
 
@@ -252,18 +266,15 @@ def served(content):
         def log_message(self, *_):
             """Nothing on stderr."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(Handler) as origin:
+        yield origin
 
 
-def test_a_video_is_fetched_from_where_it_was_put(i2v, home, mp4, monkeypatch):
+def test_a_video_is_fetched_from_where_it_was_put(i2v, home, mp4):
     """From the operator's own bucket wherever that is; from other private addresses not. A cut transfer is repeated.
 
     What could not be fetched is paid for: the very command that was advised brings it.
     """
-    monkeypatch.setattr(runpod_answer, "PATIENT", runpod_answer.PATIENT.__class__(retry_wait_s=0))
     with served(mp4.path.read_bytes()) as origin:
         made = answer(mp4, {}, url=f"{origin}/videos/j.mp4?X-Amz-Signature=secret")
         with by_hand(home.cloud, made):
@@ -324,10 +335,11 @@ def test_a_photo_too_large_for_a_request_is_made_smaller(i2v, home):
     "arguments, exit_code, said",
     [
         (("garbage.jpg",), 1, "not a JPEG, PNG, WebP or HEIC"),
-        (("nowhere.jpg",), 2, "does not exist"),
+        (("nowhere.jpg",), 2, "there is no file 'nowhere.jpg'"),
+        ((".",), 2, "'.' is a folder"),
         (("photo.jpg", "-o", "out.avi"), 1, "has to end in .mp4"),
         (("photo.jpg", "x" * 5000), 1, "prompt: "),
-        (("photo.jpg", "--preset", "a14b-slow"), 1, "there is no preset"),
+        (("photo.jpg", "--preset", "a14b-slow"), 1, "there is no preset 'a14b-slow'; choose one of preview, "),
         (("photo.jpg", "--preset", "tiny", "-s", "60"), 1, "duration_s is 60"),
         (("https://",), 1, "photo_url: "),
     ],
@@ -357,8 +369,50 @@ def test_a_job_that_brings_no_video_is_an_error(i2v, home, made, said):
     with by_hand(home.cloud, made):
         ran = i2v("invoke", "photo.jpg")
     assert (ran.exit_code, len(ran.errors), said in ran.err) == (1, 1, True), ran.err
+    assert "RunPod keeps its answer" not in ran.err, "it would bring the same again"
     assert not (home.folder / "out.mp4").exists()
     assert home.is_tidy()
+
+
+@pytest.mark.parametrize(
+    "refused, is_kept",
+    [
+        ((404, ""), False),
+        ((403, "<Code>AccessDenied</Code><Message>Request has expired</Message>"), False),
+        ((403, "<Code>SignatureDoesNotMatch</Code>"), False),
+        ((503, ""), True),
+    ],
+)
+def test_an_answer_that_stays_the_same_is_not_advised(i2v, home, mp4, refused, is_kept):
+    """A URL that leads nowhere does so for ever; a bucket that is away comes back."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(refused[0])
+            self.end_headers()
+            self.wfile.write(refused[1].encode())
+
+        def log_message(self, *_):
+            """Nothing on stderr."""
+
+    with serving(Handler) as origin, by_hand(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
+        ran = i2v("invoke", "photo.jpg", BUCKET_ENDPOINT_URL=origin)
+    assert (ran.exit_code, len(ran.errors), str(refused[0]) in ran.errors[0]) == (1, 1, True), ran.err
+    assert ("RunPod keeps its answer" in ran.err) == is_kept
+    assert ("fetching its answer again would bring the same" in ran.err) != is_kept
+    assert "{" not in ran.err, "log lines are for -v"
+
+
+def test_a_network_that_is_away_is_told_in_words(i2v, home, mp4):
+    """And in log lines to whoever asks for them."""
+    made = answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
+    for options in ((), ("-v",)):
+        home.cloud.faults["status"] += [DOWN] * runpod_api.TRIES
+        with by_hand(home.cloud, made):
+            ran = i2v("invoke", "photo.jpg", *options)
+        assert ran.exit_code == 0, ran.err
+        assert "  at ep1: RunPod does not answer\n" in ran.err
+        assert ("look_lost" in ran.err) == bool(options)
 
 
 def test_a_job_that_others_end_is_an_error(i2v, home):
@@ -370,7 +424,7 @@ def test_a_job_that_others_end_is_an_error(i2v, home):
         with home.cloud._changed:
             home.cloud._end(home.cloud._find(list(home.cloud.jobs)[-1]), status)
 
-    for status, said in (("CANCELLED", "cancelled at RunPod by somebody else"), ("TIMED_OUT", "trying again can help")):
+    for status, said in (("CANCELLED", "cancelled at RunPod"), ("TIMED_OUT", "trying again can help")):
         thread = threading.Thread(target=cancel, args=(status,))
         home.cloud._jobs.clear()
         thread.start()
@@ -426,19 +480,65 @@ def test_an_interrupted_invocation_cancels_its_job(home):
     assert home.is_tidy()
 
 
+def test_who_interrupts_twice_hears_that_a_gpu_may_be_at_work(home):
+    """The answer to the new job does not come. While it is waited for, that is said, so that one Ctrl-C is enough."""
+    home.cloud.faults["run"].append(HANG)
+    process = home.start("interrupted", "invoke", "photo.jpg")
+    until(lambda: home.cloud.asked.count("run"), 30, "the job is sent")
+    process.send(signal.SIGINT)
+    until(lambda: "Waiting up to 5 s for RunPod's answer" in process.stderr.read_text(), 4, "it says that it waits")
+    process.send(signal.SIGINT)
+    assert process.wait(4) == 130
+    assert "Whether RunPod took the job is not known" in process.stderr.read_text()
+    assert home.is_tidy()
+
+
+def test_who_interrupts_a_cancellation_hears_that_it_is_in_doubt(home):
+    """The job may go on for as long as nobody looks."""
+    home.cloud.faults["cancel"].append(HANG)
+    process = home.start("interrupted", "invoke", "photo.jpg")
+    until(lambda: home.cloud.asked.count("status"), 30, "the job is watched")
+    process.send(signal.SIGINT)
+    until(lambda: home.cloud.asked.count("cancel"), 10, "it is being cancelled")
+    process.send(signal.SIGINT)
+    assert process.wait(8) == 130
+    [job] = home.cloud.jobs.values()
+    assert job.status == "IN_QUEUE"
+    told = process.stderr.read_text()
+    assert f"Whether job {job.id} was cancelled is not known: look at console.runpod.io." in told
+    assert "could not be cancelled" not in told
+    assert "Waiting up to" not in told, "the job was sent long before"
+
+
 class SlowRunPod:
     """A transport that takes its time with a new job, and has an answer of its own to whoever cancels it."""
 
-    def __init__(self, takes_s, cancel=(200, "CANCELLED")):
-        self.takes_s, self.cancel = takes_s, cancel
+    def __init__(self, takes_s, cancel=(200, "CANCELLED"), cancel_takes_s=0):
+        self.takes_s, self.cancel, self.cancel_takes_s = takes_s, cancel, cancel_takes_s
         self.asked = []
 
     async def __call__(self, request):
         self.asked.append(request.url.path.split("/")[3])
         if self.asked[-1] == "run":
             await anyio.sleep(self.takes_s)
+        if self.asked[-1] == "cancel":
+            await anyio.sleep(self.cancel_takes_s)
         status, said = self.cancel if self.asked[-1] == "cancel" else (200, "IN_QUEUE")
         return httpx.Response(status, json={"id": "j1", "status": said})
+
+
+@pytest.mark.parametrize("refusal, said", [(401, "does not accept the key"), (500, "whether the job was taken is not")])
+def test_an_error_has_the_only_word_where_nobody_interrupts(refusal, said, capsys):
+    """It knows whether the job was taken."""
+
+    @virtual_time
+    async def scene():
+        with pytest.raises(ExceptionGroup) as caught:
+            await invoked(lambda _: httpx.Response(refusal))
+        assert said in str(caught.value.exceptions[0])
+
+    scene()
+    assert capsys.readouterr().err == ""
 
 
 async def invoked(server):
@@ -454,6 +554,7 @@ async def invoked(server):
         (SlowRunPod(3), "Job j1 was cancelled at RunPod."),
         (SlowRunPod(3, cancel=(401, "")), "Job j1 could not be cancelled and may go on"),
         (SlowRunPod(3, cancel=(404, "")), "Job j1 could not be cancelled and may go on (RunPod does not know it)"),
+        (SlowRunPod(3, cancel_takes_s=100), "Job j1 could not be cancelled and may go on (no answer within 10 s)"),
         (SlowRunPod(3, cancel=(200, "COMPLETED")), "for 30 minutes: i2v runpod fetch j1 -o out.mp4"),
         (SlowRunPod(100), "Whether RunPod took the job is not known"),
     ],
@@ -465,10 +566,14 @@ def test_who_is_interrupted_while_a_job_is_sent_hears_what_became_of_it(server, 
     async def scene():
         with anyio.move_on_after(1):
             await invoked(server)
-        assert anyio.current_time() <= 1 + runpod_job.GRACE_S
+        limit_s = runpod_job.CANCEL_S if server.cancel_takes_s else 0
+        assert anyio.current_time() <= 1 + runpod_job.GRACE_S + limit_s
 
     scene()
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.startswith("Waiting up to 5 s for RunPod's answer, to cancel the job …\n")
+    assert ("not known" in told) == (server.takes_s > runpod_job.GRACE_S)
     assert ("cancel" in server.asked) == ("j1" in said)
 
 
@@ -513,12 +618,14 @@ def test_a_job_that_may_be_made_is_left_to_be_made(server, capsys):
 
     @virtual_time
     async def scene():
-        with pytest.raises(I2VError):
+        with pytest.raises(I2VError) as caught:
             await invoked(server)
+        assert "any more" not in str(caught.value), "the lines beside it say that it may be known again"
 
     scene()
     told = capsys.readouterr().err
     assert "Job j1 was not cancelled and may go on." in told
+    assert "Waiting up to" not in told
     assert "30 minutes: i2v runpod fetch j1 -o out.mp4\n" in told
     assert "cancel" not in server.asked
 
@@ -581,6 +688,18 @@ def test_an_interrupted_fetch_leaves_the_job_as_it_is(home):
     assert home.is_tidy()
 
 
+def test_a_fetch_that_was_interrupted_before_it_knew_says_no_more(home):
+    """There may be no such job, and it may have ended."""
+    home.cloud.faults["status"].append(HANG)
+    process = home.start("interrupted", "fetch", "abc")
+    until(lambda: home.cloud.asked.count("status"), 30, "it is asked for")
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    told = process.stderr.read_text()
+    assert "Job abc was left as it is: the same command may be run again." in told
+    assert "goes on" not in told
+
+
 def test_who_is_interrupted_while_a_video_comes_hears_where_it_is(home, mp4):
     """It is made and paid for."""
     asked, over = threading.Event(), threading.Event()
@@ -593,16 +712,13 @@ def test_who_is_interrupted_while_a_video_comes_hears_where_it_is(home, mp4):
         def log_message(self, *_):
             """Nothing on stderr."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        origin = f"http://127.0.0.1:{server.server_port}"
+    with serving(Handler) as origin:
         with by_hand(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
             process = home.start("interrupted", "invoke", "photo.jpg", BUCKET_ENDPOINT_URL=origin)
             assert asked.wait(30)
             process.send(signal.SIGINT)
             assert process.wait() == 130
         over.set()
-        server.shutdown()
     [job_id] = home.cloud.jobs
     assert Ran(130, "", process.stderr.read_text()).advice == ["fetch", job_id, "-o", str(home.folder / "out.mp4")]
     assert home.is_tidy()
@@ -657,7 +773,9 @@ async def test_a_fetch_waits_for_as_long_as_the_job_does(monkeypatch):
     assert set(server.asked) == {"status", "health"}
 
 
-@pytest.mark.parametrize("status, said", [("CANCELLED", "by somebody else"), ("TIMED_OUT", "trying again can help")])
+@pytest.mark.parametrize(
+    "status, said", [("CANCELLED", "was cancelled at RunPod\n"), ("TIMED_OUT", "trying again can help")]
+)
 def test_a_job_that_ended_badly_is_told_as_by_invoke(i2v, home, status, said):
     """It is no news to RunPod, and nothing is waited for."""
     job_id = home.cloud.run({"prompt": ""})
@@ -794,7 +912,8 @@ def test_leases_that_cannot_be_sent_go_back(i2v, home, queue):
     home.cloud.faults["run"] += [DOWN]
     ran = i2v("dispatch")
     assert (ran.exit_code, len(ran.errors), "503" in ran.errors[0]) == (1, 1, True), ran.err
-    assert "handed back 1" in ran.out
+    assert "handed back 1" in ran.errors[0]
+    assert (ran.out, len(ran.err.splitlines())) == ("", 1), "once: cron mails whatever is said"
     home.cloud.faults["health"] += [DOWN] * 4
     assert (i2v("dispatch").exit_code, statuses(queue, ids)) == (1, ["pending"] * 2)
     ran = i2v("dispatch", RUNPOD_API_KEY="rpa_wrong")

@@ -338,6 +338,14 @@ async def test_a_long_wait_is_explained():
         await follow(server, wait_s=60)
 
 
+def test_an_endpoint_without_workers_is_said_to_have_none():
+    """Three zeros help nobody."""
+    asked = "in queue, the endpoint has no workers: is its max workers above 0?"
+    for told in ({}, {"jobs": {"inQueue": 1}, "workers": {"throttled": 0}}):
+        assert Health.model_validate(told).wait == asked
+    assert "0 initializing, 1 throttled" in Health.model_validate({"workers": {"throttled": 1}}).wait
+
+
 @virtual_time
 async def test_a_job_that_no_worker_takes_is_given_up():
     """At the limit of its caller, with what it waited for; one that was at work already waits anew."""
@@ -357,8 +365,9 @@ async def test_lost_looks_are_borne_for_a_while():
     """Minutes: the result is kept for half an hour. Nobody waits for ever, though."""
     done = TAKEN | {"status": "COMPLETED"}
     away = httpx.ConnectError("no network")
-    job, _ = await follow(ByPath(over_time((0, TAKEN), (10, away), (10 + PATIENCE_S - 30, done))))
+    job, watched = await follow(ByPath(over_time((0, TAKEN), (10, away), (10 + PATIENCE_S - 30, done))))
     assert job.status == "COMPLETED"
+    assert watched.stages == ["in queue", "RunPod does not answer"]
     began = anyio.current_time()
     with pytest.raises(EngineFailed, match="no network"):
         await follow(ByPath(lambda _: away))
@@ -371,7 +380,7 @@ async def test_a_job_that_is_gone_is_not_waited_for():
     done = TAKEN | {"status": "COMPLETED"}
     job, _ = await follow(ByPath(over_time((0, None), (MAX_UNKNOWN - 1, done))))
     assert job.status == "COMPLETED"
-    with pytest.raises(EngineFailed, match="does not know job j1 any more"):
+    with pytest.raises(EngineFailed, match=r"did not find job j1 in 6 looks: unless that passes, it is forgotten"):
         await follow(ByPath(lambda _: None))
 
 

@@ -53,6 +53,16 @@ def test_a_malformed_secret_is_not_repeated(monkeypatch):
     assert "VERCEL_API_URL" in str(caught.value)
 
 
+@pytest.mark.parametrize("given", ["a/b", "https://api.runpod.ai/v2/ep1", "ep1\n", "my endpoint", "..", "x" * 101])
+def test_an_endpoint_id_is_told_by_an_example(given):
+    """Nobody reads a pattern."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.isolated(runpod_endpoint_id=given)
+    assert str(caught.value).startswith("RUNPOD_ENDPOINT_ID: has to be an endpoint's id, such as 4lrqs0ab1cd2ef")
+    assert "pattern" not in str(caught.value)
+    assert Settings.isolated(runpod_endpoint_id="4lrqs0ab1cd2ef").runpod_endpoint_id == "4lrqs0ab1cd2ef"
+
+
 def test_beats_have_to_fit_into_the_lease(monkeypatch):
     """A heartbeat interval above half the extension would lose leases to one late beat."""
     monkeypatch.setenv("HEARTBEAT_INTERVAL", "200")
