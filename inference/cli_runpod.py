@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from inference import process, runpod_answer, runpod_job, runpod_tick, terminal
 from inference.cli_start import Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.engines.wan.presets import PRESETS
-from inference.errors import InvalidRequest, PoolUnavailable, SettingsError
+from inference.errors import InvalidRequest, SettingsError
 from inference.progress import Progress, Sink
 from inference.runpod_api import Health, Job, JobId, RunPodApi
 from inference.settings import Settings
@@ -154,8 +154,12 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
     """Leases the tasks that can start now and sends each to the endpoint: one tick, for any scheduler.
 
     No more than two tasks are sent for each of I2V_RUNPOD_MAX_WORKERS. What cannot be sent is handed back. A second
-    run beside this one does nothing on the same machine; on another it takes other tasks. Exits 1 where the queue or
-    RunPod did not do what they were asked.
+    run beside this one does nothing on the same machine; on another it takes other tasks. Exits 1 where the queue,
+    RunPod or the workers there did not do what they were asked; after three jobs in a row that failed there it sends
+    none for ten minutes, then one to see.
+
+    The workers report to the queue by themselves: the endpoint's environment needs the same VERCEL_API_URL and
+    WORKER_API_KEY as this command.
 
     Tasks that ask for a Runway model are made by the endpoint, too, unless there is a RUNWAYML_API_SECRET: then they
     are left to others, such as `i2v work --engine runway`.
@@ -163,11 +167,8 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
     settings = _start(endpoint, "api_url", verbose=verbose, api_url=url)
 
     async def main() -> None:
-        async with _open_api(settings) as api, runpod_tick.open_dispatcher(settings, api) as dispatcher:
-            decision = await dispatcher.tick()
-        if dispatcher.troubles:
-            raise PoolUnavailable(decision)  # once, as an error: cron mails whatever is said
-        terminal.out.print(decision, markup=False)
+        async with _open_api(settings) as api:
+            terminal.out.print(await runpod_tick.tick(settings, api), markup=False)
 
     with runpod_tick.alone(settings) as is_alone:
         if is_alone:

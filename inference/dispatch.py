@@ -173,6 +173,8 @@ class Dispatcher:
             for_s = await self._board.seen_waiting(name, waits=live.waiting > 0 and live.running == 0)
             if for_s > self._rules.ready_after_s:
                 failing = failing or f"no container has become ready for {for_s / 60:.0f} minutes"
+        if failing and waiting != 0:
+            self.troubles.append(f"{name} is failing")  # why is in the plan
         # Somebody has to wait for it: a container that only shows that it cannot work is billed, too.
         due_s = PROBE_AFTER_S * 2 ** min(known.tries, MAX_DOUBLINGS)
         if known.failing and waiting != 0 and not live.waiting and self._board.since_s(known.failing_at) >= due_s:
@@ -198,6 +200,7 @@ class Dispatcher:
                 waiting = await queue.backlog()
             except I2VError as error:
                 log.warning("backlog_unknown", error=str(error))
+                self.troubles.append(str(error))
                 return None
             if waiting is None:
                 return None
@@ -216,7 +219,8 @@ class Dispatcher:
                 passed["gpu"] += 1
                 continue
             except QueueUnavailable as error:
-                tick.troubles.append(str(error))
+                if str(error) not in tick.troubles:
+                    tick.troubles.append(str(error))
                 return
             if lease is None:
                 if kind != "runway" and not passed["gpu"]:

@@ -4,13 +4,13 @@ The first two are anything with the methods of `modal.Dict` and of a Modal funct
 errors are given, and end here. The endpoint is one of RunPod.
 """
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import anyio.lowlevel
 
 from inference.dispatch import Live
-from inference.errors import EngineError, PoolUnavailable, RecordsUnavailable, one_line
+from inference.errors import EngineError, PaymentInDoubt, PoolUnavailable, RecordsUnavailable, one_line
 from inference.runpod_api import RunPodApi
 from inference.task import Lease
 
@@ -83,10 +83,16 @@ class RunPodContainers:
     """dispatch.Containers: the workers of a RunPod endpoint. Direct invocations take up its slots, too."""
 
     def __init__(
-        self, api: RunPodApi, *, execution_timeout_s: float, lease_s: float, webhook: str | None = None
+        self,
+        api: RunPodApi,
+        *,
+        execution_timeout_s: float,
+        lease_s: float,
+        webhook: str | None = None,
+        on_sent: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
-        """`lease_s`: for how long a lease waits for its first heartbeat."""
-        self._api, self._webhook = api, webhook
+        """`lease_s`: for how long a lease waits for its first heartbeat. `on_sent` is told the id of each job."""
+        self._api, self._webhook, self._on_sent = api, webhook, on_sent
         self._execution_timeout_s = execution_timeout_s
         # RunPod counts waiting and working together. A job that starts so late that its lease has ended does no harm:
         # its worker's first heartbeat is refused. One that is forgotten while it works would be made again, and again.
@@ -105,15 +111,19 @@ class RunPodContainers:
         (`runner.py` beats before it spends anything; tests/test_cli_runpod.py has that very case).
         """
         payload = {"drain": 1} if lease is None else lease.model_dump(mode="json")
-        await self._ask(
+        job_id = await self._ask(
             self._api.run(
                 payload, execution_timeout_s=self._execution_timeout_s, ttl_s=self._ttl_s, webhook=self._webhook
             )
         )
+        if self._on_sent:
+            await self._on_sent(job_id)
 
     async def _ask(self, call: Awaitable[T]) -> T:
         try:
             return await call
+        except PaymentInDoubt as error:
+            raise PoolUnavailable(f"{error}; its lease was handed back, and a worker that has it finds out") from None
         except EngineError as error:
             raise PoolUnavailable(str(error)) from None
 

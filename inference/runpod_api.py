@@ -346,10 +346,7 @@ async def _repeated(operation: Callable[[], Awaitable[T]]) -> T:
 
 
 def _in_doubt(why: str) -> PaymentInDoubt:
-    return PaymentInDoubt(
-        f"whether the job was taken is not known ({why}): look at the endpoint's requests at console.runpod.io before "
-        "it is sent again, or a GPU may be paid for twice"
-    )
+    return PaymentInDoubt(f"whether the job was taken is not known ({why})")
 
 
 def _milliseconds(seconds: float, least_s: float) -> int:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 
 from inference import fleet, terminal
-from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest
+from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, PaymentInDoubt
 from inference.media import photo as photos
 from inference.progress import Progress, Sink
 from inference.runpod_answer import KEPT, KEPT_S, Again, kept
@@ -104,6 +104,11 @@ async def invoked(
             try:
                 with sending:  # what is sent is heard of, or nobody could cancel it
                     job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
+            except PaymentInDoubt as error:
+                raise PaymentInDoubt(
+                    f"{error}: look at the endpoint's requests at console.runpod.io before it is sent again, or a GPU "
+                    "may be paid for twice"
+                ) from None
             finally:
                 answered.set()
         await anyio.lowlevel.checkpoint()  # who was interrupted meanwhile comes no further

@@ -1,35 +1,155 @@
-"""One tick for a RunPod endpoint, whatever schedules it: the dispatcher, and a lock so that it is alone here."""
+"""One tick for a RunPod endpoint, whatever schedules it: what became of the jobs before, the dispatcher, and a lock
+so that it is alone here.
+"""
 
+import json
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import anyio
+import structlog
 
 from inference import fleet
-from inference.board import PoolName
-from inference.dispatch import Containers, Dispatcher
-from inference.errors import RecordsUnavailable
+from inference.board import Board, PoolName
+from inference.dispatch import Containers
+from inference.errors import EngineError, PoolUnavailable, RecordsUnavailable
 from inference.platform import NoContainers, RunPodContainers
-from inference.records import SqliteRecords
-from inference.runpod_api import RunPodApi
+from inference.progress import DELIVERY_STAGES
+from inference.records import Records, SqliteRecords
+from inference.runpod_api import Job, RunPodApi
 from inference.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 6.0
+"""How long a tick asks what became of the jobs of those before."""
+
+LOOKS = 8
+"""How many it asks about at once."""
+
+JOBS_KEPT = 200
+"""Of which it is asked. An endpoint holds two a worker; one that is pushed out costs a reading."""
 
 if sys.platform != "win32":
     import fcntl
 
 
-@asynccontextmanager
-async def open_dispatcher(settings: Settings, api: RunPodApi) -> AsyncIterator[Dispatcher]:
-    """What ticks. Raises SettingsError, RecordsUnavailable."""
+async def tick(settings: Settings, api: RunPodApi) -> str:
+    """Leases and sends what can start now; returns what was done, in one line.
+
+    Raises SettingsError, as Dispatcher.tick, and PoolUnavailable with that line where the queue, RunPod or the workers
+    there did not do what they were asked.
+    """
     shape = fleet.on_runpod(settings)
+    records = SqliteRecords(settings.ledger_path)
+    jobs = Jobs(api, records, settings.runpod_endpoint_id or "")
+    faults = await jobs.judge(Board(records))
     workers = RunPodContainers(
         api,
         execution_timeout_s=fleet.execution_limit_s(settings),
         lease_s=shape.lease_s(settings),
         webhook=settings.runpod_webhook,
+        on_sent=jobs.add,
     )
     pools: dict[PoolName, Containers] = {"gpu": workers, "runway": NoContainers()}
-    async with fleet.open_dispatcher(settings, shape, SqliteRecords(settings.ledger_path), pools) as dispatcher:
-        yield dispatcher
+    async with fleet.open_dispatcher(settings, shape, records, pools) as dispatcher:
+        decision = await dispatcher.tick()
+    if faults:
+        decision += f"; {len(faults)} jobs failed there since the last tick: {faults[-1]}"
+    if faults or dispatcher.troubles:
+        raise PoolUnavailable(decision)
+    return decision
+
+
+class Jobs:
+    """Jobs that ticks sent, until RunPod says how they ended.
+
+    An endpoint whose workers cannot work (no queue in its settings, the wrong key, weights that do not load) has
+    nobody else to say so: its jobs fail one after the other, and the queue hears nothing. What a container on Modal
+    tells the board by itself is read from them here, and the pool counts as failing, rests, and is tried again.
+    """
+
+    def __init__(self, api: RunPodApi, records: Records, endpoint_id: str) -> None:
+        self._api, self._records, self._key = api, records, f"runpod/{endpoint_id}"
+
+    async def add(self, job_id: str) -> None:
+        """A job was sent. Of one that cannot be written down nothing will be known, which does it no harm."""
+        try:
+            await self._keep([*await self._known(), job_id])
+        except RecordsUnavailable as error:
+            log.warning("job_not_followed", job_id=job_id, error=str(error))
+
+    async def judge(self, board: Board) -> list[str]:
+        """Tells the board of every job that ended, in the order they were sent; returns why some failed.
+
+        Only the endpoint's faults count. Raises RecordsUnavailable.
+        """
+        faults: list[str] = []
+        ids = await self._known()
+        found: dict[str, Job | None] = {}
+        limiter = anyio.CapacityLimiter(LOOKS)
+
+        async def look(job_id: str) -> None:
+            async with limiter:
+                with suppress(EngineError):  # the tick itself meets what is wrong, and tells
+                    found[job_id] = await self._api.status(job_id)
+
+        with anyio.move_on_after(LOOK_S):
+            async with anyio.create_task_group() as tasks:
+                for job_id in ids:
+                    tasks.start_soon(look, job_id)
+        for job in (found.get(job_id) for job_id in ids):
+            if job is None or not job.has_ended:
+                continue
+            if (why := fault(job)) is not None:
+                faults.append(f"job {job.id}: {why}")
+                await board.faulted("gpu", faults[-1])
+            elif job.status == "COMPLETED":
+                await board.worked("gpu", _clip_s(job))
+        # RunPod forgets its jobs after a while: those are not asked for again.
+        left = [each for each in ids if each not in found or ((job := found[each]) is not None and not job.has_ended)]
+        if left != ids:
+            await self._keep(left)
+        return faults
+
+    async def _known(self) -> list[str]:
+        try:
+            return [str(each) for each in json.loads(await self._records.get(self._key) or "[]")]
+        except (ValueError, TypeError):  # of another version
+            return []
+
+    async def _keep(self, ids: list[str]) -> None:
+        await self._records.put(self._key, json.dumps(ids[-JOBS_KEPT:]))
+
+
+def fault(job: Job) -> str | None:
+    """Why the endpoint may be to blame for how a job ended; None where it is not.
+
+    A worker that had the task says in its answer whether it blames itself (`runpod_wire.answer_of`); one that did not
+    get so far is to blame.
+    """
+    output = job.output if isinstance(job.output, dict) else {}
+    match job.status:
+        case "FAILED":
+            return None if output.get("machine_at_fault") is False else job.why
+        case "TIMED_OUT" if job.execution_ms:  # else it never left the queue, which the next tick sees by itself
+            return f"its time was over after {job.execution_ms / 1000:.0f} s on a worker, or the worker is gone"
+        case "COMPLETED" if not output.get("completed"):
+            tasks = output.get("tasks")
+            drained = [each for each in tasks if isinstance(each, dict)] if isinstance(tasks, list) else []
+            return next((str(each.get("error")) for each in drained if each.get("machine_at_fault") is True), None)
+    return None
+
+
+def _clip_s(job: Job) -> float | None:
+    """Seconds that an engine worked on the one clip of a job."""
+    timings: Any = job.output.get("timings") if isinstance(job.output, dict) else None
+    if not isinstance(timings, dict):
+        return None
+    own = [each for stage, each in timings.items() if stage not in DELIVERY_STAGES and isinstance(each, int | float)]
+    return sum(own) or None
 
 
 @contextmanager

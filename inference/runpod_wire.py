@@ -181,10 +181,11 @@ def answer(video: Video, timings: Mapping[str, float], **where: str) -> dict[str
 
 def answer_of(outcome: Outcome) -> dict[str, Any]:
     """How a task of the queue ended; the queue knows already. Another try is of whoever it hands the task to."""
-    whose = {"item_id": outcome.item_id, "status": outcome.status}
+    whose: dict[str, Any] = {"item_id": outcome.item_id, "status": outcome.status}
     if outcome.video is not None:
         return answer(outcome.video, outcome.stage_seconds, storage_path=outcome.storage_path or "") | whose
     may_pass = outcome.status == "released" or (outcome.status == "failed" and outcome.machine_at_fault)
+    whose["machine_at_fault"] = outcome.machine_at_fault
     return failure(outcome.error or outcome.status, retryable=may_pass) | whose
 
 

@@ -894,6 +894,23 @@ def test_tasks_go_to_the_endpoint_and_are_made_there(home, queue, tmp_path):
     assert jobs[0].execution_limit_s == 2 * 1800 + 600
 
 
+def test_an_endpoint_that_cannot_work_is_found_out(i2v, home, queue, tmp_path):
+    """Its workers have no queue: the next tick says so, and no more is sent until one job shows that it is mended."""
+    ids = queue.submit(4)
+    with home.cloud.worker(tmp_path / "worker", env={"I2V_ENGINE": "preview", "TEMP_DIR": str(tmp_path / "temp")}):
+        assert i2v("dispatch", I2V_RUNPOD_MAX_WORKERS=2).out.startswith("sent 4 to gpu")
+        for job_id in home.cloud.jobs:
+            home.cloud.wait(job_id)
+    queue.submit(1)
+    ran = i2v("dispatch", I2V_RUNPOD_MAX_WORKERS=2)
+    assert (ran.exit_code, len(ran.errors), len(home.cloud.jobs)) == (1, 1, 4), ran.err
+    assert "4 jobs failed there since the last tick" in ran.errors[0]
+    assert "VERCEL_API_URL is not set on this endpoint" in ran.errors[0]
+    ran = i2v("dispatch", I2V_RUNPOD_MAX_WORKERS=2)
+    assert (ran.exit_code, "gpu is failing" in ran.errors[0], len(home.cloud.jobs)) == (1, True, 4), ran.err
+    assert [queue.task(item_id)["crash_count"] for item_id in ids] == [0] * 4
+
+
 def test_a_full_endpoint_is_sent_nothing(i2v, home, queue):
     """Nothing is leased, and nothing is wrong."""
     ids = queue.submit(1)

@@ -156,4 +156,5 @@ def test_the_room_in_an_answer():
 def test_a_task_that_made_no_video(status, machine_at_fault, retryable):
     """Whether another try can help is told apart from whose fault it was."""
     outcome = Outcome(status=status, item_id="a1", error="why", machine_at_fault=machine_at_fault)
-    assert answer_of(outcome) == {"error": "why", "retryable": retryable, "item_id": "a1", "status": status}
+    told = {"error": "why", "retryable": retryable, "item_id": "a1", "status": status}
+    assert answer_of(outcome) == told | {"machine_at_fault": machine_at_fault}
