@@ -24,10 +24,6 @@ FAULTS = 3
 
 DECISIONS_KEPT = 20
 
-DRY = "board/dry"
-VERSION = "board/version"
-DECISIONS = "board/decisions"
-
 
 class PoolRecord(Value):
     """What is known of one pool."""
@@ -44,12 +40,14 @@ class PoolRecord(Value):
 class Board:
     """Readings of a fleet. Raises RecordsUnavailable."""
 
-    def __init__(self, records: Records, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, records: Records, *, fleet: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        """`fleet`: which of those that share the records; where there is one, it needs no name."""
         self._records, self._clock = records, clock
+        self._prefix = "board" if fleet is None else f"board/{fleet}"
 
     async def pool(self, name: PoolName) -> PoolRecord:
         """What is known of a pool; of one that was never heard of, nothing."""
-        text = await self._records.get(f"board/{name}")
+        text = await self._get(name)
         try:
             return PoolRecord.model_validate_json(text) if text else PoolRecord()
         except ValidationError:  # of an earlier version: it is measured anew
@@ -90,11 +88,11 @@ class Board:
     async def deployed(self, version: str) -> None:
         """What was deployed last: containers of anything else take no more tasks."""
         if await self.version() != version:
-            await self._records.put(VERSION, version)
+            await self._put("version", version)
 
     async def version(self) -> str | None:
         """What was deployed last; None before its first tick."""
-        return await self._records.get(VERSION)
+        return await self._get("version")
 
     def since_s(self, at: float) -> float:
         """Seconds since a reading was taken."""
@@ -102,12 +100,12 @@ class Board:
 
     async def dry(self) -> None:
         """The queue had nothing to give."""
-        await self._records.put(DRY, json.dumps(self._clock()))
+        await self._put("dry", json.dumps(self._clock()))
 
     async def undry_s(self) -> float:
         """Seconds since the queue was last seen empty: nothing in it waits longer. 0 where it was never seen."""
         try:
-            at = float(json.loads(await self._records.get(DRY) or ""))
+            at = float(json.loads(await self._get("dry") or ""))
         except (ValueError, TypeError):  # none yet, or of another version
             await self.dry()
             return 0.0
@@ -116,14 +114,20 @@ class Board:
     async def decided(self, decision: str) -> None:
         """Keeps what a tick did, for whoever asks; the oldest is forgotten."""
         kept = await self.decisions()
-        await self._records.put(DECISIONS, json.dumps([*kept, [self._clock(), decision]][-DECISIONS_KEPT:]))
+        await self._put("decisions", json.dumps([*kept, [self._clock(), decision]][-DECISIONS_KEPT:]))
 
     async def decisions(self) -> list[tuple[float, str]]:
         """When and what, oldest first."""
         try:
-            return [(float(at), str(what)) for at, what in json.loads(await self._records.get(DECISIONS) or "[]")]
+            return [(float(at), str(what)) for at, what in json.loads(await self._get("decisions") or "[]")]
         except (ValueError, TypeError):
             return []
 
+    async def _get(self, key: str) -> str | None:
+        return await self._records.get(f"{self._prefix}/{key}")
+
+    async def _put(self, key: str, value: str) -> None:
+        await self._records.put(f"{self._prefix}/{key}", value)
+
     async def _write(self, name: PoolName, record: PoolRecord) -> None:
-        await self._records.put(f"board/{name}", record.model_dump_json())
+        await self._put(name, record.model_dump_json())

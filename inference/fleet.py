@@ -149,9 +149,13 @@ def import_engine() -> None:
 
 @asynccontextmanager
 async def open_dispatcher(
-    settings: Settings, shape: Shape, records: Records, containers: Mapping[PoolName, Containers]
+    settings: Settings,
+    shape: Shape,
+    records: Records,
+    containers: Mapping[PoolName, Containers],
+    board: Board | None = None,
 ) -> AsyncIterator[Dispatcher]:
-    """What the cron runs. Raises SettingsError, RecordsUnavailable."""
+    """What the cron runs. `board`: where the records hold more than one. Raises SettingsError, RecordsUnavailable."""
     own = for_a_cold_start(settings, shape)
     kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
     async with AsyncExitStack() as stack:
@@ -160,7 +164,7 @@ async def open_dispatcher(
             for kind in kinds
         }
         pools = {name: (size, containers[name]) for name, size in shape.sizes.items()}
-        board = Board(records)
+        board = board or Board(records)
         await board.deployed(version(settings))
         yield Dispatcher(queues, pools, board, ledger(settings, records), rules(settings, shape))
 

@@ -44,8 +44,9 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
     """
     shape = fleet.on_runpod(settings)
     records = SqliteRecords(settings.ledger_path)
+    board = Board(records, fleet=settings.runpod_endpoint_id)  # of two endpoints each may fail for itself
     jobs = Jobs(api, records, settings.runpod_endpoint_id or "")
-    faults = await jobs.judge(Board(records))
+    faults = await jobs.judge(board)
     workers = RunPodContainers(
         api,
         execution_timeout_s=fleet.execution_limit_s(settings),
@@ -54,7 +55,7 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
         on_sent=jobs.add,
     )
     pools: dict[PoolName, Containers] = {"gpu": workers, "runway": NoContainers()}
-    async with fleet.open_dispatcher(settings, shape, records, pools) as dispatcher:
+    async with fleet.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
         decision = await dispatcher.tick()
     if faults:
         decision += f"; {len(faults)} jobs failed there since the last tick: {faults[-1]}"

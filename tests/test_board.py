@@ -106,3 +106,13 @@ async def test_a_record_of_another_version_is_measured_anew(board, records):
     await records.put("board/decisions", "none")
     assert await board.undry_s() == 0
     assert await board.decisions() == []
+
+
+async def test_fleets_that_share_records_have_boards_of_their_own(clock):
+    """One that fails says nothing of another."""
+    records = MemoryRecords()
+    one, other, plain = (Board(records, fleet=name, clock=clock) for name in ("ep1", "ep2", None))
+    await one.faulted("gpu", "no weights", certain=True)
+    await one.decided("sent 1")
+    assert [(await board.pool("gpu")).failing for board in (one, other, plain)] == ["no weights", None, None]
+    assert [len(await board.decisions()) for board in (one, other, plain)] == [1, 0, 0]
