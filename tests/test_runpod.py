@@ -245,7 +245,7 @@ def test_a_lost_lease_spends_nothing(tiny):
     until(lambda: house.lease("somebody.else", length_s=600), 10, "the lease has run out")
     job = house.answer({"task": task, "worker_id": "cron.8"})
     assert job.status == "FAILED"
-    assert job.output == {"retryable": False, "item_id": item_id, "status": "lease_lost"}
+    assert job.output == {"retryable": False, "item_id": item_id, "status": "lease_lost", "machine_at_fault": False}
     assert f'"item_id": "{item_id}", "stage"' not in worker.log()
     assert house.site.task(item_id)["status"] == "processing"
     house.site.ask("POST", f"tasks/{item_id}/cancel")
