@@ -58,6 +58,7 @@ class Row:
     lease_seq: int
     retry_count: int
     crash_count: int
+    lost_count: int
     error_message: str | None
     video_storage_path: str | None
 
@@ -116,6 +117,21 @@ class Ledger:
         assert found, f"an accepted heartbeat left no trace: {said}"
         return said.body["worker_id"] in {it.old_holder for it in found}
 
+    @staticmethod
+    def _lapses(changes: list[Change]) -> tuple[int, int]:
+        """How many leases ran out and went to another holder: of workers that were heard of, and of others."""
+        crashes = lost = 0
+        until, renewed = None, False
+        for it in changes:
+            if it.lease_seq != it.old_lease_seq:
+                crashes += it.was == "processing" and renewed
+                lost += it.was == "processing" and not renewed
+                renewed = False
+            elif it.was == it.became == "processing" and it.leased_until != until:
+                renewed = True
+            until = it.leased_until
+        return crashes, lost
+
     def _check_history(self, row: Row) -> None:
         changes = self.changes[row.id]
         ends = [index for index, it in enumerate(changes) if it.became in ENDS and it.was not in ENDS]
@@ -128,8 +144,8 @@ class Ledger:
         leases = [it for it in changes if it.lease_seq != it.old_lease_seq]
         assert [it.lease_seq for it in leases] == list(range(1, row.lease_seq + 1))
         assert len({it.holder for it in leases}) == len(leases), "two leases under one worker_id"
-        lapsed = sum(it.was == "processing" for it in leases) + (row.error_message == CRASHED)
-        assert row.crash_count == lapsed
+        crashes, lost = self._lapses(changes)
+        assert (row.crash_count, row.lost_count) == (crashes + (row.error_message == CRASHED), lost)
 
     def _check_video(self, row: Row) -> None:
         """The reported object is there, plays, and is what its completer uploaded."""
