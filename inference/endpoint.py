@@ -109,6 +109,8 @@ class Endpoint:
         finally:
             self.broken = self.broken or self._seat.suspect or self._serving.done()
         said = call.answer or failure(STOPPING if self._stopping else REPLACED, retryable=True)
+        if said.get("error") == STOPPING:  # workers come and go
+            said["machine_at_fault"] = False
         return said | REFRESH if self.broken else said
 
     async def close(self, grace_s: float) -> None:

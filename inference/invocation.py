@@ -53,7 +53,7 @@ class _Target:
     def refuse_ended(self) -> None:
         """Raises UrlExpired where nothing can be stored here any more."""
         end = ends_at(self.put_url)
-        if end is not None and end + SKEW <= datetime.now(UTC):
+        if end is not None and end <= datetime.now(UTC) - SKEW:
             raise UrlExpired(f"upload_url: it ended at {end:%Y-%m-%d %H:%M:%S} UTC; sign a new one, for longer")
 
     async def take(self, video: Path, policy: Policy) -> None:

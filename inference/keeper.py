@@ -60,6 +60,7 @@ class Keeper:
         self._retry_s = min(policy.beat_retry_s, length_s / 30)
         self._renewed_at = anyio.current_time()
         self.reporting = False  # from then on the report's own answer says whose the task is; beats only keep it
+        self.heard = False  # the queue has answered a beat: this machine can reach it
         self.ended: I2VError | None = None
         self._over = False  # the work has ended by itself
         self._released = False
@@ -160,6 +161,7 @@ class Keeper:
             raise QueueUnavailable("the heartbeat was not answered in time") from None
         # Not when the answer came: the queue counts from when it heard us, which was no earlier than this.
         self._renewed_at = sent_at
+        self.heard = True
 
     def _told_retry_s(self, error: QueueError) -> float:
         log.warning("heartbeat_failed", item_id=self._lease.task.item_id, error=str(error))

@@ -7,6 +7,7 @@ errors are given, and end here. The endpoint is one of RunPod.
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+import anyio
 import anyio.lowlevel
 
 from inference.dispatch import Live
@@ -18,6 +19,9 @@ T = TypeVar("T")
 Errors = tuple[type[BaseException], ...]
 
 MAX_REASON_CHARS = 300
+
+NOTE_S = 2.0
+"""How long writing down that a job was sent may take."""
 
 
 class DictRecords:
@@ -117,7 +121,8 @@ class RunPodContainers:
             )
         )
         if self._on_sent:
-            await self._on_sent(job_id)
+            with anyio.CancelScope(shield=True), anyio.move_on_after(NOTE_S):  # it is sent, whatever comes of the note
+                await self._on_sent(job_id)
 
     async def _ask(self, call: Awaitable[T]) -> T:
         try:

@@ -148,8 +148,8 @@ class Runner:
         """The one place where an error becomes an outcome, and where the queue is told."""
         item_id = lease.task.item_id
         match error:
-            case LeaseLost():  # where no answer came, this machine may be the one that cannot reach the queue
-                unheard = not error.confirmed
+            case LeaseLost():  # where no beat was ever answered, this machine may be one that cannot reach the queue
+                unheard = not (error.confirmed or keeper.heard)
                 return Outcome(status="lease_lost", item_id=item_id, error=str(error), machine_at_fault=unheard)
             case CancelRequested():
                 await keeper.release()

@@ -14,7 +14,7 @@ import structlog
 from inference import fleet
 from inference.board import Board, PoolName
 from inference.dispatch import Containers
-from inference.errors import EngineError, PoolUnavailable, RecordsUnavailable
+from inference.errors import EngineError, I2VError, PoolUnavailable, RecordsUnavailable
 from inference.platform import NoContainers, RunPodContainers
 from inference.progress import DELIVERY_STAGES
 from inference.records import Records, SqliteRecords
@@ -55,10 +55,13 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
         on_sent=jobs.add,
     )
     pools: dict[PoolName, Containers] = {"gpu": workers, "runway": NoContainers()}
-    async with fleet.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
-        decision = await dispatcher.tick()
-    if faults:
-        decision += f"; {len(faults)} jobs failed there since the last tick: {faults[-1]}"
+    failed = f"; {len(faults)} failed there since the last tick, at last {faults[-1]}" if faults else ""
+    try:
+        async with fleet.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
+            decision = await dispatcher.tick() + failed
+    except I2VError as error:
+        error.args = (f"{error}{failed}",)  # they are told once, or never
+        raise
     if faults or dispatcher.troubles:
         raise PoolUnavailable(decision)
     return decision
@@ -101,6 +104,11 @@ class Jobs:
             async with anyio.create_task_group() as tasks:
                 for job_id in ids:
                     tasks.start_soon(look, job_id)
+        # RunPod forgets its jobs after a while: those are not asked for again. This comes first: what is told twice
+        # counts twice, and what is not told costs a reading.
+        left = [each for each in ids if each not in found or ((job := found[each]) is not None and not job.has_ended)]
+        if left != ids:
+            await self._keep(left)
         for job in (found.get(job_id) for job_id in ids):
             if job is None or not job.has_ended:
                 continue
@@ -109,10 +117,6 @@ class Jobs:
                 await board.faulted("gpu", faults[-1])
             elif job.status == "COMPLETED":
                 await board.worked("gpu", _clip_s(job))
-        # RunPod forgets its jobs after a while: those are not asked for again.
-        left = [each for each in ids if each not in found or ((job := found[each]) is not None and not job.has_ended)]
-        if left != ids:
-            await self._keep(left)
         return faults
 
     async def _known(self) -> list[str]:
@@ -134,7 +138,7 @@ def fault(job: Job) -> str | None:
     output = job.output if isinstance(job.output, dict) else {}
     match job.status:
         case "FAILED":
-            return None if output.get("machine_at_fault") is False else job.why
+            return job.why if output.get("machine_at_fault", "item_id" not in output) else None
         case "TIMED_OUT" if job.execution_ms:  # else it never left the queue, which the next tick sees by itself
             return f"its time was over after {job.execution_ms / 1000:.0f} s on a worker, or the worker is gone"
         case "COMPLETED" if not output.get("completed"):

@@ -119,7 +119,7 @@ class Ledger:
 
     @staticmethod
     def _lapses(changes: list[Change]) -> tuple[int, int]:
-        """How many leases ran out and went to another holder: of workers that were heard of, and of others."""
+        """How many leases ran out and went to another: of workers that were heard of, and since then of others."""
         crashes = lost = 0
         until, renewed = None, False
         for it in changes:
@@ -128,7 +128,7 @@ class Ledger:
                 lost += it.was == "processing" and not renewed
                 renewed = False
             elif it.was == it.became == "processing" and it.leased_until != until:
-                renewed = True
+                renewed, lost = True, 0
             until = it.leased_until
         return crashes, lost
 

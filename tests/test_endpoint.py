@@ -284,7 +284,7 @@ async def test_a_stop_ends_what_takes_longer(box):
         tasks.start_soon(run)
         await box.engine.started.wait()
         await box.endpoint.close(0.05)
-    assert answers == [{"error": STOPPING, "retryable": True}]
+    assert answers == [{"error": STOPPING, "retryable": True, "machine_at_fault": False}]
     assert (await box.run())["error"] == STOPPING
     assert box.engine.runs == 1
 
@@ -479,9 +479,8 @@ async def test_a_place_that_ended_by_this_clock_alone_is_tried(tmp_path, storage
     """A worker's clock may be fast; who signed knows."""
     _, url = storage
     box = Box(tmp_path, allow_private_addresses=True)
-    assert "video" in await box.run(
-        {**JOB, "input": {**JOB["input"], "upload_url": f"{url}/a?Expires={int(time.time()) - 1800}"}}
-    )
+    for end in (int(time.time()) - 1800, 253402300799):
+        assert "video" in await box.run({**JOB, "input": {**JOB["input"], "upload_url": f"{url}/{end}?Expires={end}"}})
 
 
 async def test_a_place_that_ended_while_a_job_waited_costs_nothing(tmp_path, storage):

@@ -42,6 +42,7 @@ def test_of_our_own_bucket():
         ("X-Amz-Expires=3600", None),
         ("X-Amz-Date=20261121T220000Z&X-Amz-Expires=99999999999999999", None),
         ("Expires=never", None),
+        ("Expires=253402300799", datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
         ("expires=3600&sig=a", None),  # a duration
         (f"token={token({'exp': True})}", None),
         (f"token={token({'exp': 1795298400.5})}", datetime(2026, 11, 21, 22, 0, 0, 500000, tzinfo=UTC)),

@@ -175,6 +175,20 @@ async def test_a_lease_lost_before_the_start_costs_nothing(scene):
 
 
 @virtual_time
+async def test_a_machine_that_never_reaches_the_queue_may_be_at_fault(scene):
+    """Where no beat was answered; the one that was overtaken, or heard before the queue went away, is not."""
+    it = scene()
+    lease = await it.queue.lease()
+
+    async def heartbeat(*_):
+        raise QueueUnavailable("no route to host")
+
+    it.queue.heartbeat = heartbeat
+    outcome = await it.runner.run(lease)
+    assert (outcome.status, outcome.machine_at_fault, it.engine.runs) == ("lease_lost", True, 0)
+
+
+@virtual_time
 async def test_a_process_that_was_paused_spends_nothing(scene):
     """It asks its own clock right before it pays: nobody could have told it yet."""
     spent = []

@@ -8,6 +8,7 @@ import pytest
 
 from inference import runpod_api
 from inference.board import FAULTS, Board
+from inference.endpoint import STOPPING
 from inference.errors import RecordsUnavailable
 from inference.records import MemoryRecords
 from inference.runpod_api import Job, RunPodApi
@@ -57,6 +58,8 @@ def drained(*outcomes):
         (failed(answer_of(ended("released", machine_at_fault=True, error="401: wrong key"))), "401: wrong key"),
         (failed(answer_of(ended("lease_lost", machine_at_fault=True, error="not renewed"))), "not renewed"),
         (failed(answer_of(ended("failed", machine_at_fault=True))), "why"),
+        (failed(failure(STOPPING, retryable=True) | {"machine_at_fault": False}), None),
+        (failed({"error": "no", "retryable": True, "item_id": "a1", "status": "cancelled"}), None),  # older workers
         (failed(answer_of(ended("failed"))), None),  # the photo was no photo
         (failed(answer_of(ended("lease_lost"))), None),  # it came too late
         (failed(answer_of(ended("cancelled"))), None),
@@ -133,6 +136,27 @@ async def test_jobs_that_fail_one_after_the_other_are_a_failing_pool():
     endpoint.jobs["good"] = completed(answer_of(MADE), "good")
     known = await judge(endpoint, records)
     assert (known.failing, known.faults, known.clips, known.clip_s) == (None, 0, 1, 10.5)
+
+
+async def test_a_job_counts_once_whatever_cannot_be_written():
+    """Rather not at all."""
+
+    class Full(MemoryRecords):
+        is_full = False
+
+        async def put(self, key, value):
+            if self.is_full:
+                raise RecordsUnavailable("the disk is full")
+            await super().put(key, value)
+
+    endpoint, records = Endpoint(), Full()
+    await send(endpoint, records, "j")
+    endpoint.jobs["j"] = failed(failure("no", retryable=True))
+    records.is_full = True
+    with pytest.raises(RecordsUnavailable):
+        await judge(endpoint, records)
+    records.is_full = False
+    assert (await judge(endpoint, records)).faults == 1
 
 
 async def test_jobs_that_go_on_are_asked_for_again():

@@ -279,3 +279,21 @@ async def test_being_cancelled_hands_everything_back(box):
     with anyio.move_on_after(50):
         await it.worker.run()
     assert it.statuses() == ["pending", "pending"]
+
+
+@virtual_time
+async def test_a_queue_that_is_away_for_minutes_ends_no_worker(box):
+    """All that it held is lost, and that is nobody's fault here: it was heard before."""
+    it = box(tasks=4, engine=SleepyEngine(seconds=1000), concurrency=3)
+    heartbeat = it.queue.heartbeat
+
+    async def away(*arguments):
+        if 50 < anyio.current_time() < 250:
+            raise QueueUnavailable("away")
+        return await heartbeat(*arguments)
+
+    it.queue.heartbeat = away
+    with anyio.move_on_after(260):
+        await it.worker.run()
+    assert [outcome.status for outcome in it.outcomes] == ["lease_lost"] * 3
+    assert not any(outcome.machine_at_fault for outcome in it.outcomes)

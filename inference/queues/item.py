@@ -15,7 +15,7 @@ holder (same worker_id, status processing) can renew, complete, fail or release.
 changes nothing and is accepted.
 
 A worker renews before it spends anything. So a lease that ran out unrenewed was on its way to a worker that never
-came, or could not reach the queue, and says nothing about the item: it may happen for days where no GPU is to be had.
+came, or could not reach the queue, and says nothing about the item: it happens for hours where no GPU is to be had.
 """
 
 from typing import Literal
@@ -31,14 +31,14 @@ MAX_CRASHES = 3
 """An item whose workers went silent this often is dead: it may be what kills them."""
 
 MAX_LOST = 100
-"""An item whose leases ran out this often before any worker was heard of ends, so that whoever waits for it is told.
-A day at the least of leases as dispatchers take them, a quarter of an hour each."""
+"""An item whose leases ran out this often in a row, and no worker was heard of, ends: whoever waits for it is told. At
+a quarter of an hour each, as dispatchers lease, no sooner than after a day."""
 
 RELEASE_S = 1
 """A renewal this short hands the item back (Life-is-Short API: `extend_seconds: 1`)."""
 
 CRASHED = f"{MAX_CRASHES} workers went silent while they had this task; it was given up"
-LOST = f"this task was leased {MAX_LOST} times and no worker was heard of; can they reach this queue, with its key?"
+LOST = f"leased {MAX_LOST} times in a row, and no worker was heard of; can they reach this queue, with its key?"
 
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
 Lane = Literal["wan", "runway"]
@@ -68,7 +68,7 @@ class Item(Value):
     retry_count: int = 0  # failures reported
     renewed: bool = False  # the holder was heard of under this lease
     crash_count: int = 0  # leases that ran out after a renewal
-    lost_count: int = 0  # leases that ran out without one
+    lost_count: int = 0  # leases that ran out without one, since the last renewal
     cancel_requested: bool = False
     progress: ItemProgress | None = None
     video_storage_path: str | None = None

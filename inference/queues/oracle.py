@@ -112,7 +112,7 @@ class MemoryStore:
             return self._write("release", item, worker_id, status=status, worker_id=None, leased_until=None)
         until = self._clock() + extend_s
         said = progress or item.progress
-        return self._write("heartbeat", item, worker_id, leased_until=until, renewed=True, progress=said)
+        return self._write("heartbeat", item, worker_id, leased_until=until, renewed=True, lost_count=0, progress=said)
 
     def complete(
         self,

@@ -212,6 +212,7 @@ HEARTBEAT = Statement(
     .values(
         leased_until=Clock() + bindparam("extend_s", type_=Double),
         renewed=true(),
+        lost_count=ZERO,
         progress_stage=func.coalesce(bindparam("stage", type_=Text), items.c.progress_stage),
         progress_fraction=func.coalesce(bindparam("fraction", type_=Double), items.c.progress_fraction),
         updated_at=Clock(),

@@ -149,7 +149,11 @@ def test_workers_that_never_come_end_the_item_at_last(subject):
         row = subject.row(item.id)
         assert (row.status, row.error_message) == ("failed", LOST)
         assert (row.crash_count, row.lost_count) == (0, MAX_LOST)
-        subject.store.retry(item.id)
+        assert subject.store.retry(item.id).lost_count == 0
+    subject.store.lease("w", 60)
+    subject.expire(item.id)
+    assert subject.store.lease("w", 60).lost_count == 1
+    assert subject.store.heartbeat(item.id, "w", 60).lost_count == 0  # somebody came
 
 
 def test_reading_ends_what_ran_out(subject):
