@@ -1,5 +1,6 @@
 """A JSON API behind a key, as its clients share it: one question is asked once. What an answer means, they know."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
@@ -18,7 +19,7 @@ NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(ABC):
     """What an API, or whatever stands in its place, answered; refusals are answers, too."""
 
     status: int
@@ -26,9 +27,9 @@ class Answer:
     said: str  # for people: one line, without the key
 
     @staticmethod
+    @abstractmethod
     def told(payload: dict[str, Any]) -> str:
         """Why, from wherever this API puts it; empty where `payload` does not say."""
-        raise NotImplementedError
 
 
 A = TypeVar("A", bound=Answer)
