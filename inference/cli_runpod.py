@@ -156,7 +156,7 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
     No more than two tasks are sent for each of I2V_RUNPOD_MAX_WORKERS. What cannot be sent is handed back. A second
     run beside this one does nothing on the same machine; on another it takes other tasks. Exits 1 where the queue,
     RunPod or the workers there did not do what they were asked; after three jobs in a row that failed there it sends
-    none for ten minutes, then one to see.
+    none for ten minutes, then one to see. Run it every minute or so: RunPod forgets after half an hour how jobs ended.
 
     The workers report to the queue by themselves: the endpoint's environment needs the same VERCEL_API_URL and
     WORKER_API_KEY as this command.
@@ -177,12 +177,10 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
             terminal.say("Another dispatch to this endpoint is at work here: nothing to do.")
 
 
-def _start(
-    endpoint: str | None, *required: str, verbose: bool, level: str | None = "error", **overrides: Any
-) -> Settings:
+def _start(endpoint: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
     # Whatever a person has to know of warnings is said beside them: by progress, or at the end.
     overrides |= {"runpod_endpoint_id": endpoint}
-    return start(level, *required, "runpod_key", "runpod_endpoint_id", verbose=verbose, **overrides)
+    return start("error", *required, "runpod_key", "runpod_endpoint_id", verbose=verbose, **overrides)
 
 
 @asynccontextmanager

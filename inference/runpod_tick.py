@@ -24,7 +24,7 @@ from inference.settings import Settings
 log = structlog.get_logger(__name__)
 
 LOOK_S = 6.0
-"""How long a tick asks what became of the jobs of those before."""
+"""How long a tick asks what became of the jobs of those before. With the rest (`dispatch.py`) it ends in a minute."""
 
 LOOKS = 8
 """How many it asks about at once."""
