@@ -22,7 +22,7 @@
     │   ├── ObjectMissing     T  no such object
     │   ├── ObjectTooLarge    T  over a byte limit, ours or the storage's
     │   ├── StorageRefused       any other refusal: signature, media type
-    │   └── AddressRefused       the URL leads where a worker must not go
+    │   └── AddressRefused   HS  the URL leads where this worker's settings do not let it go
     ├── MediaError
     │   ├── InvalidPhoto      T  not a photo we can use; says why
     │   └── EncodeFailed         ffmpeg ended badly
@@ -35,13 +35,16 @@
         ├── EngineFailed      R  this attempt failed
         ├── EngineHung           no end within the hard limit of an attempt
         ├── PaymentInDoubt       a paid call was sent and its answer lost: it is not sent again unasked
+        ├── ProviderUnavailable RHO a provider sheds load or answers nothing; nothing was billed
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
             ├── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
-            └── AccountError  H  a provider does not accept the key, or will not work for it now
-                └── BudgetSpent H our own limit for the day is reached
+            └── AccountError  HO a provider does not accept the key, or will not work for it now
+                └── BudgetSpent HO our own limit for the day is reached
 
 R  another try here can help (`retryable`).
 H  the machine is at fault, not the task: hand the lease back instead of failing the task (`hand_back`).
+S  its settings are, so the next task would end the same way: take no more of them (`stops_worker`).
+O  somebody else has an outage: take no more tasks for a while, and longer each time (`is_outage`).
 T  the task is at fault, on any machine (`task_at_fault`). Without it the next task may fail here just so.
 
 Adapters map every foreign exception to one of these at their edge; nothing above them catches foreign types.
@@ -57,6 +60,8 @@ class I2VError(Exception):
     retryable: ClassVar[bool] = False
     hand_back: ClassVar[bool] = False
     task_at_fault: ClassVar[bool] = False
+    stops_worker: ClassVar[bool] = False
+    is_outage: ClassVar[bool] = False
 
 
 class SettingsError(I2VError):
@@ -170,7 +175,10 @@ class StorageRefused(StorageError):
 
 
 class AddressRefused(StorageError):
-    """The URL, or a redirect of it, leads to an address a worker must not visit."""
+    """The URL, or a redirect of it, leads to an address that this worker's settings do not let it visit."""
+
+    hand_back = True
+    stops_worker = True
 
 
 class MediaError(I2VError):
@@ -229,6 +237,14 @@ class PaymentInDoubt(EngineError):
     """A paid call was sent, and whether it was carried out is unknown. A person decides whether to pay again."""
 
 
+class ProviderUnavailable(EngineError):
+    """A provider sheds load or cannot be reached. The request was refused, or never arrived: nothing was billed."""
+
+    retryable = True
+    hand_back = True
+    is_outage = True
+
+
 class EngineLost(EngineError):
     """The engine cannot work on this machine any more."""
 
@@ -241,6 +257,8 @@ class WeightsError(EngineLost):
 
 class AccountError(EngineLost):
     """A provider does not accept our key, has no credits of ours, or has had enough of us for today."""
+
+    is_outage = True
 
 
 class BudgetSpent(AccountError):

@@ -118,6 +118,7 @@ class Outcome(Value):
     storage_path: str | None = None
     stage_seconds: dict[str, float] = {}  # where the time went
     machine_at_fault: bool = False  # or may be: the same may happen to the next task here
+    worker_should: Literal["stop", "wait"] | None = None  # `stop`: settings are wrong; `wait`: a provider has an outage
 
 
 def explain(error: ValidationError) -> str:
