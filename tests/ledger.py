@@ -82,6 +82,9 @@ class Ledger:
             self.changes: dict[str, list[Change]] = defaultdict(list)
             for item_id, *values in connection.execute(f"SELECT item_id, {wanted} FROM ledger ORDER BY seq"):
                 self.changes[item_id].append(Change(*values))
+        self._reports: dict[str, list[Exchange]] = defaultdict(list)
+        for it in record.of("report"):
+            self._reports[it.body["item_id"]].append(it)
 
     def check(self, *, tasks: int, cancelled: int = 0, may_crash_out: bool = False) -> None:
         """Every promise about the tasks, as assertions."""
@@ -153,7 +156,7 @@ class Ledger:
         info = probe(path)
         assert (info.codec, info.pix_fmt, info.faststart) == ("h264", "yuv420p", True)
         # A reply to the completer may have been lost with its queue; a success that was heard names the row's video.
-        reports = [it for it in self._record.of("report") if it.accepted and it.body["item_id"] == row.id]
+        reports = [it for it in self._reports[row.id] if it.accepted]
         assert {(it.body["worker_id"], it.body["video_storage_path"]) for it in reports} <= {
             (row.worker_id, row.video_storage_path)
         }

@@ -229,8 +229,8 @@ class Site:
 
     def has_ended(self) -> bool:
         """Whether no task is left to do."""
-        ends = {"completed", "failed", "cancelled"}
-        return all(task["status"] in ends for task in self.ask("GET", "tasks", params={"limit": 200})["items"])
+        groups = self.ask("GET", "groups", params={"limit": 200})["groups"]  # counted in one statement
+        return not any(group["status"] in ("pending", "processing") for group in groups)
 
     # ------------------------------------------------------------ workers
 
