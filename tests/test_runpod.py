@@ -374,7 +374,7 @@ def test_a_worker_that_is_done_for_takes_no_job_more(house):
 def test_the_same_lease_twice_is_made_once(house):
     """RunPod delivers a job again when it is in doubt."""
     worker = house.worker()
-    [item_id] = house.site.submit(seconds=2)
+    [item_id] = house.site.submit(seconds=8)  # it has to be at work still when the second one comes
     asked = {"task": house.lease("cron.6", 600), "worker_id": "cron.6"}
     first = house.cloud.run(asked)
     house.until_stage(worker, item_id, "render")
