@@ -84,8 +84,13 @@ async def test_a_lost_object_is_said(url, photo, tmp_path):
         [task] = await client.submit(photo)
         leased = await client._ask("POST", "worker/next-task", json={"worker_id": "w"})
         assert leased["item_id"] == task["id"]
-        report = {"item_id": task["id"], "worker_id": "w", "status": "completed", "video_storage_path": "videos/x.mp4"}
+        path = f"videos/{task['id']}.mp4"
+        stored = tmp_path / "server" / "objects" / path
+        stored.parent.mkdir()
+        stored.write_bytes(b"mp4")
+        report = {"item_id": task["id"], "worker_id": "w", "status": "completed", "video_storage_path": path}
         await client._ask("POST", "worker/report", json=report)
+        stored.unlink()
         with pytest.raises((WrongState, StorageError), match="has no video"):
             await client.save_video(task["id"], tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()

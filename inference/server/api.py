@@ -19,7 +19,7 @@ from inference.server.guard import Guard
 from inference.server.objects import ObjectStore, Signer
 from inference.server.storage_api import Presigner, storage_routes
 from inference.server.store import Store
-from inference.server.worker_api import worker_routes
+from inference.server.worker_api import presign_routes, worker_routes
 
 DESCRIPTION = """
 Photos wait here to become short videos. Programs add them under `/api/tasks`; workers lease them under
@@ -65,7 +65,8 @@ def create_app(config: ServerConfig) -> FastAPI:
     )
     answers.install(app)
     key = [Security(KEY)] if config.api_key else []
-    app.include_router(worker_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(worker_routes(store, objects), dependencies=key)
+    app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))

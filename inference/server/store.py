@@ -250,6 +250,12 @@ class Store:
             return item
         raise _not_held(item, worker_id)
 
+    def require_holder(self, item_id: str, worker_id: str, lease_seq: int | None = None) -> None:
+        """Changes nothing. Raises ItemMissing, and NotHolder where this worker could not write, either."""
+        item = self._find(item_id)
+        if (item.status, item.worker_id) != ("processing", worker_id) or lease_seq not in (None, item.lease_seq):
+            raise _not_held(item, worker_id)
+
     # ------------------------------------------------------------ within
 
     def _find(self, item_id: str) -> Item:
