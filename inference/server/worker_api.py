@@ -248,6 +248,7 @@ def presign_routes(config: ServerConfig, store: Store, objects: ObjectStore, pre
             reported = f"{VIDEOS}{store.get(asked.video_item_id).id}.{asked.file_extension}"
             if objects.exists(reported):
                 return failure(500, NO_UPLOAD)
+            store.removal.expect(reported, asked.video_item_id)
             url = presigner.url(request, "upload", reported)
         return Answer(data=Presigned(url=url, expires_in=config.url_lifetime_s, storage_path=reported))
 
