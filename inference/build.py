@@ -270,6 +270,7 @@ def build_server_config(settings: Settings) -> "ServerConfig":
         public_url=settings.public_url,
         max_upload_bytes=settings.max_video_bytes,
         max_photo_bytes=settings.max_photo_bytes,
+        retention_days=settings.retention_days,
     )
 
 

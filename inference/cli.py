@@ -252,6 +252,9 @@ def tasks(
     limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=200)] = 20,
     cancel: Annotated[str | None, typer.Option(metavar="ID", help="Cancel this task.")] = None,
     retry: Annotated[str | None, typer.Option(metavar="ID", help="Put this failed or cancelled task back.")] = None,
+    delete: Annotated[
+        str | None, typer.Option(metavar="ID", help="Delete this task and its video, with the last one its photo, too.")
+    ] = None,
     url: Url = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON lines.")] = False,
@@ -262,6 +265,10 @@ def tasks(
 
     async def main() -> None:
         async with _client(settings) as client:
+            if delete:
+                await client.delete(delete)
+                terminal.say("Deleted.")
+                return
             if cancel or retry:
                 changed = await (client.cancel(cancel) if cancel else client.retry(retry or ""))
                 shown = [changed]

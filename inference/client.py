@@ -1,5 +1,6 @@
 """What an app does with the embedded queue: submit photos, follow tasks, fetch videos."""
 
+import uuid
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -20,8 +21,15 @@ POLL_S = 1.0
 MAX_UNANSWERED = 60
 """Questions in a row without an answer, about a minute: a server that is started again is back by then."""
 
+SUBMIT_PAUSES_S = (1.0, 2.0, 4.0)
+"""Before each repetition of a request for videos whose answer was lost: its key sees to it that none is made twice."""
+
 MAX_VIDEO_BYTES = 10_000_000_000
 """Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
+
+
+class _Unreachable(QueueUnavailable):
+    """Nobody listens there, so nothing was sent."""
 
 
 class QueueClient:
@@ -48,13 +56,22 @@ class QueueClient:
     async def submit(
         self, photo: Path, prompt: str = "", *, seconds: float = 5, count: int = 1, group: str | None = None
     ) -> list[dict[str, Any]]:
-        """Uploads a photo and asks for `count` videos of it; returns the new tasks."""
+        """Uploads a photo and asks for `count` videos of it; returns the new tasks. Repeats itself, safely."""
         form = {"prompt": prompt, "seconds": str(seconds), "count": str(count)} | ({"group": group} if group else {})
-        try:
-            with photo.open("rb") as file:
-                data = await self._ask("POST", "tasks", data=form, files={"photo": (photo.name, file)})
-        except OSError as error:
-            raise QueueRefused(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                with photo.open("rb") as file:
+                    files = {"photo": (photo.name, file)}
+                    data = await self._ask("POST", "tasks", data=form, files=files, headers=headers)
+            except OSError as error:
+                raise QueueRefused(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
+            except QueueUnavailable as error:
+                if pause_s is None or isinstance(error, _Unreachable):
+                    raise
+                await anyio.sleep(pause_s)
+            else:
+                break
         items: list[dict[str, Any]] = data["items"]
         return items
 
@@ -97,6 +114,10 @@ class QueueClient:
         task: dict[str, Any] = await self._ask("POST", f"{_path(item_id)}/retry")
         return task
 
+    async def delete(self, item_id: str) -> None:
+        """Deletes a task and its video, and its photo with the last task of it."""
+        await self._ask("DELETE", _path(item_id))
+
     async def save_video(self, item_id: str, path: Path) -> Path:
         """Downloads the video of a completed task. Also raises StorageError, DiskFull."""
         task = await self.task(item_id)
@@ -115,7 +136,8 @@ class QueueClient:
             answer = response.json()
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
-            raise QueueUnavailable(f"no queue answers at {self._client.base_url}: {reason}") from None
+            unavailable = _Unreachable if isinstance(error, httpx.ConnectError) else QueueUnavailable
+            raise unavailable(f"no queue answers at {self._client.base_url}: {reason}") from None
         except ValueError:
             answer = None
         if isinstance(answer, dict) and answer.get("success") is True:

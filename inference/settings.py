@@ -256,6 +256,11 @@ class Settings(LoadableSettings):
         None, "I2V_PUBLIC_URL", about="URL under which clients reach the server, for presigned URLs. Default: as asked."
     )
     max_video_bytes: Bytes = setting(500_000_000, "I2V_MAX_VIDEO_BYTES", about="Bytes of the largest upload taken.")
+    retention_days: Annotated[float, Field(gt=0, le=36_500)] | None = setting(
+        None,
+        "I2V_RETENTION_DAYS",
+        about="Days after which the server deletes tasks that ended, with their photos and videos. Default: never.",
+    )
 
     @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook")
     @classmethod

@@ -270,6 +270,9 @@ def test_up_serves_submit_and_tasks(home, here):
         ran = here("tasks", "--retry", item_id, **queue)
         assert ran.exit_code == 1
         assert ran.errors == ["i2v: the task is completed: only a failed or cancelled one can be retried"]
+        ran = here("tasks", "--delete", item_id, **queue)
+        assert (ran.exit_code, ran.out, ran.err) == (0, "", "Deleted.\n")
+        assert here("tasks", "--delete", item_id, **queue).errors == [f"i2v: no task {item_id}"]
         up.send(signal.SIGINT)
         assert up.wait(10) == 0
     finally:

@@ -1,9 +1,11 @@
 """What apps do with the embedded queue, against the real one on loopback; each refusal is an error with its name."""
 
+import httpx
 import pytest
 
 from inference.client import QueueClient
 from inference.errors import ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, StorageError, WrongState
+from tests.proxy import Proxy, Record
 from tests.server.harness import KEY, config, jpeg, running_server
 
 pytestmark = pytest.mark.anyio
@@ -84,11 +86,44 @@ async def test_a_lost_object_is_said(url, photo, tmp_path):
         [task] = await client.submit(photo)
         leased = await client._ask("POST", "worker/next-task", json={"worker_id": "w"})
         assert leased["item_id"] == task["id"]
-        report = {"item_id": task["id"], "worker_id": "w", "status": "completed", "video_storage_path": "videos/x.mp4"}
+        path = f"videos/{task['id']}.mp4"
+        stored = tmp_path / "server" / "objects" / path
+        stored.parent.mkdir()
+        stored.write_bytes(b"mp4")
+        report = {"item_id": task["id"], "worker_id": "w", "status": "completed", "video_storage_path": path}
         await client._ask("POST", "worker/report", json=report)
+        stored.unlink()
         with pytest.raises((WrongState, StorageError), match="has no video"):
             await client.save_video(task["id"], tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
+
+
+@pytest.mark.parametrize("fault", ["drop reply", "cut reply", "drop request"])
+async def test_an_answer_that_was_lost_makes_no_second_task(url, photo, fault, monkeypatch):
+    """The request is repeated under its key, and the queue names the tasks it made the first time."""
+    monkeypatch.setattr("inference.client.SUBMIT_PAUSES_S", (0, 0))
+    faults = [fault]
+    record = Record()
+    with Proxy(httpx.URL(url).port, "client", record, lambda _: faults.pop() if faults else None) as proxy:
+        async with QueueClient(proxy.url, KEY) as client:
+            made = await client.submit(photo, count=2)
+            assert [exchange.fault for exchange in record.of("tasks")] == [fault, None]
+            assert [task["id"] for task in await client.tasks()] == [task["id"] for task in reversed(made)]
+            assert len(made) == 2
+            faults += ["drop request"] * 3
+            with pytest.raises(QueueUnavailable):
+                await client.submit(photo)
+            assert faults == []
+
+
+async def test_deleting(url, photo):
+    """What is gone is gone, and said to be when it is asked for again."""
+    async with QueueClient(url, KEY) as client:
+        [task] = await client.submit(photo)
+        await client.delete(task["id"])
+        assert await client.tasks() == []
+        with pytest.raises(ItemMissing, match="no task"):
+            await client.delete(task["id"])
 
 
 async def test_waiting_outlasts_a_server_that_is_started_again(url, photo, monkeypatch):

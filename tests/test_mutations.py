@@ -29,6 +29,7 @@ CHECKS = {
     "inference/dispatch.py": [(*PYTEST, "tests/test_dispatch.py", "-k", "lease or refused or money")],
     "inference/host.py": [(*PYTEST, "tests/test_host.py")],
     "inference/queues/oracle.py": [(*PYTEST, "tests/server/test_store.py", "-k", "memory")],
+    "inference/server/removal.py": [(*PYTEST, "tests/server/test_removal.py", "-k", "sqlite")],
     "inference/server/statements.py": [(*PYTEST, "tests/server/test_store.py", "-k", "sqlite")],
 }
 """What has to turn red when a fence of the module is taken out: one of these, quickest first."""

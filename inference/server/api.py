@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Security
 from fastapi.security import HTTPBearer
@@ -19,7 +20,9 @@ from inference.server.guard import Guard
 from inference.server.objects import ObjectStore, Signer
 from inference.server.storage_api import Presigner, storage_routes
 from inference.server.store import Store
-from inference.server.worker_api import worker_routes
+from inference.server.submit_api import submit_routes
+from inference.server.tidy import keep_tidy
+from inference.server.worker_api import presign_routes, worker_routes
 
 DESCRIPTION = """
 Photos wait here to become short videos. Programs add them under `/api/tasks`; workers lease them under
@@ -52,7 +55,10 @@ def create_app(config: ServerConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(keep_tidy, store, objects, config)
+            yield
+            tasks.cancel_scope.cancel()
         await anyio.to_thread.run_sync(store.close)
 
     app = FastAPI(
@@ -65,7 +71,9 @@ def create_app(config: ServerConfig) -> FastAPI:
     )
     answers.install(app)
     key = [Security(KEY)] if config.api_key else []
-    app.include_router(worker_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(worker_routes(store, objects), dependencies=key)
+    app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(submit_routes(config, store, objects), dependencies=key)
     app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))

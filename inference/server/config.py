@@ -20,4 +20,5 @@ class ServerConfig:
     url_lifetime_s: int = 3600
     max_upload_bytes: int = 1024 * MIB  # one video
     max_photo_bytes: int = 50 * MIB
+    retention_days: float | None = None  # tasks that ended longer ago go, with photos and videos; None: none do
     bucket: str = "group-photos"

@@ -119,6 +119,7 @@ class Database:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             metadata.create_all(connection)
             _add_columns(connection)
+            _add_indexes(connection)
             connection.exec_driver_sql("COMMIT")
 
     def _taking_turns(self) -> AbstractContextManager[object]:
@@ -208,6 +209,13 @@ def _add_columns(connection: Connection) -> None:
         for column in lacking:
             described = CreateColumn(column).compile(dialect=connection.dialect)
             connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
+
+
+def _add_indexes(connection: Connection) -> None:
+    """Those that tables of an earlier version lack: they are made with a new table only."""
+    for table in metadata.sorted_tables:
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
 
 
 def _reason(error: Exception) -> str:

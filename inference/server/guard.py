@@ -12,8 +12,9 @@ from inference.server.answers import EarlyAnswer, Failure
 from inference.server.config import MIB, ServerConfig
 from inference.server.storage_api import UPLOAD_PREFIX
 
-MAX_JSON_BYTES = MIB
-"""Far above any body of the contract."""
+MAX_JSON_BYTES = 5 * MIB
+"""A worker may report a failure with all of its stderr. Where the real server runs, bodies end at 4.5 MB
+(vercel.com/docs/functions/limitations)."""
 
 FORM_OVERHEAD_BYTES = MIB
 """What a form may add to its photo."""

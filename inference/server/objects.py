@@ -1,6 +1,7 @@
 """Photos and videos in a folder, and the signatures that let a worker at one of them without a key."""
 
 import base64
+import fcntl
 import hmac
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -30,7 +31,14 @@ INCOMING = ".incoming"
 """The folder, beside the objects, of what is not whole yet: linking into place needs one filesystem."""
 
 STALE_S = 24 * 3600
-"""What is left in INCOMING that long was left by a process that was killed."""
+"""No upload takes that long: what is still in INCOMING was left by a process that was killed."""
+
+UNLOCKED_S = 60
+"""What is in INCOMING that long and not locked was left by one as well: whoever writes there has a lock on the file,
+which ends with the process."""
+
+PLACING_TRIES = 3
+"""A folder may be removed, being empty, between its making and the first object in it."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@=+-]{0,199}")
 """A path's part, as storage paths of the contract are made. Names that begin with a dot are ours."""
@@ -83,9 +91,6 @@ class ObjectStore:
             self._folder = folder.resolve()
             self._incoming = self._folder / INCOMING
             self._incoming.mkdir(exist_ok=True)
-            for left in self._incoming.iterdir():
-                if time.time() - left.stat().st_mtime > STALE_S:
-                    left.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raises where nothing can be written."""
@@ -116,7 +121,14 @@ class ObjectStore:
     def incoming(self, suffix: str = "") -> Iterator[IO[bytes]]:
         """A file to write to, gone afterwards unless `place` gave it a name."""
         with _mapped(), NamedTemporaryFile(dir=self._incoming, suffix=suffix) as file:
+            with suppress(OSError):  # some network disks know no locks: what is left there goes after STALE_S
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
+
+    def clear_incoming(self) -> int:
+        """Removes what uploads left that were cut off by a kill, of this process or another. Says how many."""
+        with _mapped():
+            return sum(_is_left(file) and _unlinked(file) for file in self._incoming.iterdir())
 
     def place(self, file: IO[bytes], name: str) -> None:
         """Makes an incoming file the object `name`, durably. Raises ObjectExists, StorageRefused."""
@@ -128,18 +140,21 @@ class ObjectStore:
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(file.name, target)  # unlike rename, refuses to replace
+                _link(file.name, target)
             except FileExistsError:
                 raise ObjectExists(f"{name} exists already") from None
             _sync_folder(target.parent)
 
     def remove(self, name: str) -> None:
-        """Takes an object away, if it is there."""
+        """Takes an object away, durably, if it is there, and its folder with the last one in it."""
         with _mapped():
             file = self._locate(name)
-            if file is not None:
-                file.unlink(missing_ok=True)
+            if file is None or not _unlinked(file):
+                return
+            _sync_folder(file.parent)
+            if file.parent != self._folder:
+                with suppress(OSError):  # there are others
+                    file.parent.rmdir()
 
     def _locate(self, name: str) -> Path | None:
         """Where an object of that name belongs, or None where it could lead out of the folder."""
@@ -161,6 +176,40 @@ def write(file: IO[bytes], chunk: bytes) -> None:
     """Raises DiskFull, StorageUnavailable."""
     with _mapped():
         file.write(chunk)
+
+
+def _link(source: str, target: Path) -> None:
+    """Unlike a rename, refuses to replace. Raises FileExistsError, and OSError for all else."""
+    for tries_left in reversed(range(PLACING_TRIES)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except FileNotFoundError:
+            if not tries_left:
+                raise
+        else:
+            return
+
+
+def _unlinked(file: Path) -> bool:
+    """Takes a file away; whether it was there."""
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_left(file: Path) -> bool:
+    """Whether nobody writes to a file any more that was to become an object."""
+    try:
+        with file.open("r+b") as left:  # network disks lock only what may be written to
+            age_s = time.time() - os.fstat(left.fileno()).st_mtime
+            if UNLOCKED_S < age_s <= STALE_S:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return age_s > UNLOCKED_S
+    except OSError:  # it became an object meanwhile, or is locked, or locks are unknown here
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

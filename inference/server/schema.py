@@ -109,6 +109,25 @@ video_items = Table(
     ),
 )
 
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("fingerprint", Text, nullable=False),  # of the request that came with it
+    Column("photo_id", Text, nullable=False),  # of the tasks that were made; they may have been deleted since
+    Column("created_at", Double, nullable=False),
+)
+
+# Written before an object may come to be, and kept until a row names it or nothing can store it any more. So the sweep
+# knows what to look for without a look at the folder, and touches nothing that this database has not heard of.
+unnamed_objects = Table(
+    "unnamed_objects",
+    metadata,
+    Column("path", Text, primary_key=True),
+    Column("item_id", Text),  # whose video it may become; none for a photo
+    Column("recorded_at", Double, nullable=False),  # when it could be stored last, as far as is known
+)
+
 ONGOING = text("status IN ('pending', 'processing')")
 """The predicate of the two indexes below. SQLite uses them only where a query repeats it word for word."""
 
@@ -126,3 +145,6 @@ _partial_index("video_items_leases", "leased_until", where=text("status = 'proce
 # What people list, which is in the order of the ids. There is no index of all items by created_at: while most of
 # them wait PostgreSQL would lease along that one, and walk past ever more ended items when they no longer do.
 Index("video_items_of_group", video_items.c.group_id, video_items.c.id)
+# What a photo is needed for, and what goes with a group.
+Index("video_items_of_photo", video_items.c.photo_id, video_items.c.id)
+Index("photos_of_group", photos.c.group_id)

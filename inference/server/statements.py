@@ -22,6 +22,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    delete,
     func,
     insert,
     literal_column,
@@ -37,7 +38,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.expression import ColumnElement
 
 from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST, Lane
-from inference.server.schema import ONGOING, Clock, groups, photos
+from inference.server.schema import ONGOING, Clock, groups, idempotency_keys, photos
 from inference.server.schema import video_items as items
 
 
@@ -373,12 +374,52 @@ ADD_ITEM = Statement(
     .returning(*row),
 )
 
+_new_key: dict[str, Any] = {
+    "key": bindparam("key"),
+    "fingerprint": bindparam("fingerprint"),
+    "photo_id": bindparam("photo_id"),
+    "created_at": Clock(),
+}
+
+ADD_KEY = {
+    name: Statement(
+        "add_key",
+        "Takes an Idempotency-Key, unless it is taken; waits for who takes it now.",
+        kind.insert(idempotency_keys)
+        .values(_new_key)
+        .on_conflict_do_nothing()
+        .returning(idempotency_keys.c.key.label("taken")),
+    )
+    for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+
+FIND_KEY = Statement(
+    "find_key",
+    "The request that came with an Idempotency-Key, and what was made of it.",
+    select(idempotency_keys.c.fingerprint, idempotency_keys.c.photo_id).where(
+        idempotency_keys.c.key == bindparam("key", type_=Text)
+    ),
+)
+
+FORGET_KEYS = Statement(
+    "forget_keys",
+    "Frees the Idempotency-Keys of some time ago.",
+    delete(idempotency_keys).where(idempotency_keys.c.created_at < now - bindparam("age_s", type_=Double)),
+)
+
 # ---------------------------------------------------------------- reads
 
 GET = Statement(
     "get",
     "One item.",
     select(*row).where(items.c.id == bindparam("item_id", type_=Text)),
+)
+
+
+OF_PHOTO = Statement(
+    "of_photo",
+    "The items of a photo, in the order they were added.",
+    select(*row).where(items.c.photo_id == bindparam("photo_id", type_=Text)).order_by(items.c.id),
 )
 
 

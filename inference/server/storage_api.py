@@ -30,7 +30,7 @@ from inference.server.objects import BadSignature, ObjectStore, Operation, Signe
 DOWNLOAD_PREFIX = "/storage/v1/object/sign/"
 UPLOAD_PREFIX = "/storage/v1/object/upload/sign/"
 VIDEOS = "videos/"
-VIDEO_TYPE = "video/mp4"
+VIDEO_TYPES = ("video/mp4", "video/webm")
 
 log = structlog.get_logger(__name__)
 
@@ -126,7 +126,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {VIDEO_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in VIDEO_TYPES},
             }
         },
     )
@@ -153,7 +153,7 @@ async def _admit(request: Request, path: str, store: ObjectStore, max_bytes: int
     """Refuses what can be refused before the body is read, else says how long it is. Raises StorageError."""
     length = _length(request, max_bytes)
     media_type = request.headers.get("content-type", "")
-    if path.startswith(VIDEOS) and media_type != VIDEO_TYPE:
+    if path.startswith(VIDEOS) and media_type not in VIDEO_TYPES:
         raise WrongMediaType(f"mime type {media_type} is not supported")
     if not store.accepts(path):
         raise ObjectMissing("Object not found")

@@ -19,7 +19,8 @@ from uuid import UUID
 from inference.errors import ItemMissing, NotHolder, WrongState
 from inference.queues.item import RELEASE_S, Item, ItemProgress, Lane, Status
 from inference.server import statements
-from inference.server.database import Database, Row
+from inference.server.database import Database, Row, Transaction
+from inference.server.removal import NAME, Removal
 from inference.task import Value
 
 
@@ -57,6 +58,14 @@ class NewItem:
     id: str = field(default_factory=new_id)
 
 
+@dataclass(frozen=True, slots=True)
+class Once:
+    """A request that makes its tasks once, however often it arrives."""
+
+    key: str  # the client's own, unique to the request
+    fingerprint: str  # of what is asked for: another request under the same key is a mistake
+
+
 class Group(Value):
     """Photos that were uploaded together, and how their videos are doing."""
 
@@ -86,6 +95,7 @@ class Store:
         """Opens the database and creates what it lacks. Raises SettingsError, QueueUnavailable."""
         self._database = Database(url)
         self._sqlite = self._database.dialect_name == "sqlite"
+        self.removal = Removal(self._database)
 
     def close(self) -> None:
         """Closes every connection."""
@@ -110,20 +120,45 @@ class Store:
             found = self._database.read(statements.FIND_GROUP, group=name_or_id)
         return str(found[0]["id"])
 
-    def add(self, photo: NewPhoto, items: Sequence[NewItem]) -> list[Item]:
-        """Adds items that wait for a worker, in order, and the photo they are made of; all of it or nothing.
+    def add(self, photo: NewPhoto, items: Sequence[NewItem], once: Once | None = None) -> list[Item]:
+        """Adds items that wait for a worker, in order, the photo they are made of, and its group; all of it or nothing.
 
-        The group must exist and the photo's file must be in storage.
+        The photo's file must be in storage. Where `once` was answered before, adds nothing and returns those items:
+        they are of another photo. Raises WrongState as `made_by`.
         """
         with self._database.transaction() as transaction:
-            transaction.run(statements.ADD_PHOTO, **asdict(photo))
-            return [
-                _item(row)
-                for item in items
-                for row in transaction.run(
-                    statements.ADD_ITEM, group_id=photo.group_id, photo_id=photo.id, **asdict(item)
-                )
-            ]
+            made = self._add(transaction, photo, items, once)
+        return made or (self.made_by(once) if once else [])
+
+    def _add(
+        self, transaction: Transaction, photo: NewPhoto, items: Sequence[NewItem], once: Once | None
+    ) -> list[Item]:
+        dialect = self._database.dialect_name
+        if once and not transaction.run(statements.ADD_KEY[dialect], **asdict(once), photo_id=photo.id):
+            return []
+        transaction.run(statements.ADD_GROUP[dialect], id=photo.group_id, name=None)
+        transaction.run(statements.ADD_PHOTO, **asdict(photo))
+        transaction.run(NAME, path=photo.storage_path)
+        ids = {"group_id": photo.group_id, "photo_id": photo.id}
+        return [_item(row) for item in items for row in transaction.run(statements.ADD_ITEM, **ids, **asdict(item))]
+
+    def made_by(self, once: Once) -> list[Item]:
+        """The items that a request made when it arrived before; none if it did not.
+
+        Raises WrongState for another request under the same key, and where all that it made has been deleted.
+        """
+        for row in self._database.read(statements.FIND_KEY, key=once.key):
+            if row["fingerprint"] != once.fingerprint:
+                raise WrongState("this Idempotency-Key came with another request before: give each one its own")
+            made = self._database.read(statements.OF_PHOTO, photo_id=row["photo_id"])
+            if not made:
+                raise WrongState("what was made with this Idempotency-Key has been deleted since")
+            return [_item(each) for each in made]
+        return []
+
+    def forget_keys(self, age_s: float) -> None:
+        """Frees the Idempotency-Keys that came longer ago."""
+        self._database.write(statements.FORGET_KEYS, age_s=age_s)
 
     def get(self, item_id: str) -> Item:
         """The item as it is now. Raises ItemMissing."""
@@ -249,6 +284,12 @@ class Store:
         if (item.status, item.worker_id) == ("failed", worker_id):
             return item
         raise _not_held(item, worker_id)
+
+    def require_holder(self, item_id: str, worker_id: str, lease_seq: int | None = None) -> None:
+        """Changes nothing. Raises ItemMissing, and NotHolder where this worker could not write, either."""
+        item = self._find(item_id)
+        if (item.status, item.worker_id) != ("processing", worker_id) or lease_seq not in (None, item.lease_seq):
+            raise _not_held(item, worker_id)
 
     # ------------------------------------------------------------ within
 

@@ -1,28 +1,44 @@
 """The worker's half of the contract: next-task, heartbeat, presign, report. And ours beside it: backlog."""
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Request
-from pydantic import BaseModel, Field, StringConstraints
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
-from inference.errors import NotHolder, ObjectMissing
+from inference.errors import NotHolder
 from inference.queues.item import Item, ItemProgress, Lane
 from inference.server.answers import Answer, Failure, errors, failure
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
 from inference.server.storage_api import VIDEOS, Presigner
 from inference.server.store import Store
-from inference.server.wire import Fraction, LeaseSeq, Name, StoragePath, WholeSeconds, iso
+from inference.server.wire import (
+    UNKNOWN_ERROR,
+    ErrorText,
+    ForeignBody,
+    ForeignName,
+    Fraction,
+    LeaseSeq,
+    Name,
+    Seconds,
+    StoragePath,
+    iso,
+)
 
-MAX_ERROR_CHARS = 10_000
-"""Of a longer error message the rest is dropped: that it failed matters more than all of why."""
+# The real server's words, which never say why (measured against the real routes and the real storage server).
+NO_DOWNLOAD = "Failed to generate download URL"  # there is no such object
+NO_UPLOAD = "Failed to generate upload URL"  # there is one already: the storage signs no upload to a taken path
+NO_VIDEO = "Failed to generate video URL"  # a completed report names a video that is not in storage
 
 
-class NextTask(BaseModel):
+class NextTask(ForeignBody):
     """Asks for work."""
 
-    worker_id: Annotated[Name, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
-    lease_duration_seconds: WholeSeconds = 600
+    worker_id: Annotated[ForeignName, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
+    lease_duration_seconds: Seconds = 600
     worker_type: Lane | None = None
     item_id: Annotated[Name | None, Field(description="This task and no other; an extension of ours")] = None
 
@@ -60,12 +76,12 @@ class ReportedProgress(BaseModel):
     fraction: Fraction
 
 
-class Heartbeat(BaseModel):
+class Heartbeat(ForeignBody):
     """Renews a lease; of one second, hands the task back."""
 
     item_id: Name
-    worker_id: Name
-    extend_seconds: WholeSeconds = 300
+    worker_id: ForeignName
+    extend_seconds: Seconds = 300
     progress: ReportedProgress | None = None
     lease_seq: LeaseSeq | None = None
 
@@ -77,22 +93,27 @@ class Renewed(BaseModel):
     cancel_requested: bool
 
 
-class PresignDownload(BaseModel):
+class PresignDownload(ForeignBody):
     """Asks for a URL to read a photo."""
 
     operation: Literal["download"]
     storage_path: StoragePath
 
 
-Extension = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9-]{1,20}\.){0,2}mp4$")]
+def _without_dot(extension: Any) -> Any:
+    return extension.removeprefix(".") if isinstance(extension, str) else extension
 
 
-class PresignUpload(BaseModel):
+EXTENSION = r"([A-Za-z0-9-]{1,20}\.){0,2}([mM][pP]4|[wW][eE][bB][mM])"
+Extension = Annotated[str, StringConstraints(pattern=f"^{EXTENSION}$"), BeforeValidator(_without_dot)]
+
+
+class PresignUpload(ForeignBody):
     """Asks for a URL to store a video."""
 
     operation: Literal["upload"]
     video_item_id: Name
-    file_extension: Annotated[Extension, Field(description="mp4, or something unique before it")] = "mp4"
+    file_extension: Annotated[Extension, Field(description="mp4 or webm, or something unique before it")] = "mp4"
 
 
 class Presigned(BaseModel):
@@ -103,25 +124,25 @@ class Presigned(BaseModel):
     storage_path: str | None = None
 
 
-class ReportCompleted(BaseModel):
+class ReportCompleted(ForeignBody):
     """The video is in storage."""
 
     status: Literal["completed"]
     item_id: Name
-    worker_id: Name
+    worker_id: ForeignName
     video_storage_path: StoragePath
-    runway_task_id: Name | None = None
-    veo_operation_id: Name | None = None
+    runway_task_id: ForeignName | None = None
+    veo_operation_id: ForeignName | None = None
     lease_seq: LeaseSeq | None = None
 
 
-class ReportFailed(BaseModel):
+class ReportFailed(ForeignBody):
     """No video will come of this lease."""
 
     status: Literal["failed"]
     item_id: Name
-    worker_id: Name
-    error_message: str
+    worker_id: ForeignName
+    error_message: ErrorText = UNKNOWN_ERROR
     lease_seq: LeaseSeq | None = None
 
 
@@ -132,9 +153,23 @@ class Reported(BaseModel):
     status: str
 
 
-def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner) -> APIRouter:
-    """The routes a worker calls."""
-    routes = APIRouter(prefix="/api/worker", tags=["worker"])
+class JsonRoute(APIRoute):
+    """Reads a body as JSON whatever its media type says, as the real server does: some workers say text/plain."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See APIRoute."""
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            headers = [header for header in request.scope["headers"] if header[0] != b"content-type"]
+            return await handle(Request({**request.scope, "headers": headers}, request.receive))
+
+        return handle_json
+
+
+def worker_routes(store: Store, objects: ObjectStore) -> APIRouter:
+    """What a worker says of tasks and leases."""
+    routes = APIRouter(prefix="/api/worker", tags=["worker"], route_class=JsonRoute)
 
     @routes.post("/next-task", responses=errors(400, 401, 404))
     def next_task(asked: NextTask) -> Answer[LeasedTask | None]:
@@ -163,33 +198,71 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
         until = item.updated_at if item.leased_until is None else item.leased_until
         return Answer(data=Renewed(leased_until=iso(until), cancel_requested=item.cancel_requested))
 
-    @routes.post("/presign", responses=errors(400, 401, 404), response_model_exclude_none=True)
-    def presign(
-        asked: Annotated[PresignDownload | PresignUpload, Body(discriminator="operation")], request: Request
-    ) -> Answer[Presigned]:
-        """A URL for one object, and for nothing else."""
-        if isinstance(asked, PresignDownload):
-            if not objects.exists(asked.storage_path):
-                raise ObjectMissing(f"no object {asked.storage_path}")
-            url, reported = presigner.url(request, "download", asked.storage_path), None
-        else:
-            reported = f"{VIDEOS}{store.get(asked.video_item_id).id}.{asked.file_extension}"
-            url = presigner.url(request, "upload", reported)
-        return Answer(data=Presigned(url=url, expires_in=config.url_lifetime_s, storage_path=reported))
+    @routes.post(
+        "/report",
+        responses=errors(400, 401, 404) | {403: {"model": Failure, "description": "Not yours"}},
+        response_model=Answer[Reported],
+    )
+    def report(said: Annotated[ReportCompleted | ReportFailed, Body(discriminator="status")]) -> object:
+        """How a task ended. 403 when it is not yours any more, 404 when it is gone.
 
-    @routes.post("/report", responses=errors(400, 401, 404) | {403: {"model": Failure, "description": "Not yours"}})
-    def report(said: Annotated[ReportCompleted | ReportFailed, Body(discriminator="status")]) -> Answer[Reported]:
-        """How a task ended. 403 when it is not yours any more, 404 when it is gone."""
-        if isinstance(said, ReportCompleted):
-            given = {"runway_task_id": said.runway_task_id, "veo_operation_id": said.veo_operation_id}
-            ids = {name: value for name, value in given.items() if value is not None}
-            item = store.complete(said.item_id, said.worker_id, said.video_storage_path, ids, said.lease_seq)
+        500 for a video that is not in storage, at a path that presign gave for this task.
+        """
+        if isinstance(said, ReportFailed):
+            item = store.fail(said.item_id, said.worker_id, said.error_message, said.lease_seq)
+        elif _is_video_of(said.item_id, said.video_storage_path) and objects.exists(said.video_storage_path):
+            item = store.complete(
+                said.item_id, said.worker_id, said.video_storage_path, _external_ids(said), said.lease_seq
+            )
         else:
-            message = said.error_message.replace("\x00", "\N{REPLACEMENT CHARACTER}")[:MAX_ERROR_CHARS]
-            item = store.fail(said.item_id, said.worker_id, message, said.lease_seq)
+            store.require_holder(said.item_id, said.worker_id, said.lease_seq)
+            return failure(500, NO_VIDEO)
         return Answer(data=Reported(item_id=item.id, status=item.status))
 
     return routes
+
+
+def presign_routes(config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner) -> APIRouter:
+    """The one that lets a worker at storage without a key of its own."""
+    routes = APIRouter(prefix="/api/worker", tags=["worker"], route_class=JsonRoute)
+
+    @routes.post(
+        "/presign",
+        responses=errors(400, 401, 404),
+        response_model=Answer[Presigned],
+        response_model_exclude_none=True,
+    )
+    def presign(
+        asked: Annotated[PresignDownload | PresignUpload, Body(discriminator="operation")], request: Request
+    ) -> object:
+        """A URL for one object, and for nothing else.
+
+        500 for a photo that is not there and for an upload to a path that is taken, as the real server answers: ask
+        for another `file_extension`, such as `something-unique.mp4`.
+        """
+        if isinstance(asked, PresignDownload):
+            if not objects.exists(asked.storage_path):
+                return failure(500, NO_DOWNLOAD)
+            url, reported = presigner.url(request, "download", asked.storage_path), None
+        else:
+            reported = f"{VIDEOS}{store.get(asked.video_item_id).id}.{asked.file_extension}"
+            if objects.exists(reported):
+                return failure(500, NO_UPLOAD)
+            store.removal.expect(reported, asked.video_item_id)
+            url = presigner.url(request, "upload", reported)
+        return Answer(data=Presigned(url=url, expires_in=config.url_lifetime_s, storage_path=reported))
+
+    return routes
+
+
+def _is_video_of(item_id: str, path: str) -> bool:
+    """Whether `path` is one that presign may have given for this task: nobody reports what belongs to another."""
+    return re.fullmatch(f"{VIDEOS}{re.escape(item_id)}\\.{EXTENSION}", path) is not None
+
+
+def _external_ids(said: ReportCompleted) -> dict[str, str]:
+    given = {"runway_task_id": said.runway_task_id, "veo_operation_id": said.veo_operation_id}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _leased(item: Item) -> LeasedTask:

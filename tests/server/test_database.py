@@ -64,6 +64,8 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
     before = sql.row(item.id)
     for column in ("renewed", "lost_count"):
         sql.run(f"ALTER TABLE video_items DROP COLUMN {column}")
+    for lacking in ("TABLE idempotency_keys", "TABLE unnamed_objects", "INDEX video_items_of_photo"):
+        sql.run(f"DROP {lacking}")
     together = threading.Barrier(4)
 
     def open_it(_number):
@@ -74,6 +76,8 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
         list(pool.map(open_it, range(4)))
     assert sql.row(item.id) == before
     assert sql.store.heartbeat(item.id, "w", 600).renewed
+    sql.run("DROP INDEX video_items_of_photo")  # it is there again
+    assert sql.store.removal.delete(item.id) == [item.photo_storage_path]
 
 
 def test_tables_of_somebody_else_are_left_alone(sql):

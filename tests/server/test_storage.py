@@ -235,13 +235,16 @@ def test_a_disk_without_room_is_disk_full():
         objects_module.write(file, b"x")
 
 
-def test_what_a_killed_upload_left_is_removed_later(tmp_path):
-    """At a start, once it is certainly nobody's."""
-    ObjectStore(tmp_path)
-    old, new = tmp_path / INCOMING / "old", tmp_path / INCOMING / "new"
-    for left in (old, new):
-        left.write_text("x")
-    os.utime(old, (0, 0))
-    ObjectStore(tmp_path)
-    assert not old.exists()
-    assert new.exists()
+def test_a_folder_goes_with_its_last_object(tmp_path):
+    """And is made again for the next."""
+    store = ObjectStore(tmp_path)
+    for name in ("group/a.jpg", "group/b.jpg", "top.jpg"):
+        with store.incoming() as file:
+            store.place(file, name)
+    store.remove("group/a.jpg")
+    assert store.exists("group/b.jpg")
+    for name in ("group/b.jpg", "group/b.jpg", "top.jpg"):
+        store.remove(name)
+    assert [entry.name for entry in tmp_path.iterdir()] == [INCOMING]
+    with store.incoming() as file:
+        store.place(file, "group/a.jpg")

@@ -1,0 +1,78 @@
+"""Tidying up: what nobody needs any more goes, while the server runs.
+
+Tasks that ended longer ago than they are kept, with their photos and videos; videos that no task came to name, such as
+those of a worker that then lost its lease; bodies of uploads that a kill cut off. Several servers over one database and
+one folder may do so at once.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from inference.errors import I2VError
+from inference.server.config import ServerConfig
+from inference.server.objects import STALE_S, ObjectStore
+from inference.server.store import Store
+
+PAUSE_S = 300.0
+"""Between one round and the next."""
+
+KEY_S = 24 * 3600
+"""How long an Idempotency-Key is remembered, at least: nobody repeats a request for longer."""
+
+PAGE = 100
+"""So much is done between two moments in which the server may stop."""
+
+DAY_S = 24 * 3600
+
+log = structlog.get_logger(__name__)
+
+
+def sweep(store: Store, objects: ObjectStore, config: ServerConfig, *, stale_s: float = STALE_S) -> Iterator[int]:
+    """One round, a page at a time; yields how much each page took away. `sum(sweep(…))` is all of it.
+
+    `stale_s`: seconds for which a photo without a row may be one that is just being added. Raises QueueUnavailable,
+    StorageUnavailable.
+    """
+    if config.retention_days is not None:
+        while ended := store.removal.delete_ended(config.retention_days * DAY_S, PAGE):
+            yield ended
+    store.forget_keys(KEY_S)
+    store.removal.forget_named()
+    keep_s = config.url_lifetime_s + STALE_S
+    after = ""
+    while page := store.removal.nobodys(stale_s, keep_s, after=after, limit=PAGE):
+        after = page[-1].path
+        # Most were never stored, or have gone in an earlier round.
+        there = {it.path for it in page if objects.exists(it.path)}
+        for it in page:
+            if it.is_over or it.path in there:
+                removed = store.removal.discard(it.path, objects.remove, stale_s, keep_s)
+                there -= set() if removed else {it.path}
+        yield len(there)
+    yield objects.clear_incoming()
+
+
+def discard(paths: Iterable[str], store: Store, objects: ObjectStore, config: ServerConfig) -> None:
+    """Removes objects whose rows have just been deleted. What cannot be removed now goes with the next round."""
+    for path in paths:
+        try:
+            store.removal.discard(path, objects.remove, keep_s=config.url_lifetime_s + STALE_S)
+        except I2VError as error:
+            log.warning("an object could not be removed yet", path=path, problem=str(error))
+
+
+async def keep_tidy(store: Store, objects: ObjectStore, config: ServerConfig) -> None:
+    """Sweeps now and from then on, until it is cancelled."""
+    while True:
+        try:
+            removed, pages = 0, sweep(store, objects, config)
+            while (page := await anyio.to_thread.run_sync(next, pages, None)) is not None:
+                removed += page
+            if removed:
+                log.info("tidied up", removed=removed)
+        except I2VError as error:
+            log.warning("could not tidy up, trying again later", problem=str(error))
+        await anyio.sleep(PAUSE_S)

@@ -1,0 +1,101 @@
+"""A request for videos that is repeated under its Idempotency-Key makes nothing new."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from inference.server.store import NewItem, NewPhoto, Once
+from tests.server.harness import KEY, app_client, config, jpeg
+
+
+@pytest.fixture
+def client(tmp_path):
+    """A client with the key."""
+    with app_client(config(tmp_path), authorization=f"Worker {KEY}") as client:
+        yield client
+
+
+def submit(client, key, photo=None, **form):
+    """Asks for videos under a key."""
+    files = {"photo": ("a.jpg", photo or jpeg(), "image/jpeg")}
+    return client.post("/api/tasks", data=form, files=files, headers={"idempotency-key": key} if key else {})
+
+
+def everything(client, tmp_path):
+    """What there is: tasks, groups, objects."""
+    tasks = client.get("/api/tasks").json()["data"]["items"]
+    groups = client.get("/api/groups").json()["data"]["groups"]
+    objects = [file for file in (tmp_path / "objects").rglob("*") if file.is_file()]
+    return len(tasks), len(groups), len(objects)
+
+
+def test_the_same_request_makes_its_tasks_once(client, tmp_path):
+    """A lost answer is asked for again: the same tasks, as they are now. Another key, or none, makes new ones."""
+    first = submit(client, "key-1", prompt="waves", count="2").json()["data"]
+    client.post(f"/api/tasks/{first['items'][0]['id']}/cancel")
+    again = submit(client, "key-1", prompt="waves", count="2")
+    assert again.status_code == 201
+    again = again.json()["data"]
+    assert (again["group_id"], again["photo_id"]) == (first["group_id"], first["photo_id"])
+    assert [task["id"] for task in again["items"]] == [task["id"] for task in first["items"]]
+    assert [task["status"] for task in again["items"]] == ["cancelled", "pending"]
+    assert everything(client, tmp_path) == (2, 1, 1)
+    for key in ("key-2", None, None):
+        assert submit(client, key, prompt="waves", count="2").status_code == 201
+    assert everything(client, tmp_path) == (8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "other", [{"prompt": "wind"}, {"seconds": "6"}, {"count": "2"}, {"group": "x"}, {"photo": jpeg(color="red")}]
+)
+def test_another_request_under_the_same_key_is_refused(client, tmp_path, other):
+    """It is a mistake of the client's, and nothing is made of it."""
+    submit(client, "key", prompt="waves")
+    answer = submit(client, "key", **{"prompt": "waves"} | other)
+    assert answer.status_code == 409
+    assert "came with another request" in answer.json()["error"]
+    assert everything(client, tmp_path) == (1, 1, 1)
+
+
+def test_a_request_that_failed_does_not_use_its_key(client, tmp_path):
+    """Corrected, it may be sent under the same."""
+    assert submit(client, "key", photo=b"no photo").status_code == 400
+    assert submit(client, "key").status_code == 201
+    assert everything(client, tmp_path) == (1, 1, 1)
+
+
+def test_what_was_deleted_since_is_not_made_again(client):
+    """The answer that comes late says so."""
+    item = submit(client, "key").json()["data"]["items"][0]["id"]
+    client.delete(f"/api/tasks/{item}")
+    answer = submit(client, "key")
+    assert answer.status_code == 409
+    assert "deleted since" in answer.json()["error"]
+
+
+def test_requests_at_once_make_their_tasks_once(tmp_path):
+    """Four at the same moment, as from an impatient client: one of them makes the tasks, all are told of them."""
+    with app_client(config(tmp_path), authorization=f"Worker {KEY}") as client:
+        with ThreadPoolExecutor(4) as pool:
+            answers = [answer.json()["data"] for answer in pool.map(lambda _: submit(client, "key"), range(4))]
+        assert len({answer["items"][0]["id"] for answer in answers}) == 1
+        assert everything(client, tmp_path) == (1, 1, 1)
+
+
+def test_a_key_is_taken_once_on_each_database(sql):
+    """Whoever comes second waits for the first, and gets what it made; the key outlives the connection."""
+    once = Once("key", "fingerprint")
+
+    def add(number):
+        return sql.store.add(NewPhoto(f"group-{number}", f"photo-{number}"), [NewItem(), NewItem()], once)
+
+    with ThreadPoolExecutor(4) as pool:
+        made = [[item.id for item in items] for items in pool.map(add, range(4))]
+    assert len({tuple(ids) for ids in made}) == 1
+    assert [item.id for item in sql.store.made_by(once)] == made[0]
+    assert len(sql.store.list_items()) == 2
+    assert len(sql.store.list_groups()) == 2  # one is the fixture's
+    sql.store.forget_keys(60)
+    assert sql.store.made_by(once)
+    sql.store.forget_keys(-60)
+    assert sql.store.made_by(once) == []
