@@ -297,13 +297,19 @@ class Settings(LoadableSettings):
             raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
         return value
 
-    @field_validator("api_key", "runway_key", "runpod_key")
+    @field_validator("api_key", "runway_key", "runpod_key", "hf_token", "bucket_key_id", "bucket_secret", mode="before")
     @classmethod
-    def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        key = value.get_secret_value() if value else ""
-        if not key.isascii() or not key.isprintable():
-            raise ValueError("has to be printable ASCII")
-        return value
+    def _fits_into_a_header(cls, value: object) -> object:
+        """Keys are copied with a line break or a blank around them, which no header can carry and no key has."""
+        key = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not isinstance(key, str):
+            return value
+        key = key.strip()
+        if not key:
+            raise ValueError("has only blanks: leave it out, or set it to the key")
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError("has to be printable ASCII without blanks")
+        return key
 
     @field_validator("wan_preset")
     @classmethod

@@ -82,6 +82,15 @@ FOREIGN = (
 )
 """All that httpx, anyio and the operating system raise here."""
 
+QUOTES_WHAT_WAS_SENT = (httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError)
+"""Foreign exceptions whose words repeat part of a request: `Illegal header value b'Bearer …'`."""
+
+
+def reason_of(error: Exception) -> str:
+    """What a foreign exception says; only its name where it could say a key."""
+    said = "" if isinstance(error, QUOTES_WHAT_WAS_SENT) else str(error)
+    return said or type(error).__name__
+
 
 def redact(url: str) -> str:
     """scheme://host/path of a URL, for logs and errors: no query, userinfo or fragment. Never raises."""
