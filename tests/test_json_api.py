@@ -149,5 +149,5 @@ async def test_it_is_closed_even_when_its_user_is_cancelled():
 async def test_a_key_that_no_header_can_carry_is_not_told():
     """Whoever refuses it shows it escaped, in which it is not found and taken out."""
     async with listening() as (url, _):
-        error = await unanswered(url, key="sek\x07ret")
+        error = await unanswered(url, key="sek\nret")
     assert str(error) == "127.0.0.1: LocalProtocolError"
