@@ -18,6 +18,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.schema import CreateColumn
 
+from inference import private
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
 from inference.server.schema import metadata
 from inference.server.statements import Statement
@@ -255,9 +256,12 @@ def _open_postgresql(url: URL) -> Engine:
 def _open_sqlite(url: URL) -> Engine:
     file = Path(url.database or "")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private.make_file(file)  # SQLite gives new files beside it the same rights
+        for suffix in ("-wal", "-shm"):
+            private.close(file.with_name(file.name + suffix))
     except OSError as error:
-        raise QueueUnavailable(f"the folder of the database cannot be made: {error.strerror}") from None
+        raise QueueUnavailable(f"the database file cannot be made: {error.strerror}") from None
     engine = create_engine(
         url,
         paramstyle="named",

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Literal
 
+from inference import private
 from inference.errors import (
     DiskFull,
     I2VError,
@@ -79,10 +80,10 @@ class ObjectStore:
 
     def __init__(self, folder: Path) -> None:
         with _mapped():
-            folder.mkdir(parents=True, exist_ok=True)
+            private.make_folder(folder, "*")
             self._folder = folder.resolve()
             self._incoming = self._folder / INCOMING
-            self._incoming.mkdir(exist_ok=True)
+            private.make_folder(self._incoming, "*")
             for left in self._incoming.iterdir():
                 if time.time() - left.stat().st_mtime > STALE_S:
                     left.unlink(missing_ok=True)
@@ -126,9 +127,8 @@ class ObjectStore:
                 raise StorageRefused("an object cannot have this name")
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                private.make_folder(target.parent, "*")
                 os.link(file.name, target)  # unlike rename, refuses to replace
             except FileExistsError:
                 raise ObjectExists(f"{name} exists already") from None
