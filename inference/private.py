@@ -19,7 +19,7 @@ def make_folder(path: Path, *ours: str) -> None:
     that holds other things, too, and that others have to read.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if all(any(fnmatch(name, pattern) for pattern in ours) for name in os.listdir(path)):  # noqa: PTH208 - names
+    if ours and all(any(fnmatch(name, pattern) for pattern in ours) for name in os.listdir(path)):  # noqa: PTH208 - names
         close(path)
 
 

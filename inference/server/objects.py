@@ -80,10 +80,11 @@ class ObjectStore:
 
     def __init__(self, folder: Path) -> None:
         with _mapped():
-            private.make_folder(folder, "*")
+            folder.mkdir(parents=True, exist_ok=True)
+            private.close(folder)  # and with it all that is in it
             self._folder = folder.resolve()
             self._incoming = self._folder / INCOMING
-            private.make_folder(self._incoming, "*")
+            self._incoming.mkdir(exist_ok=True)
             for left in self._incoming.iterdir():
                 if time.time() - left.stat().st_mtime > STALE_S:
                     left.unlink(missing_ok=True)
@@ -128,7 +129,7 @@ class ObjectStore:
             file.flush()
             os.fsync(file.fileno())
             try:
-                private.make_folder(target.parent, "*")
+                target.parent.mkdir(parents=True, exist_ok=True)
                 os.link(file.name, target)  # unlike rename, refuses to replace
             except FileExistsError:
                 raise ObjectExists(f"{name} exists already") from None
