@@ -11,12 +11,13 @@ import textwrap
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from inference.engines.runway_models import MODELS
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
-from inference.network import safe_for_a_key
+from inference.network import flaw_in, safe_for_a_key
 from inference.queues.lifeisshort_wire import worker_api_url
 from inference.settings_base import LoadableSettings, names_of, setting
 
@@ -260,10 +261,15 @@ class Settings(LoadableSettings):
     @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook")
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
-        scheme, _, rest = (value or "https://x").strip().partition("://")
-        if scheme.lower() not in ("http", "https") or not rest.strip("/"):
-            raise ValueError("has to be a URL such as https://app.example.com")
-        return value.strip() if value else None
+        if not value:
+            return None
+        try:
+            flaw = flaw_in(httpx.URL(value.strip()))
+        except (httpx.InvalidURL, UnicodeError):
+            flaw = "not a URL"
+        if flaw:
+            raise ValueError(f"has to be a URL such as https://app.example.com: {flaw}")
+        return value.strip()
 
     @field_validator("api_url")
     @classmethod

@@ -24,6 +24,7 @@ from inference.errors import (
     StorageRefused,
     StorageUnavailable,
     UrlExpired,
+    UrlMalformed,
     one_line,
 )
 
@@ -150,9 +151,11 @@ def mapped(error: Exception, url: str) -> I2VError:
     where, what = redact(url), _scrub(f"{type(error).__name__} {error}", url)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return DiskFull(f"cannot keep {where} here: {error.strerror}")
-    if isinstance(error, TRANSIENT) and not isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | UnicodeError):
+        return UrlMalformed(f"{where}: {what}")
+    if isinstance(error, TRANSIENT) and not isinstance(error, httpx.LocalProtocolError):
         return StorageUnavailable(f"{where}: {what}")
-    return StorageRefused(f"{where}: {what}")  # a URL nobody can parse, a file that is not there
+    return StorageRefused(f"{where}: {what}")  # such as a file that is not there
 
 
 def _scrub(text: str, url: str) -> str:

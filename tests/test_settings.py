@@ -90,6 +90,17 @@ def test_the_example_lists_every_setting_with_its_default():
         assert f"# {field.validation_alias.choices[0]}=" in example()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["VERCEL_API_URL", "I2V_PUBLIC_URL", "BUCKET_ENDPOINT_URL", "I2V_RUNPOD_WEBHOOK", "I2V_RUNWAY_URL"],
+)
+def test_a_port_that_there_is_not_is_told(monkeypatch, name):
+    """Before anything connects there, which ends in a traceback."""
+    monkeypatch.setenv(name, "https://app.example.com:99999")
+    with pytest.raises(SettingsError, match=f"^{name}: .*there is no port 99999$"):
+        Settings.load()
+
+
 KEYS = ["WORKER_API_KEY", "RUNWAYML_API_SECRET", "RUNPOD_API_KEY", "HF_TOKEN"]
 KEYS += ["BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"]
 
