@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
+from inference import private
 from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
 from inference.engines.runway import RunwayEngine
@@ -255,7 +256,7 @@ def build_server_config(settings: Settings) -> "ServerConfig":
         from inference.server.config import ServerConfig  # noqa: PLC0415
     data_dir = settings.data_dir.absolute()
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        private.make_folder(data_dir, "queue.db*", "signing.key", "objects")
         signing_secret = _signing_secret(data_dir / "signing.key")
     except OSError as error:
         raise DiskFull(f"I2V_DATA_DIR: {data_dir} cannot be written: {error.strerror}") from None
@@ -287,6 +288,7 @@ def _signing_secret(path: Path) -> str:
             os.fsync(file.fileno())
             with suppress(FileExistsError):
                 os.link(file.name, path)
+    private.close(path)
     secret = path.read_text().strip()
     if len(secret) < SIGNING_SECRET_CHARS:
         raise SettingsError(f"{path} holds no signing secret; remove it, and a new one is made")

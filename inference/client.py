@@ -12,6 +12,7 @@ from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused
 from inference.progress import Progress, Sink
 from inference.queues.lifeisshort_wire import may_be_proxied, worker_api_url
 from inference.storage import Storage
+from inference.storage_errors import FOREIGN, reason_of
 
 TIMEOUT_S = 30.0
 
@@ -133,12 +134,12 @@ class QueueClient:
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
         try:
             response = await self._client.request(method, path, **options)
-            answer = response.json()
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
+        except FOREIGN as error:
             unavailable = _Unreachable if isinstance(error, httpx.ConnectError) else QueueUnavailable
-            raise unavailable(f"no queue answers at {self._client.base_url}: {reason}") from None
-        except ValueError:
+            raise unavailable(f"no queue answers at {self._client.base_url}: {reason_of(error)}") from None
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
             answer = None
         if isinstance(answer, dict) and answer.get("success") is True:
             return answer.get("data")

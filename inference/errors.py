@@ -22,6 +22,7 @@
     │   ├── ObjectMissing     T  no such object
     │   ├── ObjectTooLarge    T  over a byte limit, ours or the storage's
     │   ├── StorageRefused       any other refusal: signature, media type
+    │   │   └── UrlMalformed  T  a URL that nobody can follow: another scheme, no such port
     │   └── AddressRefused   HS  the URL leads where this worker's settings do not let it go
     ├── MediaError
     │   ├── InvalidPhoto      T  not a photo we can use; says why
@@ -172,6 +173,12 @@ class ObjectTooLarge(StorageError):
 
 class StorageRefused(StorageError):
     """The storage refused for a reason that repeating cannot cure."""
+
+
+class UrlMalformed(StorageRefused):
+    """Whoever handed out the URL, or redirected to it, named no place that could be asked."""
+
+    task_at_fault = True
 
 
 class AddressRefused(StorageError):

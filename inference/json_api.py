@@ -8,7 +8,7 @@ import anyio
 import httpx
 
 from inference.errors import one_line
-from inference.storage_errors import FOREIGN
+from inference.storage_errors import FOREIGN, reason_of
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_SAID_CHARS = 300
@@ -84,7 +84,7 @@ class JsonApi(Generic[A]):
             with anyio.fail_after(limit_s or self._limit_s):
                 response = await self._client.request(method, path, json=body)
         except FOREIGN as error:
-            why = self._clean(f"{self._client.base_url.host}: {str(error) or type(error).__name__}")
+            why = self._clean(f"{self._client.base_url.host}: {reason_of(error)}")
             raise Unanswered(why, sent=not isinstance(error, NEVER_SENT)) from None
         try:
             payload = response.json()

@@ -3,15 +3,18 @@
 import logging
 import logging.handlers
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 import structlog
 from structlog.typing import Processor
 
+from inference import private
 from inference.progress import Progress, Sink
 
 log = structlog.get_logger(__name__)
 
+LOG_FILE = "i2v.log"
 LOG_FILE_BYTES = 10_000_000
 LOG_FILES_KEPT = 5
 
@@ -32,10 +35,10 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
     terminal.setFormatter(_formatter(shared, as_json=as_json))
     handlers: list[logging.Handler] = [terminal]
     if log_dir:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.handlers.RotatingFileHandler(
-            log_dir / "i2v.log", maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8"
-        )
+        private.make_folder(log_dir, f"{LOG_FILE}*")
+        for kept in log_dir.glob(f"{LOG_FILE}*"):
+            private.close(kept)
+        file = _PrivateFile(log_dir / LOG_FILE, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
         file.setFormatter(_formatter(shared, as_json=True))
         handlers.append(file)
     logging.basicConfig(handlers=handlers, level=level.upper(), force=True)
@@ -53,6 +56,14 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+class _PrivateFile(logging.handlers.RotatingFileHandler):
+    """A log file that nobody else may read: prompts and storage paths are in it."""
+
+    def _open(self) -> TextIOWrapper:
+        private.make_file(Path(self.baseFilename))
+        return super()._open()
 
 
 def stages(item_id: str) -> Sink:

@@ -25,6 +25,8 @@ EARLY_ANSWER_S = 0.05
 """How long to read from a connection that became readable before the request was sent. Long enough for bytes
 that are here already; TLS session tickets also make it readable, once, and carry nothing to read."""
 
+MAX_PORT = 65_535
+
 NOT_FOR_US = (
     ipaddress.IPv4Network("192.0.0.0/24"),  # IETF assignments; Oracle Cloud metadata at .192; Python calls it global
     # Azure's platform, credentials included, behind an address that counts as public
@@ -57,6 +59,15 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
+def flaw_in(url: httpx.URL) -> str | None:
+    """Why nobody can connect to an address; None where somebody might."""
+    if url.scheme not in ("http", "https") or not url.host:
+        return "neither http nor https"
+    if url.port is not None and not 0 < url.port <= MAX_PORT:
+        return f"there is no port {url.port}"
+    return None
+
+
 def safe_for_a_key(url: str) -> httpx.URL:
     """The URL of a service that a key is sent to.
 
@@ -68,6 +79,8 @@ def safe_for_a_key(url: str) -> httpx.URL:
         parsed = httpx.URL()
     if not parsed.host or parsed.scheme not in ("http", "https") or parsed.query or parsed.fragment or parsed.userinfo:
         raise SettingsError("must look like https://host, without query, fragment or user")
+    if flaw := flaw_in(parsed):
+        raise SettingsError(flaw)
     if parsed.scheme == "http" and not is_this_machine(parsed.host):
         raise SettingsError(f"must be https, since {parsed.host} is not this machine")
     return parsed

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import anyio.lowlevel
 import anyio.to_thread
 
+from inference import private
 from inference.errors import RecordsUnavailable
 
 T = TypeVar("T")
@@ -119,7 +120,8 @@ class SqliteRecords:
 
         def transaction() -> T:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                private.make_folder(self._path.parent, f"{self._path.name}*", "dispatch-*.lock")
+                private.make_file(self._path)  # SQLite gives the files beside it the same rights
                 connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
                 try:
                     connection.execute("PRAGMA synchronous = FULL")  # an intent that a power cut undoes was none

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import structlog
 
-from inference import fleet
+from inference import fleet, private
 from inference.board import Board, PoolName
 from inference.dispatch import Containers
 from inference.errors import EngineError, I2VError, PoolUnavailable, RecordsUnavailable
@@ -165,7 +165,8 @@ def alone(settings: Settings) -> Iterator[bool]:
     """
     path = settings.ledger_path.with_name(f"dispatch-{settings.runpod_endpoint_id}.lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private.make_folder(path.parent)
+        private.make_file(path)
         file = path.open("w")
     except OSError as error:
         raise RecordsUnavailable(f"I2V_LEDGER: {path} cannot be written: {error.strerror}") from None

@@ -9,6 +9,7 @@ import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from inference.errors import InvalidRequest, InvalidTask, one_line
+from inference.network import flaw_in
 from inference.queues.lifeisshort_wire import StoragePath, parse_task
 from inference.task import (
     MAX_PROMPT_CHARS,
@@ -46,8 +47,8 @@ def _is_http(url: str) -> str:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError):
         parsed = httpx.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError("has to be a URL that starts with https:// or http://")
+    if flaw_in(parsed):
+        raise ValueError("has to be a URL that starts with https:// or http://, with a port that there is")
     return url
 
 

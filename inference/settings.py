@@ -11,12 +11,13 @@ import textwrap
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
+import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from inference.engines.runway_models import MODELS
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
-from inference.network import safe_for_a_key
+from inference.network import flaw_in, safe_for_a_key
 from inference.queues.lifeisshort_wire import worker_api_url
 from inference.settings_base import LoadableSettings, names_of, setting
 
@@ -265,10 +266,15 @@ class Settings(LoadableSettings):
     @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook")
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
-        scheme, _, rest = (value or "https://x").strip().partition("://")
-        if scheme.lower() not in ("http", "https") or not rest.strip("/"):
-            raise ValueError("has to be a URL such as https://app.example.com")
-        return value.strip() if value else None
+        if not value:
+            return None
+        try:
+            flaw = flaw_in(httpx.URL(value.strip()))
+        except (httpx.InvalidURL, UnicodeError):
+            flaw = "not a URL"
+        if flaw:
+            raise ValueError(f"has to be a URL such as https://app.example.com: {flaw}")
+        return value.strip()
 
     @field_validator("api_url")
     @classmethod
@@ -302,13 +308,19 @@ class Settings(LoadableSettings):
             raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
         return value
 
-    @field_validator("api_key", "runway_key", "runpod_key")
+    @field_validator("api_key", "runway_key", "runpod_key", "hf_token", "bucket_key_id", "bucket_secret", mode="before")
     @classmethod
-    def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        key = value.get_secret_value() if value else ""
-        if not key.isascii() or not key.isprintable():
-            raise ValueError("has to be printable ASCII")
-        return value
+    def _fits_into_a_header(cls, value: object) -> object:
+        """Keys are copied with a line break or a blank around them, which no header can carry and no key has."""
+        key = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if not isinstance(key, str):
+            return value
+        key = key.strip()
+        if not key:
+            raise ValueError("has only blanks: leave it out, or set it to the key")
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError("has to be printable ASCII without blanks")
+        return key
 
     @field_validator("wan_preset")
     @classmethod

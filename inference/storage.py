@@ -19,14 +19,14 @@ import httpcore
 import httpx
 
 from inference.errors import (
-    AddressRefused,
     I2VError,
     ObjectTooLarge,
     SettingsError,
     StorageRefused,
     StorageUnavailable,
+    UrlMalformed,
 )
-from inference.network import GuardedNetwork, GuardedTransport
+from inference.network import GuardedNetwork, GuardedTransport, flaw_in
 from inference.storage_errors import FOREIGN, mapped, media_type, redact, refusal, said_by
 
 __all__ = ["Storage", "redact"]
@@ -63,7 +63,7 @@ class Storage:
         max_download_bytes: int = 50_000_000,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        trusted = {_endpoint(origin) for origin in trusted_origins}
+        trusted = {_trusted(origin) for origin in trusted_origins}
         self._max_download_bytes = max_download_bytes
         self._network = GuardedNetwork(trusted=trusted, allow_private=allow_private)
         self._transport = transport or GuardedTransport(self._network)
@@ -81,9 +81,9 @@ class Storage:
     async def check(self, url: str) -> None:
         """Looks whether a URL leads where a worker may go, and sends nothing there.
 
-        Raises AddressRefused, StorageUnavailable where its host cannot be found.
+        Raises AddressRefused, UrlMalformed, StorageUnavailable where its host cannot be found.
         """
-        host, port = _endpoint(url)
+        host, port = _endpoint(_parsed(url))
         try:
             await self._network.addresses(host, port)
         except httpcore.ConnectError as error:
@@ -177,8 +177,8 @@ class Storage:
 
     @asynccontextmanager
     async def _answer(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-        if request.url.scheme not in ("http", "https") or not request.url.host:
-            raise AddressRefused(f"{redact(str(request.url))}: neither http nor https")
+        if flaw := flaw_in(request.url):
+            raise UrlMalformed(f"{redact(str(request.url))}: {flaw}")
         response = await self._transport.handle_async_request(request)
         response.request = request
         try:
@@ -249,13 +249,26 @@ def _declared_bytes(response: httpx.Response) -> int | None:
     return int(length) if re.fullmatch("[0-9]{1,15}", length) else None
 
 
-def _endpoint(origin: str) -> tuple[str, int]:
+def _trusted(origin: str) -> tuple[str, int]:
     try:
-        url = httpx.URL(origin)
+        return _endpoint(_parsed(origin))
+    except UrlMalformed:
+        raise SettingsError(
+            f"{redact(origin)}: a trusted origin looks like https://host or https://host:port"
+        ) from None
+
+
+def _parsed(url: str) -> httpx.URL:
+    try:
+        parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError):
-        url = httpx.URL()
-    if url.scheme not in ("http", "https") or not url.host:
-        raise SettingsError(f"{redact(origin)}: a trusted origin looks like https://host or https://host:port")
+        parsed = httpx.URL()
+    if flaw := flaw_in(parsed):
+        raise UrlMalformed(f"{redact(url)}: {flaw}")
+    return parsed
+
+
+def _endpoint(url: httpx.URL) -> tuple[str, int]:
     return url.raw_host.decode(), url.port or (443 if url.scheme == "https" else 80)
 
 

@@ -24,6 +24,7 @@ from inference.errors import (
     StorageRefused,
     StorageUnavailable,
     UrlExpired,
+    UrlMalformed,
     one_line,
 )
 
@@ -81,6 +82,15 @@ FOREIGN = (
     UnicodeError,
 )
 """All that httpx, anyio and the operating system raise here."""
+
+QUOTES_WHAT_WAS_SENT = (httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError)
+"""Foreign exceptions whose words repeat part of a request: `Illegal header value b'Bearer …'`."""
+
+
+def reason_of(error: Exception) -> str:
+    """What a foreign exception says; only its name where it could say a key."""
+    said = "" if isinstance(error, QUOTES_WHAT_WAS_SENT) else str(error)
+    return said or type(error).__name__
 
 
 def redact(url: str) -> str:
@@ -141,9 +151,11 @@ def mapped(error: Exception, url: str) -> I2VError:
     where, what = redact(url), _scrub(f"{type(error).__name__} {error}", url)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return DiskFull(f"cannot keep {where} here: {error.strerror}")
-    if isinstance(error, TRANSIENT) and not isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | UnicodeError):
+        return UrlMalformed(f"{where}: {what}")
+    if isinstance(error, TRANSIENT) and not isinstance(error, httpx.LocalProtocolError):
         return StorageUnavailable(f"{where}: {what}")
-    return StorageRefused(f"{where}: {what}")  # a URL nobody can parse, a file that is not there
+    return StorageRefused(f"{where}: {what}")  # such as a file that is not there
 
 
 def _scrub(text: str, url: str) -> str:

@@ -11,9 +11,20 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "inference").rglob("*.py"))
 
 LAYERS = [
-    {"errors"},
+    {"errors", "private"},
     {"task"},
-    {"progress", "media", "network", "storage", "storage_errors", "scratch", "records", "bucket", "presigned"},
+    {
+        "progress",
+        "media",
+        "network",
+        "storage",
+        "storage_errors",
+        "scratch",
+        "private",
+        "records",
+        "bucket",
+        "presigned",
+    },
     {"ledger", "json_api"},
     {"queues", "engines"},
     {"keeper", "seat", "snapshots", "runpod_wire"},

@@ -148,3 +148,11 @@ async def test_waiting_outlasts_a_server_that_is_started_again(url, photo, monke
         away += [QueueUnavailable("away")] * 100
         with pytest.raises(QueueUnavailable):
             await client.until_ended(task["id"], seen.append)
+
+
+async def test_a_key_that_no_header_can_carry_is_not_told(url):
+    """The words of whoever refuses it would be `Illegal header value b'Worker sekret '`."""
+    async with QueueClient(url, "sekret ") as client:
+        with pytest.raises(QueueUnavailable, match="LocalProtocolError") as caught:
+            await client.tasks()
+    assert "sekret" not in str(caught.value)

@@ -124,7 +124,7 @@ async def test_no_error_tells_the_key(key, said):
     """Nor is anything taken out where there is none."""
 
     def break_down(_):
-        raise httpx.LocalProtocolError(f"bad\n{KEY} there")
+        raise httpx.RemoteProtocolError(f"bad\n{KEY} there")
 
     error = await unanswered("https://api.example", key=key, transport=httpx.MockTransport(break_down))
     assert str(error) == said
@@ -144,3 +144,10 @@ async def test_it_is_closed_even_when_its_user_is_cancelled():
             scope.cancel()
             await anyio.lowlevel.checkpoint()
     assert closed == [True]
+
+
+async def test_a_key_that_no_header_can_carry_is_not_told():
+    """Whoever refuses it shows it escaped, in which it is not found and taken out."""
+    async with listening() as (url, _):
+        error = await unanswered(url, key="sek\nret")
+    assert str(error) == "127.0.0.1: LocalProtocolError"

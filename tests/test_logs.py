@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import httpx
 import pytest
@@ -77,6 +78,25 @@ def test_a_file_is_written_besides(capsys, tmp_path):
     assert '{"' not in capsys.readouterr().err
     [line] = lines((tmp_path / "new" / "logs" / "i2v.log").read_text())
     assert line["event"] == "lease_started"
+
+
+def test_a_file_is_for_this_user_alone(tmp_path, monkeypatch):
+    """Prompts and paths are in it. The current one, those before it, and what an earlier version left open."""
+    monkeypatch.setattr(logs, "LOG_FILE_BYTES", 200)
+    folder = tmp_path / "logs"
+    for _ in range(2):
+        before = os.umask(0)
+        try:
+            logs.configure("info", log_dir=folder)
+            for _ in range(3):
+                structlog.get_logger().info("lease_started", prompt="x" * 200)
+        finally:
+            os.umask(before)
+        kept = [folder, *folder.iterdir()]
+        assert len(kept) > 3
+        assert not [path for path in kept if path.stat().st_mode & 0o077]
+        for path in kept:
+            path.chmod(0o777 if path.is_dir() else 0o666)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):

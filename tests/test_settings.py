@@ -88,3 +88,37 @@ def test_the_example_lists_every_setting_with_its_default():
     assert (ROOT / ".env.example").read_text() == example()
     for field in Settings.model_fields.values():
         assert f"# {field.validation_alias.choices[0]}=" in example()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["VERCEL_API_URL", "I2V_PUBLIC_URL", "BUCKET_ENDPOINT_URL", "I2V_RUNPOD_WEBHOOK", "I2V_RUNWAY_URL"],
+)
+def test_a_port_that_there_is_not_is_told(monkeypatch, name):
+    """Before anything connects there, which ends in a traceback."""
+    monkeypatch.setenv(name, "https://app.example.com:99999")
+    with pytest.raises(SettingsError, match=f"^{name}: .*there is no port 99999$"):
+        Settings.load()
+
+
+KEYS = ["WORKER_API_KEY", "RUNWAYML_API_SECRET", "RUNPOD_API_KEY", "HF_TOKEN"]
+KEYS += ["BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"]
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_is_taken_without_the_blanks_around_it(monkeypatch, name):
+    """Copied from a page it has some; within it they are a mistake, which is told without the key."""
+    [field] = [field for field, it in Settings.model_fields.items() if name in it.validation_alias.choices]
+    monkeypatch.setenv(name, " sekret\r\n")
+    key = getattr(Settings.load(), field)
+    assert (key if isinstance(key, str) else key.get_secret_value()) == "sekret"
+    for wrong, says in (
+        ("sek ret", "without blanks"),
+        ("sek\tret", "ASCII"),
+        ("sekrét", "ASCII"),
+        ("  ", "leave it out"),
+    ):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(SettingsError, match=f"^{name}: .*{says}") as caught:
+            Settings.load()
+        assert "sek" not in str(caught.value)

@@ -33,6 +33,7 @@ from inference.errors import (
     StorageRefused,
     StorageUnavailable,
     UrlExpired,
+    UrlMalformed,
 )
 from inference.network import DuplexStream, GuardedNetwork, is_public
 from inference.storage import Storage, redact
@@ -617,7 +618,7 @@ async def test_no_exception_of_httpx_escapes(tmp_path, kind):
         (anyio.ClosedResourceError(), StorageUnavailable),
         (anyio.EndOfStream(), StorageUnavailable),
         (ssl.SSLError(1, "bad record mac"), StorageUnavailable),
-        (UnicodeError(), StorageRefused),
+        (UnicodeError(), UrlMalformed),
     ],
 )
 def test_other_exceptions_are_mapped(error, expected):
@@ -771,8 +772,26 @@ async def test_this_machine_is_refused_however_it_is_spelled(tmp_path, video, ho
 @pytest.mark.parametrize("url", ["ftp://8.8.8.8/x", "file:///etc/passwd", "//8.8.8.8/x", "data:image/png,x"])
 async def test_only_http(tmp_path, url):
     """No other scheme, whatever the transport would do with it."""
-    with pytest.raises(AddressRefused, match="neither http nor https"):
+    with pytest.raises(UrlMalformed, match="neither http nor https"):
         await answering(200, b"x").download(url, tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://8.8.8.8:99999/x", "https://8.8.8.8:0/x", "http://8.8.8.8:port/x", "http://[::1/x"]
+)
+async def test_a_url_that_nobody_can_follow_is_the_task_s_fault(tmp_path, video, url):
+    """Not the machine's, which would stop after three of them: as an address, as a redirect, before it is needed."""
+    redirecting = Storage(transport=httpx.MockTransport(lambda _: httpx.Response(307, headers={"Location": url})))
+    async with Storage() as storage:
+        for ask in (
+            lambda: storage.download(url, tmp_path / "photo.jpg"),
+            lambda: storage.upload(url, video),
+            lambda: storage.check(url),
+            lambda: redirecting.download(URL, tmp_path / "photo.jpg"),
+        ):
+            with pytest.raises(StorageRefused) as caught:
+                await ask()
+            assert caught.value.task_at_fault
 
 
 async def test_a_redirect_leads_nowhere_private(tmp_path):

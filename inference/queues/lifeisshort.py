@@ -45,7 +45,7 @@ from inference.queues.lifeisshort_wire import (
     worker_api_url,
 )
 from inference.storage import Storage
-from inference.storage_errors import FOREIGN
+from inference.storage_errors import FOREIGN, reason_of
 from inference.task import Lease, Video, explain
 
 __all__ = ["LifeIsShortQueue", "parse_task"]
@@ -295,8 +295,7 @@ class LifeIsShortQueue:
             with anyio.fail_after(self._request_timeout_s):  # httpx's own limit is per read
                 response = await self._client.post(call, json=body)
         except FOREIGN as error:
-            reason = str(error) or type(error).__name__
-            raise QueueUnavailable(f"{call}: {self._client.base_url.host}: {self._clean(reason)}") from None
+            raise QueueUnavailable(f"{call}: {self._client.base_url.host}: {self._clean(reason_of(error))}") from None
         try:
             payload = response.json()
         except (ValueError, RecursionError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO, Literal
 
+from inference import private
 from inference.errors import (
     DiskFull,
     I2VError,
@@ -88,6 +89,7 @@ class ObjectStore:
     def __init__(self, folder: Path) -> None:
         with _mapped():
             folder.mkdir(parents=True, exist_ok=True)
+            private.close(folder)  # and with it all that is in it
             self._folder = folder.resolve()
             self._incoming = self._folder / INCOMING
             self._incoming.mkdir(exist_ok=True)
@@ -138,7 +140,6 @@ class ObjectStore:
                 raise StorageRefused("an object cannot have this name")
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
             try:
                 _link(file.name, target)
             except FileExistsError:

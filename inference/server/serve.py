@@ -4,6 +4,8 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -14,6 +16,7 @@ from anyio.abc import TaskStatus
 from inference.errors import SettingsError
 from inference.server.api import create_app
 from inference.server.config import ServerConfig
+from inference.server.connections import BACKLOG, Connection, Crowd, Patience, affordable, told_briefly
 from inference.server.guard import is_loopback
 
 GRACE_S = 5
@@ -44,6 +47,7 @@ async def serve(
     host: str,
     port: int,
     *,
+    patience: Patience = Patience(),  # noqa: B008 - frozen
     task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until cancelled, then lets requests under way finish for GRACE_S. On asyncio: uvicorn knows no other.
@@ -60,9 +64,13 @@ async def serve(
     listener = _listen(host, port)
     try:
         app = await anyio.to_thread.run_sync(create_app, config)
+        crowd = Crowd(replace(patience, connections=affordable(patience.connections)))
         server = _Server(
             uvicorn.Config(
                 app,
+                http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # it is called as the class would be
+                ws="none",  # no route speaks it
+                backlog=BACKLOG,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -70,13 +78,14 @@ async def serve(
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_stop_when_cancelled, server)
-            tasks.start_soon(_announce, server, listener, task_status)
-            # Not to be cancelled: told to exit, it closes connections and ends the application in order.
-            with anyio.CancelScope(shield=True):
-                await server.serve(sockets=[listener])
-            tasks.cancel_scope.cancel()
+        with told_briefly():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_stop_when_cancelled, server)
+                tasks.start_soon(_announce, server, listener, task_status)
+                # Not to be cancelled: told to exit, it closes connections and ends the application in order.
+                with anyio.CancelScope(shield=True):
+                    await server.serve(sockets=[listener])
+                tasks.cancel_scope.cancel()
     finally:
         listener.close()
 
@@ -98,7 +107,7 @@ async def _stop_when_cancelled(server: _Server) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error.strerror
         raise SettingsError(

@@ -101,6 +101,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
     """The routes of the object storage."""
     routes = APIRouter(tags=["storage"])
 
+    @routes.head(DOWNLOAD_PREFIX + "{bucket}/{path:path}", include_in_schema=False)
     @routes.get(
         DOWNLOAD_PREFIX + "{bucket}/{path:path}",
         response_class=FileResponse,

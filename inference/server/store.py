@@ -102,8 +102,9 @@ class Store:
         self._database.close()
 
     def check(self) -> None:
-        """Raises QueueUnavailable where the database cannot be written to."""
+        """Raises QueueUnavailable where the database cannot be written to, or its file is damaged."""
         self._database.write(statements.CHECK)
+        self._database.examine()
 
     # ------------------------------------------------------------ people
 

@@ -943,6 +943,8 @@ async def test_this_machine_is_not_looked_for_behind_a_proxy(monkeypatch):
         "https://u:p@h",
         "https://h?x",
         "https://[::1",
+        "https://h:99999",
+        "http://127.0.0.1:65536",
     ],
 )
 def test_addresses_the_key_must_not_travel_to(url):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ KEY = "test-key"
 
 
 @contextmanager
-def running_server(config: ServerConfig, host: str = "127.0.0.1") -> Iterator[str]:
+def running_server(config: ServerConfig, host: str = "127.0.0.1", **options: Any) -> Iterator[str]:
     """The base URL of a server that runs in a thread for as long as the context."""
     with start_blocking_portal() as portal:
-        stopped, (bound, port) = portal.start_task(serve, config, host, 0)
+        stopped, (bound, port) = portal.start_task(partial(serve, **options), config, host, 0)
         try:
             yield f"http://{bound}:{port}"
         finally:

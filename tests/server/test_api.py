@@ -1,6 +1,7 @@
 """The HTTP surface: the worker's contract to the letter, the client's half, who gets in."""
 
 import json
+import random
 import re
 import sqlite3
 from contextlib import closing
@@ -9,6 +10,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from tests.processes import until
 from tests.server.harness import KEY, app_client, config, jpeg
 
 ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -430,6 +432,26 @@ def test_a_database_that_is_gone_is_500_and_unhealthy(client, tmp_path):
         connection.execute("ALTER TABLE video_items RENAME TO elsewhere")
     refused(client.post("/api/worker/next-task", json={"worker_id": "w"}), 500, "try again")
     refused(client.get("/healthz"), 503)
+
+
+@pytest.mark.parametrize("first_byte", [0, 4096])
+def test_a_garbled_database_is_unhealthy(client, tmp_path, first_byte):
+    """Also where only rows are, which nothing reads until somebody asks for them."""
+    for _ in range(3):
+        create(client, count="20", prompt="x" * 4000)
+    assert client.get("/healthz").json()["success"]
+    file = tmp_path / "queue.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with file.open("r+b") as garbled:
+        garbled.seek(first_byte)
+        garbled.write(random.Random(0).randbytes(file.stat().st_size - first_byte))
+    answer = until(lambda: _unsound(client.get("/healthz")), 20, "it is noticed")  # what was found holds for a while
+    refused(answer, 503, "the database is")
+
+
+def _unsound(answer):
+    return answer if answer.status_code != 200 else None
 
 
 def test_secrets_do_not_show(tmp_path):

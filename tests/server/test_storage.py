@@ -71,6 +71,18 @@ def test_what_was_uploaded_is_downloaded(server):
     assert (part.status_code, part.content) == (206, body[10:20])
 
 
+def test_head_says_what_get_would(server):
+    """All but the bytes: what browsers and players ask before they load a video, and monitors of /healthz."""
+    httpx.put(upload_url(server, "videos/head.mp4"), content=b"x" * 1000, headers=VIDEO)
+    for url in (download_url(server, "videos/head.mp4"), f"{server}/healthz"):
+        got, said = httpx.get(url), httpx.head(url)
+        assert (said.status_code, said.content) == (200, b"")
+        for name in ("content-length", "content-type", "etag"):
+            assert said.headers.get(name) == got.headers.get(name)
+    assert httpx.head(download_url(server, "videos/none.mp4")).status_code == 400
+    assert httpx.head(download_url(server, "videos/head.mp4") + "x").status_code == 400
+
+
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
 def test_a_duplicate_is_answered_before_it_is_read(server, folder, connection):
     """A client that is still writing 12 MB gets the refusal all the same, and the first object stays."""

@@ -600,7 +600,7 @@ def test_a_path_that_leads_out(hub, fetch, tmp_path):
     assert not any("evil" in it.path for it in hub.requests)
 
 
-@pytest.mark.parametrize("endpoint", ["", "nowhere", "ftp://h", "http://[::1", "http://h:port"])
+@pytest.mark.parametrize("endpoint", ["", "nowhere", "ftp://h", "http://[::1", "http://h:port", "http://h:99999"])
 def test_what_is_no_address(fetch, endpoint):
     """In one line."""
     with pytest.raises(WeightsError, match=r"is not a URL|could not be reached"):

@@ -1,0 +1,158 @@
+"""Clients that owe the server something: how long they are waited for, and that they keep nobody else out."""
+
+import json
+import resource
+import socket
+import subprocess
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import httpx
+import pytest
+
+from inference.server.connections import Patience
+from tests.processes import I2V, environment
+from tests.server.harness import KEY, config, jpeg, running_server
+
+HALF = b"POST /api/worker/next-task HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Part: "
+"""A request whose header does not end."""
+
+BODY = HALF + f"\r\nAuthorization: Worker {KEY}\r\nContent-Length: 100\r\n\r\n{{".encode()
+"""A whole header, and one byte of a hundred."""
+
+SOON = Patience(header_s=0.3, stalled_s=0.3)
+
+
+def connect(url):
+    """A connection to the server, without a word."""
+    parsed = httpx.URL(url)
+    return socket.create_connection((parsed.host, parsed.port), timeout=10)
+
+
+def ends_within(connection, limit_s):
+    """Whether the server ends the connection, unasked."""
+    connection.settimeout(limit_s)
+    try:
+        return connection.recv(65_536) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+def is_answered(connection):
+    """Whether a whole request gets its answer."""
+    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}}"):
+        chunk = connection.recv(65_536)
+        assert chunk
+        answer += chunk
+    return answer.startswith(b"HTTP/1.1 200")
+
+
+@contextmanager
+def serving(folder, files):
+    """`i2v serve` as a process that may have so many files open; its URL, and what it logs."""
+    room = f'ulimit -n {files}; exec "$0" serve'
+    log = folder / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            ["bash", "-c", room, I2V], cwd=folder, env=environment(I2V_PORT=0, WORKER_API_KEY=KEY), stderr=stderr
+        )
+    try:
+        until = time.monotonic() + 20
+        while "the queue is open" not in log.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            threading.Event().wait(0.02)
+        [port] = [line["port"] for line in map(json.loads, log.read_text().splitlines()) if "port" in line]
+        yield f"http://127.0.0.1:{port}", log
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_a_thousand_half_requests_keep_nobody_out(tmp_path):
+    """More than the server may have open: whole requests are answered beside them, and the log stays short."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096), most))
+    with serving(tmp_path, files=1024) as (url, log), ExitStack() as stack:
+        for number in range(1100):
+            connection = stack.enter_context(connect(url))
+            connection.sendall(HALF)
+            if number % 275 == 274:
+                answer = httpx.get(f"{url}/api/tasks", headers={"authorization": f"Worker {KEY}"}, timeout=5)
+                assert answer.json()["success"]
+        said = log.read_text()
+    assert "Traceback" not in said
+    assert len(said) < 10_000
+
+
+def test_a_header_has_to_come_in_time(tmp_path):
+    """Also one that drips in byte by byte; and a connection that says nothing at all."""
+    with running_server(config(tmp_path), patience=SOON) as url, connect(url) as silent, connect(url) as dripping:
+        dripping.sendall(HALF)
+        began = time.monotonic()
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):  # noqa: PT012 - whichever byte it is
+            while time.monotonic() < began + 5:
+                dripping.sendall(b"x")
+                threading.Event().wait(0.02)
+        assert 0.2 < time.monotonic() - began < 3
+        assert ends_within(silent, 3)
+
+
+def test_a_body_may_take_its_time_but_not_stand_still(tmp_path):
+    """Longer than the limit in pieces is fine; a client that stops is let go."""
+    with running_server(config(tmp_path), patience=SOON) as url, connect(url) as stuck:
+        stuck.sendall(BODY)
+
+        def slowly():
+            for byte in b'{"worker_id": "w"}':
+                threading.Event().wait(0.05)
+                yield bytes([byte])
+
+        headers = {"authorization": f"Worker {KEY}"}
+        answer = httpx.post(f"{url}/api/worker/next-task", content=slowly(), headers=headers)
+        assert answer.json() == {"success": True, "data": None}
+        assert ends_within(stuck, 3)
+
+
+def test_an_answer_that_is_not_read_is_let_go_and_a_slow_reader_is_not(tmp_path):
+    """The same 6 MB for both: one takes nothing of it, the other a little at a time."""
+    with running_server(config(tmp_path), patience=SOON) as url:
+        headers = {"authorization": f"Worker {KEY}"}
+        with httpx.Client(base_url=url, headers=headers) as client:
+            client.post("/api/tasks", files={"photo": ("a.jpg", jpeg(), "image/jpeg")})
+            item_id = client.post("/api/worker/next-task", json={"worker_id": "w"}).json()["data"]["item_id"]
+            asked = {"operation": "upload", "video_item_id": item_id}
+            signed = client.post("/api/worker/presign", json=asked).json()["data"]
+            client.put(signed["url"], content=bytes(6_000_000), headers={"content-type": "video/mp4"})
+            asked = {"operation": "download", "storage_path": signed["storage_path"]}
+            signed = client.post("/api/worker/presign", json=asked).json()["data"]
+        path = httpx.URL(signed["url"]).raw_path.decode()
+        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+        with connect(url) as deaf, connect(url) as slow:
+            for connection in (deaf, slow):
+                connection.sendall(request)
+            received = 0
+            while received < 6_000_000:
+                threading.Event().wait(0.01)
+                chunk = slow.recv(65_536)
+                assert chunk
+                received += len(chunk)
+            assert sum(map(len, iter(partial(deaf.recv, 65_536), b""))) < 6_000_000
+
+
+def test_who_has_owed_for_longest_makes_room(tmp_path):
+    """Not the newest, and not one that is being answered."""
+    with running_server(config(tmp_path), patience=Patience(connections=3)) as url, ExitStack() as stack:
+        oldest, second, third, fourth = (stack.enter_context(connect(url)) for _ in range(4))
+        assert ends_within(oldest, 5)
+        assert is_answered(third)
+        fifth = stack.enter_context(connect(url))
+        assert ends_within(second, 5)
+        assert all(map(is_answered, (third, fourth, fifth)))
