@@ -25,6 +25,10 @@ EARLY_ANSWER_S = 0.05
 """How long to read from a connection that became readable before the request was sent. Long enough for bytes
 that are here already; TLS session tickets also make it readable, once, and carry nothing to read."""
 
+MAX_EARLY_BYTES = 64 * 1024
+"""Of an answer are kept while its request is still being sent, as much as is read of a refusal. More of it stays with
+whoever sent it: one that never ends must not fill memory for as long as an upload lasts."""
+
 NOT_FOR_US = (
     ipaddress.IPv4Network("192.0.0.0/24"),  # IETF assignments; Oracle Cloud metadata at .192; Python calls it global
     # Azure's platform, credentials included, behind an address that counts as public
@@ -180,7 +184,9 @@ class DuplexStream(httpcore.AsyncNetworkStream):
 
     async def _listen(self) -> None:
         with suppress(Exception):  # whoever writes or reads next finds out for themselves
-            while data := await self._stream.read(65_536):
+            while room := MAX_EARLY_BYTES - sum(map(len, self._early)):
+                if not (data := await self._stream.read(room)):
+                    break
                 self._early.append(data)
                 self._heard.set()
         self._heard.set()  # not when cancelled: then there may be more to hear during the next write

@@ -10,7 +10,7 @@ cookies, and reads the bodies of redirects to their end.
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -18,6 +18,7 @@ import anyio
 import httpcore
 import httpx
 
+from inference.body import IDENTITY, arriving, beginning, compression
 from inference.errors import (
     AddressRefused,
     I2VError,
@@ -110,8 +111,7 @@ class Storage:
 
     async def _download(self, url: str, path: Path) -> int:
         for _ in range(MAX_REDIRECTS + 1):
-            # Identity, or the length could not be compared with what arrives.
-            request = _request("GET", url, {"Accept-Encoding": "identity"})
+            request = _request("GET", url)
             async with self._answer(request) as response:
                 if not response.has_redirect_location:
                     return await self._save(response, url, path)
@@ -120,21 +120,25 @@ class Storage:
 
     async def _save(self, response: httpx.Response, url: str, path: Path) -> int:
         if response.status_code != 200 or media_type(response) in PAGES:
-            raise refusal(response, await _read_page(response), url)
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise StorageRefused(f"{redact(url)}: encoded, though identity was asked for")
+            raise refusal(response, await beginning(response, MAX_REFUSAL_BYTES), url)
+        if coding := compression(response):
+            raise StorageRefused(f"{redact(url)}: compressed with {coding}, though identity was asked for")
         declared = _declared_bytes(response)
         if declared is not None and declared > self._max_download_bytes:
             raise self._too_large(url)
         partial = anyio.Path(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"))
         try:
-            received = 0
-            async with await anyio.open_file(partial, "wb") as file, _chunks(response) as chunks:
-                async for chunk in chunks:
-                    received += len(chunk)
+            received, unwritten = 0, bytearray()
+            async with await anyio.open_file(partial, "wb") as file, arriving(response) as parts:
+                async for part in parts:
+                    received += len(part)
                     if received > self._max_download_bytes:
                         raise self._too_large(url)
-                    await file.write(chunk)
+                    unwritten += part
+                    if len(unwritten) >= CHUNK_BYTES:
+                        await file.write(unwritten)
+                        unwritten.clear()
+                await file.write(unwritten)
             if declared == 0:
                 raise StorageRefused(f"{redact(url)}: the object is empty")
             if received == 0 or received != (declared or received):
@@ -168,7 +172,7 @@ class Storage:
 
     async def _send(self, request: httpx.Request, url: str) -> None:
         async with self._answer(request) as response:
-            page = await _read_page(response)
+            page = await beginning(response, MAX_REFUSAL_BYTES)
         refused = (
             not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400
         )
@@ -204,44 +208,23 @@ class _FileBody(httpx.AsyncByteStream):
 
 
 def _request(
-    method: str, url: str, headers: dict[str, str], body: httpx.AsyncByteStream | None = None
+    method: str, url: str, headers: Mapping[str, str] = {}, content: httpx.AsyncByteStream | None = None
 ) -> httpx.Request:
     # Given as `stream`, which httpx passes on as it is; `content` it would wrap into a generator.
     parsed = httpx.URL(url)
     return httpx.Request(
         method,
         parsed,
-        headers={"Host": parsed.netloc.decode("ascii"), "User-Agent": "serverless-i2v", "Accept": "*/*", **headers},
-        stream=body or httpx.ByteStream(b""),
+        headers={
+            "Host": parsed.netloc.decode("ascii"),
+            "User-Agent": "serverless-i2v",
+            "Accept": "*/*",
+            **IDENTITY,
+            **headers,
+        },
+        stream=content or httpx.ByteStream(b""),
         extensions={"timeout": httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S).as_dict()},
     )
-
-
-@asynccontextmanager
-async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body, to be left at any point.
-
-    httpx nests generators, and closing the outer one leaves the others to the garbage collector, of which trio
-    complains. Closing the connection first makes the innermost fail, and with it all of them end.
-    """
-    chunks = response.aiter_bytes(CHUNK_BYTES)
-    try:
-        yield chunks
-    finally:
-        with anyio.CancelScope(shield=True), suppress(httpx.HTTPError, httpx.StreamError):
-            await response.aclose()
-            async for _ in chunks:
-                pass
-
-
-async def _read_page(response: httpx.Response) -> bytes:
-    page = b""
-    async with _chunks(response) as chunks:
-        async for chunk in chunks:
-            page += chunk
-            if len(page) >= MAX_REFUSAL_BYTES:
-                break
-    return page
 
 
 def _declared_bytes(response: httpx.Response) -> int | None:

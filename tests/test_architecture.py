@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "inference").rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"task"},
-    {"progress", "media", "network", "storage", "storage_errors", "scratch", "records", "bucket", "presigned"},
+    {"body", "progress", "media", "network", "storage", "storage_errors", "scratch", "records", "bucket", "presigned"},
     {"ledger", "json_api"},
     {"queues", "engines"},
     {"keeper", "seat", "snapshots", "runpod_wire"},

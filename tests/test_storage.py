@@ -34,7 +34,7 @@ from inference.errors import (
     StorageUnavailable,
     UrlExpired,
 )
-from inference.network import DuplexStream, GuardedNetwork, is_public
+from inference.network import MAX_EARLY_BYTES, DuplexStream, GuardedNetwork, is_public
 from inference.storage import Storage, redact
 from inference.storage_errors import mapped
 
@@ -226,6 +226,9 @@ async def test_a_short_body_is_not_a_photo(tmp_path):
         ({"Content-Type": "text/html; charset=utf-8"}, b"<h1>Sign in</h1>", StorageRefused),
         ({"Content-Type": "application/json"}, b'{"statusCode":"404","code":"NoSuchKey"}', ObjectMissing),
         ({"Content-Encoding": "br"}, b"1234", StorageRefused),
+        ({"Content-Encoding": "aws-chunked, GZIP"}, b"1234", StorageRefused),
+        ({"Content-Encoding": "deflate"}, b"1234", StorageRefused),
+        ({"Content-Encoding": "zstd"}, b"1234", StorageRefused),
     ],
 )
 async def test_a_200_that_is_no_photo(tmp_path, headers, content, error):
@@ -239,6 +242,16 @@ async def test_a_200_that_is_no_photo(tmp_path, headers, content, error):
     with pytest.raises(error):
         await storage.download(URL, tmp_path / "photo.jpg")
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("coding", ["aws-chunked", "base64", "UTF-8", "binary", "none", "identity", ""])
+async def test_codings_that_are_none(tmp_path, coding):
+    """Uploaders store all sorts of words beside a photo, and storages hand them back above intact bytes."""
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Encoding: {coding}\r\n\r\nphoto".encode()
+    with sending(answer) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            await storage.download(f"{server.origin}/p.jpg", tmp_path / "photo.jpg")
+    assert (tmp_path / "photo.jpg").read_bytes() == b"photo"
 
 
 async def test_cancelling_leaves_no_file(tmp_path):
@@ -313,6 +326,7 @@ async def test_upload_sends_the_file_afresh_each_time(video):
             "host": server.origin.removeprefix("http://"),
             "user-agent": "serverless-i2v",
             "accept": "*/*",
+            "accept-encoding": "identity",
             "content-type": "video/mp4",
             "content-length": str(video.stat().st_size),
             "connection": "close",
@@ -489,6 +503,31 @@ async def test_an_answer_between_two_writes_is_heard():
     with pytest.raises(httpcore.WriteError, match="answered before"):
         await stream.write(b"y")
     assert await stream.read(1000) == b"HTTP/1.1 400 Said\r\n\r\n"
+
+
+async def test_an_answer_that_never_ends_while_an_upload_runs():
+    """Its beginning is kept, and heard in the end; the rest would fill memory for as long as the upload lasts."""
+
+    class Pouring(httpcore.AsyncMockStream):
+        read_bytes = 0
+
+        async def read(self, max_bytes: int, *_: object) -> bytes:
+            await anyio.lowlevel.checkpoint()
+            self.read_bytes += max_bytes
+            return b"x" * max_bytes
+
+        async def write(self, *_: object) -> None:
+            for _tick in range(50):
+                await anyio.lowlevel.checkpoint()
+
+    pouring = Pouring([])
+    stream = DuplexStream(pouring)
+    for _ in range(10):
+        await stream.write(b"y")
+    assert pouring.read_bytes == MAX_EARLY_BYTES
+    assert await stream.read(1 << 20) == b"x" * MAX_EARLY_BYTES
+    await stream.write(b"y")
+    assert pouring.read_bytes == 2 * MAX_EARLY_BYTES  # what was taken away makes room
 
 
 async def test_a_server_that_dies_during_an_upload(video):
