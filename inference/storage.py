@@ -28,6 +28,7 @@ from inference.errors import (
     StorageUnavailable,
 )
 from inference.network import GuardedNetwork, GuardedTransport
+from inference.presigned import upload_headers
 from inference.storage_errors import FOREIGN, mapped, media_type, redact, refusal, said_by
 
 __all__ = ["Storage", "redact"]
@@ -155,7 +156,6 @@ class Storage:
     async def _upload(self, url: str, path: Path, content_type: str) -> None:
         async with await anyio.open_file(path, "rb") as file:
             size_bytes = await file.seek(0, 2)
-            await file.seek(0)
             if size_bytes == 0:
                 raise StorageRefused(f"{path.name}: nothing to upload, the file is empty")
             headers = {
@@ -163,21 +163,26 @@ class Storage:
                 "Content-Length": str(size_bytes),  # a chunked body bypasses Supabase's limit, and S3 takes none
                 "Connection": "close",  # else Supabase answers a large duplicate and never reads the rest
             }
-            await self._send(_request("PUT", url, headers, _FileBody(file)), url)
+            await self._send("PUT", url, headers, _FileBody(file))
 
     async def _submit(self, url: str, fields: Mapping[str, str], file: tuple[str, bytes, str]) -> None:
         form = httpx.Request("POST", url, data=dict(fields), files={"file": file})
         headers = {name: form.headers[name] for name in ("Content-Type", "Content-Length")}
-        await self._send(_request("POST", url, headers, httpx.ByteStream(form.read())), url)
+        await self._send("POST", url, headers, httpx.ByteStream(form.read()))
 
-    async def _send(self, request: httpx.Request, url: str) -> None:
-        async with self._answer(request) as response:
-            page = await beginning(response, MAX_REFUSAL_BYTES)
-        refused = (
-            not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400
-        )
-        if refused:
-            raise refusal(response, page, url)
+    async def _send(self, method: str, url: str, headers: dict[str, str], content: httpx.AsyncByteStream) -> None:
+        for _ in range(MAX_REDIRECTS + 1):
+            request = _request(method, url, headers | upload_headers(url), content)
+            async with self._answer(request) as response:
+                page = await beginning(response, MAX_REFUSAL_BYTES)
+            # Only these ask for the same once more, as AWS does until the name of a new bucket is known everywhere.
+            if response.status_code not in (307, 308) or not response.has_redirect_location:
+                return _accept(response, page, url)
+            elsewhere = request.url.join(response.headers["Location"])
+            if request.url.scheme == "https" and elsewhere.scheme == "http":
+                raise StorageRefused(f"{redact(url)}: redirects to {redact(str(elsewhere))}, where all could read it")
+            url = str(elsewhere)
+        raise StorageRefused(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
 
     @asynccontextmanager
     async def _answer(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
@@ -193,15 +198,23 @@ class Storage:
 
 
 class _FileBody(httpx.AsyncByteStream):
-    """The rest of an open file. Not a generator: one that is left half-way needs closing, this does not."""
+    """An open file, whole each time it is sent.
+
+    Not a generator: one that is left half-way needs closing, this does not.
+    """
 
     def __init__(self, file: anyio.AsyncFile[bytes]) -> None:
         self._file = file
+        self._is_begun = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
+        self._is_begun = False
         return self
 
     async def __anext__(self) -> bytes:
+        if not self._is_begun:
+            self._is_begun = True
+            await self._file.seek(0)
         if chunk := await self._file.read(CHUNK_BYTES):
             return chunk
         raise StopAsyncIteration
@@ -225,6 +238,12 @@ def _request(
         stream=content or httpx.ByteStream(b""),
         extensions={"timeout": httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S).as_dict()},
     )
+
+
+def _accept(response: httpx.Response, page: bytes, url: str) -> None:
+    """Raises StorageError where an upload was not taken, whatever the status says."""
+    if not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400:
+        raise refusal(response, page, url)
 
 
 def _declared_bytes(response: httpx.Response) -> int | None:

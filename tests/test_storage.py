@@ -538,10 +538,52 @@ async def test_a_server_that_dies_during_an_upload(video):
                 await storage.upload(f"{server.origin}/v?token={SECRET}", video)
 
 
-async def test_an_upload_follows_no_redirect(video):
-    """A streamed body cannot be sent again, and a PUT elsewhere was not signed."""
-    with pytest.raises(StorageRefused, match="307"):
-        await answering(307, Location="https://other.example/").upload(URL, video)
+@pytest.mark.parametrize("status", [307, 308])
+async def test_an_upload_is_sent_again_to_where_the_storage_says(video, status):
+    """A new bucket of AWS redirects until its name is known everywhere, mostly before it has read the body."""
+
+    def serve(_: Seen, connection: socket.socket) -> None:
+        connection.sendall(reply(status, Location=f"{there.origin}/b?sig=2", Connection="close"))
+        while connection.recv(1 << 20):
+            pass
+
+    with sending(reply(200, b"{}", Connection="close")) as there, Loopback(serve, read_body=False) as here:
+        async with Storage(trusted_origins=[here.origin, there.origin]) as storage:
+            await storage.upload(f"{here.origin}/a?sig=1", video)
+            await storage.submit(f"{here.origin}/a", {"key": "k"}, b"photo", name="p.jpg", content_type="image/jpeg")
+    put, post = there.seen
+    assert (put.line, put.body) == ("PUT /b?sig=2 HTTP/1.1", video.read_bytes())
+    assert put.headers["content-type"] == "video/mp4"
+    assert (post.line, b"photo" in post.body) == ("POST /b?sig=2 HTTP/1.1", True)
+
+
+async def test_an_upload_follows_nowhere_else(video):
+    """Neither to an address that was not allowed, nor for ever, nor from https into the clear, nor as another verb."""
+    with (
+        sending(reply(200)) as private,
+        sending(reply(307, Location=private.origin, Connection="close")) as leading,
+        sending(reply(307, Location="/again", Connection="close")) as circling,
+    ):
+        async with Storage(trusted_origins=[leading.origin, circling.origin]) as storage:
+            with pytest.raises(AddressRefused, match=r"127\.0\.0\.1"):
+                await storage.upload(f"{leading.origin}/v", video)
+            with pytest.raises(StorageRefused, match="more than 5 redirects"):
+                await storage.upload(f"{circling.origin}/v", video)
+    assert (len(leading.seen), len(circling.seen), private.seen) == (1, 6, [])
+    with pytest.raises(StorageRefused, match=r"redirects to http://other\.example/, where all could read it"):
+        await answering(307, Location="http://other.example/?sig=2").upload(URL, video)
+    for status in (301, 302, 303):
+        with pytest.raises(StorageRefused, match=str(status)):
+            await answering(status, Location="https://other.example/").upload(URL, video)
+
+
+async def test_a_storage_of_azure_is_told_the_kind_of_blob(video):
+    """Without it the answer is 400; nobody else is told, lest a signature break."""
+    with sending(reply(201, Connection="close")) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            await storage.upload(f"{server.origin}/c/v.mp4?sv=2026-02-06&sr=b&sp=cw&se=2099-01-01&sig=a%2Bb", video)
+            await storage.upload(f"{server.origin}/c/v.mp4?X-Amz-Signature=a", video)
+    assert [seen.headers.get("x-ms-blob-type") for seen in server.seen] == ["BlockBlob", None]
 
 
 async def test_a_web_page_is_no_receipt(video):
