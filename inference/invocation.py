@@ -25,7 +25,7 @@ from inference.scratch import put, scratch_folder
 from inference.seat import Seat
 from inference.settings import Settings
 from inference.storage import Storage
-from inference.task import Video
+from inference.task import Video, asked_as
 
 SKEW = timedelta(hours=1)
 """How far a worker's clock may be off (reliability.md, rule 4): so late is late by any clock."""
@@ -172,10 +172,8 @@ def _check(asked: DirectInput, settings: Settings, *, is_inline: bool) -> None:
             f"seconds: a video of {asked.seconds:g} s may not fit into an answer, which holds {PAYLOAD_BYTES // 10**6} "
             f"MB; give an upload_url or an s3Config, or set BUCKET_ENDPOINT_URL, or ask for {int(INLINE_S)} s at most"
         )
-    try:
+    with asked_as({"duration_s": "seconds"}):
         refuse(settings, asked.request)
-    except InvalidRequest as error:  # under the name the job has for it
-        raise InvalidRequest(str(error).replace("duration_s", "seconds")) from None
 
 
 def _inline(video: Video, folder: Path) -> tuple[Video, str]:
