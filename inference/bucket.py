@@ -26,7 +26,7 @@ DEFAULT_REGION = "us-east-1"
 class Bucket:
     """One bucket, and a key that may write there."""
 
-    endpoint_url: str  # of the storage, https://s3.eu-central-1.amazonaws.com; one that starts with the bucket is fine
+    endpoint_url: str  # of the storage, https://s3.eu-central-1.amazonaws.com; one with the bucket in it is fine
     name: str
     key_id: str
     secret: str = field(repr=False)
@@ -37,6 +37,15 @@ class Bucket:
         """Scheme, host and port of the storage."""
         url = httpx.URL(self.endpoint_url)
         return f"{url.scheme}://{url.netloc.decode('ascii').removeprefix(f'{self.name}.')}"
+
+    @property
+    def endpoint(self) -> str:
+        """What paths of objects are appended to, and signed with: Supabase's ends in `/storage/v1/s3`.
+
+        A path that is the bucket and nothing else is how R2's dashboard shows an endpoint; the bucket follows anyway.
+        """
+        path = httpx.URL(self.endpoint_url).raw_path.partition(b"?")[0].decode("ascii").rstrip("/")
+        return self.origin + ("" if path == f"/{self.name}" else path)
 
     def upload_url(self, key: str, *, content_type: str) -> str:
         """Where to PUT an object of this type. Raises SettingsError."""
@@ -56,7 +65,7 @@ class Bucket:
         try:
             client = boto3.client(
                 "s3",
-                endpoint_url=self.origin,
+                endpoint_url=self.endpoint,
                 aws_access_key_id=self.key_id,
                 aws_secret_access_key=self.secret,
                 region_name=self.region or _region_of(self.origin),

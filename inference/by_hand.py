@@ -7,11 +7,10 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-from pydantic import ValidationError
 from rich.markup import escape
 
 from inference import build, terminal
-from inference.errors import EngineError, InvalidRequest, NoTask, SettingsError
+from inference.errors import EngineError, NoTask, SettingsError
 from inference.fleet import EngineName, for_a_cold_start, on_modal
 from inference.keeper import hand_back
 from inference.media import photo as photos
@@ -19,8 +18,11 @@ from inference.records import MemoryRecords
 from inference.scratch import put, scratch_folder
 from inference.settings import Settings
 from inference.station import Station
-from inference.task import GenerationRequest, Lease, Outcome, Video, explain
+from inference.task import GenerationRequest, Lease, Outcome, Video, asked_as
 from inference.worker import lease_from
+
+OPTIONS = {"prompt": "--prompt", "duration_s": "--seconds", "seed": "--seed"}
+"""What the command line calls the fields of a request."""
 
 
 def asked(
@@ -40,10 +42,8 @@ def asked(
         raise SettingsError("--item-id takes a task of the queue; it has a photo")
     if not saves:
         raise SettingsError("say where the video goes: modal run -w out.mp4 app.py::process …")
-    try:
+    with asked_as(OPTIONS):
         return GenerationRequest(prompt=prompt, duration_s=seconds, seed=seed).model_dump(mode="json")
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
 
 
 def photo_bytes(path: str) -> bytes:
@@ -60,7 +60,8 @@ def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | Non
         raise SettingsError(f"the secret {settings.modal_app} has no RUNWAYML_API_SECRET: nothing can go to Runway")
     if request is not None:
         own = settings.model_copy(update={"engine": engine})
-        build.refuse(own, GenerationRequest.model_validate(request))
+        with asked_as(OPTIONS):
+            build.refuse(own, GenerationRequest.model_validate(request))
 
 
 async def fetch(settings: Settings, photo: bytes | str) -> bytes:

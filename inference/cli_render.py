@@ -8,17 +8,16 @@ from typing import Annotated, Literal
 
 import anyio
 import typer
-from pydantic import ValidationError
 
 from inference import process, terminal
 from inference.build import build_ledger, engine_note, load_engine, refuse
-from inference.cli_start import Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
+from inference.cli_start import OPTIONS, Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
 from inference.engines.base import Job
-from inference.errors import I2VError, InvalidRequest, SettingsError
+from inference.errors import I2VError, SettingsError
 from inference.ledger import Purchase, digest
 from inference.progress import ProgressTracker
 from inference.settings import Settings
-from inference.task import GenerationRequest, Video, explain
+from inference.task import GenerationRequest, Video, asked_as
 
 
 def render(  # noqa: PLR0917 - as many arguments as it has options
@@ -42,13 +41,11 @@ def render(  # noqa: PLR0917 - as many arguments as it has options
     """
     check_mp4(output)
     settings = start("warning", verbose=verbose, engine=engine, wan_preset=preset)
-    try:
+    with asked_as(OPTIONS):
         request = GenerationRequest(
             prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed, last_photo=last
         )
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
-    refuse(settings, request)
+        refuse(settings, request)
     process.run(lambda: _render(settings, request, photo, output.absolute()))
 
 

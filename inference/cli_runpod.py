@@ -11,13 +11,13 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from inference import process, runpod_answer, runpod_job, runpod_tick, terminal
-from inference.cli_start import Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
+from inference.cli_start import OPTIONS, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.engines.wan.presets import PRESETS
-from inference.errors import InvalidRequest, SettingsError
+from inference.errors import SettingsError
 from inference.progress import Progress, Sink
 from inference.runpod_api import Health, Job, JobId, RunPodApi
 from inference.settings import Settings
-from inference.task import GenerationRequest, explain
+from inference.task import GenerationRequest, asked_as
 
 PREVIEW = "preview"
 """What an endpoint with that engine calls its preset."""
@@ -72,14 +72,13 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
     """
     check_mp4(output)
     settings = _start(endpoint, verbose=verbose)
-    try:
+    with asked_as(OPTIONS):
         request = GenerationRequest(prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed)
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
     if preset is not None and preset not in (PREVIEW, *PRESETS):
         raise SettingsError(f"--preset: there is no preset {preset!r}; choose one of {', '.join((PREVIEW, *PRESETS))}")
     if preset is not None and preset != PREVIEW:
-        PRESETS[preset].refuse(request)
+        with asked_as(OPTIONS):
+            PRESETS[preset].refuse(request)
     again = partial(_again, output.absolute(), endpoint)
 
     async def main() -> None:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import anyio
 import httpx
 
+from inference.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
 from inference.progress import Progress, Sink
 from inference.queues.lifeisshort_wire import may_be_proxied, worker_api_url
@@ -41,9 +42,13 @@ class QueueClient:
 
     def __init__(self, api_url: str, api_key: str | None) -> None:
         base = worker_api_url(api_url).removesuffix("worker/")
-        headers = {"Authorization": f"Worker {api_key}"} if api_key else {}
-        trust_env = may_be_proxied(base)
-        self._client = httpx.AsyncClient(base_url=base, headers=headers, timeout=TIMEOUT_S, trust_env=trust_env)
+        self._client = httpx.AsyncClient(
+            base_url=base,
+            headers=IDENTITY | ({"Authorization": f"Worker {api_key}"} if api_key else {}),
+            event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
+            timeout=TIMEOUT_S,
+            trust_env=may_be_proxied(base),
+        )
         # The operator's own queue, asked by the operator.
         self._storage = Storage(allow_private=True, max_download_bytes=MAX_VIDEO_BYTES)
 

@@ -18,14 +18,14 @@ from inference.errors import InvalidRequest, ObjectExists, SettingsError, UrlExp
 from inference.keeper import Policy, repeat
 from inference.media import photo as photos
 from inference.media import video as videos
-from inference.presigned import ends_at
+from inference.presigned import ends_at, flaw
 from inference.progress import ProgressTracker, Sink, both, plan
 from inference.runpod_wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
 from inference.scratch import put, scratch_folder
 from inference.seat import Seat
 from inference.settings import Settings
 from inference.storage import Storage
-from inference.task import Video
+from inference.task import Video, asked_as
 
 SKEW = timedelta(hours=1)
 """How far a worker's clock may be off (reliability.md, rule 4): so late is late by any clock."""
@@ -50,8 +50,10 @@ class _Target:
     put_url: str
     url: str
 
-    def refuse_ended(self) -> None:
-        """Raises UrlExpired where nothing can be stored here any more."""
+    def refuse_flawed(self) -> None:
+        """Raises InvalidRequest where nothing can ever be stored here, UrlExpired where nothing can any more."""
+        if why := flaw(self.put_url):
+            raise InvalidRequest(f"upload_url: it is {why}")
         end = ends_at(self.put_url)
         if end is not None and end <= datetime.now(UTC) - SKEW:
             raise UrlExpired(f"upload_url: it ended at {end:%Y-%m-%d %H:%M:%S} UTC; sign a new one, for longer")
@@ -87,7 +89,7 @@ async def render(
     target = await anyio.to_thread.run_sync(_target, asked, s3, job_id, here)
     _check(asked, settings, is_inline=target is None)
     if target is not None:
-        target.refuse_ended()
+        target.refuse_flawed()
         await target.storage.check(target.put_url)
     tracker = ProgressTracker(plan(here.seat.stages), both(logs.stages(job_id), sink))
     job = Job(tracker)
@@ -103,7 +105,7 @@ async def render(
         job.report("wait")
         async with here.seat.taken():
             if target is not None:
-                target.refuse_ended()  # while this waited for its turn
+                target.refuse_flawed()  # while this waited for its turn
             video = await repeat(lambda: here.seat.generate(asked.request, photo, folder, job), policy)
         job.report("upload")
         if target is not None:
@@ -170,10 +172,8 @@ def _check(asked: DirectInput, settings: Settings, *, is_inline: bool) -> None:
             f"seconds: a video of {asked.seconds:g} s may not fit into an answer, which holds {PAYLOAD_BYTES // 10**6} "
             f"MB; give an upload_url or an s3Config, or set BUCKET_ENDPOINT_URL, or ask for {int(INLINE_S)} s at most"
         )
-    try:
+    with asked_as({"duration_s": "seconds"}):
         refuse(settings, asked.request)
-    except InvalidRequest as error:  # under the name the job has for it
-        raise InvalidRequest(str(error).replace("duration_s", "seconds")) from None
 
 
 def _inline(video: Video, folder: Path) -> tuple[Video, str]:

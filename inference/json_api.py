@@ -7,6 +7,7 @@ from typing import Any, Generic, Self, TypeVar
 import anyio
 import httpx
 
+from inference.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.errors import one_line
 from inference.storage_errors import FOREIGN, reason_of
 
@@ -47,7 +48,8 @@ class JsonApi(Generic[A]):
     """One API for the length of a block. Every question is one try.
 
     `answer`: the kind of its answers. `limit_s`: for one question, whole, unless `ask` is told another. `idle_s`: a
-    connection on which nothing moves for this long is dead; None: only the whole counts.
+    connection on which nothing moves for this long is dead; None: only the whole counts. `max_answer_bytes`: what is
+    larger is read no further and then no JSON.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class JsonApi(Generic[A]):
         *,
         limit_s: float,
         idle_s: float | None = None,
+        max_answer_bytes: int = MAX_JSON_BYTES,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._answer, self._key, self._limit_s = answer, key, limit_s
         self._client = httpx.AsyncClient(
             base_url=base_url,
-            headers={"Authorization": f"Bearer {key}"},
+            headers={"Authorization": f"Bearer {key}", **IDENTITY},
+            event_hooks={"response": [bounded(max_answer_bytes)]},
             timeout=httpx.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),  # per read; `ask` bounds the whole
             # A new connection for each request: one that was closed meanwhile would fail after it was written to.
             limits=httpx.Limits(max_keepalive_connections=0),

@@ -27,6 +27,10 @@ that are here already; TLS session tickets also make it readable, once, and carr
 
 MAX_PORT = 65_535
 
+MAX_EARLY_BYTES = 64 * 1024
+"""Of an answer are kept while its request is still being sent, as much as is read of a refusal. More of it stays with
+whoever sent it: one that never ends must not fill memory for as long as an upload lasts."""
+
 NOT_FOR_US = (
     ipaddress.IPv4Network("192.0.0.0/24"),  # IETF assignments; Oracle Cloud metadata at .192; Python calls it global
     # Azure's platform, credentials included, behind an address that counts as public
@@ -193,7 +197,9 @@ class DuplexStream(httpcore.AsyncNetworkStream):
 
     async def _listen(self) -> None:
         with suppress(Exception):  # whoever writes or reads next finds out for themselves
-            while data := await self._stream.read(65_536):
+            while room := MAX_EARLY_BYTES - sum(map(len, self._early)):
+                if not (data := await self._stream.read(room)):
+                    break
                 self._early.append(data)
                 self._heard.set()
         self._heard.set()  # not when cancelled: then there may be more to hear during the next write

@@ -32,6 +32,9 @@ ANSWER_LIMIT_S = 120.0
 TRIES, MAX_PAUSE_S = 4, 8.0
 """Of a question that may be asked again, and between them."""
 
+MAX_ANSWER_BYTES = 32_000_000
+"""RunPod takes answers of 20 MB at the most, and one that holds a video comes close to that."""
+
 POLL_S = 1.0
 """Between looks at a job; RunPod allows 2,000 in ten seconds."""
 
@@ -183,7 +186,15 @@ class RunPodApi(JsonApi[_Answer]):
         self, key: str, base_url: str, endpoint_id: str, *, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         url = f"{base_url.rstrip('/')}/{endpoint_id}/"
-        super().__init__(_Answer, url, key, limit_s=ANSWER_LIMIT_S, idle_s=IDLE_TIMEOUT_S, transport=transport)
+        super().__init__(
+            _Answer,
+            url,
+            key,
+            limit_s=ANSWER_LIMIT_S,
+            idle_s=IDLE_TIMEOUT_S,
+            max_answer_bytes=MAX_ANSWER_BYTES,
+            transport=transport,
+        )
         self._endpoint_id = endpoint_id
 
     async def run(

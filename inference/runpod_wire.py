@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from inference.network import flaw_in
 from inference.queues.lifeisshort_wire import StoragePath, parse_task
 from inference.task import (
     MAX_PROMPT_CHARS,
+    QUEUE_FPS,
     DurationS,
     GenerationRequest,
     Identifier,
@@ -20,6 +22,7 @@ from inference.task import (
     Outcome,
     Task,
     Video,
+    asked_as,
     explain,
 )
 
@@ -128,6 +131,30 @@ class TaskInput(BaseModel):
 Input = TaskInput | DrainInput | DirectInput
 
 
+SYNONYMS = {"image_url": "photo_url", "image_base64": "photo_base64", "duration": "seconds"}
+"""What other workers call what means the same here. `image` and `frame_num` mean it, too, said in another way."""
+
+# Fields of other workers (wan and ComfyUI templates of RunPod's hub) that mean something else, or nothing here.
+OF_THE_PRESET = "the endpoint's preset decides"
+OF_THE_PHOTO = "the video has the photo's shape, and the size that the endpoint's I2V_WAN_AREA allows"
+MEANT = {
+    "frame_num": "a whole number of frames, 24 a second and one more",
+    "length": "a number of frames elsewhere: say how many seconds",
+    "num_frames": "say how many seconds",
+    "fps": OF_THE_PRESET,
+    "steps": OF_THE_PRESET,
+    "num_inference_steps": OF_THE_PRESET,
+    "cfg": OF_THE_PRESET,
+    "guidance_scale": OF_THE_PRESET,
+    "width": OF_THE_PHOTO,
+    "height": OF_THE_PHOTO,
+    "size": OF_THE_PHOTO,
+    "resolution": OF_THE_PHOTO,
+    "image_path": "give a photo_url or photo_base64",
+    "model": "preset",
+}
+
+
 def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
     """What a job's `input` asks for. Raises InvalidRequest naming every wrong field.
 
@@ -136,16 +163,50 @@ def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
     """
     if not isinstance(payload, Mapping):
         raise InvalidRequest(f"input: has to be an object with {KINDS}")
-    asked = [name for name in ("task", "drain", "photo_url", "photo_base64") if payload.get(name) is not None]
+    given, theirs = _in_our_words(payload)
+    asked = [name for name in ("task", "drain", "photo_url", "photo_base64") if name in given]
     if len(asked) != 1:
-        found = f"{' and '.join(asked)} exclude each other" if asked else "nothing to do"
-        raise InvalidRequest(f"input: {found}; give one of {KINDS}")
-    try:
-        if asked == ["task"]:
-            return TaskInput(lease=_lease(_TaskInput.model_validate(payload), worker_id, lease_s))
-        return (DrainInput if asked == ["drain"] else DirectInput).model_validate(payload)
-    except ValidationError as error:
-        raise InvalidRequest(explain(error)) from None
+        why = f"{' and '.join(theirs[name] for name in asked)} exclude each other" if asked else "nothing to do"
+        raise InvalidRequest(f"input: {why}; give one of {KINDS}")
+    kinds: dict[str, type[_TaskInput | DrainInput | DirectInput]] = {"task": _TaskInput, "drain": DrainInput}
+    kind = kinds.get(asked[0], DirectInput)
+    with asked_as(theirs):
+        try:
+            found = kind.model_validate(given)
+        except ValidationError as error:
+            hints = {name: _hint(name, kind) for name in given.keys() - kind.model_fields.keys()}
+            raise InvalidRequest(explain(error, hints)) from None
+    return TaskInput(lease=_lease(found, worker_id, lease_s)) if isinstance(found, _TaskInput) else found
+
+
+def _in_our_words(payload: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """An input under our own names, and those of its sender. Raises InvalidRequest where they contradict each other."""
+    ours: dict[str, Any] = {}
+    theirs: dict[str, str] = {}
+    for name, value in payload.items():
+        if value is None:
+            continue
+        own, same = _translated(name, value)
+        if own in ours and ours[own] != same:
+            raise InvalidRequest(f"{theirs[own]} and {name} contradict each other; give {own} alone")
+        ours[own], theirs[own] = same, name
+    return ours, theirs
+
+
+def _translated(name: str, value: Any) -> tuple[str, Any]:
+    if name == "image":
+        return ("photo_url" if str(value)[:8].lower().startswith(("http://", "https://")) else "photo_base64"), value
+    if name == "frame_num" and type(value) is int:
+        return "seconds", (value - 1) / QUEUE_FPS  # as a queue counts: 24 x seconds + 1
+    return SYNONYMS.get(name, name), value
+
+
+def _hint(name: str, kind: type[_Wire]) -> str:
+    """What may have been meant by a field nobody knows."""
+    if kind is DirectInput and name in MEANT:
+        return MEANT[name]
+    close = difflib.get_close_matches(name, kind.model_fields, n=1)
+    return f"did you mean {close[0]}?" if close else f"permitted are {', '.join(kind.model_fields)}"
 
 
 def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:

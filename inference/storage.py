@@ -10,7 +10,7 @@ cookies, and reads the bodies of redirects to their end.
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -18,6 +18,7 @@ import anyio
 import httpcore
 import httpx
 
+from inference.body import IDENTITY, arriving, beginning, compression
 from inference.errors import (
     I2VError,
     ObjectTooLarge,
@@ -27,6 +28,7 @@ from inference.errors import (
     UrlMalformed,
 )
 from inference.network import GuardedNetwork, GuardedTransport, flaw_in
+from inference.presigned import upload_headers
 from inference.storage_errors import FOREIGN, mapped, media_type, redact, refusal, said_by
 
 __all__ = ["Storage", "redact"]
@@ -110,8 +112,7 @@ class Storage:
 
     async def _download(self, url: str, path: Path) -> int:
         for _ in range(MAX_REDIRECTS + 1):
-            # Identity, or the length could not be compared with what arrives.
-            request = _request("GET", url, {"Accept-Encoding": "identity"})
+            request = _request("GET", url)
             async with self._answer(request) as response:
                 if not response.has_redirect_location:
                     return await self._save(response, url, path)
@@ -120,21 +121,25 @@ class Storage:
 
     async def _save(self, response: httpx.Response, url: str, path: Path) -> int:
         if response.status_code != 200 or media_type(response) in PAGES:
-            raise refusal(response, await _read_page(response), url)
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise StorageRefused(f"{redact(url)}: encoded, though identity was asked for")
+            raise refusal(response, await beginning(response, MAX_REFUSAL_BYTES), url)
+        if coding := compression(response):
+            raise StorageRefused(f"{redact(url)}: compressed with {coding}, though identity was asked for")
         declared = _declared_bytes(response)
         if declared is not None and declared > self._max_download_bytes:
             raise self._too_large(url)
         partial = anyio.Path(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"))
         try:
-            received = 0
-            async with await anyio.open_file(partial, "wb") as file, _chunks(response) as chunks:
-                async for chunk in chunks:
-                    received += len(chunk)
+            received, unwritten = 0, bytearray()
+            async with await anyio.open_file(partial, "wb") as file, arriving(response) as parts:
+                async for part in parts:
+                    received += len(part)
                     if received > self._max_download_bytes:
                         raise self._too_large(url)
-                    await file.write(chunk)
+                    unwritten += part
+                    if len(unwritten) >= CHUNK_BYTES:
+                        await file.write(unwritten)
+                        unwritten.clear()
+                await file.write(unwritten)
             if declared == 0:
                 raise StorageRefused(f"{redact(url)}: the object is empty")
             if received == 0 or received != (declared or received):
@@ -151,7 +156,6 @@ class Storage:
     async def _upload(self, url: str, path: Path, content_type: str) -> None:
         async with await anyio.open_file(path, "rb") as file:
             size_bytes = await file.seek(0, 2)
-            await file.seek(0)
             if size_bytes == 0:
                 raise StorageRefused(f"{path.name}: nothing to upload, the file is empty")
             headers = {
@@ -159,21 +163,26 @@ class Storage:
                 "Content-Length": str(size_bytes),  # a chunked body bypasses Supabase's limit, and S3 takes none
                 "Connection": "close",  # else Supabase answers a large duplicate and never reads the rest
             }
-            await self._send(_request("PUT", url, headers, _FileBody(file)), url)
+            await self._send("PUT", url, headers, _FileBody(file))
 
     async def _submit(self, url: str, fields: Mapping[str, str], file: tuple[str, bytes, str]) -> None:
         form = httpx.Request("POST", url, data=dict(fields), files={"file": file})
         headers = {name: form.headers[name] for name in ("Content-Type", "Content-Length")}
-        await self._send(_request("POST", url, headers, httpx.ByteStream(form.read())), url)
+        await self._send("POST", url, headers, httpx.ByteStream(form.read()))
 
-    async def _send(self, request: httpx.Request, url: str) -> None:
-        async with self._answer(request) as response:
-            page = await _read_page(response)
-        refused = (
-            not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400
-        )
-        if refused:
-            raise refusal(response, page, url)
+    async def _send(self, method: str, url: str, headers: dict[str, str], content: httpx.AsyncByteStream) -> None:
+        for _ in range(MAX_REDIRECTS + 1):
+            request = _request(method, url, headers | upload_headers(url), content)
+            async with self._answer(request) as response:
+                page = await beginning(response, MAX_REFUSAL_BYTES)
+            # Only these ask for the same once more, as AWS does until the name of a new bucket is known everywhere.
+            if response.status_code not in (307, 308) or not response.has_redirect_location:
+                return _accept(response, page, url)
+            elsewhere = request.url.join(response.headers["Location"])
+            if request.url.scheme == "https" and elsewhere.scheme == "http":
+                raise StorageRefused(f"{redact(url)}: redirects to {redact(str(elsewhere))}, where all could read it")
+            url = str(elsewhere)
+        raise StorageRefused(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
 
     @asynccontextmanager
     async def _answer(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
@@ -189,59 +198,52 @@ class Storage:
 
 
 class _FileBody(httpx.AsyncByteStream):
-    """The rest of an open file. Not a generator: one that is left half-way needs closing, this does not."""
+    """An open file, whole each time it is sent.
+
+    Not a generator: one that is left half-way needs closing, this does not.
+    """
 
     def __init__(self, file: anyio.AsyncFile[bytes]) -> None:
         self._file = file
+        self._is_begun = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
+        self._is_begun = False
         return self
 
     async def __anext__(self) -> bytes:
+        if not self._is_begun:
+            self._is_begun = True
+            await self._file.seek(0)
         if chunk := await self._file.read(CHUNK_BYTES):
             return chunk
         raise StopAsyncIteration
 
 
 def _request(
-    method: str, url: str, headers: dict[str, str], body: httpx.AsyncByteStream | None = None
+    method: str, url: str, headers: Mapping[str, str] = {}, content: httpx.AsyncByteStream | None = None
 ) -> httpx.Request:
     # Given as `stream`, which httpx passes on as it is; `content` it would wrap into a generator.
     parsed = httpx.URL(url)
     return httpx.Request(
         method,
         parsed,
-        headers={"Host": parsed.netloc.decode("ascii"), "User-Agent": "serverless-i2v", "Accept": "*/*", **headers},
-        stream=body or httpx.ByteStream(b""),
+        headers={
+            "Host": parsed.netloc.decode("ascii"),
+            "User-Agent": "serverless-i2v",
+            "Accept": "*/*",
+            **IDENTITY,
+            **headers,
+        },
+        stream=content or httpx.ByteStream(b""),
         extensions={"timeout": httpx.Timeout(IDLE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S).as_dict()},
     )
 
 
-@asynccontextmanager
-async def _chunks(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body, to be left at any point.
-
-    httpx nests generators, and closing the outer one leaves the others to the garbage collector, of which trio
-    complains. Closing the connection first makes the innermost fail, and with it all of them end.
-    """
-    chunks = response.aiter_bytes(CHUNK_BYTES)
-    try:
-        yield chunks
-    finally:
-        with anyio.CancelScope(shield=True), suppress(httpx.HTTPError, httpx.StreamError):
-            await response.aclose()
-            async for _ in chunks:
-                pass
-
-
-async def _read_page(response: httpx.Response) -> bytes:
-    page = b""
-    async with _chunks(response) as chunks:
-        async for chunk in chunks:
-            page += chunk
-            if len(page) >= MAX_REFUSAL_BYTES:
-                break
-    return page
+def _accept(response: httpx.Response, page: bytes, url: str) -> None:
+    """Raises StorageError where an upload was not taken, whatever the status says."""
+    if not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400:
+        raise refusal(response, page, url)
 
 
 def _declared_bytes(response: httpx.Response) -> int | None:

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import anyio
 import httpx
 
+from inference.body import compression
 from inference.errors import (
     DiskFull,
     I2VError,
@@ -143,6 +144,8 @@ def refusal(response: httpx.Response, page: bytes, url: str) -> StorageError:
     reason = " ".join(filter(None, (*said.codes[:1], said.message))) or "no reason given"
     if response.is_success or response.is_redirect:
         reason = f"not an object but {media_type(response) or 'no media type'}; {reason}"
+    if coding := compression(response):
+        reason += f", on a page that is compressed with {coding} and was not read"
     return kind(f"{redact(url)}: {response.status_code} {_scrub(reason, url)}")
 
 

@@ -4,10 +4,15 @@ All are frozen, JSON-safe (`model_dump_json`, `model_validate_json`) and do no I
 to a container as it is. Durations are seconds; an engine turns them into its own frames.
 """
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from inference.errors import InvalidRequest
 
 QUEUE_FPS = 24
 """Frames per second in which queues count `frame_num`, whatever the engine's own rate (Life-is-Short API)."""
@@ -121,10 +126,28 @@ class Outcome(Value):
     worker_should: Literal["stop", "wait"] | None = None  # `stop`: settings are wrong; `wait`: a provider has an outage
 
 
-def explain(error: ValidationError) -> str:
-    """One line from pydantic's error: every field that is wrong, and what is wrong with it."""
+def explain(error: ValidationError, hints: Mapping[str, str] = {}) -> str:
+    """One line from pydantic's error: every field that is wrong, what is wrong with it, and the hint at it, if any."""
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         field = ".".join(str(part) for part in problem["loc"]) or "value"
-        problems.append(f"{field}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+        hint = f" ({hints[field]})" if field in hints else ""
+        problems.append(f"{field}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}")
     return "; ".join(problems)
+
+
+@contextmanager
+def asked_as(names: Mapping[str, str]) -> Iterator[None]:
+    """What the block finds wrong is told under the names that whoever asked knows: `--seconds` for `duration_s`.
+
+    Raises InvalidRequest, also for what pydantic refuses.
+    """
+    try:
+        yield
+    except (ValidationError, InvalidRequest) as error:
+        told = explain(error) if isinstance(error, ValidationError) else str(error)
+    else:
+        return
+    for field, name in names.items():
+        told = re.sub(rf"(?:^|(?<=; )){re.escape(field)}\b", name.replace("\\", r"\\"), told)
+    raise InvalidRequest(told) from None

@@ -14,6 +14,7 @@ LAYERS = [
     {"errors", "private"},
     {"task"},
     {
+        "body",
         "progress",
         "media",
         "network",

@@ -340,7 +340,7 @@ def test_a_photo_too_large_for_a_request_is_made_smaller(i2v, home):
         (("photo.jpg", "-o", "out.avi"), 1, "has to end in .mp4"),
         (("photo.jpg", "x" * 5000), 1, "prompt: "),
         (("photo.jpg", "--preset", "a14b-slow"), 1, "there is no preset 'a14b-slow'; choose one of preview, "),
-        (("photo.jpg", "--preset", "tiny", "-s", "60"), 1, "duration_s is 60"),
+        (("photo.jpg", "--preset", "tiny", "-s", "60"), 1, "--seconds is 60"),
         (("https://",), 1, "photo_url: "),
     ],
 )

@@ -159,6 +159,18 @@ async def test_a_refused_request_costs_nobody_a_worker(box):
             {"upload_url": "https://1.1.1.1/x.mp4?X-Amz-Date=20260101T000000Z&X-Amz-Expires=60&X-Amz-Signature=hush"},
             "upload_url: it ended at 2026-01-01 00:01:00 UTC; sign a new one",
         ),
+        (
+            {"upload_url": "https://1.1.1.1/x.mp4?sv=2026-02-06&sr=b&sp=cw&se=2026-01-01T00%3A01%3A00Z&sig=hush"},
+            "upload_url: it ended at 2026-01-01 00:01:00 UTC; sign a new one",
+        ),
+        (
+            {"upload_url": "https://1.1.1.1/x.mp4?X-Amz-SignedHeaders=host%3Bx-amz-acl&X-Amz-Signature=hush"},
+            "upload_url: it is signed for headers that are not sent (x-amz-acl); sign host and Content-Type alone",
+        ),
+        (
+            {"upload_url": "https://1.1.1.1/x.mp4?x-amz-checksum-crc32=AAAAAA%3D%3D&X-Amz-Signature=hush"},
+            "upload_url: it is signed with the checksum of another body; sign without one",
+        ),
     ],
 )
 async def test_what_cannot_end_well_is_refused_before_the_engine(box, change, told):

@@ -65,6 +65,25 @@ def test_a_photo_and_a_drain():
     assert read({"drain": 4}) == DrainInput(drain=4)
 
 
+@pytest.mark.parametrize(
+    "other, ours",
+    [
+        ({"image_url": "https://a.b/c.jpg"}, {"photo_url": "https://a.b/c.jpg"}),
+        ({"image_base64": "QUJD"}, {"photo_base64": "QUJD"}),
+        ({"image": "HTTPS://a.b/c.jpg"}, {"photo_url": "HTTPS://a.b/c.jpg"}),
+        ({"image": "QUJD"}, {"photo_base64": "QUJD"}),
+        ({"image": "data:image/png;base64,QUJD"}, {"photo_base64": "data:image/png;base64,QUJD"}),
+        (PHOTO | {"duration": 3}, PHOTO | {"seconds": 3}),
+        (PHOTO | {"frame_num": 73}, PHOTO | {"seconds": 3}),
+        (PHOTO | {"frame_num": 73, "duration": 3.0, "seconds": 3}, PHOTO | {"seconds": 3}),
+        (PHOTO | {"image": "QUJD", "image_url": None, "seed": None, "steps": None}, PHOTO),
+    ],
+)
+def test_words_of_other_workers(other, ours):
+    """What means the same is taken; what is said twice alike, too, and null says nothing."""
+    assert read({"prompt": "", **other}) == read({"prompt": "", **ours})
+
+
 def test_base64_as_browsers_make_it():
     """A data: URL, and line breaks."""
     assert read({**PHOTO, "photo_base64": "data:image/jpeg;base64,QU\nJD"}).photo_bytes(100) == b"ABC"
@@ -89,14 +108,41 @@ def test_base64_as_browsers_make_it():
         ({**PHOTO, "seconds": float("nan")}, "seconds: input should be a finite number"),
         ({**PHOTO, "seed": -1}, "seed: input should be greater than or equal to 0"),
         ({**PHOTO, "seed": 1.5}, "seed: input should be a valid integer"),
-        ({**PHOTO, "sed": 1}, "sed: extra inputs are not permitted"),
         ({**PHOTO, "upload_url": "https://host:port/x"}, "upload_url: value error, has to be a URL that starts"),
         ({**PHOTO, "upload_url": "https://[::1/x"}, "upload_url: value error, has to be a URL that starts"),
         ({**PHOTO, "upload_url": "ftp://x/y"}, "upload_url: value error, has to be a URL that starts with https://"),
         ({"photo_url": "file:///etc/passwd", "prompt": ""}, "photo_url: value error, has to be a URL"),
         ({"drain": 0}, "drain: input should be greater than or equal to 1"),
         ({"drain": True}, "drain: input should be a valid integer"),
-        ({"drain": 2, "prompt": "x"}, "prompt: extra inputs are not permitted"),
+        ({"drain": 2, "prompt": "x"}, "prompt: extra inputs are not permitted (permitted are drain)"),
+        ({**PHOTO, "sed": 1}, "sed: extra inputs are not permitted (did you mean seed?)"),
+        (
+            {**PHOTO, "xyz": 1},
+            "xyz: extra inputs are not permitted (permitted are photo_url, photo_base64, prompt, neg",
+        ),
+        ({**PHOTO, "a(\\1": 1, "seed": -1}, "a(\\1: extra inputs are not permitted"),
+        (
+            {**PHOTO, "length": 81},
+            "length: extra inputs are not permitted (a number of frames elsewhere: say how many sec",
+        ),
+        (
+            {**PHOTO, "width": 480},
+            "width: extra inputs are not permitted (the video has the photo's shape, and the size",
+        ),
+        ({**PHOTO, "steps": 10}, "steps: extra inputs are not permitted (the endpoint's preset decides)"),
+        ({**PHOTO, "duration": 5, "seconds": 4}, "duration and seconds contradict each other; give seconds alone"),
+        ({**PHOTO, "duration": 5, "frame_num": 81}, "duration and frame_num contradict each other; give seconds alone"),
+        ({**PHOTO, "image": "REVG"}, "photo_base64 and image contradict each other; give photo_base64 alone"),
+        ({**PHOTO, "image_url": "https://a.b/c"}, "input: image_url and photo_base64 exclude each other"),
+        ({**PHOTO, "duration": "5"}, "duration: input should be a valid number"),
+        ({**PHOTO, "duration": 0}, "duration: input should be greater than 0"),
+        ({**PHOTO, "frame_num": 1}, "frame_num: input should be greater than 0"),
+        (
+            {**PHOTO, "frame_num": 81.5},
+            "frame_num: extra inputs are not permitted (a whole number of frames, 24 a second",
+        ),
+        ({"image_url": "file:///etc/passwd", "prompt": ""}, "image_url: value error, has to be a URL"),
+        ({"image": 5, "prompt": ""}, "image: input should be a valid string"),
         ({"task": "a1"}, "task: input should be a valid dictionary"),
         ({"task": {"item_id": "a1"}}, "task: malformed task: group_id: field required"),
         ({"task": {**WIRE_TASK, "photo_storage_path": "../x"}}, "photo_storage_path: value error, must be a relative"),

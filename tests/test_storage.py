@@ -35,7 +35,7 @@ from inference.errors import (
     UrlExpired,
     UrlMalformed,
 )
-from inference.network import DuplexStream, GuardedNetwork, is_public
+from inference.network import MAX_EARLY_BYTES, DuplexStream, GuardedNetwork, is_public
 from inference.storage import Storage, redact
 from inference.storage_errors import mapped
 
@@ -227,6 +227,9 @@ async def test_a_short_body_is_not_a_photo(tmp_path):
         ({"Content-Type": "text/html; charset=utf-8"}, b"<h1>Sign in</h1>", StorageRefused),
         ({"Content-Type": "application/json"}, b'{"statusCode":"404","code":"NoSuchKey"}', ObjectMissing),
         ({"Content-Encoding": "br"}, b"1234", StorageRefused),
+        ({"Content-Encoding": "aws-chunked, GZIP"}, b"1234", StorageRefused),
+        ({"Content-Encoding": "deflate"}, b"1234", StorageRefused),
+        ({"Content-Encoding": "zstd"}, b"1234", StorageRefused),
     ],
 )
 async def test_a_200_that_is_no_photo(tmp_path, headers, content, error):
@@ -240,6 +243,16 @@ async def test_a_200_that_is_no_photo(tmp_path, headers, content, error):
     with pytest.raises(error):
         await storage.download(URL, tmp_path / "photo.jpg")
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("coding", ["aws-chunked", "base64", "UTF-8", "binary", "none", "identity", ""])
+async def test_codings_that_are_none(tmp_path, coding):
+    """Uploaders store all sorts of words beside a photo, and storages hand them back above intact bytes."""
+    answer = f"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Encoding: {coding}\r\n\r\nphoto".encode()
+    with sending(answer) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            await storage.download(f"{server.origin}/p.jpg", tmp_path / "photo.jpg")
+    assert (tmp_path / "photo.jpg").read_bytes() == b"photo"
 
 
 async def test_cancelling_leaves_no_file(tmp_path):
@@ -314,6 +327,7 @@ async def test_upload_sends_the_file_afresh_each_time(video):
             "host": server.origin.removeprefix("http://"),
             "user-agent": "serverless-i2v",
             "accept": "*/*",
+            "accept-encoding": "identity",
             "content-type": "video/mp4",
             "content-length": str(video.stat().st_size),
             "connection": "close",
@@ -492,6 +506,31 @@ async def test_an_answer_between_two_writes_is_heard():
     assert await stream.read(1000) == b"HTTP/1.1 400 Said\r\n\r\n"
 
 
+async def test_an_answer_that_never_ends_while_an_upload_runs():
+    """Its beginning is kept, and heard in the end; the rest would fill memory for as long as the upload lasts."""
+
+    class Pouring(httpcore.AsyncMockStream):
+        read_bytes = 0
+
+        async def read(self, max_bytes: int, *_: object) -> bytes:
+            await anyio.lowlevel.checkpoint()
+            self.read_bytes += max_bytes
+            return b"x" * max_bytes
+
+        async def write(self, *_: object) -> None:
+            for _tick in range(50):
+                await anyio.lowlevel.checkpoint()
+
+    pouring = Pouring([])
+    stream = DuplexStream(pouring)
+    for _ in range(10):
+        await stream.write(b"y")
+    assert pouring.read_bytes == MAX_EARLY_BYTES
+    assert await stream.read(1 << 20) == b"x" * MAX_EARLY_BYTES
+    await stream.write(b"y")
+    assert pouring.read_bytes == 2 * MAX_EARLY_BYTES  # what was taken away makes room
+
+
 async def test_a_server_that_dies_during_an_upload(video):
     """Whether the object was stored is unknown: the error says to try again."""
     with sending(b"", read_body=False) as server:
@@ -500,10 +539,52 @@ async def test_a_server_that_dies_during_an_upload(video):
                 await storage.upload(f"{server.origin}/v?token={SECRET}", video)
 
 
-async def test_an_upload_follows_no_redirect(video):
-    """A streamed body cannot be sent again, and a PUT elsewhere was not signed."""
-    with pytest.raises(StorageRefused, match="307"):
-        await answering(307, Location="https://other.example/").upload(URL, video)
+@pytest.mark.parametrize("status", [307, 308])
+async def test_an_upload_is_sent_again_to_where_the_storage_says(video, status):
+    """A new bucket of AWS redirects until its name is known everywhere, mostly before it has read the body."""
+
+    def serve(_: Seen, connection: socket.socket) -> None:
+        connection.sendall(reply(status, Location=f"{there.origin}/b?sig=2", Connection="close"))
+        while connection.recv(1 << 20):
+            pass
+
+    with sending(reply(200, b"{}", Connection="close")) as there, Loopback(serve, read_body=False) as here:
+        async with Storage(trusted_origins=[here.origin, there.origin]) as storage:
+            await storage.upload(f"{here.origin}/a?sig=1", video)
+            await storage.submit(f"{here.origin}/a", {"key": "k"}, b"photo", name="p.jpg", content_type="image/jpeg")
+    put, post = there.seen
+    assert (put.line, put.body) == ("PUT /b?sig=2 HTTP/1.1", video.read_bytes())
+    assert put.headers["content-type"] == "video/mp4"
+    assert (post.line, b"photo" in post.body) == ("POST /b?sig=2 HTTP/1.1", True)
+
+
+async def test_an_upload_follows_nowhere_else(video):
+    """Neither to an address that was not allowed, nor for ever, nor from https into the clear, nor as another verb."""
+    with (
+        sending(reply(200)) as private,
+        sending(reply(307, Location=private.origin, Connection="close")) as leading,
+        sending(reply(307, Location="/again", Connection="close")) as circling,
+    ):
+        async with Storage(trusted_origins=[leading.origin, circling.origin]) as storage:
+            with pytest.raises(AddressRefused, match=r"127\.0\.0\.1"):
+                await storage.upload(f"{leading.origin}/v", video)
+            with pytest.raises(StorageRefused, match="more than 5 redirects"):
+                await storage.upload(f"{circling.origin}/v", video)
+    assert (len(leading.seen), len(circling.seen), private.seen) == (1, 6, [])
+    with pytest.raises(StorageRefused, match=r"redirects to http://other\.example/, where all could read it"):
+        await answering(307, Location="http://other.example/?sig=2").upload(URL, video)
+    for status in (301, 302, 303):
+        with pytest.raises(StorageRefused, match=str(status)):
+            await answering(status, Location="https://other.example/").upload(URL, video)
+
+
+async def test_a_storage_of_azure_is_told_the_kind_of_blob(video):
+    """Without it the answer is 400; nobody else is told, lest a signature break."""
+    with sending(reply(201, Connection="close")) as server:
+        async with Storage(trusted_origins=[server.origin]) as storage:
+            await storage.upload(f"{server.origin}/c/v.mp4?sv=2026-02-06&sr=b&sp=cw&se=2099-01-01&sig=a%2Bb", video)
+            await storage.upload(f"{server.origin}/c/v.mp4?X-Amz-Signature=a", video)
+    assert [seen.headers.get("x-ms-blob-type") for seen in server.seen] == ["BlockBlob", None]
 
 
 async def test_a_web_page_is_no_receipt(video):

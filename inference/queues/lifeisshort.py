@@ -18,6 +18,7 @@ import httpx
 import structlog
 from pydantic import ValidationError
 
+from inference.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.errors import (
     CancelRequested,
     I2VError,
@@ -111,9 +112,11 @@ class LifeIsShortQueue:
         self._speaks_progress = False
         self._tells_backlog = True
         base_url = worker_api_url(api_url)
+        credentials = {"Authorization": f"{auth_scheme.capitalize()} {self._api_key}"} if self._api_key else {}
         self._client = httpx.AsyncClient(
             base_url=base_url,
-            headers={"Authorization": f"{auth_scheme.capitalize()} {self._api_key}"} if self._api_key else {},
+            headers=IDENTITY | credentials,
+            event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
             timeout=request_timeout_s,
             trust_env=may_be_proxied(base_url),
             transport=transport,

@@ -27,6 +27,9 @@ IDLE_TIMEOUT_S = 30.0
 PAUSES_S = (1.0, 5.0, 20.0)
 """Before each new try. Bytes that arrive start them over."""
 
+MAX_LISTING_BYTES = 8_000_000
+"""Of a repository's listing; those of Wan2.2 have some 20 kB."""
+
 LOADABLE = (TENSORS, ".json", ".model", ".txt")
 """What loading reads: no pictures, and never a pickle."""
 
@@ -64,7 +67,7 @@ class Hub:
         def ask() -> bytes:
             path = f"/api/models/{name}/revision/{quote(revision, safe='')}"
             with self._answer(path, f"{name} at {revision}", params={"blobs": "true"}) as response:
-                return response.read()
+                return _beginning(response)
 
         files = {}
         try:
@@ -77,7 +80,7 @@ class Hub:
                         published_bytes=lfs["size"] if lfs else file["size"],
                     )
             return Lock(repository=name, revision=said["sha"], files=files)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise weights_error(f"{self._client.base_url.host} does not answer as a hub about {name}") from None
 
     def download(self, lock: Lock, path: str, partial: Path, report: Report) -> None:
@@ -94,7 +97,7 @@ class Hub:
                         file.truncate()
                     if response.status_code == 416:
                         raise httpx.RemoteProtocolError("the hub's file is shorter")
-                    for chunk in response.iter_bytes():
+                    for chunk in response.iter_raw():  # what is compressed all the same would unfold without end
                         file.write(chunk)
                         report("download", file.tell())
                         if file.tell() > size_bytes:
@@ -138,6 +141,16 @@ class Hub:
                         "run the same command again, it continues where it stopped"
                     ) from None
                 time.sleep(pause_s)
+
+
+def _beginning(response: httpx.Response) -> bytes:
+    """At most MAX_LISTING_BYTES of a body, not decompressed."""
+    read = bytearray()
+    for part in response.iter_raw():
+        read += part
+        if len(read) >= MAX_LISTING_BYTES:
+            break
+    return bytes(read)
 
 
 def _reason(error: httpx.HTTPError) -> str:

@@ -66,7 +66,7 @@ def test_render_makes_a_clip_and_says_what_it_is(here, home, weights_dir):  # no
 @pytest.mark.parametrize(
     "case",
     [
-        ("--preset tiny -s 20", {}, "duration_s is 20; preset tiny makes 0.5 to 10 s"),
+        ("--preset tiny -s 20", {}, "--seconds is 20; preset tiny makes 0.5 to 10 s"),
         ("--preset huge", {}, "I2V_WAN_PRESET: there is no preset 'huge'; choose one of"),
         ("--preset a14b-fast", {}, "run: i2v weights fetch a14b-fast"),
         ("--preset tiny", {"I2V_WAN_AREA": 10**9}, "I2V_WAN_AREA"),
