@@ -76,9 +76,11 @@ HANGS_AFTER = Fault(hangs=True, carried_out=True)
 SLOW = Fault(hangs=True, carried_out=True, truthful=True)
 DAILY_CAP = Fault(429, b'{"error": "You have reached your daily task limit."}')
 NO_CREDITS = Fault(400, b'{"error": "You do not have enough credits to run this task."}')
+# Of these three Runway's documents say that the request was not carried out and may be sent again.
 BAD_GATEWAY = Fault(502, b"<html>bad gateway</html>")
-BAD_GATEWAY_AFTER = Fault(502, b"<html>bad gateway</html>", carried_out=True)
 UNAVAILABLE = Fault(503, b'{"error": "shedding load"}')
+GATEWAY_TIMEOUT = Fault(504, b"<html>gateway timeout</html>")
+CRASHED_AFTER = Fault(500, b'{"error": "internal"}', carried_out=True)
 NOT_FOUND = Fault(404, b'{"error": "not found"}')
 
 

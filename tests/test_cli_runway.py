@@ -15,7 +15,7 @@ from inference import doctor
 from inference.media.video import probe
 from inference.settings import Settings
 from tests.processes import Process, Site, environment, i2v_here, jpeg, until
-from tests.runway_server import BAD_GATEWAY_AFTER, Fault, RunwayServer
+from tests.runway_server import CRASHED_AFTER, Fault, RunwayServer
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_an_interrupted_rendering_goes_on(home):
 
 def test_what_is_in_doubt_waits_for_a_person(home):
     """It is told, listed, and paid for again only after somebody has said so."""
-    home.runway.faults["create"].append(BAD_GATEWAY_AFTER)
+    home.runway.faults["create"].append(CRASHED_AFTER)
     arguments = ("render", "photo.jpg", "pan left", "--engine", "runway", "-s", "2")
     ran = home.i2v(*arguments)
     item_id = re.search(r"i2v payments --forget (\S+)`", ran.stderr)[1]

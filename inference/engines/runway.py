@@ -25,8 +25,10 @@ from inference.errors import (
     LeaseLost,
     MachineFault,
     ObjectMissing,
+    ProviderUnavailable,
     SettingsError,
     StorageRefused,
+    StorageUnavailable,
     UrlExpired,
 )
 from inference.media import photo as photos
@@ -94,8 +96,8 @@ class RunwayEngine:
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         """Makes `runway.mp4` in `folder`, or goes on with what the job's books say was paid for.
 
-        Raises InvalidRequest, ContentRefused, InvalidPhoto, EngineFailed, EngineHung, PaymentInDoubt, AccountError,
-        BudgetSpent, StorageError, MediaError, MachineFault.
+        Raises InvalidRequest, ContentRefused, InvalidPhoto, EngineFailed, EngineHung, PaymentInDoubt,
+        ProviderUnavailable, AccountError, BudgetSpent, StorageError, MediaError, MachineFault.
         """
         job.raise_if_cancelled()
         try:
@@ -128,14 +130,21 @@ class RunwayEngine:
             if len(uri) < DATA_URI_BYTES:
                 return uri
             slot = await api.upload_slot()
-            await storage.submit(slot.uploadUrl, slot.fields, order.photo, name="photo.jpg", content_type="image/jpeg")
+            try:
+                await storage.submit(
+                    slot.uploadUrl, slot.fields, order.photo, name="photo.jpg", content_type="image/jpeg"
+                )
+            except StorageUnavailable as error:
+                raise ProviderUnavailable(f"the photo could not be uploaded: {error}") from None
             return slot.runwayUri
 
         paid = PaidTask(api, job, order, put_photo, poll_interval_s=self._poll_interval_s, replays=self._replays)
+        task: RunwayTask | None = None
         try:
             with anyio.move_on_after(self._timeout_s):
                 await paid.pay()
                 task = await paid.succeeded()
+            if task is not None:  # paid for: fetching it has limits of its own
                 job.report("fetch")
                 video = await _fetch(storage, paid, task, folder, order.model.cut_s(request.duration_s))
                 job.report("fetch", 1)
@@ -143,6 +152,11 @@ class RunwayEngine:
         except (CancelRequested, LeaseLost, anyio.get_cancelled_exc_class()):
             await paid.let_go()
             raise
+        if not paid.id:
+            raise ProviderUnavailable(f"it took no order within the {self._timeout_s:g} s of RUNWAY_TIMEOUT")
+        if paid.is_unheard:  # it goes on there all the same, and is fetched when Runway answers again
+            await paid.let_go()
+            raise ProviderUnavailable(f"it did not say how task {paid.id} is, which is paid for")
         await paid.stop()
         raise EngineHung(f"no video within the {self._timeout_s:g} s of RUNWAY_TIMEOUT; it was told to stop")
 
@@ -197,10 +211,14 @@ async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Pat
 
 
 async def _download(storage: Storage, paid: PaidTask, task: RunwayTask, path: Path) -> None:
-    """Raises StorageError, EngineFailed, DiskFull."""
+    """Raises StorageError, EngineFailed, ProviderUnavailable, DiskFull."""
     for tries_left in reversed(range(DOWNLOAD_TRIES)):
         try:
             await storage.download(task.output[0], path)
+        except StorageUnavailable as error:
+            if not tries_left:
+                raise ProviderUnavailable(f"task {task.id} is paid for, and its clip cannot be had: {error}") from None
+            await paid.pause()
         except (UrlExpired, ObjectMissing, StorageRefused) as error:
             if not tries_left and isinstance(error, ObjectMissing):
                 await paid.ended("failed", GONE)
