@@ -19,6 +19,7 @@ from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
 from inference.keeper import Policy
 from inference.ledger import Ledger
+from inference.network import is_this_machine
 from inference.progress import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
@@ -40,6 +41,24 @@ SIGNING_SECRET_CHARS = 64
 
 
 PREVIEW_NOTE = "a camera move over the photo, not a generation"
+
+
+def choose_engine(settings: Settings) -> Settings:
+    """Settings of a worker: their engine was chosen by I2V_ENGINE, by `--engine`, or by the only key there is.
+
+    Nobody gets previews for finished work by accident: only a queue on this machine, where things are tried out, has
+    them by default. Raises SettingsError for any other where nothing was chosen.
+    """
+    if "engine" in settings.model_fields_set:
+        return settings
+    if settings.runway_key is not None:
+        return settings.model_copy(update={"engine": "runway"})
+    if settings.api_url and not is_this_machine(httpx.URL(settings.api_url).host):
+        raise SettingsError(
+            f"I2V_ENGINE is not set: choose wan, or runway with a key of it, for the videos of {settings.api_url}; "
+            f"preview, {PREVIEW_NOTE}, has to be asked for"
+        )
+    return settings
 
 
 def build_engine(settings: Settings, check: Callable[[], None] = lambda: None) -> Engine:
@@ -91,6 +110,7 @@ def _build_runway(settings: Settings) -> RunwayEngine:
         ratio=settings.runway_ratio,
         timeout_s=settings.runway_timeout_s,
         poll_interval_s=settings.runway_poll_interval_s,
+        default_duration_s=settings.runway_duration_s,
         replays=int(settings.runway_replay),
         trusted_origins=[_origin(settings.runway_url)],
         allow_private=settings.allow_private_addresses,

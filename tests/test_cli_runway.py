@@ -133,10 +133,12 @@ def test_what_is_missing_is_said_in_one_line(home, settings, said):
 
 @pytest.mark.parametrize("fate", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_worker_that_ends_leaves_its_task_to_the_next(home, runway, tmp_path, fate):
-    """`i2v work` on any box: the lease is handed back, or runs out; the clip is paid for once."""
+    """`i2v work` on any box: the lease is handed back, or runs out; the clip is paid for once.
+
+    Only the key says that it is Runway's work, as the documents of the queue have it: nobody gets a preview instead.
+    """
     runway.hold()
     settings = home.settings | {
-        "I2V_ENGINE": "runway",
         "I2V_SHUTDOWN_GRACE": 0,
         "LEASE_DURATION": 4,
         "I2V_LEASE_EXTENSION": 4,

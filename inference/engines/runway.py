@@ -60,7 +60,8 @@ class RunwayEngine:
     """Generates at Runway, as many at once as are asked for; what the account's tier does not allow waits there.
 
     A length that the model does not make is ordered longer and cut. The model picks the size: `max_area_px` means
-    nothing to it. `replays` is how often a request whose answer was lost is paid for again without asking; `transport`
+    nothing to it. `default_duration_s`: of clips of requests that name no length; None: what their queue means by that.
+    `replays` is how often a request whose answer was lost is paid for again without asking; `transport`
     takes the network's place, guards included: for tests. Raises SettingsError for a model that is not known.
     """
 
@@ -76,6 +77,7 @@ class RunwayEngine:
         ratio: str | None = None,
         timeout_s: float = 600,
         poll_interval_s: float = 5,
+        default_duration_s: float | None = None,
         replays: int = 0,
         trusted_origins: Collection[str] = (),
         allow_private: bool = False,
@@ -86,6 +88,7 @@ class RunwayEngine:
         self._api_key, self._base_url, self._transport = api_key, base_url, transport
         self._model, self._ratio = model, ratio
         self._timeout_s, self._poll_interval_s, self._replays = timeout_s, poll_interval_s, replays
+        self._default_duration_s = default_duration_s
         self._trusted_origins, self._allow_private = trusted_origins, allow_private
         self._told: set[str] = set()
 
@@ -100,6 +103,8 @@ class RunwayEngine:
         ProviderUnavailable, AccountError, BudgetSpent, StorageError, MediaError, MachineFault.
         """
         job.raise_if_cancelled()
+        if self._default_duration_s is not None and not request.names_duration:
+            request = request.model_copy(update={"duration_s": self._default_duration_s})
         try:
             self.refuse(request)
             storage = Storage(

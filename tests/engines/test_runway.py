@@ -265,6 +265,13 @@ class TestOrder:
         assert video.external_ids == {"runway_task_id": task.id}
         assert (video.cost_usd, video.seed) == (pytest.approx(0.25), 7)
 
+    @pytest.mark.parametrize("names_duration, seconds", [(True, 5), (False, 8)])
+    async def test_a_length_of_our_own_for_who_names_none(self, runway, photo, folder, names_duration, seconds):
+        """RUNWAY_DEFAULT_DURATION; what was asked for stays as it is."""
+        request = ASKED.model_copy(update={"names_duration": names_duration})
+        await engine_of(runway, default_duration_s=8).generate(request, photo, folder, Job())
+        assert runway.tasks[0].seconds == seconds
+
     @pytest.mark.parametrize("model, sent", [("gen4_turbo", False), ("veo3.1", False), ("gen4.5", True)])
     async def test_no_prompt(self, runway, photo, folder, model, sent):
         """None is sent, or a default where Runway takes no order without."""
