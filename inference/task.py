@@ -99,6 +99,7 @@ class Video(Value):
     size_bytes: int
     seed: int | None = None
     cost_usd: float | None = None  # what a provider takes for it, where it is paid by the clip
+    as_it_came: str | None = None  # why a clip that was paid for is not cut or encoded as asked; None where it is
     external_ids: dict[str, str] = {}  # ids at a paid provider, by the name the queue's report knows them under
 
     @property

@@ -19,6 +19,7 @@ from inference.engines.runway_paid import Order, PaidTask
 from inference.engines.runway_wire import DATA_URI_BYTES, GONE, RunwayApi, RunwayTask
 from inference.errors import (
     CancelRequested,
+    EncodeFailed,
     EngineFailed,
     EngineHung,
     I2VError,
@@ -32,7 +33,7 @@ from inference.errors import (
     UrlExpired,
 )
 from inference.media import photo as photos
-from inference.media.video import tidy
+from inference.media.video import VideoInfo, probe, tidy
 from inference.storage import Storage
 from inference.task import GenerationRequest, Video
 
@@ -194,7 +195,7 @@ async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Pat
     raw, path = anyio.Path(folder / ".runway.mp4"), anyio.Path(folder / "runway.mp4")
     try:
         await _download(storage, paid, task, Path(raw))
-        info = await anyio.to_thread.run_sync(lambda: tidy(Path(raw), Path(path), length_s=cut_s))
+        info, as_it_came = await anyio.to_thread.run_sync(_tidied, Path(raw), Path(path), cut_s)
         size_bytes = (await path.stat()).st_size
     except BaseException:
         with anyio.CancelScope(shield=True):
@@ -211,8 +212,23 @@ async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Pat
         frames=info.frames,
         size_bytes=size_bytes,
         cost_usd=paid.cost_usd,
+        as_it_came=as_it_came,
         external_ids={"runway_task_id": task.id},
     )
+
+
+def _tidied(raw: Path, path: Path, cut_s: float | None) -> tuple[VideoInfo, str | None]:
+    """Makes a clip what was asked for, or says why it is as it came: its money is spent either way. Blocks.
+
+    Raises MediaError where it is no video, MachineFault, DiskFull.
+    """
+    try:
+        return tidy(raw, path, length_s=cut_s), None
+    except EncodeFailed as error:
+        info = probe(raw)
+        raw.replace(path)
+        log.warning("clip_as_it_came", error=str(error), duration_s=info.duration_s, wanted_s=cut_s)
+        return info, str(error)
 
 
 async def _download(storage: Storage, paid: PaidTask, task: RunwayTask, path: Path) -> None:

@@ -73,6 +73,7 @@ from tests.runway_server import (
 from tests.virtual import virtual_time
 
 POLL_S = 0.01
+CASES = Path(__file__).parents[1] / "cases" / "video"
 ASKED = GenerationRequest(prompt="slow push", duration_s=5.0)
 
 pytestmark = pytest.mark.anyio
@@ -908,6 +909,26 @@ class TestClip:
         runway.clip = encoded(tmp_path, "-c", "copy", "-movflags", "+faststart")
         video = await engine_of(runway).generate(ASKED, photo, folder, Job())
         assert video.path.read_bytes() == runway.clip
+
+    async def test_a_clip_of_variable_rate_is_cut(self, runway, photo, folder):
+        """As a provider made it: 19 frames lie in its first second, whatever their mean rate says."""
+        runway.clip = (CASES / "vfr.mp4").read_bytes()
+        request = ASKED.model_copy(update={"duration_s": 1.0})
+        video = await engine_of(runway).generate(request, photo, folder, Job())
+        assert (video.frames, video.as_it_came) == (19, None)
+        assert video.duration_s == pytest.approx(1, abs=0.05)
+
+    async def test_a_clip_that_cannot_be_encoded_is_delivered_as_it_came(self, runway, photo, folder, fake_ffmpeg):
+        """Its money is spent: uncut it is worth more than an error. The log and the video say so."""
+        runway.clip = (CASES / "vfr.mp4").read_bytes()
+        request = ASKED.model_copy(update={"duration_s": 1.0})
+        fake_ffmpeg("echo '[libx264 @ 0x1] broken' >&2; exit 1", but_for="framecrc")  # it can be probed
+        with capture_logs() as logs:
+            video = await engine_of(runway).generate(request, photo, folder, Job())
+        assert video.path.read_bytes() == runway.clip
+        assert (video.frames, video.as_it_came) == (39, "ffmpeg ended with 1: broken")
+        assert [line["wanted_s"] for line in logs if line["event"] == "clip_as_it_came"] == [1.0]
+        assert list(folder.iterdir()) == [video.path]
 
     async def test_sound_is_cut_with_the_picture(self, runway, photo, tmp_path, folder):
         """Veo's clips have some."""
