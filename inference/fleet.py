@@ -255,9 +255,9 @@ async def report(
             f"money    ${await books.spent_usd():.2f} of ${settings.runway_budget_usd:.2f} spent today at Runway"
         )
     for payment in await books.payments():
-        if payment.status in ("intended", "created"):
-            doubt = "IN DOUBT" if payment.status == "intended" else payment.external_id
-            lines.append(f"payment  {payment.item_id} {payment.model} ${payment.cost_usd:.2f} {doubt}")
+        if payment.is_open:
+            standing = f"{payment.standing(books.now())} {payment.external_id or ''}".rstrip()
+            lines.append(f"payment  {payment.item_id} {payment.model} ${payment.cost_usd:.2f} {standing}")
     lines += [f"tick     {_time(at)} {decision}" for at, decision in (await board.decisions())[-10:]]
     return lines
 
