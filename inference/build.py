@@ -13,7 +13,7 @@ import httpx
 from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
 from inference.engines.runway import RunwayEngine
-from inference.engines.runway_models import USD_PER_CREDIT, model_for
+from inference.engines.runway_models import model_for
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
@@ -91,7 +91,7 @@ def engine_note(settings: Settings) -> str:
     if settings.engine == "preview":
         return f"preview: {PREVIEW_NOTE}"
     if settings.engine == "runway":
-        usd_per_s = model_for(None, settings.runway_model).credits_per_s * USD_PER_CREDIT
+        usd_per_s = model_for(None, settings.runway_model).usd_per_s(audio=settings.runway_audio)
         return (
             f"runway, model {settings.runway_model}: up to ${usd_per_s:.2f} a second, "
             f"${settings.runway_budget_usd:.2f} a day"
@@ -111,6 +111,7 @@ def _build_runway(settings: Settings) -> RunwayEngine:
         timeout_s=settings.runway_timeout_s,
         poll_interval_s=settings.runway_poll_interval_s,
         default_duration_s=settings.runway_duration_s,
+        audio=settings.runway_audio,
         replays=int(settings.runway_replay),
         trusted_origins=[_origin(settings.runway_url)],
         allow_private=settings.allow_private_addresses,

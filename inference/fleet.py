@@ -87,6 +87,7 @@ def rules(settings: Settings, shape: Shape) -> Rules:
         overflow_wan_local=settings.overflow_wan_local,
         budget_usd=settings.runway_budget_usd,
         runway_model=settings.runway_model,
+        runway_audio=settings.runway_audio,
         runway_duration_s=settings.runway_duration_s,
     )
 

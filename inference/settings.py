@@ -150,6 +150,11 @@ class Settings(LoadableSettings):
     runway_ratio: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = setting(
         None, "RUNWAY_DEFAULT_RATIO", about="Size of the clips, e.g. 1280:720. Default: the one nearest to the photo."
     )
+    runway_audio: bool = setting(
+        False,
+        "I2V_RUNWAY_AUDIO",
+        about="Buy sound of `veo3.1` (twice the price) and `veo3.1_fast` (half as much again).",
+    )
     runway_duration_s: Annotated[float, Field(ge=MIN_DURATION_S, le=10)] | None = setting(
         None,
         "RUNWAY_DEFAULT_DURATION",

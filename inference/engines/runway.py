@@ -61,9 +61,10 @@ class RunwayEngine:
     """Generates at Runway, as many at once as are asked for; what the account's tier does not allow waits there.
 
     A length that the model does not make is ordered longer and cut. The model picks the size: `max_area_px` means
-    nothing to it. `default_duration_s`: of clips of requests that name no length; None: what their queue means by that.
-    `replays` is how often a request whose answer was lost is paid for again without asking; `transport`
-    takes the network's place, guards included: for tests. Raises SettingsError for a model that is not known.
+    nothing to it. `audio`: buy sound of models that make any. `default_duration_s`: of clips of requests that name no
+    length; None: what their queue means by that. `replays` is how often a request whose answer was lost is paid for
+    again without asking; `transport` takes the network's place, guards included: for tests. Raises SettingsError for a
+    model that is not known.
     """
 
     name = "runway"
@@ -79,6 +80,7 @@ class RunwayEngine:
         timeout_s: float = 600,
         poll_interval_s: float = 5,
         default_duration_s: float | None = None,
+        audio: bool = False,
         replays: int = 0,
         trusted_origins: Collection[str] = (),
         allow_private: bool = False,
@@ -89,7 +91,7 @@ class RunwayEngine:
         self._api_key, self._base_url, self._transport = api_key, base_url, transport
         self._model, self._ratio = model, ratio
         self._timeout_s, self._poll_interval_s, self._replays = timeout_s, poll_interval_s, replays
-        self._default_duration_s = default_duration_s
+        self._default_duration_s, self._audio = default_duration_s, audio
         self._trusted_origins, self._allow_private = trusted_origins, allow_private
         self._told: set[str] = set()
 
@@ -187,6 +189,8 @@ class RunwayEngine:
             seed=request.seed,
             photo=picture,
             photo_digest=photo_digest,
+            audio=self._audio and model.sound_credits_per_s is not None,
+            negative_prompt=(request.negative_prompt or "").strip(),
         )
 
 

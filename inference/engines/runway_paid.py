@@ -64,10 +64,14 @@ class Order:
     seed: int | None
     photo: bytes  # a JPEG: upright, sRGB, without what a camera wrote into it
     photo_digest: str  # of the file it came from
+    audio: bool = False  # where the model makes sound
+    negative_prompt: str = ""  # empty: none is sent
 
     @property
     def digest(self) -> str:
         """The name of the request in the books."""
+        # Silent and without is how requests were named before there was a choice: those are gone on with.
+        chosen = {"audio": self.audio, "negative_prompt": self.negative_prompt}
         return digest(
             model=self.model.name,
             seconds=self.seconds,
@@ -75,12 +79,13 @@ class Order:
             prompt=self.prompt,
             seed=self.seed,
             photo=self.photo_digest,
+            **{name: value for name, value in chosen.items() if value},
         )
 
     @property
     def cost_usd(self) -> float:
         """What it may cost, at most."""
-        return self.seconds * self.model.credits_per_s * USD_PER_CREDIT
+        return self.seconds * self.model.usd_per_s(audio=self.audio)
 
     def body(self, photo_uri: str) -> dict[str, object]:
         """The order on the wire. Runway refuses keys that it does not know, and an empty prompt."""
@@ -94,6 +99,10 @@ class Order:
             body["promptText"] = self.prompt
         if self.seed is not None:
             body["seed"] = self.seed
+        if self.model.sound_credits_per_s is not None:
+            body["audio"] = self.audio  # said either way: sound is bought by who says nothing
+        if self.negative_prompt:
+            body["negativePrompt"] = self.negative_prompt
         return body
 
 

@@ -218,8 +218,11 @@ class TestModels:
 
     async def test_prices(self):
         """Dollars, at most."""
-        assert MODELS["gen4_turbo"].cost_usd(5.0) == pytest.approx(0.25)
-        assert MODELS["veo3.1"].cost_usd(5.0) == pytest.approx(2.40)
+        assert MODELS["gen4_turbo"].cost_usd(5.0, audio=True) == pytest.approx(0.25)  # it makes none
+        for model, audio, cost_usd in (
+            ("veo3.1", False, 1.20), ("veo3.1", True, 2.40), ("veo3.1_fast", False, 0.60), ("veo3.1_fast", True, 0.90)
+        ):  # fmt: skip
+            assert MODELS[model].cost_usd(5.0, audio=audio) == pytest.approx(cost_usd)
 
     @pytest.mark.parametrize(
         "field, value",
@@ -265,6 +268,34 @@ class TestOrder:
         assert (task.prompt, task.seed) == ("slow push", 7)
         assert video.external_ids == {"runway_task_id": task.id}
         assert (video.cost_usd, video.seed) == (pytest.approx(0.25), 7)
+
+    @pytest.mark.parametrize("model, silent_usd, sound_usd", [("veo3.1", 1.20, 2.40), ("veo3.1_fast", 0.60, 0.90)])
+    async def test_sound_is_bought_only_where_it_is_wanted(
+        self, runway, photo, folder, *, model, silent_usd, sound_usd
+    ):
+        """Every other engine is silent. The books have the price of what was ordered, before and after."""
+        for audio, cost_usd in ((False, silent_usd), (True, sound_usd)):
+            books = Books(budget_usd=cost_usd)  # enough, and not a cent more
+            video = await engine_of(runway, model=model, audio=audio).generate(ASKED, photo, folder, books.job())
+            assert (runway.tasks[-1].audio, video.cost_usd) == (audio, pytest.approx(cost_usd))
+            with failing(BudgetSpent, runway, rf"this would cost \${cost_usd:.2f}"):
+                other = ASKED.model_copy(update={"prompt": "another"})
+                await engine_of(runway, model=model, audio=audio).generate(other, photo, folder, books.job())
+
+    async def test_a_silent_model_has_no_say_in_sound(self, runway, photo, folder):
+        """Runway refuses a key that the model does not have."""
+        await engine_of(runway, audio=True).generate(ASKED, photo, folder, Job())
+        assert not runway.tasks[0].audio
+
+    @pytest.mark.parametrize("said, sent", [("blur, text ", "blur, text"), ("", None), (None, None)])
+    async def test_what_should_not_be_seen(self, runway, photo, folder, said, sent):
+        """Veo takes it; it is part of what was paid for."""
+        request = ASKED.model_copy(update={"negative_prompt": said})
+        books, engine = Books(), engine_of(runway, model="veo3.1_fast")
+        await engine.generate(request, photo, folder, books.job())
+        assert runway.tasks[0].negative_prompt == sent
+        await engine.generate(ASKED, photo, folder, books.job())
+        assert len(runway.tasks) == (2 if sent else 1)
 
     @pytest.mark.parametrize("names_duration, seconds", [(True, 5), (False, 8)])
     async def test_a_length_of_our_own_for_who_names_none(self, runway, photo, folder, names_duration, seconds):
