@@ -182,16 +182,19 @@ def process(
 
 
 @app.function(image=slim, timeout=MINUTES, scaledown_window=2, cpu=0.25, memory=512)
-async def look(forget: str) -> list[str]:
-    """What `status` shows."""
-    if forget:
-        await fleet.ledger(settings, records()).forget(forget)
-    return await fleet.report(settings, fleet.on_modal(settings), records(), pools())
+async def look(forget: str) -> list[str] | dict[str, str]:
+    """What `status` shows; an error comes back as one line."""
+    try:
+        if forget:
+            await fleet.ledger(settings, records()).forget(forget)
+        return await fleet.report(settings, fleet.on_modal(settings), records(), pools())
+    except I2VError as error:
+        return {"error": str(error)}
 
 
 @app.local_entrypoint()
 def status(forget: str = "") -> None:
     """The pools, the queue, the last ticks, today's money. --forget ITEM lets a payment in doubt be made again."""
     with told_errors(verbose=False):
-        for line in look.remote(forget):
+        for line in by_hand.lines(look.remote(forget)):
             terminal.out.print(line, markup=False)

@@ -14,12 +14,13 @@ from inference import private
 from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
 from inference.engines.runway import RunwayEngine
-from inference.engines.runway_models import USD_PER_CREDIT, model_for
+from inference.engines.runway_models import model_for
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
 from inference.keeper import Policy
 from inference.ledger import Ledger
+from inference.network import is_this_machine
 from inference.progress import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
@@ -41,6 +42,24 @@ SIGNING_SECRET_CHARS = 64
 
 
 PREVIEW_NOTE = "a camera move over the photo, not a generation"
+
+
+def choose_engine(settings: Settings) -> Settings:
+    """Settings of a worker: their engine was chosen by I2V_ENGINE, by `--engine`, or by the only key there is.
+
+    Nobody gets previews for finished work by accident: only a queue on this machine, where things are tried out, has
+    them by default. Raises SettingsError for any other where nothing was chosen.
+    """
+    if "engine" in settings.model_fields_set:
+        return settings
+    if settings.runway_key is not None:
+        return settings.model_copy(update={"engine": "runway"})
+    if settings.api_url and not is_this_machine(httpx.URL(settings.api_url).host):
+        raise SettingsError(
+            f"I2V_ENGINE is not set: choose wan, or runway with a key of it, for the videos of {settings.api_url}; "
+            f"preview, {PREVIEW_NOTE}, has to be asked for"
+        )
+    return settings
 
 
 def build_engine(settings: Settings, check: Callable[[], None] = lambda: None) -> Engine:
@@ -73,7 +92,7 @@ def engine_note(settings: Settings) -> str:
     if settings.engine == "preview":
         return f"preview: {PREVIEW_NOTE}"
     if settings.engine == "runway":
-        usd_per_s = model_for(None, settings.runway_model).credits_per_s * USD_PER_CREDIT
+        usd_per_s = model_for(None, settings.runway_model).usd_per_s(audio=settings.runway_audio)
         return (
             f"runway, model {settings.runway_model}: up to ${usd_per_s:.2f} a second, "
             f"${settings.runway_budget_usd:.2f} a day"
@@ -92,6 +111,8 @@ def _build_runway(settings: Settings) -> RunwayEngine:
         ratio=settings.runway_ratio,
         timeout_s=settings.runway_timeout_s,
         poll_interval_s=settings.runway_poll_interval_s,
+        default_duration_s=settings.runway_duration_s,
+        audio=settings.runway_audio,
         replays=int(settings.runway_replay),
         trusted_origins=[_origin(settings.runway_url)],
         allow_private=settings.allow_private_addresses,

@@ -10,7 +10,7 @@ import anyio.to_thread
 from rich.markup import escape
 
 from inference import build, terminal
-from inference.errors import EngineError, NoTask, SettingsError
+from inference.errors import EngineError, I2VError, NoTask, SettingsError
 from inference.fleet import EngineName, for_a_cold_start, on_modal
 from inference.keeper import hand_back
 from inference.media import photo as photos
@@ -108,6 +108,13 @@ async def preview(settings: Settings, lease: Lease | None, request: dict[str, An
     finally:
         with anyio.CancelScope(shield=True):
             await station.close()
+
+
+def lines(answer: list[str] | dict[str, str]) -> list[str]:
+    """What a fleet reported. Raises I2VError where it could not, or refused."""
+    if isinstance(answer, dict):
+        raise I2VError(answer["error"])
+    return answer
 
 
 def tell(answer: Any) -> bytes | str:

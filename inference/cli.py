@@ -21,6 +21,7 @@ from inference.build import (
     build_ledger,
     build_server_config,
     build_worker,
+    choose_engine,
     engine_note,
     load_engine,
     open_queue,
@@ -149,10 +150,13 @@ def work(
 ) -> None:
     """A plain polling worker for any box: lease, run, repeat.
 
+    Unless the queue is on this machine, it has to know what makes the videos: I2V_ENGINE, --engine, or a Runway key.
     On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
     left and exits 0; a second signal hands back at once.
     """
-    settings = start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
+    settings = choose_engine(
+        start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
+    )
     process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
 
 

@@ -11,8 +11,7 @@ from rich.table import Table
 from inference import terminal
 from inference.build import build_ledger
 from inference.cli_start import Verbose, start
-from inference.errors import SettingsError
-from inference.ledger import CREATION_S, Payment
+from inference.ledger import Payment
 
 STYLES = {"in doubt": "bold yellow", "delivered": "green", "failed": "red", "created": "cyan"}
 
@@ -29,12 +28,14 @@ def payments(
     """What was paid for at Runway from this machine, oldest first, and what of today's budget is left.
 
     A payment is in doubt where Runway's answer to it was lost: look at https://dev.runwayml.com whether the clip was
-    made. Its task is not paid for again until you say so with --forget.
+    made. Its task is not paid for again until you say so with --forget, which refuses what may still be in flight.
     """
     settings = start("warning", verbose=verbose)
     ledger = build_ledger(settings)
     if forget is not None:
-        _forget([it for it in anyio.run(ledger.payments) if it.item_id == forget and it.is_open], forget, yes=yes)
+        payment = anyio.run(ledger.forgettable, forget)
+        if not yes:
+            _ask(payment)
         anyio.run(ledger.forget, forget)
         terminal.say(f"{escape(forget)} may be paid for again.")
         return
@@ -44,27 +45,23 @@ def payments(
             typer.echo(payment.model_dump_json())
         return
     if kept:
-        _show(kept)
+        _show(kept, ledger.now())
     spent_usd = anyio.run(ledger.spent_usd)
     terminal.say(f"${spent_usd:.2f} of ${settings.runway_budget_usd:.2f} today (UTC), in {settings.ledger_path}")
 
 
-def _forget(found: list[Payment], item_id: str, *, yes: bool) -> None:
-    if not found:
-        raise SettingsError(f"--forget: no payment of {item_id} is open; `i2v payments` lists them all")
-    [payment] = found
+def _ask(payment: Payment) -> None:
     known = f"Runway has it as {payment.external_id}" if payment.external_id else "Runway's answer was lost"
     terminal.say(f"{payment.model} for ${payment.cost_usd:.2f}, asked for at {_time(payment)}. {escape(known)}.")
-    if not yes:
-        typer.confirm("Have you looked at dev.runwayml.com, and may it be paid for again?", abort=True, err=True)
+    typer.confirm("Have you looked at dev.runwayml.com, and may it be paid for again?", abort=True, err=True)
 
 
-def _show(kept: list[Payment]) -> None:
+def _show(kept: list[Payment], now: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("time (UTC)", "item", "model", "status", "dollars", "id"):
         table.add_column(title, no_wrap=True, justify="right" if title == "dollars" else "left")
     for payment in kept:
-        status = _status(payment)
+        status = payment.standing(now)
         style = STYLES.get(status, "")
         failures = f" {payment.failures[-1]}" if payment.failures and payment.status == "failed" else ""
         table.add_row(
@@ -76,15 +73,6 @@ def _show(kept: list[Payment]) -> None:
             escape(payment.external_id or "-"),
         )
     terminal.show(table)
-
-
-def _status(payment: Payment) -> str:
-    if payment.status == "in_doubt":
-        return "forgotten"  # by a person, or by I2V_RUNWAY_REPLAY
-    if payment.status == "intended":
-        is_old = datetime.now(UTC).timestamp() - payment.at > CREATION_S
-        return "in doubt" if is_old else "being paid"
-    return payment.status
 
 
 def _time(payment: Payment) -> str:

@@ -94,4 +94,5 @@ async def _is_paid(purchase: Purchase) -> bool:
 
 def _notes(video: Video) -> str:
     seed = "" if video.seed is None else f" · seed {video.seed}"
-    return seed if video.cost_usd is None else f"{seed} · ${video.cost_usd:.2f}"
+    cost = "" if video.cost_usd is None else f" · ${video.cost_usd:.2f}"
+    return seed + cost + (f" · as it came: {video.as_it_came}" if video.as_it_came else "")

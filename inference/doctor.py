@@ -13,7 +13,7 @@ import anyio.to_thread
 import imageio_ffmpeg
 import numpy as np
 
-from inference.build import build_ledger, describe_gpu, engine_note, open_queue
+from inference.build import build_ledger, choose_engine, describe_gpu, engine_note, open_queue
 from inference.engines.runway_models import USD_PER_CREDIT
 from inference.engines.runway_wire import RunwayApi
 from inference.engines.wan import weights
@@ -43,6 +43,7 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
     settings: Settings | None = None
     try:
         settings = load()
+        settings = choose_engine(settings) if settings.api_url else settings
     except I2VError as error:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)

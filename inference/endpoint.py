@@ -19,7 +19,15 @@ from anyio.abc import TaskGroup
 
 from inference import logs
 from inference.bucket import Bucket
-from inference.build import build_engine, build_runner, clear_temp, load_engine, open_queue, open_storage
+from inference.build import (
+    build_engine,
+    build_runner,
+    choose_engine,
+    clear_temp,
+    load_engine,
+    open_queue,
+    open_storage,
+)
 from inference.doctor import require_machine
 from inference.engines.base import Engine
 from inference.errors import EngineLost, I2VError, InvalidRequest, SettingsError, UrlExpired
@@ -58,6 +66,8 @@ class Endpoint:
 
     def __init__(self, settings: Settings) -> None:
         """Raises SettingsError."""
+        if settings.api_url:  # its videos may go to a queue
+            settings = choose_engine(settings)
         if settings.engine == "runway":
             raise SettingsError("I2V_ENGINE: an endpoint runs wan or preview; for Runway, which needs no GPU: i2v work")
         worker_type = settings.worker_type or ("wan" if settings.queue_lanes else None)

@@ -87,6 +87,8 @@ def rules(settings: Settings, shape: Shape) -> Rules:
         overflow_wan_local=settings.overflow_wan_local,
         budget_usd=settings.runway_budget_usd,
         runway_model=settings.runway_model,
+        runway_audio=settings.runway_audio,
+        runway_duration_s=settings.runway_duration_s,
     )
 
 
@@ -254,9 +256,9 @@ async def report(
             f"money    ${await books.spent_usd():.2f} of ${settings.runway_budget_usd:.2f} spent today at Runway"
         )
     for payment in await books.payments():
-        if payment.status in ("intended", "created"):
-            doubt = "IN DOUBT" if payment.status == "intended" else payment.external_id
-            lines.append(f"payment  {payment.item_id} {payment.model} ${payment.cost_usd:.2f} {doubt}")
+        if payment.is_open:
+            standing = f"{payment.standing(books.now())} {payment.external_id or ''}".rstrip()
+            lines.append(f"payment  {payment.item_id} {payment.model} ${payment.cost_usd:.2f} {standing}")
     lines += [f"tick     {_time(at)} {decision}" for at, decision in (await board.decisions())[-10:]]
     return lines
 

@@ -29,7 +29,7 @@ import anyio
 import structlog
 from pydantic import Field, ValidationError
 
-from inference.errors import BudgetSpent, LeaseLost, PaymentInDoubt, RecordsUnavailable
+from inference.errors import BudgetSpent, ItemMissing, LeaseLost, PaymentInDoubt, RecordsUnavailable, WrongState
 from inference.records import Records
 from inference.task import Value
 
@@ -37,6 +37,9 @@ log = structlog.get_logger(__name__)
 
 CREATION_S = 90.0
 """Longer than a provider is waited for: an intent without an id that is older was left by somebody who is gone."""
+
+FOLLOWED_S = 3600.0
+"""How long somebody may be waiting for a clip that is being made: as long as RUNWAY_TIMEOUT can be."""
 
 RESERVED_S = 3600.0
 """How long money stays set aside for a task that was sent off and never heard of again."""
@@ -54,6 +57,7 @@ HALF_A_CENT = 0.005
 """Sums of prices are compared with this slack."""
 
 Ending = Literal["delivered", "failed", "cancelled", "superseded", "in_doubt"]
+Standing = Literal["being paid", "in doubt", "created", "delivered", "failed", "cancelled", "superseded", "forgotten"]
 
 
 class Payment(Value):
@@ -65,6 +69,7 @@ class Payment(Value):
     model: str
     holder: str  # worker_id of the lease that follows it
     at: float  # seconds since 1970 when it was intended: the day on whose budget it counts
+    followed_at: float | None = None  # when its holder began to wait for the clip
     cost_usd: Annotated[float, Field(ge=0)]  # estimated by us, then by the provider, then what it charged
     status: Literal["intended", "created"] | Ending = "intended"
     ended_at: float | None = None  # on the clock of whoever ended it
@@ -77,6 +82,23 @@ class Payment(Value):
     def is_open(self) -> bool:
         """Whether something may still come of it: nobody may pay for the item again."""
         return self.status in ("intended", "created")
+
+    @property
+    def in_flight_until(self) -> float | None:
+        """Until when somebody may be waiting for the answer or the clip, in seconds since 1970; None: nobody is."""
+        if self.status == "created":
+            return (self.at if self.followed_at is None else self.followed_at) + FOLLOWED_S
+        return self.at + CREATION_S if self.status == "intended" and not self.is_doubtful else None
+
+    def standing(self, now: float) -> Standing:
+        """What is to be told of it, at `now` in seconds since 1970.
+
+        An intent is being paid for as long as its answer may come, and in doubt from then on, or once its answer is
+        known to be lost. In doubt is what a person has to look into.
+        """
+        if self.status == "intended":
+            return "being paid" if now <= (self.in_flight_until or 0) else "in doubt"
+        return "forgotten" if self.status == "in_doubt" else self.status  # by a person, or by I2V_RUNWAY_REPLAY
 
     @property
     def key(self) -> str:
@@ -122,14 +144,31 @@ class Ledger:
         """The task was paid for, or never will be. Raises RecordsUnavailable."""
         await self._records.remove(f"reserved/{item_id}")
 
-    async def forget(self, item_id: str) -> Payment | None:
-        """A person's decision on a payment in doubt; returns what was open, or None.
+    async def forgettable(self, item_id: str) -> Payment:
+        """The open payment of an item that a person may let be made again.
 
-        What may have been paid stays in the books, and the item may be paid for again. Raises RecordsUnavailable.
+        Raises ItemMissing for an item without payments, WrongState where nothing is open or something may be in flight,
+        RecordsUnavailable.
         """
         payment = await self.latest(item_id)
-        if payment is None or not payment.is_open:
-            return None
+        if payment is None:
+            raise ItemMissing(f"no payment of {item_id} is in the books")
+        if not payment.is_open:
+            standing = payment.standing(self._clock())
+            raise WrongState(f"no payment of {item_id} is open: the last one is {standing}")
+        if (until := payment.in_flight_until or 0) >= self._clock():
+            raise WrongState(
+                f"a payment of {item_id} may be in flight, and would be made twice: it may be forgotten after "
+                f"{datetime.fromtimestamp(until, UTC):%Y-%m-%d %H:%M:%S} UTC"
+            )
+        return payment
+
+    async def forget(self, item_id: str) -> Payment:
+        """A person's decision on a payment in doubt; returns it as it was. Raises as `forgettable`.
+
+        What may have been paid stays in the books, and the item may be paid for again.
+        """
+        payment = await self.forgettable(item_id)
         await self.write(payment, status="in_doubt")
         return payment
 
@@ -258,7 +297,7 @@ class Purchase:
             self._failures = () if last.status == "delivered" else last.failures
             self._replays = last.replays
             if last.status == "created":
-                self._payment = await self._ledger.write(last, holder=self._holder)
+                self._payment = await self._ledger.write(last, holder=self._holder, followed_at=self._ledger.now())
                 await self._ledger.unreserve(self._item_id)
                 return self._payment
             if last.status != "intended":
@@ -307,7 +346,8 @@ class Purchase:
         """
         mine = self._mine()
         cost_usd = mine.cost_usd if cost_usd is None else cost_usd
-        self._payment = mine.model_copy(update={"status": "created", "external_id": external_id, "cost_usd": cost_usd})
+        known = {"status": "created", "external_id": external_id, "cost_usd": cost_usd}
+        self._payment = mine.model_copy(update=known | {"followed_at": self._ledger.now()})
         found = await self._ledger.read(mine.key)
         if found is None or (found.is_open and found.holder == self._holder):
             await self._ledger.write(self._payment)

@@ -66,6 +66,8 @@ class Rules(Value):
     overflow_wan_local: bool = False
     budget_usd: Annotated[float, Field(ge=0)] = 10.0  # a day
     runway_model: str = "gen4_turbo"
+    runway_audio: bool = False  # sound is bought where a model makes any
+    runway_duration_s: float | None = None  # of clips of tasks that name no length; None: what the queue means by that
 
 
 class Plan(Value):
@@ -130,7 +132,8 @@ async def may_stay(task: Task, ledger: Ledger, *, has_runway: bool) -> bool:
 
 def cost_usd(task: Task, rules: Rules) -> float | None:
     """What a task costs at Runway, at most; None where Runway cannot make it."""
+    duration_s = task.duration_s if task.names_duration else rules.runway_duration_s or task.duration_s
     try:
-        return model_for(task.provider, rules.runway_model).cost_usd(task.duration_s)
+        return model_for(task.provider, rules.runway_model).cost_usd(duration_s, audio=rules.runway_audio)
     except InvalidRequest:
         return None

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from inference.engines.runway_models import MODELS
+from inference.engines.runway_models import MIN_DURATION_S, MODELS
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.network import flaw_in, safe_for_a_key
@@ -78,7 +78,8 @@ class Settings(LoadableSettings):
         "preview",
         "I2V_ENGINE",
         about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU. "
-        "`runway`: Runway's API, paid by the clip.",
+        "`runway`: Runway's API, paid by the clip. For a queue that is not on this machine `i2v work` wants it set, or "
+        "takes `runway` where there is a key.",
     )
     concurrency: Annotated[int, Field(ge=1, le=64)] = setting(
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
@@ -149,6 +150,16 @@ class Settings(LoadableSettings):
     )
     runway_ratio: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = setting(
         None, "RUNWAY_DEFAULT_RATIO", about="Size of the clips, e.g. 1280:720. Default: the one nearest to the photo."
+    )
+    runway_audio: bool = setting(
+        False,
+        "I2V_RUNWAY_AUDIO",
+        about="Buy sound of `veo3.1` (twice the price) and `veo3.1_fast` (half as much again).",
+    )
+    runway_duration_s: Annotated[float, Field(ge=MIN_DURATION_S, le=10)] | None = setting(
+        None,
+        "RUNWAY_DEFAULT_DURATION",
+        about="Seconds of a Runway clip of a task that names no length. Default: what the queue means by that, 5.",
     )
     runway_timeout_s: Annotated[float, Field(gt=0, le=3600)] = setting(
         600.0, "RUNWAY_TIMEOUT", about="Seconds after which a generation at Runway is cancelled; waiting there counts."

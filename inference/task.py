@@ -46,6 +46,7 @@ class Task(Value):
     prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""  # may be empty: the engine has a default move
     photo_storage_path: str  # where the queue's storage keeps the photo; relative, no `..`
     duration_s: DurationS
+    names_duration: bool = True  # False: `duration_s` is what the queue means by naming none
     provider: str | None = None  # the queue's hint at an engine: wan_local, gen4_turbo, veo3.1, …
     extras: dict[str, Any] = {}  # fields of the wire this version does not know, kept as they came
 
@@ -73,6 +74,7 @@ class GenerationRequest(Value):
     prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
     duration_s: DurationS
+    names_duration: bool = True  # False: nobody asked for just this length, and an engine may have its own
     max_area_px: Annotated[int, Field(ge=64 * 64, le=3840 * 2160)] | None = None  # width x height of the video
     steps: Annotated[int, Field(ge=1, le=200)] | None = None
     guidance: Annotated[float, Field(ge=0, le=50)] | None = None
@@ -83,7 +85,12 @@ class GenerationRequest(Value):
     @classmethod
     def from_task(cls, task: Task) -> Self:
         """The request a task stands for; everything it does not say is the engine's choice."""
-        return cls(prompt=task.prompt, duration_s=task.duration_s, provider=task.provider)
+        return cls(
+            prompt=task.prompt,
+            duration_s=task.duration_s,
+            names_duration=task.names_duration,
+            provider=task.provider,
+        )
 
 
 class Video(Value):
@@ -97,6 +104,7 @@ class Video(Value):
     size_bytes: int
     seed: int | None = None
     cost_usd: float | None = None  # what a provider takes for it, where it is paid by the clip
+    as_it_came: str | None = None  # why a clip that was paid for is not cut or encoded as asked; None where it is
     external_ids: dict[str, str] = {}  # ids at a paid provider, by the name the queue's report knows them under
 
     @property

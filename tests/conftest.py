@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import certifi
+import imageio_ffmpeg
 import pytest
 import structlog
 
@@ -54,3 +55,19 @@ def anyio_backend() -> str:
 def photo_bytes() -> bytes:
     """The smallest photo that is one."""
     return PHOTO
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path, monkeypatch):
+    """Puts a shell script in the place of ffmpeg, `but_for` calls that have a word among their arguments."""
+
+    def put(script: str, *, but_for: str | None = None) -> None:
+        real = imageio_ffmpeg.get_ffmpeg_exe()
+        honest = f'case "$*" in *{but_for}*) exec "{real}" "$@";; esac\n' if but_for else ""
+        binary = tmp_path / "bin" / "ffmpeg"
+        binary.parent.mkdir()
+        binary.write_text(f"#!/bin/sh\n{honest}{script}\n")
+        binary.chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(binary))
+
+    return put

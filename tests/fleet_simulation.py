@@ -337,7 +337,7 @@ class PaidEngine:
         """See Engine."""
         item_id = request.prompt
         model = model_for(request.provider, self.model)
-        cost_usd = model.cost_usd(request.duration_s)
+        cost_usd = model.cost_usd(request.duration_s, audio=False)
         job.report("order")
         task_id = await self._pay(job, item_id, model.name, cost_usd)
         job.report("render")

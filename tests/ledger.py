@@ -155,6 +155,7 @@ class Ledger:
         path = self._objects / row.video_storage_path
         info = probe(path)
         assert (info.codec, info.pix_fmt, info.faststart) == ("h264", "yuv420p", True)
+        assert (info.color_range, info.color_space) == ("tv", "bt709")
         # A reply to the completer may have been lost with its queue; a success that was heard names the row's video.
         reports = [it for it in self._reports[row.id] if it.accepted]
         assert {(it.body["worker_id"], it.body["video_storage_path"]) for it in reports} <= {

@@ -48,11 +48,15 @@ VEO = {"1280:720", "720:1280", "1920:1080", "1080:1920"}
 MODELS = {  # seconds, ratios, credits a second, required beside model, promptImage and ratio
     "gen4_turbo": (set(range(2, 11)), GEN4, 5, set()),
     "gen4.5": (set(range(2, 11)), GEN4, 12, {"duration", "promptText"}),
-    "veo3.1": ({4, 6, 8}, VEO, 40, set()),
-    "veo3.1_fast": ({4, 6, 8}, VEO, 15, set()),
+    "veo3.1": ({4, 6, 8}, VEO, 20, set()),
+    "veo3.1_fast": ({4, 6, 8}, VEO, 10, set()),
 }
+WITH_SOUND = {"veo3.1": 40, "veo3.1_fast": 15}
+"""Credits a second where `audio` is not false: sound is bought unless it is declined."""
+
 DEFAULT_SECONDS = {"gen4_turbo": 10, "gen4.5": 5, "veo3.1": 8, "veo3.1_fast": 8}
 KEYS = {"model", "promptImage", "promptText", "duration", "ratio", "seed"}
+VEO_KEYS = {"audio", "negativePrompt"}
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,11 @@ HANGS_AFTER = Fault(hangs=True, carried_out=True)
 SLOW = Fault(hangs=True, carried_out=True, truthful=True)
 DAILY_CAP = Fault(429, b'{"error": "You have reached your daily task limit."}')
 NO_CREDITS = Fault(400, b'{"error": "You do not have enough credits to run this task."}')
+# Of these three Runway's documents say that the request was not carried out and may be sent again.
 BAD_GATEWAY = Fault(502, b"<html>bad gateway</html>")
-BAD_GATEWAY_AFTER = Fault(502, b"<html>bad gateway</html>", carried_out=True)
 UNAVAILABLE = Fault(503, b'{"error": "shedding load"}')
+GATEWAY_TIMEOUT = Fault(504, b"<html>gateway timeout</html>")
+CRASHED_AFTER = Fault(500, b'{"error": "internal"}', carried_out=True)
 NOT_FOUND = Fault(404, b'{"error": "not found"}')
 
 
@@ -97,6 +103,8 @@ class RunwayTask:
     ratio: str
     prompt: str
     seed: int | None
+    audio: bool
+    negative_prompt: str | None
     photo: bytes
     photo_uri: str
     credits: float
@@ -213,7 +221,8 @@ class RunwayBooks:
         if issues:
             return 400, {"error": "Validation of body failed", "issues": issues, "docUrl": "https://docs.example"}
         seconds = body.get("duration", DEFAULT_SECONDS[body["model"]])
-        credits_ = seconds * MODELS[body["model"]][2]
+        audio = body["model"] in WITH_SOUND and body.get("audio", True)
+        credits_ = seconds * (WITH_SOUND if audio else {name: it[2] for name, it in MODELS.items()})[body["model"]]
         if self.credits < credits_:
             return 400, {"error": "You do not have enough credits to run this task."}
         prompt = body.get("promptText", "")
@@ -225,6 +234,8 @@ class RunwayBooks:
             ratio=body["ratio"],
             prompt=prompt,
             seed=body.get("seed"),
+            audio=audio,
+            negative_prompt=body.get("negativePrompt"),
             photo=photo,
             photo_uri=body["promptImage"][:40],
             credits=credits_,
@@ -453,7 +464,10 @@ def _shape_problems(body: dict[str, Any]) -> list[dict[str, Any]]:
     """Everything but the photo."""
     seconds, ratios, _, required = MODELS[body["model"]]
     prompt, seed = body.get("promptText", "x"), body.get("seed", 0)
-    problems = [(key, "Unrecognized key", key not in KEYS) for key in sorted(body)]
+    known = KEYS | VEO_KEYS if body["model"] in WITH_SOUND else KEYS
+    problems = [(key, "Unrecognized key", key not in known) for key in sorted(body)]
+    problems += [("audio", "Expected boolean", type(body.get("audio", True)) is not bool)]
+    problems += [("negativePrompt", "Expected string", not str(body.get("negativePrompt", "x")))]
     problems += [(key, "Required", key not in body) for key in sorted({"promptImage", "ratio"} | required)]
     duration = body.get("duration", min(seconds))
     problems += [

@@ -5,7 +5,15 @@ import threading
 
 import pytest
 
-from inference.build import build_engine, build_server_config, build_worker, engine_note, open_queue, refuse
+from inference.build import (
+    build_engine,
+    build_server_config,
+    build_worker,
+    choose_engine,
+    engine_note,
+    open_queue,
+    refuse,
+)
 from inference.engines.preview import PreviewEngine
 from inference.errors import DiskFull, InvalidRequest, SettingsError
 from inference.queues.memory import MemoryQueue
@@ -79,6 +87,27 @@ def test_the_engine_is_the_one_named():
     assert build_engine(Settings.isolated(engine="runway", runway_key="key")).name == "runway"
     with pytest.raises(SettingsError, match="RUNWAYML_API_SECRET"):
         build_engine(Settings.isolated(engine="runway"))
+
+
+@pytest.mark.parametrize(
+    "given, engine",
+    [
+        ({"engine": "preview", "api_url": "https://app.example.com"}, "preview"),
+        ({"engine": "wan", "api_url": "https://app.example.com", "runway_key": "key"}, "wan"),
+        ({"runway_key": "key", "api_url": "https://app.example.com"}, "runway"),
+        ({"runway_key": "key", "api_url": "http://localhost:3000"}, "runway"),
+        ({"api_url": "http://127.0.0.1:8000"}, "preview"),
+    ],
+)
+def test_an_engine_is_chosen(given, engine):
+    """By name, else by the only key there is; a queue on this machine has previews by default."""
+    assert choose_engine(Settings.isolated(**given)).engine == engine
+
+
+def test_no_previews_where_nothing_was_chosen():
+    """A queue elsewhere belongs to people who wait for their videos."""
+    with pytest.raises(SettingsError, match=r"I2V_ENGINE is not set: .* https://app\.example\.com"):
+        choose_engine(Settings.isolated(api_url="https://app.example.com"))
 
 
 def test_what_the_engine_cannot_do_is_refused_before_it_is_loaded():

@@ -15,7 +15,7 @@ from inference import doctor
 from inference.media.video import probe
 from inference.settings import Settings
 from tests.processes import Process, Site, environment, i2v_here, jpeg, until
-from tests.runway_server import BAD_GATEWAY_AFTER, Fault, RunwayServer
+from tests.runway_server import CRASHED_AFTER, SLOW, Fault, RunwayServer
 
 
 @pytest.fixture
@@ -97,12 +97,12 @@ def test_an_interrupted_rendering_goes_on(home):
 
 def test_what_is_in_doubt_waits_for_a_person(home):
     """It is told, listed, and paid for again only after somebody has said so."""
-    home.runway.faults["create"].append(BAD_GATEWAY_AFTER)
+    home.runway.faults["create"].append(CRASHED_AFTER)
     arguments = ("render", "photo.jpg", "pan left", "--engine", "runway", "-s", "2")
     ran = home.i2v(*arguments)
     item_id = re.search(r"i2v payments --forget (\S+)`", ran.stderr)[1]
     assert (ran.returncode, len(home.runway.tasks)) == (1, 1)
-    assert "being paid" in home.i2v("payments").stdout
+    assert "in doubt" in home.i2v("payments").stdout
     refused = home.i2v("payments", "--forget", item_id, typed="n\n")
     assert (refused.returncode, "Runway's answer was lost" in refused.stderr) == (1, True)
     assert [it["status"] for it in home.payments()] == ["intended"]
@@ -111,6 +111,23 @@ def test_what_is_in_doubt_waits_for_a_person(home):
     assert home.i2v(*arguments).returncode == 0
     assert [it["status"] for it in home.payments()] == ["in_doubt", "delivered"]
     assert "forgotten" in home.i2v("payments").stdout
+
+
+def test_what_is_in_flight_is_not_forgotten(home):
+    """A second payment while the first is on its way is what the books are there to prevent."""
+    home.runway.faults["create"].append(SLOW)
+    arguments = ("render", "photo.jpg", "pan left", "--engine", "runway", "-s", "2")
+    process = Process(home.folder, "in-flight", *arguments, env=home.env())
+    home.runway.wait_for(lambda runway: runway.asked("create"))
+    table = home.i2v("payments").stdout
+    [item_id] = re.findall(r"render-\w+", table)
+    assert "being paid" in table
+    for known, said in ((item_id, "may be in flight"), ("nobody", "no payment of nobody is in the books")):
+        refused = home.i2v("payments", "--forget", known, "--yes")
+        assert (refused.returncode, said in refused.stderr) == (1, True), refused.stderr
+    home.runway.release_hanging()
+    assert process.wait(20) == 0
+    assert [it["status"] for it in home.payments()] == ["delivered"]
 
 
 @pytest.mark.parametrize(
@@ -133,10 +150,12 @@ def test_what_is_missing_is_said_in_one_line(home, settings, said):
 
 @pytest.mark.parametrize("fate", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_worker_that_ends_leaves_its_task_to_the_next(home, runway, tmp_path, fate):
-    """`i2v work` on any box: the lease is handed back, or runs out; the clip is paid for once."""
+    """`i2v work` on any box: the lease is handed back, or runs out; the clip is paid for once.
+
+    Only the key says that it is Runway's work, as the documents of the queue have it: nobody gets a preview instead.
+    """
     runway.hold()
     settings = home.settings | {
-        "I2V_ENGINE": "runway",
         "I2V_SHUTDOWN_GRACE": 0,
         "LEASE_DURATION": 4,
         "I2V_LEASE_EXTENSION": 4,

@@ -44,6 +44,14 @@ async def test_each_problem_of_the_settings_is_a_line():
     assert [it.verdict for it in found if it.name == "queue"] == ["skip"]
 
 
+async def test_an_engine_that_nobody_chose():
+    """As `i2v work` refuses to start; the rest is looked at all the same."""
+    found = [it async for it in doctor.examine(lambda: Settings.isolated(api_url="https://app.invalid", api_key=KEY))]
+    [told] = [it for it in found if it.name == "settings"]
+    assert (told.verdict, told.text.startswith("I2V_ENGINE is not set")) == ("FAIL", True)
+    assert {"ffmpeg", "disk", "queue"} <= {it.name for it in found}
+
+
 async def test_a_folder_that_cannot_be_written(tmp_path):
     """TEMP_DIR is named, for that is what to change."""
     (tmp_path / "file").touch()

@@ -316,6 +316,8 @@ async def test_settings_that_no_worker_can_have():
     """Told when it starts, by name."""
     with pytest.raises(SettingsError, match="I2V_ENGINE"):
         Endpoint(Settings.isolated(engine="runway"))
+    with pytest.raises(SettingsError, match="I2V_ENGINE is not set"):  # its queue would get previews
+        Endpoint(Settings.isolated(api_url="https://app.example.com"))
     with pytest.raises(SettingsError, match="BUCKET_NAME, BUCKET_SECRET_ACCESS_KEY: not set"):
         Endpoint(Settings.isolated(bucket_url="https://s3.example.com", bucket_key_id="k"))
 

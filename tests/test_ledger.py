@@ -3,8 +3,8 @@
 import anyio
 import pytest
 
-from inference.errors import BudgetSpent, LeaseLost, PaymentInDoubt, RecordsUnavailable
-from inference.ledger import CREATION_S, KEPT_S, RESERVED_S, Ledger, digest
+from inference.errors import BudgetSpent, ItemMissing, LeaseLost, PaymentInDoubt, RecordsUnavailable, WrongState
+from inference.ledger import CREATION_S, FOLLOWED_S, KEPT_S, RESERVED_S, Ledger, digest
 from inference.records import MemoryRecords
 from tests.virtual import virtual_time
 
@@ -174,15 +174,63 @@ async def test_an_intent_whose_answer_was_lost_on_the_way_to_the_records_is_stil
 @virtual_time
 async def test_a_person_may_forget_what_is_in_doubt():
     """It stays in the books, and the item may be paid for again."""
-    ledger, _, _ = books()
+    ledger, _, clock = books()
     purchase = ledger.purchase("item", "w.1")
     await purchase.resume("r")
     await purchase.intend("r", model="m", cost_usd=1)
+    clock.now += CREATION_S + 1
     assert (await ledger.forget("item")).status == "intended"
-    assert await ledger.forget("item") is None
-    assert await ledger.forget("unknown") is None
+    with pytest.raises(WrongState, match="no payment of item is open: the last one is forgotten"):
+        await ledger.forget("item")
+    with pytest.raises(ItemMissing, match="no payment of unknown"):
+        await ledger.forget("unknown")
     assert await ledger.purchase("item", "w.2").resume("r") is None
     assert await ledger.spent_usd() == 1
+
+
+@virtual_time
+async def test_what_may_be_in_flight_is_not_forgotten():
+    """Its answer may still come: the next lease would pay for a second one."""
+    ledger, _, clock = books()
+    purchase = ledger.purchase("item", "w.1")
+    await purchase.resume("r")
+    await purchase.intend("r", model="m", cost_usd=1)
+    clock.now += CREATION_S
+    with pytest.raises(WrongState, match=r"may be in flight, .* may be forgotten after \d{4}-\d\d-\d\d 12:01:30 UTC"):
+        await ledger.forget("item")
+    [payment] = await ledger.payments()
+    assert (payment.status, payment.standing(clock.now)) == ("intended", "being paid")
+    clock.now += 1
+    assert payment.standing(clock.now) == "in doubt"
+    await ledger.forget("item")
+
+
+@virtual_time
+async def test_a_clip_that_somebody_waits_for_is_not_forgotten():
+    """Counted from whoever took it over last; what nobody has fetched for an hour may be given up."""
+    ledger, _, clock = books()
+    await paid(ledger, "item")
+    clock.now += FOLLOWED_S + 1
+    await ledger.purchase("item", "w.2").resume("r")
+    clock.now += FOLLOWED_S
+    with pytest.raises(WrongState, match="may be in flight"):
+        await ledger.forget("item")
+    clock.now += 1
+    assert (await ledger.forget("item")).external_id == "task-of-item"
+
+
+@virtual_time
+async def test_what_is_known_to_be_lost_is_in_doubt_at_once():
+    """Its call has returned without an answer: nothing is in flight, whatever the time."""
+    ledger, _, clock = books()
+    purchase = ledger.purchase("item", "w.1")
+    await purchase.resume("r")
+    await purchase.intend("r", model="m", cost_usd=1)
+    with pytest.raises(PaymentInDoubt):
+        await purchase.resume("r")
+    [payment] = await ledger.payments()
+    assert payment.standing(clock.now) == "in doubt"
+    assert (await ledger.forget("item")).number == 0
 
 
 @virtual_time
@@ -203,10 +251,11 @@ async def test_what_was_withdrawn_was_never_there():
 @virtual_time
 async def test_who_wakes_up_late_harms_no_successor():
     """A process that was paused between intent and answer, given up by a person, and overtaken."""
-    ledger, _, _ = books()
+    ledger, _, clock = books()
     late = ledger.purchase("item", "w.1")
     await late.resume("r")
     await late.intend("r", model="m", cost_usd=1)
+    clock.now += CREATION_S + 1
     await ledger.forget("item")
     successor = await paid(ledger, "item", holder="w.2")
     await late.created("task-late", 0.9)
@@ -222,10 +271,11 @@ async def test_who_wakes_up_late_harms_no_successor():
 @virtual_time
 async def test_who_withdraws_late_harms_no_successor():
     """The successor's payment is another record."""
-    ledger, _, _ = books()
+    ledger, _, clock = books()
     late = ledger.purchase("item", "w.1")
     await late.resume("r")
     await late.intend("r", model="m", cost_usd=1)
+    clock.now += CREATION_S + 1
     await ledger.forget("item")
     await paid(ledger, "item", holder="w.2")
     await late.withdraw()

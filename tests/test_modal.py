@@ -76,10 +76,10 @@ class Fleet:
         return until(there, PATIENCE_S, f"a container is at {stage}")
 
     def status(self, forget: str = "") -> str:
-        """What `modal run app.py::status` shows, without the command."""
+        """What `modal run app.py::status` shows, without the command; or why it shows nothing."""
         call = self.cloud.spawn("look", forget)
         until(lambda: call.has_ended, 30, "the fleet was looked at")
-        return "\n".join(call.value)
+        return call.value["error"] if isinstance(call.value, dict) else "\n".join(call.value)
 
     def run(self, *arguments: str):
         """`modal run …` beside the app."""
@@ -337,8 +337,9 @@ def test_a_lost_reply_of_a_paid_request_is_paid_once(tmp_path):
         it.until_done()
         assert it.statuses([item_id]) == ["failed"]
         assert it.runway.paid.total() == 1
-        assert "IN DOUBT" in it.status()
-        assert "IN DOUBT" not in it.status(item_id)
+        assert "in doubt" in it.status()
+        assert "no payment of nobody" in it.status("nobody")
+        assert "in doubt" not in it.status(item_id)
         it.site.ask("POST", f"tasks/{item_id}/retry")
         it.tick()
         it.until_done()

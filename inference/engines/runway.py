@@ -19,18 +19,21 @@ from inference.engines.runway_paid import Order, PaidTask
 from inference.engines.runway_wire import DATA_URI_BYTES, GONE, RunwayApi, RunwayTask
 from inference.errors import (
     CancelRequested,
+    EncodeFailed,
     EngineFailed,
     EngineHung,
     I2VError,
     LeaseLost,
     MachineFault,
     ObjectMissing,
+    ProviderUnavailable,
     SettingsError,
     StorageRefused,
+    StorageUnavailable,
     UrlExpired,
 )
 from inference.media import photo as photos
-from inference.media.video import tidy
+from inference.media.video import VideoInfo, probe, tidy
 from inference.storage import Storage
 from inference.task import GenerationRequest, Video
 
@@ -58,8 +61,10 @@ class RunwayEngine:
     """Generates at Runway, as many at once as are asked for; what the account's tier does not allow waits there.
 
     A length that the model does not make is ordered longer and cut. The model picks the size: `max_area_px` means
-    nothing to it. `replays` is how often a request whose answer was lost is paid for again without asking; `transport`
-    takes the network's place, guards included: for tests. Raises SettingsError for a model that is not known.
+    nothing to it. `audio`: buy sound of models that make any. `default_duration_s`: of clips of requests that name no
+    length; None: what their queue means by that. `replays` is how often a request whose answer was lost is paid for
+    again without asking; `transport` takes the network's place, guards included: for tests. Raises SettingsError for a
+    model that is not known.
     """
 
     name = "runway"
@@ -74,6 +79,8 @@ class RunwayEngine:
         ratio: str | None = None,
         timeout_s: float = 600,
         poll_interval_s: float = 5,
+        default_duration_s: float | None = None,
+        audio: bool = False,
         replays: int = 0,
         trusted_origins: Collection[str] = (),
         allow_private: bool = False,
@@ -84,6 +91,7 @@ class RunwayEngine:
         self._api_key, self._base_url, self._transport = api_key, base_url, transport
         self._model, self._ratio = model, ratio
         self._timeout_s, self._poll_interval_s, self._replays = timeout_s, poll_interval_s, replays
+        self._default_duration_s, self._audio = default_duration_s, audio
         self._trusted_origins, self._allow_private = trusted_origins, allow_private
         self._told: set[str] = set()
 
@@ -94,10 +102,12 @@ class RunwayEngine:
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         """Makes `runway.mp4` in `folder`, or goes on with what the job's books say was paid for.
 
-        Raises InvalidRequest, ContentRefused, InvalidPhoto, EngineFailed, EngineHung, PaymentInDoubt, AccountError,
-        BudgetSpent, StorageError, MediaError, MachineFault.
+        Raises InvalidRequest, ContentRefused, InvalidPhoto, EngineFailed, EngineHung, PaymentInDoubt,
+        ProviderUnavailable, AccountError, BudgetSpent, StorageError, MediaError, MachineFault.
         """
         job.raise_if_cancelled()
+        if self._default_duration_s is not None and not request.names_duration:
+            request = request.model_copy(update={"duration_s": self._default_duration_s})
         try:
             self.refuse(request)
             storage = Storage(
@@ -128,14 +138,21 @@ class RunwayEngine:
             if len(uri) < DATA_URI_BYTES:
                 return uri
             slot = await api.upload_slot()
-            await storage.submit(slot.uploadUrl, slot.fields, order.photo, name="photo.jpg", content_type="image/jpeg")
+            try:
+                await storage.submit(
+                    slot.uploadUrl, slot.fields, order.photo, name="photo.jpg", content_type="image/jpeg"
+                )
+            except StorageUnavailable as error:
+                raise ProviderUnavailable(f"the photo could not be uploaded: {error}") from None
             return slot.runwayUri
 
         paid = PaidTask(api, job, order, put_photo, poll_interval_s=self._poll_interval_s, replays=self._replays)
+        task: RunwayTask | None = None
         try:
             with anyio.move_on_after(self._timeout_s):
                 await paid.pay()
                 task = await paid.succeeded()
+            if task is not None:  # paid for: fetching it has limits of its own
                 job.report("fetch")
                 video = await _fetch(storage, paid, task, folder, order.model.cut_s(request.duration_s))
                 job.report("fetch", 1)
@@ -143,6 +160,11 @@ class RunwayEngine:
         except (CancelRequested, LeaseLost, anyio.get_cancelled_exc_class()):
             await paid.let_go()
             raise
+        if not paid.id:
+            raise ProviderUnavailable(f"it took no order within the {self._timeout_s:g} s of RUNWAY_TIMEOUT")
+        if paid.is_unheard:  # it goes on there all the same, and is fetched when Runway answers again
+            await paid.let_go()
+            raise ProviderUnavailable(f"it did not say how task {paid.id} is, which is paid for")
         await paid.stop()
         raise EngineHung(f"no video within the {self._timeout_s:g} s of RUNWAY_TIMEOUT; it was told to stop")
 
@@ -167,6 +189,8 @@ class RunwayEngine:
             seed=request.seed,
             photo=picture,
             photo_digest=photo_digest,
+            audio=self._audio and model.sound_credits_per_s is not None,
+            negative_prompt=(request.negative_prompt or "").strip(),
         )
 
 
@@ -175,7 +199,7 @@ async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Pat
     raw, path = anyio.Path(folder / ".runway.mp4"), anyio.Path(folder / "runway.mp4")
     try:
         await _download(storage, paid, task, Path(raw))
-        info = await anyio.to_thread.run_sync(lambda: tidy(Path(raw), Path(path), length_s=cut_s))
+        info, as_it_came = await anyio.to_thread.run_sync(_tidied, Path(raw), Path(path), cut_s)
         size_bytes = (await path.stat()).st_size
     except BaseException:
         with anyio.CancelScope(shield=True):
@@ -192,15 +216,34 @@ async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Pat
         frames=info.frames,
         size_bytes=size_bytes,
         cost_usd=paid.cost_usd,
+        as_it_came=as_it_came,
         external_ids={"runway_task_id": task.id},
     )
 
 
+def _tidied(raw: Path, path: Path, cut_s: float | None) -> tuple[VideoInfo, str | None]:
+    """Makes a clip what was asked for, or says why it is as it came: its money is spent either way. Blocks.
+
+    Raises MediaError where it is no video, MachineFault, DiskFull.
+    """
+    try:
+        return tidy(raw, path, length_s=cut_s), None
+    except EncodeFailed as error:
+        info = probe(raw)
+        raw.replace(path)
+        log.warning("clip_as_it_came", error=str(error), duration_s=info.duration_s, wanted_s=cut_s)
+        return info, str(error)
+
+
 async def _download(storage: Storage, paid: PaidTask, task: RunwayTask, path: Path) -> None:
-    """Raises StorageError, EngineFailed, DiskFull."""
+    """Raises StorageError, EngineFailed, ProviderUnavailable, DiskFull."""
     for tries_left in reversed(range(DOWNLOAD_TRIES)):
         try:
             await storage.download(task.output[0], path)
+        except StorageUnavailable as error:
+            if not tries_left:
+                raise ProviderUnavailable(f"task {task.id} is paid for, and its clip cannot be had: {error}") from None
+            await paid.pause()
         except (UrlExpired, ObjectMissing, StorageRefused) as error:
             if not tries_left and isinstance(error, ObjectMissing):
                 await paid.ended("failed", GONE)

@@ -34,8 +34,10 @@ class Model:
     name: str
     seconds: tuple[int, ...]  # lengths it makes, shortest first
     ratios: tuple[str, ...]  # sizes it makes, width:height in pixels
-    credits_per_s: int  # the most it may cost: the API's own estimate follows after creation
+    credits_per_s: int  # the most it may cost, silent: the API's own estimate follows after creation
+    sound_credits_per_s: int | None = None  # the same with sound; None: its clips are always silent
     prompt_required: bool = False
+    takes_negative_prompt: bool = False
 
     def billed_seconds(self, duration_s: float) -> int:
         """The length to order for a clip of `duration_s`: the nearest not below it, give or take a frame at 24 fps.
@@ -52,9 +54,14 @@ class Model:
         """Where to cut what `billed_seconds` ordered; None where it is right as it is. Raises InvalidRequest."""
         return duration_s if self.billed_seconds(duration_s) - duration_s > 1 / QUEUE_FPS else None
 
-    def cost_usd(self, duration_s: float) -> float:
+    def usd_per_s(self, *, audio: bool) -> float:
+        """Dollars for a second that is billed, at most; `audio`: with sound, where it makes any."""
+        with_sound = self.sound_credits_per_s if audio else None
+        return (with_sound or self.credits_per_s) * USD_PER_CREDIT
+
+    def cost_usd(self, duration_s: float, *, audio: bool) -> float:
         """Dollars for a clip of `duration_s`, at most. Raises InvalidRequest."""
-        return self.billed_seconds(duration_s) * self.credits_per_s * USD_PER_CREDIT
+        return self.billed_seconds(duration_s) * self.usd_per_s(audio=audio)
 
     def nearest_ratio(self, width: int, height: int) -> str:
         """The size whose shape is nearest to that of an upright photo; of two alike, the smaller."""
@@ -74,7 +81,7 @@ class Model:
         if request.seed is not None and request.seed > MAX_SEED:
             raise InvalidRequest(f"seed is {request.seed}; {self.name} takes 0 to {MAX_SEED}")
         for field in ("negative_prompt", "last_photo", "steps", "guidance"):
-            if getattr(request, field):
+            if getattr(request, field) and not (field == "negative_prompt" and self.takes_negative_prompt):
                 raise InvalidRequest(f"{field} is given; {self.name} is used without")
         if ratio is not None and ratio not in self.ratios:
             raise InvalidRequest(
@@ -87,8 +94,8 @@ MODELS = {
     for model in (
         Model("gen4_turbo", GEN4_SECONDS, GEN4_RATIOS, 5),
         Model("gen4.5", GEN4_SECONDS, GEN4_RATIOS, 12, prompt_required=True),
-        Model("veo3.1", VEO_SECONDS, VEO_RATIOS, 40),
-        Model("veo3.1_fast", VEO_SECONDS, VEO_RATIOS, 15),
+        Model("veo3.1", VEO_SECONDS, VEO_RATIOS, 20, sound_credits_per_s=40, takes_negative_prompt=True),
+        Model("veo3.1_fast", VEO_SECONDS, VEO_RATIOS, 10, sound_credits_per_s=15, takes_negative_prompt=True),
     )
 }
 

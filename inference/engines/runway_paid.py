@@ -29,7 +29,7 @@ from inference.engines.runway_wire import (
     failed,
     refused_before,
 )
-from inference.errors import EngineError, EngineFailed, LeaseLost, RecordsUnavailable
+from inference.errors import EngineError, EngineFailed, LeaseLost, ProviderUnavailable, RecordsUnavailable
 from inference.json_api import Unanswered
 from inference.ledger import Ending, Ledger, Purchase, digest
 from inference.records import MemoryRecords
@@ -45,8 +45,9 @@ RECORD_LIMIT_S = 15.0
 CANCEL_LIMIT_S = 10.0
 """For telling Runway to stop: a process that is told to stop itself has not much longer."""
 
-CREATION_TRIES = 3
-"""Where Runway refuses for now (429), or is not reached: more would not cure a daily cap."""
+CREATION_RETRIES = 3
+"""Where Runway refuses for now (429, 502, 503, 504) or is not reached, as far apart as polls: its documents' number.
+More would cure neither a daily cap nor an outage."""
 
 LOOKS_FOR_THE_MISSING = 3
 """A task that is not found so often in a row is gone; once may be a replica that has not heard of it yet."""
@@ -63,10 +64,14 @@ class Order:
     seed: int | None
     photo: bytes  # a JPEG: upright, sRGB, without what a camera wrote into it
     photo_digest: str  # of the file it came from
+    audio: bool = False  # where the model makes sound
+    negative_prompt: str = ""  # empty: none is sent
 
     @property
     def digest(self) -> str:
         """The name of the request in the books."""
+        # Silent and without is how requests were named before there was a choice: those are gone on with.
+        chosen = {"audio": self.audio, "negative_prompt": self.negative_prompt}
         return digest(
             model=self.model.name,
             seconds=self.seconds,
@@ -74,12 +79,13 @@ class Order:
             prompt=self.prompt,
             seed=self.seed,
             photo=self.photo_digest,
+            **{name: value for name, value in chosen.items() if value},
         )
 
     @property
     def cost_usd(self) -> float:
         """What it may cost, at most."""
-        return self.seconds * self.model.credits_per_s * USD_PER_CREDIT
+        return self.seconds * self.model.usd_per_s(audio=self.audio)
 
     def body(self, photo_uri: str) -> dict[str, object]:
         """The order on the wire. Runway refuses keys that it does not know, and an empty prompt."""
@@ -93,6 +99,10 @@ class Order:
             body["promptText"] = self.prompt
         if self.seed is not None:
             body["seed"] = self.seed
+        if self.model.sound_credits_per_s is not None:
+            body["audio"] = self.audio  # said either way: sound is bought by who says nothing
+        if self.negative_prompt:
+            body["negativePrompt"] = self.negative_prompt
         return body
 
 
@@ -116,12 +126,19 @@ class PaidTask:
         self._purchase: Purchase = job.purchase or Ledger(MemoryRecords()).purchase("one-off", "nobody")
         self._is_new = True
         self._has_succeeded = False
+        self.is_unheard = False  # the last look at it found nobody who could tell how it is
         self.id = ""  # empty: nothing was paid for yet
         self.cost_usd = order.cost_usd  # then as Runway estimates, then as it charged
 
     async def pay(self) -> None:
-        """Sees to it that there is a task which is ours. Raises PaymentInDoubt, BudgetSpent, EngineError."""
+        """Sees to it that there is a task which is ours.
+
+        What is refused for now is asked again, each time under an intent of its own: none of them is ever older than
+        one order takes, which is how others tell that nobody waits for its answer any more.
+        Raises PaymentInDoubt, BudgetSpent, EngineError.
+        """
         photo_uri = ""
+        retries_left = CREATION_RETRIES
         while True:
             paid = await self._purchase.resume(self._order.digest, replays=self._replays)
             if paid is not None and paid.external_id is not None:
@@ -130,18 +147,28 @@ class PaidTask:
                 return
             if (error := refused_before(self._purchase.failures)) is not None:
                 raise error
-            photo_uri = photo_uri or await self._put_photo(self._order)
-            self._job.raise_if_lease_ended()
-            model, cost_usd = self._order.model.name, self._order.cost_usd
-            if not await self._purchase.intend(self._order.digest, model=model, cost_usd=cost_usd):
-                await self._pause()  # somebody else was first
-                continue
             try:
-                await self._create(self._order.body(photo_uri))
-            except _AnswerLost as error:
-                log.error("runway_answer_lost", why=str(error))  # noqa: TRY400
-            else:
-                return
+                photo_uri = photo_uri or await self._photo_uri()
+                self._job.raise_if_lease_ended()
+                model, cost_usd = self._order.model.name, self._order.cost_usd
+                if await self._purchase.intend(self._order.digest, model=model, cost_usd=cost_usd):
+                    await self._create(self._order.body(photo_uri))
+                    return
+            except _AnswerLost as lost:
+                log.error("runway_answer_lost", why=str(lost))  # noqa: TRY400
+                continue  # the books say what that means
+            except _MayPass as refused:
+                if not retries_left:
+                    raise refused.error from None
+                retries_left -= 1
+                log.warning("runway_refused", error=str(refused.error), retries_left=retries_left)
+            await self.pause()  # refused for now, or somebody else's intent was first
+
+    async def _photo_uri(self) -> str:
+        try:
+            return await self._put_photo(self._order)
+        except ProviderUnavailable as error:
+            raise _MayPass(error) from None
 
     async def succeeded(self) -> RunwayTask:
         """Polls until the task has succeeded. Raises EngineError."""
@@ -149,11 +176,11 @@ class PaidTask:
         self._job.report("queue")
         while True:
             if self._is_new:
-                await self._pause()
+                await self.pause()
             self._is_new = True
             self._job.raise_if_cancelled()
             found = await self.look()
-            missed = missed + 1 if isinstance(found, Answer) and found.is_refusal and found.status != 429 else 0
+            missed = missed + 1 if isinstance(found, Answer) and found.status == 404 else 0
             if isinstance(found, Answer):
                 if found.status in (401, 403):
                     raise found.error()
@@ -174,8 +201,10 @@ class PaidTask:
         try:
             found = await self._api.task(self.id)
         except Unanswered as error:
+            self.is_unheard = True
             log.warning("runway_unanswered", runway_task_id=self.id, error=str(error))
             return None
+        self.is_unheard = isinstance(found, Answer)
         if isinstance(found, Answer):
             log.warning("runway_unanswered", runway_task_id=self.id, error=f"{found.status} {found.said}")
         return found
@@ -214,46 +243,40 @@ class PaidTask:
                 log.warning("runway_not_stopped", runway_task_id=self.id, error=f"{answer.status} {answer.said}")
 
     async def _create(self, body: dict[str, object]) -> None:
-        """Orders what was intended. Raises _AnswerLost, or EngineError where it certainly was not carried out."""
-        for tries_left in reversed(range(CREATION_TRIES)):
-            # Shielded: an order that is given up half way is paid for all the same, and its id would be lost.
-            with anyio.CancelScope(shield=True):
-                refusal, may_pass = await self._send(body)
-                if refusal is not None and not (may_pass and tries_left):
-                    await self._withdraw()
-            if refusal is None:
-                return
-            if not (may_pass and tries_left):
-                raise refusal
-            log.warning("runway_refused", error=str(refusal), tries_left=tries_left)
-            try:
-                await self._pause()
-                self._job.raise_if_lease_ended()
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await self._withdraw()
-                raise
+        """Sends the order that was intended, once.
 
-    async def _send(self, body: dict[str, object]) -> tuple[EngineError | None, bool]:
-        """One order: None if it is known to be there, else why it certainly is not, and whether that may pass."""
-        try:
-            answer = await self._api.ask("POST", "image_to_video", body, limit_s=CREATION_LIMIT_S)
-        except Unanswered as error:
-            if error.sent:
-                raise _AnswerLost(str(error)) from None
-            return EngineFailed(f"it cannot be reached: {error}"), True
-        if answer.is_refusal:
-            return answer.error(), answer.status == 429
-        try:
-            created = Created.model_validate(answer.payload)
-        except ValidationError:
-            raise _AnswerLost(f"{answer.status} {answer.said}") from None
-        self.id = created.id
-        if created.estimatedCost is not None:
-            self.cost_usd = created.estimatedCost.credits * USD_PER_CREDIT
-        log.info("runway_created", runway_task_id=self.id, cost_usd=self.cost_usd)
-        await self._record()
-        return None, False
+        Raises _AnswerLost where it may have been carried out. Raises EngineError, or _MayPass, where it certainly was
+        not; the intent is out of the books then.
+        """
+        # Shielded: an order that is given up half way is paid for all the same, and its id would be lost.
+        with anyio.CancelScope(shield=True):
+            try:
+                answer = await self._api.ask("POST", "image_to_video", body, limit_s=CREATION_LIMIT_S)
+            except Unanswered as error:
+                if error.sent:
+                    raise _AnswerLost(str(error)) from None
+                await self._refused(ProviderUnavailable(f"it cannot be reached: {error}"), may_pass=True)
+            if answer.is_refusal:
+                await self._refused(answer.error(), may_pass=answer.may_pass)
+            try:
+                created = Created.model_validate(answer.payload)
+            except ValidationError:
+                raise _AnswerLost(f"{answer.status} {answer.said}") from None
+            self.id = created.id
+            if created.estimatedCost is not None:
+                self.cost_usd = created.estimatedCost.credits * USD_PER_CREDIT
+            log.info("runway_created", runway_task_id=self.id, cost_usd=self.cost_usd)
+            await self._record()
+
+    async def _refused(self, error: EngineError, *, may_pass: bool) -> NoReturn:
+        """Takes the intent out of the books, and raises what the refusal means."""
+        is_withdrawn = False
+        with _told("payment_left_in_doubt", "none"), anyio.fail_after(RECORD_LIMIT_S):
+            await self._purchase.withdraw()
+            is_withdrawn = True
+        if may_pass and is_withdrawn:  # what could not be taken out would be in the way of the next intent
+            raise _MayPass(error)
+        raise error
 
     async def _success(self, task: RunwayTask) -> RunwayTask:
         self._has_succeeded = True
@@ -275,16 +298,21 @@ class PaidTask:
         with _told("runway_task_unrecorded", self.id), anyio.fail_after(RECORD_LIMIT_S):
             await self._purchase.created(self.id, self.cost_usd)
 
-    async def _withdraw(self) -> None:
-        with _told("payment_left_in_doubt", "none"), anyio.fail_after(RECORD_LIMIT_S):
-            await self._purchase.withdraw()
-
-    async def _pause(self) -> None:
+    async def pause(self) -> None:
+        """As long as Runway asks for between two questions, with jitter."""
         await anyio.sleep(self._poll_interval_s * random.uniform(1, 1.3))
 
 
 class _AnswerLost(Exception):
     """An order was sent, and whether it was carried out is unknown."""
+
+
+class _MayPass(Exception):
+    """Runway refused for now: nothing is billed, and nothing of it is in the books."""
+
+    def __init__(self, error: EngineError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @contextmanager

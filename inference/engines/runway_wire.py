@@ -9,7 +9,15 @@ import httpx
 from pydantic import BaseModel, Field, ValidationError
 
 from inference import json_api
-from inference.errors import AccountError, ContentRefused, EngineError, EngineFailed, InvalidRequest, one_line
+from inference.errors import (
+    AccountError,
+    ContentRefused,
+    EngineError,
+    EngineFailed,
+    InvalidRequest,
+    ProviderUnavailable,
+    one_line,
+)
 from inference.json_api import MAX_SAID_CHARS, JsonApi, Unanswered
 
 VERSION = "2024-11-06"
@@ -20,6 +28,10 @@ ANSWER_LIMIT_S = 30.0
 
 DATA_URI_BYTES = 5 * 1024 * 1024
 """A photo in a request has to stay below this, encoded; a larger one is uploaded first."""
+
+OVERLOADED = (502, 503, 504)
+"""The API sheds load (502, 503), or could not satisfy the request in time (504); its documentation has all three asked
+again, so a request that is answered with one of them was not carried out. No other 5xx says such a thing."""
 
 # Failure codes by dotted segment (docs.dev.runwayml.com/errors/task-failures).
 SAFETY = ("SAFETY",)
@@ -88,11 +100,16 @@ class Answer(json_api.Answer):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether it certainly was not carried out. A server error and a timeout of a proxy say no such thing."""
-        return 300 <= self.status < 500 and self.status != 408
+        """Whether it certainly was not carried out. A crash (500) and a timeout of a proxy (408) say no such thing."""
+        return (300 <= self.status < 500 and self.status != 408) or self.status in OVERLOADED
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may be taken in a few seconds."""
+        return self.status == 429 or self.status in OVERLOADED
 
     def error(self) -> EngineError:
-        """What a refusal means."""
+        """What an answer means that is not the one hoped for."""
         said = f"{self.status} {self.said}".strip()
         if self.status == 402 or (self.status in (400, 403) and "credits" in self.said.lower()):
             return AccountError(f"{said}: add credits to the account at dev.runwayml.com")
@@ -104,7 +121,7 @@ class Answer(json_api.Answer):
             return AccountError(f"{said}: this account has had enough for now, or for today")
         if self.status < 400 or self.status in (404, 405):
             return AccountError(f"{said}: there is no Runway API at this address, see I2V_RUNWAY_URL")
-        return InvalidRequest(said) if self.status < 500 else EngineFailed(said)
+        return InvalidRequest(said) if self.status < 500 else ProviderUnavailable(said)
 
 
 def failed(code: str, why: str, before: tuple[str, ...]) -> EngineError:
@@ -155,7 +172,8 @@ class RunwayApi(JsonApi[Answer]):
                 raise answer.error()
             return Organization.model_validate(answer.payload)
         except (Unanswered, ValidationError) as error:
-            raise EngineFailed(f"no answer of the Runway API: {one_line(str(error), MAX_SAID_CHARS)}") from None
+            said = one_line(str(error), MAX_SAID_CHARS)
+            raise ProviderUnavailable(f"no answer of the Runway API: {said}") from None
 
     async def upload_slot(self) -> Upload:
         """A place for one JPEG, for a day. Raises EngineError."""
@@ -165,6 +183,6 @@ class RunwayApi(JsonApi[Answer]):
                 raise answer.error()
             return Upload.model_validate(answer.payload)
         except Unanswered as error:
-            raise EngineFailed(f"no answer of the Runway API: {error}") from None
+            raise ProviderUnavailable(f"no answer of the Runway API: {error}") from None
         except ValidationError:
-            raise EngineFailed("its answer to an upload is not what its documents say") from None
+            raise ProviderUnavailable("its answer to an upload is not what its documents say") from None

@@ -91,6 +91,7 @@ class Item(Value):
             prompt=self.prompt,
             photo_storage_path=self.photo_storage_path,
             duration_s=self.duration_s,
+            names_duration=self.frame_num is not None,
             provider=self.inference_provider,
             extras={"lease_seq": self.lease_seq},
         )

@@ -62,6 +62,7 @@ def parse_task(payload: object) -> Task:
         prompt=wire.prompt or "",
         photo_storage_path=wire.photo_storage_path,
         duration_s=duration_s(wire.frame_num),
+        names_duration=wire.frame_num is not None,
         provider=wire.inference_provider,
         extras=wire.model_extra or {},
     )

@@ -74,6 +74,7 @@ class EngineContract:
         assert (info.width, info.height, info.frames) == (video.width, video.height, video.frames)
         assert info.fps == pytest.approx(video.fps, rel=1e-3)
         assert (info.codec, info.pix_fmt, info.faststart) == ("h264", "yuv420p", True)
+        assert (info.color_range, info.color_space, info.color_primaries, info.color_trc) == ("tv", *["bt709"] * 3)
 
     def test_says_who_it_is(self, engine):
         """A name for logs and settings, and stages with weights that a lease's plan can hold."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
+import httpx
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from inference.engines import runway_paid
 from inference.engines.base import Job
 from inference.engines.runway import RunwayEngine
 from inference.engines.runway_models import MODELS, Model, model_for
+from inference.engines.runway_paid import Order, PaidTask
+from inference.engines.runway_wire import RunwayApi
 from inference.errors import (
     AccountError,
     AddressRefused,
@@ -32,10 +35,10 @@ from inference.errors import (
     LeaseLost,
     MediaError,
     PaymentInDoubt,
+    ProviderUnavailable,
     RecordsUnavailable,
     SettingsError,
     StorageRefused,
-    StorageUnavailable,
 )
 from inference.keeper import Policy
 from inference.ledger import Ledger
@@ -50,9 +53,10 @@ from tests.disk import small_disk
 from tests.engines.contract import EngineContract, landscape
 from tests.runway_server import (
     BAD_GATEWAY,
-    BAD_GATEWAY_AFTER,
+    CRASHED_AFTER,
     DAILY_CAP,
     DROPPED,
+    GATEWAY_TIMEOUT,
     HANGS,
     HANGS_AFTER,
     MALFORMED,
@@ -66,8 +70,10 @@ from tests.runway_server import (
     RunwayServer,
     unknown_status,
 )
+from tests.virtual import virtual_time
 
 POLL_S = 0.01
+CASES = Path(__file__).parents[1] / "cases" / "video"
 ASKED = GenerationRequest(prompt="slow push", duration_s=5.0)
 
 pytestmark = pytest.mark.anyio
@@ -212,8 +218,11 @@ class TestModels:
 
     async def test_prices(self):
         """Dollars, at most."""
-        assert MODELS["gen4_turbo"].cost_usd(5.0) == pytest.approx(0.25)
-        assert MODELS["veo3.1"].cost_usd(5.0) == pytest.approx(2.40)
+        assert MODELS["gen4_turbo"].cost_usd(5.0, audio=True) == pytest.approx(0.25)  # it makes none
+        for model, audio, cost_usd in (
+            ("veo3.1", False, 1.20), ("veo3.1", True, 2.40), ("veo3.1_fast", False, 0.60), ("veo3.1_fast", True, 0.90)
+        ):  # fmt: skip
+            assert MODELS[model].cost_usd(5.0, audio=audio) == pytest.approx(cost_usd)
 
     @pytest.mark.parametrize(
         "field, value",
@@ -259,6 +268,41 @@ class TestOrder:
         assert (task.prompt, task.seed) == ("slow push", 7)
         assert video.external_ids == {"runway_task_id": task.id}
         assert (video.cost_usd, video.seed) == (pytest.approx(0.25), 7)
+
+    @pytest.mark.parametrize("model, silent_usd, sound_usd", [("veo3.1", 1.20, 2.40), ("veo3.1_fast", 0.60, 0.90)])
+    async def test_sound_is_bought_only_where_it_is_wanted(
+        self, runway, photo, folder, *, model, silent_usd, sound_usd
+    ):
+        """Every other engine is silent. The books have the price of what was ordered, before and after."""
+        for audio, cost_usd in ((False, silent_usd), (True, sound_usd)):
+            books = Books(budget_usd=cost_usd)  # enough, and not a cent more
+            video = await engine_of(runway, model=model, audio=audio).generate(ASKED, photo, folder, books.job())
+            assert (runway.tasks[-1].audio, video.cost_usd) == (audio, pytest.approx(cost_usd))
+            with failing(BudgetSpent, runway, rf"this would cost \${cost_usd:.2f}"):
+                other = ASKED.model_copy(update={"prompt": "another"})
+                await engine_of(runway, model=model, audio=audio).generate(other, photo, folder, books.job())
+
+    async def test_a_silent_model_has_no_say_in_sound(self, runway, photo, folder):
+        """Runway refuses a key that the model does not have."""
+        await engine_of(runway, audio=True).generate(ASKED, photo, folder, Job())
+        assert not runway.tasks[0].audio
+
+    @pytest.mark.parametrize("said, sent", [("blur, text ", "blur, text"), ("", None), (None, None)])
+    async def test_what_should_not_be_seen(self, runway, photo, folder, said, sent):
+        """Veo takes it; it is part of what was paid for."""
+        request = ASKED.model_copy(update={"negative_prompt": said})
+        books, engine = Books(), engine_of(runway, model="veo3.1_fast")
+        await engine.generate(request, photo, folder, books.job())
+        assert runway.tasks[0].negative_prompt == sent
+        await engine.generate(ASKED, photo, folder, books.job())
+        assert len(runway.tasks) == (2 if sent else 1)
+
+    @pytest.mark.parametrize("names_duration, seconds", [(True, 5), (False, 8)])
+    async def test_a_length_of_our_own_for_who_names_none(self, runway, photo, folder, names_duration, seconds):
+        """RUNWAY_DEFAULT_DURATION; what was asked for stays as it is."""
+        request = ASKED.model_copy(update={"names_duration": names_duration})
+        await engine_of(runway, default_duration_s=8).generate(request, photo, folder, Job())
+        assert runway.tasks[0].seconds == seconds
 
     @pytest.mark.parametrize("model, sent", [("gen4_turbo", False), ("veo3.1", False), ("gen4.5", True)])
     async def test_no_prompt(self, runway, photo, folder, model, sent):
@@ -320,17 +364,20 @@ class TestOrder:
         assert runway.tasks[0].photo_uri.startswith("runway://")
         assert len(runway.tasks[0].photo) > 4_000_000
 
-    @pytest.mark.parametrize("call, fault", [("upload", UNAVAILABLE), ("upload", DROPPED), ("upload", MALFORMED)])
+    @pytest.mark.parametrize(
+        "call, fault",
+        [("upload", UNAVAILABLE), ("upload", DROPPED), ("upload", MALFORMED), ("form", UNAVAILABLE), ("form", DROPPED)],
+    )
     async def test_an_upload_that_fails_costs_nothing(self, runway, tmp_path, folder, call, fault):
-        """It may be tried again: nothing was ordered."""
+        """It is tried again, then the task is handed back: nothing was ordered."""
         path = tmp_path / "noise.png"
         noise = np.random.default_rng(0).integers(0, 256, (1500, 1800, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path, compress_level=1)
-        runway.faults[call].append(fault)
+        runway.faults[call] += [fault] * 4
         books = Books()
-        with failing(EngineFailed, runway):
+        with failing(ProviderUnavailable, runway):
             await engine_of(runway).generate(ASKED, path, folder, books.job())
-        assert (runway.tasks, await books.statuses()) == ([], [])
+        assert (runway.tasks, await books.statuses(), runway.asked(call)) == ([], [], 4)
 
     @pytest.mark.parametrize("seconds, frames", [(5.0, 120), (4.0, 96), (0.5, 12)])
     async def test_a_clip_is_cut_to_the_frame(self, runway, photo, folder, seconds, frames):
@@ -359,14 +406,11 @@ class TestPaying:
         "fault, made",
         [
             (REPLY_LOST, 1),
-            (BAD_GATEWAY_AFTER, 1),
+            (CRASHED_AFTER, 1),
             (MALFORMED, 1),
             (WITHOUT_ID, 1),
             (HANGS_AFTER, 1),
             (DROPPED, 0),
-            (BAD_GATEWAY, 0),
-            (UNAVAILABLE, 0),
-            (Fault(504), 0),
             (Fault(500), 0),
             (Fault(408), 0),
             (HANGS, 0),
@@ -452,21 +496,63 @@ class TestPaying:
     async def test_refused_for_now_is_asked_again_a_little(self, runway, photo, folder):
         """A rate limit passes, a daily cap does not: the task goes to somebody else, and nothing was paid."""
         books, engine = Books(), engine_of(runway)
-        runway.faults["create"] += [DAILY_CAP] * 3
+        runway.faults["create"] += [DAILY_CAP] * 4
         with failing(AccountError, runway, "429 You have reached your daily task limit"):
             await engine.generate(ASKED, photo, folder, books.job())
-        assert (runway.asked("create"), await books.statuses()) == (3, [])
-        runway.faults["create"] += [DAILY_CAP] * 2
+        assert (runway.asked("create"), await books.statuses()) == (4, [])
+        runway.faults["create"] += [DAILY_CAP] * 3
         await engine.generate(ASKED, photo, folder, books.job())
         assert (len(runway.tasks), await books.statuses()) == (1, ["created"])
 
+    @pytest.mark.parametrize("fault", [BAD_GATEWAY, UNAVAILABLE, GATEWAY_TIMEOUT])
+    async def test_an_overloaded_runway_was_paid_nothing(self, runway, photo, folder, fault):
+        """It refused: asked three times more, then the task is handed back, and nothing is left for a person to do."""
+        books, engine = Books(), engine_of(runway)
+        runway.faults["create"] += [fault] * 4
+        with failing(ProviderUnavailable, runway, str(fault.status)):
+            await engine.generate(ASKED, photo, folder, books.job())
+        assert (runway.asked("create"), await books.statuses()) == (4, [])
+        runway.faults["create"] += [fault] * 3
+        await engine.generate(ASKED, photo, folder, books.job())
+        assert (len(runway.tasks), await books.statuses()) == (1, ["created"])
+
+    @virtual_time
+    async def test_refusals_are_five_seconds_apart(self):
+        """As its documents ask; and no intent stays in the books meanwhile, which others would take for lost."""
+        records, asked_at = MemoryRecords(), []
+
+        async def refuse(_: httpx.Request) -> httpx.Response:
+            asked_at.append(anyio.current_time())
+            return httpx.Response(503)
+
+        async def put_photo(_: Order) -> str:
+            assert await records.all() == {}
+            return "data:image/jpeg;base64,AAAA"
+
+        order = Order(MODELS["gen4_turbo"], 5, "1280:720", "slow push", None, b"", "digest")
+        job = Job(None, Ledger(records).purchase("item-1", "worker.1"))
+        async with RunwayApi("key", "https://runway.test", transport=httpx.MockTransport(refuse)) as api:
+            with pytest.raises(ProviderUnavailable):
+                await PaidTask(api, job, order, put_photo, poll_interval_s=5, replays=0).pay()
+        gaps_s = [after - before for before, after in itertools.pairwise(asked_at)]
+        assert (len(gaps_s), await records.all()) == (3, {})
+        assert all(5 <= gap_s < 7 for gap_s in gaps_s)
+
     async def test_where_nobody_listens_nothing_is_paid(self, runway, photo, folder):
-        """No connection, no payment: it may be tried again."""
+        """No connection, no payment: the task is handed back."""
         with RunwayServer() as gone:
             engine = engine_of(gone)
         books = Books()
-        with failing(EngineFailed, runway, "cannot be reached"):
+        with failing(ProviderUnavailable, runway, "cannot be reached"):
             await engine.generate(ASKED, photo, folder, books.job())
+        assert await books.statuses() == []
+
+    async def test_an_order_that_is_never_taken_costs_no_task(self, runway, photo, folder):
+        """Nothing was paid when the time ran out: it is Runway's trouble, not the task's."""
+        runway.faults["create"] += [UNAVAILABLE] * 4
+        books = Books()
+        with failing(ProviderUnavailable, runway, "RUNWAY_TIMEOUT"):
+            await engine_of(runway, timeout_s=0.2, poll_interval_s=30).generate(ASKED, photo, folder, books.job())
         assert await books.statuses() == []
 
     @pytest.mark.parametrize(
@@ -603,6 +689,24 @@ class TestWaiting:
         with failing(EngineHung, runway):
             await engine_of(runway, timeout_s=0.3).generate(ASKED, photo, folder, Job())
         assert runway.tasks[0].refunded
+
+    @pytest.mark.parametrize("fault", [UNAVAILABLE, DAILY_CAP, DROPPED])
+    async def test_an_outage_costs_no_clip(self, runway, photo, folder, fault):
+        """Nobody told of the task until the time ran out: it is not stopped, and the next lease fetches it."""
+        runway.faults["poll"] += [fault] * 10_000
+        books = Books()
+        with failing(ProviderUnavailable, runway, "which is paid for"):
+            await engine_of(runway, timeout_s=0.3).generate(ASKED, photo, folder, books.job())
+        assert (runway.asked("delete"), await books.statuses()) == (0, ["created"])
+        runway.faults["poll"].clear()
+        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        assert len(runway.tasks) == 1
+
+    async def test_a_refusal_to_tell_is_no_end_of_the_task(self, runway, photo, folder):
+        """Only `not found` says that a task is gone: of anything else it would be paid for a second time."""
+        runway.faults["poll"] += [Fault(400), Fault(405), Fault(308), Fault(422)]
+        await engine_of(runway).generate(ASKED, photo, folder, Books().job())
+        assert len(runway.tasks) == 1
 
     async def test_a_task_that_could_not_be_stopped_stays_open(self, runway, photo, folder):
         """Whoever comes next goes on with it instead of paying again."""
@@ -766,7 +870,11 @@ class TestClip:
 
     @pytest.mark.parametrize(
         "faults, kind",
-        [([UNAVAILABLE], StorageUnavailable), ([DROPPED], StorageUnavailable), ([Fault(403)] * 3, StorageRefused)],
+        [
+            ([UNAVAILABLE] * 3, ProviderUnavailable),
+            ([DROPPED] * 3, ProviderUnavailable),
+            ([Fault(403)] * 3, StorageRefused),
+        ],
     )
     async def test_a_download_that_fails_pays_nothing_again(self, runway, photo, folder, faults, kind):
         """The next try fetches the same clip."""
@@ -777,6 +885,26 @@ class TestClip:
         assert list(folder.iterdir()) == []
         await engine_of(runway).generate(ASKED, photo, folder, books.job())
         assert (len(runway.tasks), await books.statuses()) == (1, ["created"])
+
+    async def test_a_clip_is_asked_for_again(self, runway, photo, folder):
+        """One failure on the way is no outage."""
+        runway.faults["output"] += [UNAVAILABLE, DROPPED]
+        await engine_of(runway).generate(ASKED, photo, folder, Job())
+        assert (runway.asked("output"), len(runway.tasks)) == (3, 1)
+
+    async def test_fetching_has_a_time_of_its_own(self, runway, photo, folder):
+        """RUNWAY_TIMEOUT is for what can still be cancelled: a clip that was made in time is not lost on its way."""
+        runway.faults["output"].append(SLOW)
+        async with anyio.create_task_group() as tasks:
+
+            async def release() -> None:
+                await until(lambda: runway.asked("output"))
+                await anyio.sleep(0.6)
+                runway.release_hanging()
+
+            tasks.start_soon(release)
+            await engine_of(runway, timeout_s=0.5).generate(ASKED, photo, folder, Job())
+        assert len(runway.tasks) == 1
 
     async def test_an_address_inside_is_not_visited(self, runway, photo, folder):
         """Unless it is the operator's own."""
@@ -812,6 +940,26 @@ class TestClip:
         runway.clip = encoded(tmp_path, "-c", "copy", "-movflags", "+faststart")
         video = await engine_of(runway).generate(ASKED, photo, folder, Job())
         assert video.path.read_bytes() == runway.clip
+
+    async def test_a_clip_of_variable_rate_is_cut(self, runway, photo, folder):
+        """As a provider made it: 19 frames lie in its first second, whatever their mean rate says."""
+        runway.clip = (CASES / "vfr.mp4").read_bytes()
+        request = ASKED.model_copy(update={"duration_s": 1.0})
+        video = await engine_of(runway).generate(request, photo, folder, Job())
+        assert (video.frames, video.as_it_came) == (19, None)
+        assert video.duration_s == pytest.approx(1, abs=0.05)
+
+    async def test_a_clip_that_cannot_be_encoded_is_delivered_as_it_came(self, runway, photo, folder, fake_ffmpeg):
+        """Its money is spent: uncut it is worth more than an error. The log and the video say so."""
+        runway.clip = (CASES / "vfr.mp4").read_bytes()
+        request = ASKED.model_copy(update={"duration_s": 1.0})
+        fake_ffmpeg("echo '[libx264 @ 0x1] broken' >&2; exit 1", but_for="framecrc")  # it can be probed
+        with capture_logs() as logs:
+            video = await engine_of(runway).generate(request, photo, folder, Job())
+        assert video.path.read_bytes() == runway.clip
+        assert (video.frames, video.as_it_came) == (39, "ffmpeg ended with 1: broken")
+        assert [line["wanted_s"] for line in logs if line["event"] == "clip_as_it_came"] == [1.0]
+        assert list(folder.iterdir()) == [video.path]
 
     async def test_sound_is_cut_with_the_picture(self, runway, photo, tmp_path, folder):
         """Veo's clips have some."""
@@ -869,6 +1017,19 @@ class TestRunner:
         outcome = await second.run(await queue.lease())
         assert (outcome.status, runway.paid) == ("completed", {"slow push": 1})
         assert await books.statuses() == ["delivered"]
+
+    async def test_an_outage_hands_the_task_back(self, runway, tmp_path):
+        """At once: the engine has asked again already. The worker is told to wait, and the next one pays once."""
+        store, books = self.item(), Books()
+        queue = MemoryQueue(store)
+        runway.faults["create"] += [BAD_GATEWAY] * 4
+        runner = Runner(queue, engine_of(runway), temp_dir=tmp_path, ledger=books.ledger)
+        outcome = await runner.run(await queue.lease())
+        assert (outcome.status, store.get("item-1").retry_count) == ("released", 0)
+        assert (runway.asked("create"), await books.statuses()) == (4, [])
+        self.now += 1.1  # a lease that is handed back ends after a second
+        outcome = await runner.run(await queue.lease())
+        assert (outcome.status, runway.paid) == ("completed", {"slow push": 1})
 
     async def test_failures_that_may_pass_are_tried_again(self, runway, tmp_path):
         """Each try is a payment of its own, since Runway gives the money back for what failed."""

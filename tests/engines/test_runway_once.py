@@ -240,7 +240,7 @@ class WayToRunway(httpx.AsyncBaseTransport):
         """One request, which may get lost on either way."""
         world = self.worker.world
         trouble = world.random.random() < world.trouble
-        what = world.random.choice(["connect", "lost", "reply", "502", "502 after", "429", "late"]) if trouble else ""
+        what = world.random.choice(["connect", "lost", "reply", "502", "500 after", "429", "late"]) if trouble else ""
         await self.worker.travel()
         if what == "connect":
             raise httpx.ConnectError("no way there")
@@ -255,8 +255,8 @@ class WayToRunway(httpx.AsyncBaseTransport):
             await anyio.sleep(100)
         if what == "reply":
             raise httpx.ReadError("lost")
-        if what == "502 after":
-            return httpx.Response(502, text="busy")
+        if what == "500 after":
+            return httpx.Response(500, text="broken")
         return httpx.Response(status, headers=headers, content=body)
 
 

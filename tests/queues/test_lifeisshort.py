@@ -266,7 +266,8 @@ def test_a_task_as_the_wire_has_it():
 @pytest.mark.parametrize("frame_num,seconds", [(73, 3), (121, 5), (169, 7), (241, 10), (None, 5), (1441, 60)])
 def test_frames_are_seconds_at_24_a_second(frame_num, seconds):
     """24 x seconds + 1, and null means 121."""
-    assert parse_task(WIRE_TASK | {"frame_num": frame_num}).duration_s == seconds
+    task = parse_task(WIRE_TASK | {"frame_num": frame_num})
+    assert (task.duration_s, task.names_duration) == (seconds, frame_num is not None)
 
 
 @pytest.mark.anyio
