@@ -131,6 +131,10 @@ class _Children:
     """Those that wait for a call and those that work on one; as many as there are calls at once."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins without any; after a fork, where two processes would read each other's answers."""
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._busy: set[_Child] = set()
@@ -154,10 +158,6 @@ class _Children:
             idle, self._idle = self._idle, []
         for child in idle:
             child.kill()
-
-    def forget(self) -> None:
-        """After a fork, where two processes would read each other's answers: these are the parent's."""
-        self.__init__()  # type: ignore[misc]
 
     def _take(self) -> _Child:
         with self._lock:

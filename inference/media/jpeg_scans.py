@@ -18,8 +18,9 @@ MAX_SEGMENTS = 4096
 
 END = b"\xff\xd9"
 
-FILLER = bytes(range(1, 255))
-"""Put where the rest of a scan may be missing: a decoder that still needs data makes other pixels of it than of END."""
+FILLERS = (b"\x55" * 256, b"\xaa" * 256, b"\x6d\xb6\xdb" * 85)
+"""Put where the rest of a scan may be missing, for which a decoder would otherwise take zeros. A decoder that still
+needs data makes other pixels of one of them: of several, since the codes of a file can make the same of two."""
 
 # In coded data 0xFF is followed by 0x00, or is a restart marker; before a marker it may be repeated.
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")

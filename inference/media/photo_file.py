@@ -38,7 +38,7 @@ class PhotoFile:
 
     image: ImageFile.ImageFile  # not yet decoded
     png: Png | None = None
-    twin: ImageFile.ImageFile | None = None  # the same JPEG with other bytes where its end is missing
+    twins: tuple[ImageFile.ImageFile, ...] = ()  # the same JPEG with other bytes where its end is missing
 
     @property
     def orientation(self) -> int:
@@ -73,15 +73,15 @@ class PhotoFile:
         Not HEIC's: its draft shows an embedded thumbnail in place of the photo. Nor a JPEG whose end is missing: what
         is missing may not show in a smaller picture.
         """
-        if isinstance(self.image, JpegImagePlugin.JpegImageFile) and self.twin is None:
+        if isinstance(self.image, JpegImagePlugin.JpegImageFile) and not self.twins:
             self.image.draft(None, (width, height))
 
     def decode(self) -> Image.Image:
         """The pixels, of mode L, LA, RGB, RGBA or CMYK."""
         self.image.load()
-        if self.twin is not None:
-            self.twin.load()
-            if ImageChops.difference(self.image, self.twin).getbbox(alpha_only=False) is not None:
+        for twin in self.twins:
+            twin.load()
+            if ImageChops.difference(self.image, twin).getbbox() is not None:
                 raise InvalidPhoto(DAMAGED)
         return self._eight_bit()
 
@@ -95,6 +95,8 @@ class PhotoFile:
             return grey
         if png is not None and png.transparent and png.depth == png_chunks.SIXTEEN_BITS:
             return png_chunks.eight_bit(image, png)
+        if png is not None and png.is_grey and image.mode == "RGBA":  # 16-bit grey with alpha
+            return Image.merge("LA", (image.getchannel("R"), image.getchannel("A")))
         if image.mode in {"L", "LA", "RGB", "RGBA", "CMYK"} and "transparency" not in image.info:
             return image
         if image.mode in {"1", "L"}:
@@ -164,16 +166,18 @@ def read(path: Path) -> PhotoFile:
 def _jpeg(content: bytes) -> PhotoFile:
     """One whose end marker alone is missing is whole.
 
-    Whether the last scan is, too, shows when it is decoded twice, with different bytes after it: a decoder that has
-    all it needs never looks at them.
+    Whether the last scan is, too, shows when it is decoded again with different bytes after it: a decoder that has all
+    it needs never looks at them.
     """
     scans = jpeg_scans.count(content)
     if scans.has_end or not scans.say_everything:
         return PhotoFile(JpegImagePlugin.JpegImageFile(io.BytesIO(content)))
     content = content.rstrip(b"\xff")
-    endings = jpeg_scans.END, jpeg_scans.FILLER + jpeg_scans.END
-    image, twin = (JpegImagePlugin.JpegImageFile(io.BytesIO(content + ending)) for ending in endings)
-    return PhotoFile(image, twin=twin)
+    image, *twins = (
+        JpegImagePlugin.JpegImageFile(io.BytesIO(content + filler + jpeg_scans.END))
+        for filler in (b"", *jpeg_scans.FILLERS)
+    )
+    return PhotoFile(image, twins=tuple(twins))
 
 
 def _heic(content: bytes) -> ImageFile.ImageFile:

@@ -33,7 +33,8 @@ EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 SRGB_GAMMA = 45455
 """What writers of sRGB say beside its primaries (11.3.2.5), though no power curve is sRGB's."""
 
-SIXTEEN_BITS, GREY, COLOUR = 16, 0, 2  # of IHDR: depth, colour types
+SIXTEEN_BITS = 16  # a depth
+GREY, COLOUR, GREY_WITH_ALPHA = 0, 2, 4  # colour types
 
 
 @dataclass
@@ -47,6 +48,10 @@ class Png:
     depth: int = 8  # bits of a sample, or of an index
     colour_type: int = COLOUR
     transparent: tuple[int, ...] = ()  # the one grey or colour that is, in samples of `depth` bits
+
+    @property
+    def is_grey(self) -> bool:
+        return self.colour_type in {GREY, GREY_WITH_ALPHA}
 
     def open(self) -> PngImagePlugin.PngImageFile:
         """The picture, not yet decoded, with what is told about it where Pillow looks for it."""
