@@ -2,30 +2,32 @@
 
 A photo comes from a stranger's phone: it may be cut short, a bomb, sideways, transparent, 16-bit or Display P3.
 Everything here blocks (callers put it on a thread), refuses with InvalidPhoto, one line for people, and raises
-MachineFault where the trouble is this machine's and another could read the same photo.
+MachineFault where the trouble is this machine's and another could read the same photo. What touches a photo's bytes
+runs in a process that can be killed: see media.apart for its limits, and for what cancelling does.
 
     measure    its size, from the header alone
     verify     the same, and that every byte decodes
     fit        the size of a video with the photo's shape
-    open_photo the whole picture, decoded no larger than it needs to be
+    open_photo the whole picture, no larger than it needs to be
     load       the picture, scaled and cropped to a size in one resample
     jpeg       the picture as a file for somebody else's eyes
 """
 
-import errno
 import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image
 
-from inference.errors import I2VError, InvalidPhoto, MachineFault
+from inference.errors import InvalidPhoto
+from inference.media import colour
+from inference.media.apart import apart
+from inference.media.photo_file import PhotoFile, read, refusing
 
 MAX_PIXELS = 100_000_000
 """More than the largest phone sensor in ordinary use (48 and 64 MP); decoded, 300 MB."""
@@ -40,14 +42,6 @@ MAX_ASPECT_RATIO = 4.0
 REDUCING_GAP = 2.0
 """How many times larger than wanted the cheap decimation may leave a picture before the exact resample: with 2, as in
 Pillow's `thumbnail`, it leaves no visible trace."""
-
-# HEVC still images and sequences (ISO/IEC 23008-12, B.4). `mif1` alone may also mean AVIF.
-HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
-
-# Why the system would not read a file that may be all right: it ran out of something, a disk fails, our rights.
-MACHINE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES}
-
-EXIF_ORIENTATION = 0x0112
 
 # EXIF orientation → what makes the picture upright (EXIF 2.32, 4.6.4); 1 and unknown values need nothing.
 UPRIGHT = {
@@ -71,21 +65,23 @@ class PhotoInfo:
     format: str  # JPEG, PNG, WEBP or HEIF
 
 
+@apart
 def measure(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
     """Size and format, from the header; the picture itself is not decoded. Raises InvalidPhoto, MachineFault."""
-    with _opened(path, max_pixels) as image:
-        return _info(image)
+    with _opened(path, max_pixels) as photo:
+        return _info(photo)
 
 
+@apart
 def verify(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
     """Reads the whole file and checks that it decodes. Raises InvalidPhoto, MachineFault.
 
     A JPEG is decoded at an eighth of its size: that still reads every byte of its scans, so one cut short shows.
     """
-    with _opened(path, max_pixels) as image:
-        info = _info(image)
-        _draft(image, (1, 1))
-        image.load()
+    with _opened(path, max_pixels) as photo:
+        info = _info(photo)
+        photo.draft(1, 1)
+        photo.decode()
         return info
 
 
@@ -131,43 +127,41 @@ def cover_box(photo: tuple[int, int], size: tuple[int, int]) -> tuple[float, flo
     return left, top, min(left + size[0] * scale, photo[0]), min(top + size[1] * scale, photo[1])
 
 
+@apart
 def open_photo(path: Path, *, cover: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The upright picture, whole, as 8-bit sRGB; transparency lies over white.
 
-    `cover` is the (width, height) that the caller will scale it down to cover: a JPEG is then decoded straight to
-    a half, a quarter or an eighth of its size where that still covers it.
+    `cover` is the (width, height) that the caller will scale it down to cover: the picture is then no larger than an
+    exact resample needs it. A JPEG is decoded straight to a half, a quarter or an eighth of its size where that still
+    covers it.
     Raises InvalidPhoto, MachineFault.
     """
-    with _opened(path, max_pixels) as image:
-        orientation = _orientation(image)
-        if cover is not None:
-            _draft(image, (cover[1], cover[0]) if orientation in SIDEWAYS else cover)
-        image.load()
-        picture = _over_white(_srgb(_eight_bit(image)))
-        return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+    return _picture(path, cover, max_pixels)
 
 
+@apart
 def load(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """The picture as uint8 [height, width, 3] sRGB of exactly `size` (width, height), writable.
 
     Scaled to cover and cropped around its centre in one resample. Raises InvalidPhoto, MachineFault.
     """
-    picture = open_photo(path, cover=size, max_pixels=max_pixels)
-    with _refusing():
+    picture = _picture(path, size, max_pixels)
+    with refusing():
         scaled = picture.resize(
             size, Image.Resampling.LANCZOS, box=cover_box(picture.size, size), reducing_gap=REDUCING_GAP
         )
         return np.array(scaled)
 
 
+@apart
 def jpeg(path: Path, *, max_side_px: int, widest: float, quality: int = 95) -> bytes:
     """The upright picture as a JPEG in sRGB, without anything a camera wrote into the file.
 
     Scaled down to `max_side_px`; where its longer side is more than `widest` times the other, both ends are cut off.
     Raises InvalidPhoto, MachineFault.
     """
-    picture = open_photo(path)
-    with _refusing():
+    picture = _picture(path, None, MAX_PIXELS)
+    with refusing():
         width, height = picture.size
         shape = int(min(width, height * widest)), int(min(height, width * widest))
         if shape != picture.size:
@@ -179,69 +173,26 @@ def jpeg(path: Path, *, max_side_px: int, widest: float, quality: int = 95) -> b
         return file.getvalue()
 
 
+def _picture(path: Path, cover: tuple[int, int] | None, max_pixels: int) -> Image.Image:
+    with _opened(path, max_pixels) as photo:
+        if cover is not None:
+            stored = (cover[1], cover[0]) if photo.orientation in SIDEWAYS else cover
+            photo.draft(*stored)
+        picture = photo.decode()
+        if cover is not None:
+            factor = int(min(picture.width / stored[0], picture.height / stored[1]) / REDUCING_GAP)
+            picture = picture.reduce(factor) if factor > 1 else picture
+        picture = _over_white(colour.srgb(picture, photo.claims))
+        return picture.transpose(UPRIGHT[photo.orientation]) if photo.orientation in UPRIGHT else picture
+
+
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def _opened(path: Path, max_pixels: int) -> Iterator[PhotoFile]:
     """A photo with its header read and judged. What its body does to Pillow is mapped here too."""
-    with _refusing():
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            if error.errno in MACHINE_ERRNOS:
-                raise
-            raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from error
-        with file:
-            image = _read_header(file)
-            _judge(image, max_pixels)
-            yield image
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Maps whatever Pillow and the codecs below it raise on a bad file.
-
-    There is no list of what that is: OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, KeyError,
-    IndexError, OverflowError and RuntimeError have all been seen.
-    """
-    try:
-        yield
-    except I2VError:
-        raise
-    except MemoryError as error:
-        raise MachineFault("decoding the photo takes more memory than this machine has left") from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:  # Pillow's own have no errno
-            raise MachineFault(f"this machine cannot read the photo: {error.strerror}") from error
-        raise InvalidPhoto("the photo is damaged or cut short: it does not decode") from error
-
-
-def _read_header(file: BinaryIO) -> ImageFile.ImageFile:
-    """The photo's own reader, chosen by its first bytes whatever the file is called.
-
-    The readers are called directly: Image.open would add a bomb check of its own with a process-wide limit, and
-    warn about multi-picture JPEGs (most phones write them) whose first picture is all that is wanted.
-    """
-    start = file.read(64)
-    file.seek(0)
-    if not start:
-        raise InvalidPhoto("the photo is an empty file")
-    if start.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.JpegImageFile(file)
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile(file)
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile(file)
-    if start[4:8] == b"ftyp" and HEIC_BRANDS.intersection(start[i : i + 4] for i in range(8, len(start), 4)):
-        return _heic(file)
-    raise InvalidPhoto("the file is not a JPEG, PNG, WebP or HEIC photo")
-
-
-def _heic(file: BinaryIO) -> ImageFile.ImageFile:
-    try:
-        from pillow_heif import HeifImageFile  # noqa: PLC0415  an optional extra, slow to import
-    except ImportError as error:
-        raise InvalidPhoto("reading HEIC photos needs: pip install 'serverless-i2v[heic]'") from error
-    image: ImageFile.ImageFile = HeifImageFile(file)  # type: ignore[no-untyped-call]
-    return image
+    with refusing():
+        photo = read(path)
+        _judge(photo.image, max_pixels)
+        yield photo
 
 
 def _judge(image: Image.Image, max_pixels: int) -> None:
@@ -258,56 +209,11 @@ def _judge(image: Image.Image, max_pixels: int) -> None:
         )
 
 
-def _info(image: ImageFile.ImageFile) -> PhotoInfo:
-    width, height = image.size
-    if _orientation(image) in SIDEWAYS:
+def _info(photo: PhotoFile) -> PhotoInfo:
+    width, height = photo.image.size
+    if photo.orientation in SIDEWAYS:
         width, height = height, width
-    return PhotoInfo(width, height, image.format or "")
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 where there is none to be read: broken EXIF does not make a photo unusable.
-
-    pillow-heif has already turned what HEIC says elsewhere and left 1 here.
-    """
-    try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  Pillow's EXIF parser raises as freely as its decoders
-        return 1
-
-
-def _draft(image: ImageFile.ImageFile, size: tuple[int, int]) -> None:
-    """Lets the JPEG decoder scale. Not HEIC's: its draft shows an embedded thumbnail in place of the photo."""
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        image.draft(None, size)
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Modes L, RGB, RGBA or CMYK, from whatever the file had."""
-    if image.mode == "I;16":  # 16-bit grey; 16-bit colour comes from Pillow with its high bytes already
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in {"L", "RGB", "RGBA", "CMYK"} and not image.has_transparency_data:
-        return image
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def _srgb(image: Image.Image) -> Image.Image:
-    """Converts from the embedded profile; modes RGB or RGBA.
-
-    A profile that cannot be read or does not fit the pixels is as good as none: the photo is taken for sRGB.
-    """
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    profile = image.info.get("icc_profile")
-    if profile:
-        try:
-            converted = ImageCms.profileToProfile(
-                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=mode
-            )
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            converted = None
-        if converted is not None:
-            return converted
-    return image.convert(mode)
+    return PhotoInfo(width, height, photo.image.format or "")
 
 
 def _over_white(image: Image.Image) -> Image.Image:

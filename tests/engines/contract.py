@@ -22,6 +22,7 @@ from inference.errors import CancelRequested, I2VError, InvalidPhoto, InvalidReq
 from inference.media.video import probe
 from inference.progress import Progress, ProgressTracker, plan
 from inference.task import GenerationRequest, Video
+from tests.media.hostile import many_scans
 
 
 def landscape(path: Path, size: tuple[int, int] = (320, 180)) -> Path:
@@ -176,6 +177,19 @@ class EngineContract:
         assert scope.cancelled_caught
         assert not job.hung
         assert list(folder.iterdir()) == []
+        self._is_real(await engine.generate(self.request_, photo, folder, Job()), folder)
+
+    @pytest.mark.anyio
+    async def test_stops_while_it_reads_the_photo(self, engine, photo, tmp_path, folder):
+        """However long that takes: what decodes it is killed."""
+        slow = tmp_path / "slow.jpg"
+        slow.write_bytes(many_scans(9999, 195))
+        job = Job()
+        with anyio.move_on_after(0.3) as scope:
+            await engine.generate(self.request_, slow, folder, job)
+        assert scope.cancelled_caught
+        assert anyio.current_time() - scope.deadline < 1
+        assert not job.hung
         self._is_real(await engine.generate(self.request_, photo, folder, Job()), folder)
 
     @pytest.mark.anyio

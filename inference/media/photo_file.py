@@ -1,0 +1,189 @@
+"""A photo's file: which format it is, what is known before its pixels are decoded, and its pixels as they were stored.
+
+What would be too much work to decode is refused first, by what its format counts work in: scans, segments, chunks.
+Where a format gives no such number (HEIC, WebP) the limits of media.apart are all there is.
+"""
+
+import errno
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFile, JpegImagePlugin, WebPImagePlugin
+
+from inference.errors import I2VError, InvalidPhoto, MachineFault
+from inference.media import colour, jpeg_scans, png_chunks
+from inference.media.colour import Claim
+from inference.media.png_chunks import Png
+
+# HEVC still images and sequences (ISO/IEC 23008-12, B.4). `mif1` alone may also mean AVIF.
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
+
+# Why the system would not read a file that may be all right: it ran out of something, a disk fails, our rights.
+MACHINE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES}
+
+DAMAGED = "the photo is damaged or cut short: it does not decode"
+
+# EXIF 2.32, 4.6.4 to 4.6.6.
+ORIENTATION, COLOUR_SPACE, INTEROPERABILITY_INDEX = 0x0112, 0xA001, 0x0001
+EXIF_IFD, INTEROPERABILITY_IFD = 0x8769, 0xA005
+
+
+@dataclass
+class PhotoFile:
+    """A photo whose header was read. What its methods raise is mapped by `refusing`."""
+
+    image: ImageFile.ImageFile  # not yet decoded
+    png: Png | None = None
+    twins: tuple[ImageFile.ImageFile, ...] = ()  # the same JPEG with other bytes where its end is missing
+
+    @property
+    def orientation(self) -> int:
+        """EXIF orientation, 1 where there is none to be read: broken EXIF does not make a photo unusable.
+
+        pillow-heif has already turned what HEIC says elsewhere and left 1 here.
+        """
+        try:
+            return int(self.image.getexif().get(ORIENTATION, 1))
+        except Exception:  # noqa: BLE001  Pillow's EXIF parser raises as freely as its decoders
+            return 1
+
+    @property
+    def claims(self) -> Iterator[Claim]:
+        """What it says of its colours, the weightiest first."""
+        if self.png is not None:
+            yield from self.png.claims
+        profile = self.image.info.get("icc_profile")
+        if profile:
+            yield profile
+        nclx = self.image.info.get("nclx_profile")  # of HEIC; pixels come in its full range already
+        if nclx:
+            space = colour.by_code_points(nclx["color_primaries"], nclx["transfer_characteristics"])
+            if space is not None:
+                yield space
+        if self._says_adobe_rgb:
+            yield colour.ADOBE_RGB
+
+    def draft(self, width: int, height: int) -> None:
+        """Lets the JPEG decoder scale down to what still covers this size.
+
+        Not HEIC's: its draft shows an embedded thumbnail in place of the photo. Nor a JPEG whose end is missing: what
+        is missing may not show in a smaller picture.
+        """
+        if isinstance(self.image, JpegImagePlugin.JpegImageFile) and not self.twins:
+            self.image.draft(None, (width, height))
+
+    def decode(self) -> Image.Image:
+        """The pixels, of mode L, LA, RGB, RGBA or CMYK."""
+        self.image.load()
+        for twin in self.twins:
+            twin.load()
+            if ImageChops.difference(self.image, twin).getbbox() is not None:
+                raise InvalidPhoto(DAMAGED)
+        return self._eight_bit()
+
+    def _eight_bit(self) -> Image.Image:
+        image, png = self.image, self.png
+        if image.mode == "I;16":  # 16-bit grey; 16-bit colour comes from Pillow with its high bytes already
+            samples = np.asarray(image)
+            grey = Image.fromarray((samples >> 8).astype(np.uint8))
+            if png is not None and png.transparent:
+                grey.putalpha(Image.fromarray(np.where(samples == png.transparent[0], 0, 255).astype(np.uint8)))
+            return grey
+        if png is not None and png.transparent and png.depth == png_chunks.SIXTEEN_BITS:
+            return png_chunks.eight_bit(image, png)
+        if png is not None and png.is_grey and image.mode == "RGBA":  # 16-bit grey with alpha
+            return Image.merge("LA", (image.getchannel("R"), image.getchannel("A")))
+        if image.mode in {"L", "LA", "RGB", "RGBA", "CMYK"} and "transparency" not in image.info:
+            return image
+        if image.mode in {"1", "L"}:
+            return image.convert("LA" if image.has_transparency_data else "L")
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+    @property
+    def _says_adobe_rgb(self) -> bool:
+        """As cameras do without a profile: DCF 2.0's R03, or a 2 that EXIF does not know."""
+        try:
+            exif = self.image.getexif()
+            index = exif.get_ifd(INTEROPERABILITY_IFD).get(INTEROPERABILITY_INDEX)
+            return index in {"R03", b"R03"} or exif.get_ifd(EXIF_IFD).get(COLOUR_SPACE) == 2
+        except Exception:  # noqa: BLE001  as for the orientation
+            return False
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Maps whatever Pillow and the codecs below it raise on a bad file.
+
+    There is no list of what that is: OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, KeyError,
+    IndexError, OverflowError and RuntimeError have all been seen.
+    """
+    try:
+        yield
+    except I2VError:
+        raise
+    except MemoryError as error:
+        raise MachineFault("decoding the photo takes more memory than this machine has left") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:  # Pillow's own have no errno
+            raise MachineFault(f"this machine cannot read the photo: {error.strerror}") from error
+        raise InvalidPhoto(DAMAGED) from error
+
+
+def read(path: Path) -> PhotoFile:
+    """The photo with its own reader, chosen by its first bytes whatever the file is called.
+
+    The readers are called directly: Image.open would add a bomb check of its own with a process-wide limit, and
+    warn about multi-picture JPEGs (most phones write them) whose first picture is all that is wanted.
+    Raises InvalidPhoto, and what `refusing` maps.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        if error.errno in MACHINE_ERRNOS:
+            raise
+        raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from error
+    with file:
+        content = file.read()
+    start = content[:64]
+    if not start:
+        raise InvalidPhoto("the photo is an empty file")
+    if start.startswith(b"\xff\xd8\xff"):
+        return _jpeg(content)
+    if start.startswith(png_chunks.SIGNATURE):
+        png = png_chunks.parse(content)
+        return PhotoFile(png.open(), png=png)
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return PhotoFile(WebPImagePlugin.WebPImageFile(io.BytesIO(content)))
+    if start[4:8] == b"ftyp" and HEIC_BRANDS.intersection(start[i : i + 4] for i in range(8, len(start), 4)):
+        return PhotoFile(_heic(content))
+    raise InvalidPhoto("the file is not a JPEG, PNG, WebP or HEIC photo")
+
+
+def _jpeg(content: bytes) -> PhotoFile:
+    """One whose end marker alone is missing is whole.
+
+    Whether the last scan is, too, shows when it is decoded again with different bytes after it: a decoder that has all
+    it needs never looks at them.
+    """
+    scans = jpeg_scans.count(content)
+    if scans.has_end or not scans.say_everything:
+        return PhotoFile(JpegImagePlugin.JpegImageFile(io.BytesIO(content)))
+    content = content.rstrip(b"\xff")
+    image, *twins = (
+        JpegImagePlugin.JpegImageFile(io.BytesIO(content + filler + jpeg_scans.END))
+        for filler in (b"", *jpeg_scans.FILLERS)
+    )
+    return PhotoFile(image, twins=tuple(twins))
+
+
+def _heic(content: bytes) -> ImageFile.ImageFile:
+    try:
+        from pillow_heif import HeifImageFile  # noqa: PLC0415  an optional extra, slow to import
+    except ImportError as error:
+        raise InvalidPhoto("reading HEIC photos needs: pip install 'serverless-i2v[heic]'") from error
+    image: ImageFile.ImageFile = HeifImageFile(io.BytesIO(content))  # type: ignore[no-untyped-call]
+    return image

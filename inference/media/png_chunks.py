@@ -1,0 +1,193 @@
+"""What a PNG holds besides its pixels, read with bounds; and the chunks that its pixels need, for the decoder.
+
+Ancillary chunks must not cost a whole photo: one with a wrong checksum is dropped, as libpng does, and text and
+profiles are unpacked only as far as is of use. Chunks are those of the PNG specification, third edition.
+"""
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageChops, PngImagePlugin
+
+from inference.errors import InvalidPhoto
+from inference.media import colour
+from inference.media.colour import Claim, ColourSpace, Gamma
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+MAX_CHUNKS = 100_000
+"""A photo of 100 megapixels in libpng's chunks of 8 KB has some 30,000; each costs the decoder 5 µs."""
+
+MAX_UNPACKED_BYTES = 16 << 20
+"""Of a profile or a text. Profiles of printers have 3 MB."""
+
+PIXELS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
+"""All that the decoder gets, and tRNS: it takes an animation for its first picture then, which is wanted."""
+
+EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
+"""Keywords of texts that may say how a photo is turned: ImageMagick's, and XMP's own."""
+
+SRGB_GAMMA = 45455
+"""What writers of sRGB say beside its primaries (11.3.2.5), though no power curve is sRGB's."""
+
+SIXTEEN_BITS = 16  # a depth
+GREY, COLOUR, GREY_WITH_ALPHA = 0, 2, 4  # colour types
+
+
+@dataclass
+class Png:
+    """A PNG file's parts."""
+
+    content: bytes  # a file of the pixels alone
+    exif: bytes = b""
+    xmp: bytes = b""
+    claims: list[Claim] = field(default_factory=list)  # what it says of its colours, the weightiest first
+    depth: int = 8  # bits of a sample, or of an index
+    colour_type: int = COLOUR
+    transparent: tuple[int, ...] = ()  # the one grey or colour that is, in samples of `depth` bits
+
+    @property
+    def is_grey(self) -> bool:
+        return self.colour_type in {GREY, GREY_WITH_ALPHA}
+
+    def open(self) -> PngImagePlugin.PngImageFile:
+        """The picture, not yet decoded, with what is told about it where Pillow looks for it."""
+        image = PngImagePlugin.PngImageFile(io.BytesIO(self.content))
+        image.info["exif"] = self.exif
+        if self.xmp:
+            image.info["xmp"] = self.xmp
+        if self.transparent and self.colour_type == GREY and self.depth in {2, 4}:
+            # Pillow widens the samples and forgets this one.
+            image.info["transparency"] = self.transparent[0] * 255 // (2**self.depth - 1)
+        return image
+
+
+def parse(content: bytes) -> Png:
+    """Takes a PNG apart. What does not make sense is left to the decoder to refuse.
+
+    Raises InvalidPhoto where decoding would be too much work.
+    """
+    kept, ancillary = [SIGNATURE], dict[bytes, bytes]()
+    texts = dict[bytes, bytes]()
+    for kind, raw in _chunks(content):
+        if kind in PIXELS:
+            kept.append(raw)
+            continue
+        body = raw[8:-4]
+        if raw[-4:] != struct.pack(">I", zlib.crc32(raw[4:-4])):
+            continue
+        if kind == b"tRNS":
+            kept.append(raw)
+        if kind in {b"tEXt", b"zTXt", b"iTXt"}:
+            keyword, _, rest = body.partition(b"\0")
+            if keyword in {EXIF_TEXT, XMP_TEXT}:
+                texts.setdefault(keyword, _text(kind, rest))
+        else:
+            ancillary.setdefault(kind, body)
+    png = Png(b"".join(kept), ancillary.get(b"eXIf") or _hex(texts.get(EXIF_TEXT, b"")), texts.get(XMP_TEXT, b""))
+    png.claims = list(_claims(ancillary))
+    if kept[1:] and kept[1][4:8] == b"IHDR" and len(kept[1]) == 25:
+        png.depth, png.colour_type = kept[1][16], kept[1][17]
+    transparent = ancillary.get(b"tRNS", b"")
+    if len(transparent) == {GREY: 2, COLOUR: 6}.get(png.colour_type):
+        png.transparent = struct.unpack(f">{len(transparent) // 2}H", transparent)
+    return png
+
+
+def eight_bit(image: Image.Image, png: Png) -> Image.Image:
+    """A decoded picture of 16 bits a sample with one transparent grey or colour, as mode LA or RGBA."""
+    # Pillow keeps the high bytes of a colour. Told that the file's numbers begin with their low ones, it keeps those.
+    low = PngImagePlugin.PngImageFile(io.BytesIO(png.content))
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+    low.load()
+    differs = Image.new("L", image.size)
+    for band, value in zip((*image.split(), *low.split()), _bytes(png.transparent), strict=True):
+        differs = ImageChops.lighter(differs, band.point([0 if level == value else 255 for level in range(256)]))
+    whole = image.copy()
+    whole.info.pop("transparency", None)
+    whole.putalpha(differs)
+    return whole
+
+
+def _bytes(samples: tuple[int, ...]) -> tuple[int, ...]:
+    """All high bytes, then all low ones."""
+    return (*(sample >> 8 for sample in samples), *(sample & 255 for sample in samples))
+
+
+def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Each chunk's type, and the whole chunk."""
+    at = len(SIGNATURE)
+    for _ in range(MAX_CHUNKS):
+        head = content[at : at + 8]
+        if len(head) < 8 or not head[4:].isalpha():
+            return
+        end = at + 12 + int.from_bytes(head[:4])
+        yield head[4:], content[at:end]
+        if head[4:] == b"IEND":
+            return
+        at = end
+    raise InvalidPhoto(f"the photo is a PNG of more than {MAX_CHUNKS} chunks: too much work to decode")
+
+
+def _claims(chunks: dict[bytes, bytes]) -> Iterator[Claim]:
+    """In the order of the specification (4.3)."""
+    cicp = chunks.get(b"cICP", b"")
+    if len(cicp) == 4 and cicp[2] == 0:  # the matrix of RGB: a PNG can hold no other
+        space = colour.by_code_points(cicp[0], cicp[1], is_full_range=bool(cicp[3]))
+        if space is not None:
+            yield space
+    if b"iCCP" in chunks:
+        profile = _unpacked(chunks[b"iCCP"].partition(b"\0")[2][1:])
+        if profile:
+            yield profile
+    if b"sRGB" in chunks:
+        yield colour.SRGB
+    gamma = _numbers(chunks.get(b"gAMA", b""), 1)
+    chromaticities = _numbers(chunks.get(b"cHRM", b""), 8)
+    if gamma or chromaticities:
+        primaries = colour.BT709
+        if chromaticities:
+            white, *colours = [
+                (x / 1e5, y / 1e5) for x, y in zip(chromaticities[::2], chromaticities[1::2], strict=True)
+            ]
+            primaries = (colours[0], colours[1], colours[2], white)
+        is_srgb = not gamma or (gamma[0] == SRGB_GAMMA and primaries == colour.BT709)
+        yield ColourSpace(primaries, colour.SRGB.curve if is_srgb else Gamma(1e5 / gamma[0]))
+
+
+def _numbers(body: bytes, count: int) -> tuple[int, ...]:
+    """Four bytes each; nothing unless there are as many and none is 0."""
+    numbers = struct.unpack(f">{count}I", body) if len(body) == 4 * count else ()
+    return numbers if all(numbers) else ()
+
+
+def _text(kind: bytes, rest: bytes) -> bytes:
+    """What a text chunk says after its keyword (11.3.3); nothing where that cannot be read."""
+    if kind == b"tEXt":
+        return rest
+    if kind == b"zTXt":
+        return _unpacked(rest[1:])
+    is_compressed = rest[:1] == b"\1"
+    text = rest[2:].split(b"\0", 2)[-1]  # after a language, and the keyword in it
+    return _unpacked(text) if is_compressed else text
+
+
+def _unpacked(body: bytes) -> bytes:
+    """Nothing where it is damaged or too long."""
+    unpacking = zlib.decompressobj()
+    try:
+        text = unpacking.decompress(body, MAX_UNPACKED_BYTES)
+    except zlib.error:
+        return b""
+    return text if unpacking.eof else b""
+
+
+def _hex(text: bytes) -> bytes:
+    """A raw profile: a line for its name, one for its length, then digits."""
+    try:
+        return bytes.fromhex("".join(text.decode("latin-1").strip().split("\n")[2:]))
+    except ValueError:
+        return b""
