@@ -21,6 +21,7 @@ import httpx
 from inference.errors import (
     AddressRefused,
     I2VError,
+    ObjectEmpty,
     ObjectTooLarge,
     SettingsError,
     StorageRefused,
@@ -92,7 +93,8 @@ class Storage:
     async def download(self, url: str, path: Path) -> int:
         """Fetches an object into `path`, which appears when it is whole; returns its size in bytes.
 
-        Raises AddressRefused, UrlExpired, ObjectMissing, ObjectTooLarge, StorageUnavailable, StorageRefused, DiskFull.
+        Raises AddressRefused, UrlExpired, ObjectMissing, ObjectEmpty, ObjectTooLarge, StorageUnavailable,
+        StorageRefused, DiskFull.
         """
         return await _map_errors(url, self._download(url, path))
 
@@ -135,10 +137,10 @@ class Storage:
                     if received > self._max_download_bytes:
                         raise self._too_large(url)
                     await file.write(chunk)
-            if declared == 0:
-                raise StorageRefused(f"{redact(url)}: the object is empty")
-            if received == 0 or received != (declared or received):
-                raise StorageUnavailable(f"{redact(url)}: ended after {received} of {declared or 'unknown'} bytes")
+            if declared is not None and received != declared:
+                raise StorageUnavailable(f"{redact(url)}: ended after {received} of {declared} bytes")
+            if received == 0:
+                raise ObjectEmpty(f"{redact(url)}: the object is empty")
             await partial.replace(path)
         finally:
             with anyio.CancelScope(shield=True):

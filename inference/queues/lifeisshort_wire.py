@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from inference.errors import InvalidTask, QueueAuthError, QueueRefused, QueueUnavailable, SettingsError
+from inference.errors import InvalidTask, QueueAuthError, QueueFailed, QueueRefused, QueueUnavailable, SettingsError
 from inference.network import safe_for_a_key
 from inference.queues.item import duration_s
 from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, QUEUE_FPS, Identifier, Task, explain
@@ -99,11 +99,18 @@ class Answer(NamedTuple):
         """Whether the API itself, not a proxy in front of it, refused with one of these."""
         return self.success is False and self.status in statuses
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the API itself, not a gateway in front of it, says that it could not do it."""
+        return self.success is False and self.status >= 500
+
     def data(self) -> Any:
-        """What was asked for. Raises QueueAuthError, QueueUnavailable, QueueRefused."""
+        """What was asked for. Raises QueueAuthError, QueueFailed, QueueUnavailable, QueueRefused."""
         said = f"{self.call}: {self.status} {self.error}".rstrip()
         if self.status == 401:
             raise QueueAuthError(f"{said}: the queue does not accept the key; set WORKER_API_KEY to the server's")
+        if self.has_failed:
+            raise QueueFailed(said)
         if self.status == 429 or self.status >= 500:
             raise QueueUnavailable(said)
         if 300 <= self.status < 400:
