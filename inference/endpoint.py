@@ -199,7 +199,7 @@ class Endpoint:
         return said
 
     async def _run(self, lease: Lease, sink: Sink) -> tuple[dict[str, Any], bool]:
-        """The answer, and whether this machine was at fault."""
+        """The answer, and whether another machine in this one's place could do better."""
         queue, key = self._asked_queue(), (lease.task.item_id, lease.worker_id)
         if key in self._leases:  # platforms deliver a job again when they are in doubt
             raise InvalidRequest(f"task {lease.task.item_id} is being worked on here under the same lease")
@@ -219,7 +219,8 @@ class Endpoint:
         said = answer_of(outcome)
         if outcome.status == "lease_lost" and lease.worker_id == self._settings.worker_id:
             said["error"] += "; give the worker_id that it was leased under"
-        return said, outcome.machine_at_fault
+        # Where settings are at fault, whoever took this worker's place would have the same ones.
+        return said, outcome.machine_at_fault and outcome.worker_should != "stop"
 
     async def _drain(self, count: int, sink: Sink, call: _Call) -> dict[str, Any]:
         """Several at a time, so that one generates while the others download or upload."""
