@@ -46,6 +46,12 @@ class Settings(LoadableSettings):
     auth_scheme: Literal["worker", "bearer"] = setting(
         "worker", "I2V_AUTH_SCHEME", about="How the key is sent: `worker` or `bearer`."
     )
+    vercel_bypass: SecretStr | None = setting(
+        None,
+        "VERCEL_AUTOMATION_BYPASS_SECRET",
+        "VERCEL_PROTECTION_BYPASS",
+        about="Secret that lets calls to the queue through Vercel's Deployment Protection, where that is on.",
+    )
     worker_id: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")] = setting(
         "",
         "WORKER_ID",
@@ -83,12 +89,15 @@ class Settings(LoadableSettings):
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
     )
     attempt_limit_s: Seconds = setting(
-        1800.0, "I2V_ATTEMPT_LIMIT", about="Seconds after which a generation counts as hung."
+        1800.0, "I2V_ATTEMPT_LIMIT", about="Seconds after which a generation counts as hung, and its task as failed."
     )
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = setting(
         8.0, "I2V_SHUTDOWN_GRACE", about="Seconds to finish in after SIGTERM, then tasks are handed back."
     )
-    max_photo_bytes: Bytes = setting(50_000_000, "I2V_MAX_PHOTO_BYTES", about="Bytes of the largest photo taken.")
+    # Of what strangers send, so a larger photo fails its task. The floor keeps out a limit that was meant in megabytes.
+    max_photo_bytes: Annotated[int, Field(ge=1_000_000)] = setting(
+        50_000_000, "I2V_MAX_PHOTO_BYTES", about="Bytes of the largest photo taken, a million at least."
+    )
     allow_private_addresses: bool = setting(
         False,
         "I2V_ALLOW_PRIVATE_ADDRESSES",
@@ -297,7 +306,7 @@ class Settings(LoadableSettings):
             raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
         return value
 
-    @field_validator("api_key", "runway_key", "runpod_key")
+    @field_validator("api_key", "vercel_bypass", "runway_key", "runpod_key")
     @classmethod
     def _fits_into_a_header(cls, value: SecretStr | None) -> SecretStr | None:
         key = value.get_secret_value() if value else ""

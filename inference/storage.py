@@ -19,7 +19,6 @@ import httpcore
 import httpx
 
 from inference.errors import (
-    AddressRefused,
     I2VError,
     ObjectEmpty,
     ObjectTooLarge,
@@ -50,21 +49,24 @@ PAGES = {"text/html", "text/xml", "application/xml", "application/json", "applic
 class Storage:
     """Fetches and stores objects by presigned URL. Every call is one try.
 
-    `trusted_origins` (`https://minio.lan:9000`) are the operator's own and may be at any address; all other URLs
-    must lead to public ones unless `allow_private`. `transport` takes the network's place, guard included: for tests.
+    `trusted_origins` (`https://minio.lan:9000`) are the operator's own and may be at any address, and so is every port
+    of the hosts in `trusted_hosts` (`http://localhost:3000`); all other URLs must lead to public addresses unless
+    `allow_private`. `transport` takes the network's place, guard included: for tests.
 
-    Raises SettingsError where a trusted origin is not a URL.
+    Raises SettingsError where one that is trusted is not a URL.
     """
 
     def __init__(
         self,
         *,
         trusted_origins: Collection[str] = (),
+        trusted_hosts: Collection[str] = (),
         allow_private: bool = False,
         max_download_bytes: int = 50_000_000,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        trusted = {_endpoint(origin) for origin in trusted_origins}
+        trusted: set[tuple[str, int | None]] = {_endpoint(origin) for origin in trusted_origins}
+        trusted |= {(_endpoint(url)[0], None) for url in trusted_hosts}
         self._max_download_bytes = max_download_bytes
         self._network = GuardedNetwork(trusted=trusted, allow_private=allow_private)
         self._transport = transport or GuardedTransport(self._network)
@@ -180,7 +182,7 @@ class Storage:
     @asynccontextmanager
     async def _answer(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
         if request.url.scheme not in ("http", "https") or not request.url.host:
-            raise AddressRefused(f"{redact(str(request.url))}: neither http nor https")
+            raise StorageRefused(f"{redact(str(request.url))}: neither http nor https")
         response = await self._transport.handle_async_request(request)
         response.request = request
         try:

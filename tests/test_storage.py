@@ -772,7 +772,7 @@ async def test_this_machine_is_refused_however_it_is_spelled(tmp_path, video, ho
 @pytest.mark.parametrize("url", ["ftp://8.8.8.8/x", "file:///etc/passwd", "//8.8.8.8/x", "data:image/png,x"])
 async def test_only_http(tmp_path, url):
     """No other scheme, whatever the transport would do with it."""
-    with pytest.raises(AddressRefused, match="neither http nor https"):
+    with pytest.raises(StorageRefused, match="neither http nor https"):
         await answering(200, b"x").download(url, tmp_path / "photo.jpg")
 
 
@@ -851,6 +851,21 @@ async def test_trust_is_for_one_port():
     await network.connect_tcp("minio.lan", 9000)
     with pytest.raises(AddressRefused):
         await network.connect_tcp("minio.lan", 22)
+    assert recorder.tried == ["10.0.0.1"]
+
+
+async def test_trust_in_a_host_is_for_every_port_of_it(tmp_path, video):
+    """An app on a laptop has its storage at the next port, and calls itself by another name of the same machine."""
+    with sending(reply(200, b"secret")) as server:
+        async with Storage(trusted_hosts=["http://localhost:3000"]) as storage:
+            assert await storage.download(f"{server.origin}/p.jpg", tmp_path / "photo.jpg") == 6
+            await storage.upload(f"{server.origin}/v.mp4", video)
+    recorder = Recorder()
+    addresses = [["10.0.0.1"]] * 2
+    network = GuardedNetwork(trusted={("app.lan", None)}, resolve=resolving(*addresses), inner=recorder)
+    await network.connect_tcp("app.lan", 54321)
+    with pytest.raises(AddressRefused):
+        await network.connect_tcp("other.lan", 54321)
     assert recorder.tried == ["10.0.0.1"]
 
 

@@ -39,6 +39,9 @@ from inference.media import photo
 from inference.progress import Progress
 from inference.queues.item import RELEASE_S
 from inference.queues.lifeisshort_wire import (
+    BYPASS_HEADER,
+    BYPASS_SETTING,
+    PROTECTION_MARK,
     Answer,
     Backlog,
     SignedDownload,
@@ -97,17 +100,22 @@ class LifeIsShortQueue:
         lease_s: float = 600,
         extension_s: float = 300,
         request_timeout_s: float = 10,
+        bypass: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """`bypass`: the secret of Vercel's Deployment Protection, sent with every call where it is given."""
         self._worker_id = worker_id
         self._storage = storage
         self._kind = {} if worker_type is None else {"worker_type": worker_type}  # older deployments do not know it
         self._lease_s = lease_s
         self._extension_s = extension_s
         self._request_timeout_s = request_timeout_s
-        self._api_key = (api_key or "").strip()
-        if not self._api_key.isascii() or not self._api_key.isprintable():
-            raise SettingsError("WORKER_API_KEY: must be printable ASCII")
+        headers: dict[str, str] = {}
+        if key := _fit_for_a_header("WORKER_API_KEY", api_key):
+            headers["Authorization"] = f"{auth_scheme.capitalize()} {key}"
+        if bypass := _fit_for_a_header(BYPASS_SETTING, bypass):
+            headers[BYPASS_HEADER] = bypass
+        self._secrets = [secret for secret in (key, bypass) if secret]
         try:
             identifier.validate_python(f"{worker_id}.{_token()}")
         except ValidationError as error:
@@ -120,7 +128,7 @@ class LifeIsShortQueue:
         base_url = worker_api_url(api_url)
         self._client = httpx.AsyncClient(
             base_url=base_url,
-            headers={"Authorization": f"{auth_scheme.capitalize()} {self._api_key}"} if self._api_key else {},
+            headers=headers,
             timeout=request_timeout_s,
             trust_env=may_be_proxied(base_url),
             transport=transport,
@@ -141,6 +149,20 @@ class LifeIsShortQueue:
         answer = await self._ask("heartbeat", body)
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
+
+    async def check_storage(self) -> str | None:
+        """The host that presigned URLs lead to, which is visited by nobody: an upload for a task that cannot exist.
+
+        None where the queue signs none without a task. Raises AddressRefused where this worker's settings do not let
+        it go there, StorageUnavailable where the host has no address, QueueError.
+        """
+        body = {"operation": "upload", "video_item_id": str(uuid.uuid4()), "file_extension": "mp4"}
+        answer = await self._ask("presign", body)
+        if answer.success is False:
+            return None
+        url = answer.data_as(SignedUpload).url
+        await self._storage.check(url)
+        return httpx.URL(url).host
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
         """As TaskQueue.lease. The server may hand one task to two callers: beat before spending anything on it."""
@@ -360,10 +382,21 @@ class LifeIsShortQueue:
             success=success if isinstance(success, bool) else None,
             payload=envelope.get("data"),
             error=self._clean(error_text),
+            is_protected=response.status_code == 401 and PROTECTION_MARK in response.content,
         )
 
     def _clean(self, text: str) -> str:
-        return _bounded(text.replace(self._api_key, "…") if self._api_key else text)
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return _bounded(text)
+
+
+def _fit_for_a_header(name: str, secret: str | None) -> str:
+    """A secret as a header holds it; empty for none. Raises SettingsError."""
+    text = (secret or "").strip()
+    if not text.isascii() or not text.isprintable():
+        raise SettingsError(f"{name}: must be printable ASCII")
+    return text
 
 
 def _token() -> str:

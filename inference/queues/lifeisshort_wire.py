@@ -13,6 +13,13 @@ from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, QUEUE_FPS, Identifi
 
 M = TypeVar("M", bound=BaseModel)
 
+BYPASS_HEADER = "x-vercel-protection-bypass"
+BYPASS_SETTING = "VERCEL_AUTOMATION_BYPASS_SECRET"
+"""vercel.com/docs/deployment-protection/methods-to-bypass-deployment-protection/protection-bypass-automation"""
+
+PROTECTION_MARK = b"_vercel_sso_nonce"
+"""In the page that Vercel's Deployment Protection answers with, 401 to every call (seen before the real app)."""
+
 identifier: TypeAdapter[str] = TypeAdapter(Identifier)
 
 
@@ -94,6 +101,7 @@ class Answer(NamedTuple):
     success: bool | None  # None: not the API's envelope, so it was not the API that answered
     payload: Any
     error: str
+    is_protected: bool = False  # Vercel's Deployment Protection answered instead of the app
 
     def refused_with(self, *statuses: int) -> bool:
         """Whether the API itself, not a proxy in front of it, refused with one of these."""
@@ -107,6 +115,11 @@ class Answer(NamedTuple):
     def data(self) -> Any:
         """What was asked for. Raises QueueAuthError, QueueFailed, QueueUnavailable, QueueRefused."""
         said = f"{self.call}: {self.status} {self.error}".rstrip()
+        if self.is_protected:
+            raise QueueAuthError(
+                f"{said}: Vercel's Deployment Protection lets nobody through to the queue; "
+                f"set {BYPASS_SETTING} to the project's bypass secret, or turn the protection off"
+            )
         if self.status == 401:
             raise QueueAuthError(f"{said}: the queue does not accept the key; set WORKER_API_KEY to the server's")
         if self.has_failed:

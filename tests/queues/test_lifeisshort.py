@@ -1024,6 +1024,31 @@ async def test_check_leases_nothing():
             await queue.check()
 
 
+async def test_vercels_deployment_protection_is_not_the_key(video):
+    """Its page is told as what it is; with the bypass every call gets through, and the secret is said nowhere."""
+    bypass, real = "bypass-0123456789", RealServer()
+    page = httpx.Response(401, html='<script>document.cookie = "_vercel_sso_nonce=abc"</script>')
+
+    def server(request: httpx.Request) -> httpx.Response:
+        return real(request) if request.headers.get("x-vercel-protection-bypass") == bypass else page
+
+    for secret in (None, "wrong"):
+        async with queue_on(server, bypass=secret) as queue:
+            for call in (queue.lease, queue.check, lambda: queue.heartbeat(held())):
+                with pytest.raises(QueueAuthError, match="Deployment Protection") as caught:
+                    await call()
+                assert "WORKER_API_KEY" not in str(caught.value)
+                assert "wrong" not in str(caught.value)
+    storage = Storage(transport=httpx.MockTransport(real))
+    async with queue_on(server, bypass=f" {bypass}\n", storage=storage) as queue:
+        lease = await queue.lease()
+        await queue.heartbeat(lease)
+        assert await queue.deliver(lease, video)
+    async with queue_on(lambda _: refusal(400, f"no {bypass}"), bypass=bypass) as queue:
+        with pytest.raises(QueueRefused, match="no …"):
+            await queue.lease()
+
+
 # Settings
 
 
@@ -1120,6 +1145,7 @@ def test_addresses_the_key_must_not_travel_to(url):
     [
         ({"api_key": "a\nb"}, "WORKER_API_KEY"),
         ({"api_key": "ключ"}, "WORKER_API_KEY"),
+        ({"bypass": "ключ"}, "VERCEL_AUTOMATION_BYPASS_SECRET"),
         ({"worker_id": "my host"}, "WORKER_ID"),
         ({"extension_s": 1}, "LEASE_DURATION"),
         ({"lease_s": 0}, "LEASE_DURATION"),
