@@ -64,7 +64,7 @@ def refuse(settings: Settings, request: GenerationRequest) -> None:
     if settings.engine == "wan":
         PRESETS[settings.wan_preset].refuse(request)
     if settings.engine == "runway":
-        model_for(request.provider, settings.runway_model).refuse(request, settings.runway_ratio)
+        model_for(request.provider, settings.runway_model).refuse(request)
 
 
 def engine_note(settings: Settings) -> str:

@@ -156,7 +156,9 @@ class Settings(LoadableSettings):
         about=f"Model for tasks that name none, one of {', '.join(f'`{name}`' for name in MODELS)}.",
     )
     runway_ratio: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = setting(
-        None, "RUNWAY_DEFAULT_RATIO", about="Size of the clips, e.g. 1280:720. Default: the one nearest to the photo."
+        None,
+        "RUNWAY_DEFAULT_RATIO",
+        about="Size of the clips, e.g. 1280:720, where a task's model makes it. Default: the one nearest to the photo.",
     )
     runway_timeout_s: Annotated[float, Field(gt=0, le=3600)] = setting(
         600.0, "RUNWAY_TIMEOUT", about="Seconds after which a generation at Runway is cancelled; waiting there counts."
@@ -337,6 +339,15 @@ class Settings(LoadableSettings):
             raise ValueError(
                 f"HEARTBEAT_INTERVAL ({self.heartbeat_interval_s:g} s) has to be at most half of "
                 f"I2V_LEASE_EXTENSION ({self.lease_extension_s:g} s): one late beat must not lose the lease"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_model_makes_the_size(self) -> Self:
+        ratios = MODELS[self.runway_model].ratios
+        if self.runway_ratio is not None and self.runway_ratio not in ratios:
+            raise ValueError(
+                f"RUNWAY_DEFAULT_RATIO: {self.runway_model} makes {', '.join(ratios)}, and not {self.runway_ratio}"
             )
         return self
 

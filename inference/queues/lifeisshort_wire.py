@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from inference.errors import InvalidTask, QueueAuthError, QueueFailed, QueueRefused, QueueUnavailable, SettingsError
 from inference.network import safe_for_a_key
 from inference.queues.item import duration_s
-from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, QUEUE_FPS, Identifier, Task, explain
+from inference.task import MAX_DURATION_S, QUEUE_FPS, Identifier, Task, explain
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -34,14 +34,17 @@ StoragePath = Annotated[str, Field(max_length=1024), AfterValidator(_relative)]
 
 
 class _WireTask(BaseModel):
-    """`data` of a next-task answer; JSON types are taken as they are, never converted."""
+    """`data` of a next-task answer; JSON types are taken as they are, never converted.
+
+    What no video depends on may be missing: the real server has rows without a group, and prompts of any length.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     item_id: Identifier
-    group_id: str
-    photo_id: str
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    group_id: str | None = None
+    photo_id: str | None = None
+    prompt: str | None = None
     photo_storage_path: StoragePath
     frame_num: Annotated[int, Field(ge=2, le=int(MAX_DURATION_S * QUEUE_FPS) + 1)] | None = None  # 24 x seconds + 1
     inference_provider: str | None = None
