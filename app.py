@@ -33,7 +33,9 @@ MINUTES = 60  # seconds
 with told_errors(verbose=False) if modal.is_local() else nullcontext():
     settings = Settings.load()
     fleet.refuse_deployment(settings)
-keys = ["VERCEL_API_URL", "WORKER_API_KEY"] + (["RUNWAYML_API_SECRET"] if settings.runway_key else [])
+keys = ["VERCEL_API_URL", "WORKER_API_KEY"]
+keys += ["RUNWAYML_API_SECRET"] if settings.runway_key else []
+keys += ["VERCEL_AUTOMATION_BYPASS_SECRET"] if settings.vercel_bypass else []
 secret = modal.Secret.from_name(settings.modal_app, required_keys=keys)
 slim = slim_image(settings)
 wan = wan_image(settings)

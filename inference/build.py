@@ -84,7 +84,7 @@ def refuse(settings: Settings, request: GenerationRequest) -> None:
     if settings.engine == "wan":
         PRESETS[settings.wan_preset].refuse(request)
     if settings.engine == "runway":
-        model_for(request.provider, settings.runway_model).refuse(request, settings.runway_ratio)
+        model_for(request.provider, settings.runway_model).refuse(request)
 
 
 def engine_note(settings: Settings) -> str:
@@ -174,13 +174,13 @@ def needing_extra(extra: str, what: str) -> Iterator[None]:
 def open_storage(settings: Settings, trusted_origins: Sequence[str] | None = None) -> Storage:
     """Downloads and uploads under the limits of `settings`; to be entered.
 
-    `trusted_origins` may be anywhere. None: those of the queue, which the operator named: its presigned URLs may lead
-    back to it.
+    `trusted_origins` may be anywhere. None: the queue's own host, which the operator named. Its presigned URLs may lead
+    back there, to whichever port: the app and its storage often are two servers of one machine.
     """
-    if trusted_origins is None:
-        trusted_origins = [_origin(url) for url in (settings.api_url, settings.public_url) if url]
+    own = [url for url in (settings.api_url, settings.public_url) if url] if trusted_origins is None else []
     return Storage(
-        trusted_origins=trusted_origins,
+        trusted_origins=trusted_origins or (),
+        trusted_hosts=own,
         allow_private=settings.allow_private_addresses,
         max_download_bytes=settings.max_photo_bytes,
     )
@@ -202,6 +202,7 @@ async def open_queue(settings: Settings) -> AsyncIterator[LifeIsShortQueue]:
             worker_type=settings.worker_type,
             lease_s=settings.lease_duration_s,
             extension_s=settings.lease_extension_s,
+            bypass=settings.vercel_bypass.get_secret_value() if settings.vercel_bypass else None,
         ) as queue,
     ):
         yield queue

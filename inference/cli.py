@@ -35,6 +35,7 @@ from inference.client import QueueClient
 from inference.doctor_modal import examine_modal
 from inference.errors import (
     EngineFailed,
+    QueueFailed,
     QueueUnavailable,
     SettingsError,
 )
@@ -176,6 +177,8 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
         try:
             await worker.run(at_most=1 if once else None)
+        except QueueFailed:  # it is there
+            raise
         except QueueUnavailable as error:
             raise QueueUnavailable(f"no queue at {settings.api_url}, see VERCEL_API_URL or --url: {error}") from None
         tasks.cancel_scope.cancel()

@@ -175,6 +175,8 @@ async def _queue(settings: Settings | None) -> Finding:
     try:
         async with open_queue(settings) as queue:
             await queue.check()
+            storage = await queue.check_storage()
     except I2VError as error:
         return Finding("queue", "FAIL", str(error))
-    return Finding("queue", "ok", f"{settings.api_url} answers and accepts the key")
+    leads_to = f"photos and videos at {storage}" if storage else "where its storage is shows with the first task"
+    return Finding("queue", "ok", f"{settings.api_url} answers and accepts the key; {leads_to}")

@@ -199,7 +199,8 @@ class Endpoint:
                     said = await render(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
         except I2VError as error:
             log.warning("job_failed", job_id=job.get("id"), error=str(error))
-            said, is_fault = _failed(error), error.hand_back
+            # An address, or a queue that is not set, is of the job that asked for it: others can be done here.
+            said, is_fault = _failed(error), error.hand_back and not error.stops_worker
         except Exception as error:
             log.exception("unexpected_error", job_id=job.get("id"))
             said = _failed(error)
@@ -208,7 +209,7 @@ class Endpoint:
         return said
 
     async def _run(self, lease: Lease, sink: Sink) -> tuple[dict[str, Any], bool]:
-        """The answer, and whether this machine was at fault."""
+        """The answer, and whether another machine in this one's place could do better."""
         queue, key = self._asked_queue(), (lease.task.item_id, lease.worker_id)
         if key in self._leases:  # platforms deliver a job again when they are in doubt
             raise InvalidRequest(f"task {lease.task.item_id} is being worked on here under the same lease")
@@ -228,7 +229,8 @@ class Endpoint:
         said = answer_of(outcome)
         if outcome.status == "lease_lost" and lease.worker_id == self._settings.worker_id:
             said["error"] += "; give the worker_id that it was leased under"
-        return said, outcome.machine_at_fault
+        # Where settings are at fault, whoever took this worker's place would have the same ones.
+        return said, outcome.machine_at_fault and outcome.worker_should != "stop"
 
     async def _drain(self, count: int, sink: Sink, call: _Call) -> dict[str, Any]:
         """Several at a time, so that one generates while the others download or upload."""
@@ -279,6 +281,7 @@ def _origins(bucket: Bucket | None) -> list[str]:
 def _failed(error: Exception) -> dict[str, Any]:
     if not isinstance(error, I2VError):
         return failure(f"internal error: {type(error).__name__}: {error}", retryable=True)
-    # Of an address that has run out, another try finds the same: only its caller can sign a new one.
-    may_pass = (error.retryable or error.hand_back) and not isinstance(error, UrlExpired)
+    # Of an address that has run out, another try finds the same: only its caller can sign a new one. Nor does it help
+    # where the settings are at fault, which are those of every worker here.
+    may_pass = (error.retryable or error.hand_back) and not (isinstance(error, UrlExpired) or error.stops_worker)
     return failure(str(error), retryable=may_pass)

@@ -1,7 +1,7 @@
 """Every error of this package.
 
     I2VError
-    ├── SettingsError         configuration is missing or malformed
+    ├── SettingsError        HS  configuration is missing or malformed
     ├── NoTask                   somebody asked for a task, and there is none to take
     ├── PoolUnavailable          a pool of containers did not take what it was sent
     ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
@@ -12,14 +12,18 @@
     │   ├── NotHolder            the writer does not hold the item's lease
     │   └── WrongState           the item is not in a state that allows it
     ├── QueueError
-    │   ├── QueueUnavailable  R  network, 429, 5xx; the request may have been carried out all the same
+    │   ├── QueueUnavailable  R  network, 429, a gateway's 5xx; it may have been carried out all the same
+    │   │   └── QueueFailed   R  the queue itself answered 5xx: it is there, and did not do it
     │   ├── QueueRefused         the queue calls our request wrong (400)
-    │   └── QueueAuthError       the queue does not accept the key (401)
+    │   └── QueueAuthError   HS  the queue does not accept the key, or does not let us near it (401)
     ├── StorageError
     │   ├── StorageUnavailable R network, 429, 5xx; an upload may have been stored all the same
+    │   │   └── StorageAway RHO  the queue can presign nothing at all: its storage does not work
     │   ├── UrlExpired        R  presign again
     │   ├── ObjectExists         something is at that path already and was not overwritten
     │   ├── ObjectMissing     T  no such object
+    │   │   ├── ObjectUnsigned RT the queue presigns others, and not this one
+    │   │   └── ObjectEmpty  RT  an object of 0 bytes
     │   ├── ObjectTooLarge    T  over a byte limit, ours or the storage's
     │   ├── StorageRefused       any other refusal: signature, media type
     │   │   └── UrlMalformed  T  a URL that nobody can follow: another scheme, no such port
@@ -42,9 +46,9 @@
             └── AccountError  HO a provider does not accept the key, or will not work for it now
                 └── BudgetSpent HO our own limit for the day is reached
 
-R  another try here can help (`retryable`).
-H  the machine is at fault, not the task: hand the lease back instead of failing the task (`hand_back`).
-S  its settings are, so the next task would end the same way: take no more of them (`stops_worker`).
+R  another try here can help (`retryable`); the other marks say what follows when all tries are spent.
+H  the task is not at fault: hand the lease back instead of failing the task (`hand_back`).
+S  this machine's settings are, so the next task would end the same way: take no more of them (`stops_worker`).
 O  somebody else has an outage: take no more tasks for a while, and longer each time (`is_outage`).
 T  the task is at fault, on any machine (`task_at_fault`). Without it the next task may fail here just so.
 
@@ -67,6 +71,9 @@ class I2VError(Exception):
 
 class SettingsError(I2VError):
     """Configuration is missing or malformed. The message has one line per problem, all problems at once."""
+
+    hand_back = True
+    stops_worker = True
 
 
 class NoTask(I2VError):
@@ -126,9 +133,19 @@ class QueueError(I2VError):
 
 
 class QueueUnavailable(QueueError):
-    """Network trouble, 429 or 5xx. Whether the request was carried out is unknown."""
+    """No answer of the queue's own, or not now: network trouble, 429, a 5xx of whatever stands before it.
+
+    Whether the request was carried out is unknown.
+    """
 
     retryable = True
+
+
+class QueueFailed(QueueUnavailable):
+    """The queue itself answered 5xx: it is there, and did not do what was asked.
+
+    While it answers heartbeats, that may be about this one task, so it is tried a few times and not for minutes.
+    """
 
 
 class QueueRefused(QueueError):
@@ -136,7 +153,10 @@ class QueueRefused(QueueError):
 
 
 class QueueAuthError(QueueError):
-    """The queue does not accept the key (401)."""
+    """The queue does not accept the key, or something before it lets nobody through (401)."""
+
+    hand_back = True
+    stops_worker = True
 
 
 class StorageError(I2VError):
@@ -147,6 +167,13 @@ class StorageUnavailable(StorageError):
     """Network trouble, 429 or 5xx. An upload may have been stored all the same."""
 
     retryable = True
+
+
+class StorageAway(StorageUnavailable):
+    """The queue answers, and can presign neither what should be there nor a path where nothing can be."""
+
+    hand_back = True
+    is_outage = True
 
 
 class UrlExpired(StorageError):
@@ -163,6 +190,18 @@ class ObjectMissing(StorageError):
     """No object at that path."""
 
     task_at_fault = True
+
+
+class ObjectUnsigned(ObjectMissing):
+    """The queue presigns other paths, and not this one. It does not say why; most likely nothing is there."""
+
+    retryable = True
+
+
+class ObjectEmpty(ObjectMissing):
+    """An object of 0 bytes, or a transfer of unknown length that ended before its first byte."""
+
+    retryable = True
 
 
 class ObjectTooLarge(StorageError):

@@ -161,7 +161,10 @@ class Host:
                 if lease is None and self._fault is None:
                     await self._record(self._board.worked(self._pool))
                 while lease is not None or (lease := await self._next(call)) is not None:
-                    call.outcomes.append(await self._run(lease))
+                    outcome = await self._run(lease)
+                    call.outcomes.append(outcome)
+                    if outcome.worker_should is not None:  # the next task would end just so
+                        return
                     lease = None
         finally:
             call.ended.set()
@@ -189,9 +192,13 @@ class Host:
             self._faults += 1
             is_lost = outcome.status == "released" or self._runner.engine_hung
             self.broken = self.broken or is_lost or self._fault is not None or self._faults >= FAULTS
-            # Weights that do not load here load nowhere; a machine that was lost is one of many.
-            certain = self._fault is not None
+            # Weights that do not load here load nowhere, and settings are the same everywhere; a machine that was
+            # lost is one of many.
+            certain = self._fault is not None or outcome.worker_should == "stop"
             await self._record(self._board.faulted(self._pool, str(outcome.error), certain=certain))
+        elif outcome.worker_should == "wait" and self._pool == "runway":
+            # The pool is the provider: nothing should be sent there for a while. A new container would not help it.
+            await self._record(self._board.faulted(self._pool, str(outcome.error)))
 
     async def _next(self, call: _Call) -> Lease | None:
         """The next task this call may take: at once while there are some, then asking again for a while."""

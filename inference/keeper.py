@@ -14,7 +14,7 @@ import structlog
 import tenacity
 
 from inference.engines.base import Job
-from inference.errors import CancelRequested, I2VError, LeaseLost, QueueError, QueueUnavailable
+from inference.errors import CancelRequested, I2VError, LeaseLost, QueueError, QueueFailed, QueueUnavailable
 from inference.progress import ProgressTracker
 from inference.queues.base import TaskQueue
 from inference.task import Lease
@@ -30,7 +30,10 @@ RELEASE_LIMIT_S = 6.0
 
 PATIENCE_ATTEMPTS = 40
 """How often one call is put to a queue that does not answer it, about nine minutes. If the queue were really away
-the lease would have ended by then: a call that still fails beside answered heartbeats fails for this task."""
+the lease would have ended by then: a call that still fails beside answered heartbeats fails for this task.
+
+Reports get as many where the queue does answer, and says 5xx. Everything is done by then and only the word is missing;
+whoever is given the task next would spend all of it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Keeper:
         self._retry_s = min(policy.beat_retry_s, length_s / 30)
         self._renewed_at = anyio.current_time()
         self.reporting = False  # from then on the report's own answer says whose the task is; beats only keep it
-        self.heard = False  # the queue has answered a beat: this machine can reach it
+        self.heard = False  # the queue itself has answered a beat, if only with a 5xx: this machine can reach it
         self.ended: I2VError | None = None
         self._over = False  # the work has ended by itself
         self._released = False
@@ -93,6 +96,35 @@ class Keeper:
                 return await self.beat()
             except QueueUnavailable as error:
                 await anyio.sleep_until(min(anyio.current_time() + self._told_retry_s(error), self.work_ends_at))
+
+    async def stage(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """One stage of the work, tried again by cause for as long as the lease lasts.
+
+        An answer that the queue cannot do it counts as a try, for it may be about this task, unless beats are answered
+        no better: then the queue has an outage, and is waited for. Raises what `operation` raises, LeaseLost,
+        CancelRequested.
+        """
+
+        async def once() -> T:
+            try:
+                return await operation()
+            except QueueFailed as failure:
+                await self._ask_whether_it_is_away(failure)
+                raise
+
+        return await repeat(once, self._policy, self.check, answers_count=True)
+
+    async def report(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """The report of what was made, tried for as long as the lease lasts. Raises as `stage`."""
+        self.reporting = True
+        return await repeat(operation, self._policy, self.check)
+
+    async def _ask_whether_it_is_away(self, failure: QueueFailed) -> None:
+        """Raises QueueUnavailable where not even a beat is answered now, LeaseLost, CancelRequested."""
+        try:
+            await self.beat()
+        except QueueUnavailable:
+            raise QueueUnavailable(str(failure)) from None
 
     async def guard(self, work: Callable[[], Awaitable[T]], job: Job) -> T:
         """Runs `work` with beats beside it. Raises what work raises, or LeaseLost or CancelRequested."""
@@ -159,8 +191,11 @@ class Keeper:
                 await self._queue.heartbeat(self._lease, self._tracker.latest)
         except TimeoutError:
             raise QueueUnavailable("the heartbeat was not answered in time") from None
+        except QueueFailed:
+            self.heard = True
+            raise
         # Not when the answer came: the queue counts from when it heard us, which was no earlier than this.
-        self._renewed_at = sent_at
+        self._renewed_at = max(self._renewed_at, sent_at)
         self.heard = True
 
     def _told_retry_s(self, error: QueueError) -> float:
@@ -177,14 +212,29 @@ async def hand_back(queue: TaskQueue, lease: Lease, policy: Policy | None = None
             log.info("release_failed", item_id=lease.task.item_id, error=str(error))
 
 
-async def repeat(operation: Callable[[], Awaitable[T]], policy: Policy, check: Callable[[], None] | None = None) -> T:
+async def repeat(
+    operation: Callable[[], Awaitable[T]],
+    policy: Policy,
+    check: Callable[[], None] | None = None,
+    *,
+    answers_count: bool = False,
+) -> T:
     """Tries again by cause: a queue that does not answer patiently, everything else that may pass a few times.
 
-    `check` stands before each try, so every boundary of a lease and every repetition is one.
+    With `answers_count` a queue that answers 5xx is among everything else. `check` stands before each try, so every
+    boundary of a lease and every repetition is one.
     """
+
+    def is_away(error: BaseException) -> bool:
+        return isinstance(error, QueueUnavailable) and not (answers_count and isinstance(error, QueueFailed))
+
+    def may_pass(error: BaseException) -> bool:
+        # Whoever met an outage has asked again already, and longer is what the worker waits for.
+        return isinstance(error, I2VError) and error.retryable and not (is_away(error) or error.is_outage)
+
     patiently = tenacity.AsyncRetrying(
         sleep=anyio.sleep,
-        retry=tenacity.retry_if_exception_type(QueueUnavailable),
+        retry=tenacity.retry_if_exception(is_away),
         stop=tenacity.stop_after_attempt(PATIENCE_ATTEMPTS),
         wait=tenacity.wait_random_exponential(multiplier=1, max=30),
         before_sleep=_tell,
@@ -192,7 +242,7 @@ async def repeat(operation: Callable[[], Awaitable[T]], policy: Policy, check: C
     )
     a_few_times = tenacity.AsyncRetrying(
         sleep=anyio.sleep,
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(may_pass),
         stop=tenacity.stop_after_attempt(policy.attempts),
         wait=tenacity.wait_fixed(policy.retry_wait_s) + tenacity.wait_random(0, 1),
         before_sleep=_tell,
@@ -208,13 +258,6 @@ async def repeat(operation: Callable[[], Awaitable[T]], policy: Policy, check: C
         return await patiently(once)
 
     return await a_few_times(while_unanswered)
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Not an outage: whoever met it has asked again already, and longer is what the worker waits for."""
-    if not isinstance(error, I2VError) or isinstance(error, QueueUnavailable):
-        return False
-    return error.retryable and not error.is_outage
 
 
 def _tell(state: tenacity.RetryCallState) -> None:

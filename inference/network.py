@@ -72,6 +72,10 @@ def flaw_in(url: httpx.URL) -> str | None:
     return None
 
 
+def _one_name(host: str) -> str:
+    return "localhost" if is_this_machine(host) else host
+
+
 def safe_for_a_key(url: str) -> httpx.URL:
     """The URL of a service that a key is sent to.
 
@@ -97,7 +101,9 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses only, or to a (host, port) the operator named.
+    """Connects to public addresses only, or to a (host, port) the operator named; None stands for every port.
+
+    Every name of this machine is one host there: an app at `localhost` has its storage at `127.0.0.1`.
 
     A name is resolved once, every address of it is checked, and the connection goes to an address that was
     checked: a name server that answers differently the next time (DNS rebinding) gains nothing.
@@ -106,12 +112,12 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
     def __init__(
         self,
         *,
-        trusted: Collection[tuple[str, int]] = (),
+        trusted: Collection[tuple[str, int | None]] = (),
         allow_private: bool = False,
         resolve: Resolve = resolve,
         inner: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
-        self._trusted = frozenset(trusted)
+        self._trusted = frozenset((_one_name(host), port) for host, port in trusted)
         self._allow_private = allow_private
         self._resolve = resolve
         self._inner = inner or httpcore.AnyIOBackend()
@@ -141,7 +147,8 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
             addresses = await self._resolve(host, port)
         except (OSError, UnicodeError) as error:
             raise httpcore.ConnectError(f"cannot resolve the host: {error}") from None
-        if not self._allow_private and (host, port) not in self._trusted:
+        name = _one_name(host)
+        if not self._allow_private and self._trusted.isdisjoint({(name, port), (name, None)}):
             for address in addresses:
                 if not is_public(address):
                     raise AddressRefused(

@@ -10,12 +10,13 @@ try of every stage begins with a look at whether it is still ours.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import structlog
 
 from inference.engines.base import Engine, Job
-from inference.errors import CancelRequested, I2VError, LeaseLost, QueueAuthError
+from inference.errors import CancelRequested, I2VError, LeaseLost
 from inference.keeper import Keeper, Policy, repeat
 from inference.ledger import Ledger, Purchase
 from inference.progress import ProgressTracker, Sink, plan
@@ -98,20 +99,17 @@ class Runner:
     async def _to_the_end(
         self, lease: Lease, keeper: Keeper, job: Job, tracker: ProgressTracker, folder: Path
     ) -> Outcome:
-        policy = self._policy
-
         async def work() -> Outcome:
             job.report("download")
-            photo = await repeat(lambda: self._queue.fetch_photo(lease, folder), policy, keeper.check)
+            photo = await keeper.stage(lambda: self._queue.fetch_photo(lease, folder))
             job.report("wait")
             request = GenerationRequest.from_task(lease.task)
             async with self._seat.taken():
-                video = await repeat(lambda: self._seat.generate(request, photo, folder, job), policy, keeper.check)
+                video = await keeper.stage(lambda: self._seat.generate(request, photo, folder, job))
             job.report("upload")
-            storage_path = await repeat(lambda: self._queue.deliver(lease, video), policy, keeper.check)
-            keeper.reporting = True
+            storage_path = await keeper.stage(lambda: self._queue.deliver(lease, video))
             job.report("report")
-            await repeat(lambda: self._queue.complete(lease, storage_path, video), policy, keeper.check)
+            await keeper.report(lambda: self._queue.complete(lease, storage_path, video))
             tracker.finish()
             if job.purchase:
                 await self._close_the_books(job.purchase, lease)
@@ -154,9 +152,19 @@ class Runner:
             case CancelRequested():
                 await keeper.release()
                 return Outcome(status="cancelled", item_id=item_id, error=str(error))
-            case QueueAuthError() | I2VError(hand_back=True):
+            case I2VError(hand_back=True):
                 await keeper.release()
-                return Outcome(status="released", item_id=item_id, error=str(error), machine_at_fault=True)
+                # In an outage no machine is at fault: another one would fare no better, and neither would a new one.
+                worker_should: Literal["stop", "wait"] | None = (
+                    "stop" if error.stops_worker else "wait" if error.is_outage else None
+                )
+                return Outcome(
+                    status="released",
+                    item_id=item_id,
+                    error=str(error),
+                    machine_at_fault=not error.is_outage,
+                    worker_should=worker_should,
+                )
             case I2VError():
                 message, machine_at_fault = str(error), not error.task_at_fault
             case _:

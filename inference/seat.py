@@ -52,4 +52,6 @@ class Seat:
         finally:
             self.hung = self.hung or job.hung
             self.suspect = self.suspect or job.hung
-        raise EngineHung(f"the {self._engine.name} engine made no video within {self._limit_s:g} s")
+        raise EngineHung(
+            f"the {self._engine.name} engine made no video within {self._limit_s:g} s, which is I2V_ATTEMPT_LIMIT"
+        )

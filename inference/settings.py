@@ -47,6 +47,12 @@ class Settings(LoadableSettings):
     auth_scheme: Literal["worker", "bearer"] = setting(
         "worker", "I2V_AUTH_SCHEME", about="How the key is sent: `worker` or `bearer`."
     )
+    vercel_bypass: SecretStr | None = setting(
+        None,
+        "VERCEL_AUTOMATION_BYPASS_SECRET",
+        "VERCEL_PROTECTION_BYPASS",
+        about="Secret that lets calls to the queue through Vercel's Deployment Protection, where that is on.",
+    )
     worker_id: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._:-]+$")] = setting(
         "",
         "WORKER_ID",
@@ -85,12 +91,15 @@ class Settings(LoadableSettings):
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
     )
     attempt_limit_s: Seconds = setting(
-        1800.0, "I2V_ATTEMPT_LIMIT", about="Seconds after which a generation counts as hung."
+        1800.0, "I2V_ATTEMPT_LIMIT", about="Seconds after which a generation counts as hung, and its task as failed."
     )
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = setting(
         8.0, "I2V_SHUTDOWN_GRACE", about="Seconds to finish in after SIGTERM, then tasks are handed back."
     )
-    max_photo_bytes: Bytes = setting(50_000_000, "I2V_MAX_PHOTO_BYTES", about="Bytes of the largest photo taken.")
+    # Of what strangers send, so a larger photo fails its task. The floor keeps out a limit that was meant in megabytes.
+    max_photo_bytes: Annotated[int, Field(ge=1_000_000)] = setting(
+        50_000_000, "I2V_MAX_PHOTO_BYTES", about="Bytes of the largest photo taken, a million at least."
+    )
     allow_private_addresses: bool = setting(
         False,
         "I2V_ALLOW_PRIVATE_ADDRESSES",
@@ -149,7 +158,9 @@ class Settings(LoadableSettings):
         about=f"Model for tasks that name none, one of {', '.join(f'`{name}`' for name in MODELS)}.",
     )
     runway_ratio: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = setting(
-        None, "RUNWAY_DEFAULT_RATIO", about="Size of the clips, e.g. 1280:720. Default: the one nearest to the photo."
+        None,
+        "RUNWAY_DEFAULT_RATIO",
+        about="Size of the clips, e.g. 1280:720, where a task's model makes it. Default: the one nearest to the photo.",
     )
     runway_audio: bool = setting(
         False,
@@ -319,7 +330,16 @@ class Settings(LoadableSettings):
             raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
         return value
 
-    @field_validator("api_key", "runway_key", "runpod_key", "hf_token", "bucket_key_id", "bucket_secret", mode="before")
+    @field_validator(
+        "api_key",
+        "vercel_bypass",
+        "runway_key",
+        "runpod_key",
+        "hf_token",
+        "bucket_key_id",
+        "bucket_secret",
+        mode="before",
+    )
     @classmethod
     def _fits_into_a_header(cls, value: object) -> object:
         """Keys are copied with a line break or a blank around them, which no header can carry and no key has."""
@@ -356,6 +376,15 @@ class Settings(LoadableSettings):
             raise ValueError(
                 f"HEARTBEAT_INTERVAL ({self.heartbeat_interval_s:g} s) has to be at most half of "
                 f"I2V_LEASE_EXTENSION ({self.lease_extension_s:g} s): one late beat must not lose the lease"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_model_makes_the_size(self) -> Self:
+        ratios = MODELS[self.runway_model].ratios
+        if self.runway_ratio is not None and self.runway_ratio not in ratios:
+            raise ValueError(
+                f"RUNWAY_DEFAULT_RATIO: {self.runway_model} makes {', '.join(ratios)}, and not {self.runway_ratio}"
             )
         return self
 

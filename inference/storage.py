@@ -21,6 +21,7 @@ import httpx
 from inference.body import IDENTITY, arriving, beginning, compression
 from inference.errors import (
     I2VError,
+    ObjectEmpty,
     ObjectTooLarge,
     SettingsError,
     StorageRefused,
@@ -51,21 +52,24 @@ PAGES = {"text/html", "text/xml", "application/xml", "application/json", "applic
 class Storage:
     """Fetches and stores objects by presigned URL. Every call is one try.
 
-    `trusted_origins` (`https://minio.lan:9000`) are the operator's own and may be at any address; all other URLs
-    must lead to public ones unless `allow_private`. `transport` takes the network's place, guard included: for tests.
+    `trusted_origins` (`https://minio.lan:9000`) are the operator's own and may be at any address, and so is every port
+    of the hosts in `trusted_hosts` (`http://localhost:3000`); all other URLs must lead to public addresses unless
+    `allow_private`. `transport` takes the network's place, guard included: for tests.
 
-    Raises SettingsError where a trusted origin is not a URL.
+    Raises SettingsError where one that is trusted is not a URL.
     """
 
     def __init__(
         self,
         *,
         trusted_origins: Collection[str] = (),
+        trusted_hosts: Collection[str] = (),
         allow_private: bool = False,
         max_download_bytes: int = 50_000_000,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        trusted = {_trusted(origin) for origin in trusted_origins}
+        trusted: set[tuple[str, int | None]] = {_trusted(origin) for origin in trusted_origins}
+        trusted |= {(_trusted(url)[0], None) for url in trusted_hosts}
         self._max_download_bytes = max_download_bytes
         self._network = GuardedNetwork(trusted=trusted, allow_private=allow_private)
         self._transport = transport or GuardedTransport(self._network)
@@ -94,7 +98,8 @@ class Storage:
     async def download(self, url: str, path: Path) -> int:
         """Fetches an object into `path`, which appears when it is whole; returns its size in bytes.
 
-        Raises AddressRefused, UrlExpired, ObjectMissing, ObjectTooLarge, StorageUnavailable, StorageRefused, DiskFull.
+        Raises AddressRefused, UrlExpired, ObjectMissing, ObjectEmpty, ObjectTooLarge, StorageUnavailable,
+        StorageRefused, DiskFull.
         """
         return await _map_errors(url, self._download(url, path))
 
@@ -138,12 +143,10 @@ class Storage:
                     unwritten += part
                     if len(unwritten) >= CHUNK_BYTES:
                         await file.write(unwritten)
-                        unwritten.clear()
-                await file.write(unwritten)
-            if declared == 0:
-                raise StorageRefused(f"{redact(url)}: the object is empty")
-            if received == 0 or received != (declared or received):
-                raise StorageUnavailable(f"{redact(url)}: ended after {received} of {declared or 'unknown'} bytes")
+            if declared is not None and received != declared:
+                raise StorageUnavailable(f"{redact(url)}: ended after {received} of {declared} bytes")
+            if received == 0:
+                raise ObjectEmpty(f"{redact(url)}: the object is empty")
             await partial.replace(path)
         finally:
             with anyio.CancelScope(shield=True):

@@ -24,7 +24,8 @@ MAX_DURATION_S = 60.0
 """A longer clip than any engine makes; bounds memory and money before an engine applies its own limit."""
 
 MAX_PROMPT_CHARS = 4000
-"""Far above what any text encoder reads (UMT5 in Wan2.2: 512 tokens); bounds logs and rows."""
+"""Of what people may ask for: far above what any text encoder reads (UMT5 in Wan2.2: 512 tokens). Queues of others
+hand out longer ones, of which an engine is given the beginning."""
 
 
 class Value(BaseModel):
@@ -41,9 +42,9 @@ class Task(Value):
     """One photo to turn into one video."""
 
     item_id: Identifier  # the video item: one row of the queue
-    group_id: str  # the set of photos it was uploaded with
-    photo_id: str
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""  # may be empty: the engine has a default move
+    group_id: str | None = None  # the set of photos it was uploaded with; a queue may know none
+    photo_id: str | None = None
+    prompt: str = ""  # may be empty: the engine has a default move
     photo_storage_path: str  # where the queue's storage keeps the photo; relative, no `..`
     duration_s: DurationS
     names_duration: bool = True  # False: `duration_s` is what the queue means by naming none
@@ -86,7 +87,7 @@ class GenerationRequest(Value):
     def from_task(cls, task: Task) -> Self:
         """The request a task stands for; everything it does not say is the engine's choice."""
         return cls(
-            prompt=task.prompt,
+            prompt=task.prompt[:MAX_PROMPT_CHARS],
             duration_s=task.duration_s,
             names_duration=task.names_duration,
             provider=task.provider,

@@ -31,8 +31,8 @@ from inference.errors import (
     EngineLost,
     I2VError,
     InvalidRequest,
+    QueueFailed,
     QueueRefused,
-    QueueUnavailable,
     Refusal,
 )
 from inference.keeper import Policy
@@ -135,7 +135,7 @@ class MortalQueue(MemoryQueue):
         """Some tasks meet a call that never works for them: the queue is there, and has a bug."""
         if lease.task.item_id.startswith(f"no-{call}"):
             number = int(lease.task.item_id.rsplit("-", 1)[1])
-            raise (QueueRefused if number % 2 else QueueUnavailable)(f"{call} never works for this task")
+            raise (QueueRefused if number % 2 else QueueFailed)(f"{call} never works for this task")
 
     async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
         """See TaskQueue."""

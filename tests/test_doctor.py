@@ -1,7 +1,9 @@
 """The doctor finds what is wrong, says what to do about it, and looks on."""
 
 import http.server
+import json
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -91,23 +93,80 @@ async def test_a_queue_that_takes_the_key_and_one_that_does_not(tmp_path):
 
 async def test_something_that_is_no_queue():
     """A web server of another kind at that address."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Page)
+    with serving(_Page) as url:
+        found = await findings(api_url=url, api_key=KEY)
+    assert found["queue"].verdict == "FAIL"
+
+
+@pytest.mark.parametrize(
+    "storage,verdict,says",
+    [
+        ("http://127.0.0.1:54321", "ok", "photos and videos at 127.0.0.1"),  # Supabase beside the app, on a laptop
+        ("http://localhost:54321", "ok", "photos and videos at localhost"),
+        ("http://10.0.0.1:54321", "FAIL", "I2V_ALLOW_PRIVATE_ADDRESSES"),
+        (None, "ok", "with the first task"),
+    ],
+)
+async def test_a_storage_where_this_worker_may_not_go(storage, verdict, says):
+    """Found before a task is taken, where the queue signs an upload for a task that it does not have."""
+
+    class App(_Page):
+        def answer(self, call):
+            if call == "presign" and storage:
+                return 200, success({"url": f"{storage}/videos/1.mp4?token=secret", "storage_path": "videos/1.mp4"})
+            return 404, b'{"success": false, "error": "Task not found"}'
+
+    with serving(App) as url:
+        found = (await findings(api_url=url, api_key=KEY))["queue"]
+    assert (found.verdict, says in found.text) == (verdict, True)
+    assert "secret" not in found.text
+
+
+async def test_what_vercel_puts_before_an_app():
+    """Its page is not the app's, and says nothing of the key."""
+
+    class Protected(_Page):
+        def answer(self, call):  # noqa: ARG002
+            return 401, b'<html><script>document.cookie = "_vercel_sso_nonce=..."</script></html>'
+
+    with serving(Protected) as url:
+        found = (await findings(api_url=url, api_key=KEY, vercel_bypass="wrong-secret"))["queue"]
+    assert found.verdict == "FAIL"
+    assert "VERCEL_AUTOMATION_BYPASS_SECRET" in found.text
+    assert "WORKER_API_KEY" not in found.text
+    assert "wrong-secret" not in found.text
+
+
+def success(data):
+    """What the worker API answers."""
+    return json.dumps({"success": True, "data": data}).encode()
+
+
+@contextmanager
+def serving(page):
+    """A web server on loopback: its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), page)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        found = await findings(api_url=f"http://127.0.0.1:{server.server_port}", api_key=KEY)
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-    assert found["queue"].verdict == "FAIL"
 
 
 class _Page(http.server.BaseHTTPRequestHandler):
+    def answer(self, call):  # noqa: ARG002
+        """Status and body."""
+        return 200, b"<html>hello</html>"
+
     def do_POST(self):
-        self.send_response(200)
+        status, body = self.answer(self.path.rpartition("/")[2])
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"<html>hello</html>")
+        self.wfile.write(body)
 
     def log_message(self, *_):
         """Nothing on stderr."""

@@ -9,6 +9,8 @@ import pytest
 from inference.board import FAULTS, Board
 from inference.engines.base import Job
 from inference.errors import (
+    AccountError,
+    AddressRefused,
     EngineFailed,
     EngineLost,
     InvalidRequest,
@@ -16,6 +18,7 @@ from inference.errors import (
     QueueAuthError,
     QueueUnavailable,
     RecordsUnavailable,
+    StorageAway,
     WeightsError,
 )
 from inference.host import DRY_EVERY_S, LOOK_AHEAD, BrokenEngine, Host
@@ -64,7 +67,7 @@ class Road(WatchedQueue):
 class Box:
     """A store, and one container on it. `async with` serves it."""
 
-    def __init__(self, folder, *, engine=None, fault=None, drain_s=3600.0, linger_s=20.0):
+    def __init__(self, folder, *, engine=None, fault=None, pool="gpu", drain_s=3600.0, linger_s=20.0):
         self.store = MemoryStore(clock=anyio.current_time)
         self.queue = Road(store=self.store, worker_id="box")
         self.cron = WatchedQueue(store=self.store, worker_id="cron", lease_s=960)
@@ -73,7 +76,7 @@ class Box:
         self.engine = BrokenEngine(fault) if fault else engine or BusyEngine()
         self.runner = Runner(self.queue, self.engine, temp_dir=folder)
         self.host = Host(
-            "gpu",
+            pool,
             self.queue,
             self.runner,
             self.board,
@@ -500,6 +503,44 @@ async def test_one_lost_machine_is_not_a_failing_pool(box):
             await host.run(await it.cron.lease())
             await host.close()
     assert (await it.board.pool("gpu")).failing == "the GPU is gone"
+
+
+@virtual_time
+async def test_a_providers_outage_rests_its_pool_and_breaks_no_container(box):
+    """A new container would meet the same provider. Each call hands back one task, and leaves the others alone."""
+    async with box(engine=BusyEngine(errors=[AccountError("429 the daily cap")] * FAULTS), pool="runway") as it:
+        it.add(5)
+        for _ in range(FAULTS):
+            assert (await it.board.pool("runway")).failing is None
+            assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
+        assert not it.host.broken
+        assert (await it.board.pool("runway")).failing == "429 the daily cap"
+        assert it.statuses() == ["pending"] * 5
+        assert statuses(await it.host.run(await it.cron.lease(), drain=False)) == ["completed"]
+        assert (await it.board.pool("runway")).failing is None
+
+
+@virtual_time
+async def test_a_storage_that_is_away_is_not_the_pools_fault(box):
+    """Else its tasks would overflow to Runway, which cannot fetch their photos either."""
+    async with box(engine=BusyEngine(errors=[StorageAway("no URL for anything")] * 9 * FAULTS)) as it:
+        it.add(2)
+        for _ in range(FAULTS):
+            assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
+        assert (await it.board.pool("gpu")).failing is None
+        assert not it.host.broken
+
+
+@virtual_time
+async def test_settings_that_end_tasks_are_those_of_the_whole_pool(box):
+    """One task is enough to know; nothing more is sent there."""
+    refused = AddressRefused("set I2V_ALLOW_PRIVATE_ADDRESSES=true")
+    async with box(engine=BusyEngine(errors=[refused] * 9)) as it:
+        it.add(3)
+        assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
+        assert it.host.broken
+        assert "I2V_ALLOW_PRIVATE_ADDRESSES" in (await it.board.pool("gpu")).failing
+        assert it.statuses() == ["pending"] * 3
 
 
 @virtual_time

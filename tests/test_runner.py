@@ -10,6 +10,8 @@ import trio
 
 from inference.engines.base import Job, run_in_thread
 from inference.errors import (
+    AccountError,
+    AddressRefused,
     CancelRequested,
     DiskFull,
     EncodeFailed,
@@ -19,8 +21,11 @@ from inference.errors import (
     InvalidRequest,
     LeaseLost,
     QueueAuthError,
+    QueueFailed,
     QueueRefused,
     QueueUnavailable,
+    SettingsError,
+    StorageAway,
     StorageUnavailable,
 )
 from inference.keeper import Policy
@@ -397,8 +402,91 @@ async def test_a_failure_whose_answer_was_lost_is_asked_about(scene):
     assert it.queue.calls.count("fail") == 1
 
 
+@virtual_time
+async def test_a_queue_that_says_it_cannot_is_asked_a_few_times(scene):
+    """An answer is no outage: while beats are answered, three tries are enough to know that it is this task."""
+    for call in ("fetch_photo", "deliver"):
+        it = scene()
+        it.queue.script[call] = [QueueFailed("500")] * 2
+        assert (await it.run()).status == "completed"
+        it = scene()
+        it.queue.script[call] = [QueueFailed("500")] * 1000
+        began_at = anyio.current_time()
+        outcome = await it.run()
+        assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
+        assert it.queue.calls.count(call) == 3
+        assert anyio.current_time() - began_at < 30
+
+
+@virtual_time
+async def test_a_queue_that_cannot_even_answer_beats_is_waited_for(scene):
+    """Its answers say nothing of this task then: the clip is delivered when the outage is over."""
+    it = scene()
+    beat = it.queue.heartbeat
+
+    async def heartbeat(lease, progress=None):
+        if 5 < anyio.current_time() < 100:
+            raise QueueFailed("500 no database")
+        await beat(lease, progress)
+
+    deliver = it.queue.deliver
+
+    async def delivering(lease, video):
+        if anyio.current_time() < 100:
+            raise QueueFailed("500 no database")
+        return await deliver(lease, video)
+
+    it.queue.heartbeat, it.queue.deliver = heartbeat, delivering
+    assert (await it.run()).status == "completed"
+    assert it.engine.runs == 1
+
+
+@virtual_time
+async def test_a_report_outlasts_answers_too(scene):
+    """Only the word is missing, and whoever is given the task next would spend everything again."""
+    for call, error, end in (("complete", None, "completed"), ("fail", EncodeFailed("broken"), "failed")):
+        it = scene(engine=SleepyEngine(errors=[error]))
+        it.queue.script[call] = [QueueFailed("500 no database")] * 8
+        assert ((await it.run()).status, it.now.status) == (end, end)
+
+
+@virtual_time
+async def test_a_machine_that_hears_the_queue_say_500_is_not_at_fault(scene):
+    """It can reach the queue; the database behind that is away."""
+    it = scene()
+    it.queue.script["heartbeat"] = [QueueFailed("500 no database")] * 1000
+    outcome = await it.run()
+    assert (outcome.status, outcome.machine_at_fault) == ("lease_lost", False)
+
+
+@pytest.mark.parametrize(
+    "error, advice, suspect",
+    [
+        (AddressRefused("set I2V_ALLOW_PRIVATE_ADDRESSES"), "stop", True),
+        (SettingsError("I2V_X: no"), "stop", True),
+        (QueueAuthError("set WORKER_API_KEY"), "stop", True),
+        (AccountError("no credits"), "wait", False),
+        (StorageAway("no URL for anything"), "wait", False),
+        (EngineLost("GPU gone"), None, True),
+    ],
+)
+def test_what_is_nobodys_task_goes_back_and_tells_the_worker_what_to_do(scene, error, advice, suspect):
+    """Settings: stop. A provider's outage: wait, and no machine is to blame. Never a failed task."""
+
+    @virtual_time
+    async def check():
+        it = scene()
+        it.queue.script["fetch_photo"] = [error] * 3
+        outcome = await it.run()
+        assert (outcome.status, outcome.worker_should, outcome.machine_at_fault) == ("released", advice, suspect)
+        assert (it.now.status, it.now.retry_count) == ("pending", 0)
+        assert outcome.error == str(error)
+
+    check()
+
+
 @pytest.mark.parametrize("call", ["fetch_photo", "deliver", "complete"])
-@pytest.mark.parametrize("error", [QueueRefused("400 malformed"), QueueUnavailable("500")])
+@pytest.mark.parametrize("error", [QueueRefused("400 malformed"), QueueUnavailable("502")])
 def test_a_call_that_fails_for_this_task_alone_ends_it(scene, call, error):
     """Beats are answered, one call never works: the task fails, counted, instead of going round for ever."""
 

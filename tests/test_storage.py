@@ -25,6 +25,7 @@ from inference.errors import (
     AddressRefused,
     DiskFull,
     I2VError,
+    ObjectEmpty,
     ObjectExists,
     ObjectMissing,
     ObjectTooLarge,
@@ -222,8 +223,8 @@ async def test_a_short_body_is_not_a_photo(tmp_path):
     "headers,content,error",
     [
         ({"Content-Length": "4"}, b"123", StorageUnavailable),  # a transport less strict than h11
-        ({"Content-Length": "0"}, b"", StorageRefused),  # said to be empty: it will be the next time
-        ({}, b"", StorageUnavailable),  # not said: perhaps cut
+        ({"Content-Length": "0"}, b"", ObjectEmpty),
+        ({}, b"", ObjectEmpty),  # or cut: the next try shows it
         ({"Content-Type": "text/html; charset=utf-8"}, b"<h1>Sign in</h1>", StorageRefused),
         ({"Content-Type": "application/json"}, b'{"statusCode":"404","code":"NoSuchKey"}', ObjectMissing),
         ({"Content-Encoding": "br"}, b"1234", StorageRefused),
@@ -950,6 +951,21 @@ async def test_trust_is_for_one_port():
     await network.connect_tcp("minio.lan", 9000)
     with pytest.raises(AddressRefused):
         await network.connect_tcp("minio.lan", 22)
+    assert recorder.tried == ["10.0.0.1"]
+
+
+async def test_trust_in_a_host_is_for_every_port_of_it(tmp_path, video):
+    """An app on a laptop has its storage at the next port, and calls itself by another name of the same machine."""
+    with sending(reply(200, b"secret")) as server:
+        async with Storage(trusted_hosts=["http://localhost:3000"]) as storage:
+            assert await storage.download(f"{server.origin}/p.jpg", tmp_path / "photo.jpg") == 6
+            await storage.upload(f"{server.origin}/v.mp4", video)
+    recorder = Recorder()
+    addresses = [["10.0.0.1"]] * 2
+    network = GuardedNetwork(trusted={("app.lan", None)}, resolve=resolving(*addresses), inner=recorder)
+    await network.connect_tcp("app.lan", 54321)
+    with pytest.raises(AddressRefused):
+        await network.connect_tcp("other.lan", 54321)
     assert recorder.tried == ["10.0.0.1"]
 
 

@@ -34,7 +34,7 @@ def test_values_are_frozen():
     "field, value",
     [
         ("item_id", ""), ("item_id", "../etc"), ("duration_s", 0), ("duration_s", float("nan")), ("duration_s", 61),
-        ("prompt", "x" * 4001), ("surprise", 1),
+        ("prompt", None), ("surprise", 1),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(field, value):

@@ -1,5 +1,6 @@
 """The polling worker: takes, runs, waits, drains, and knows when to give up."""
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 
@@ -8,26 +9,31 @@ import pytest
 
 from inference.engines.base import run_in_thread
 from inference.errors import (
+    AccountError,
+    AddressRefused,
     EngineFailed,
     EngineHung,
     EngineLost,
     I2VError,
     InvalidTask,
+    ProviderUnavailable,
     QueueAuthError,
+    QueueFailed,
     QueueUnavailable,
+    SettingsError,
+    StorageAway,
 )
 from inference.keeper import Policy
-from inference.queues.memory import MemoryQueue
 from inference.queues.oracle import MemoryStore
 from inference.runner import Runner
 from inference.worker import Worker
 from tests.simulation import PHOTO
-from tests.test_runner import SleepyEngine
+from tests.test_runner import ScriptedQueue, SleepyEngine
 from tests.virtual import virtual_time
 
 
 @dataclass
-class CountingQueue(MemoryQueue):
+class CountingQueue(ScriptedQueue):
     """Remembers when it was asked for a lease; can be scripted to refuse and to answer late."""
 
     asked_at: list[float] = field(default_factory=list)
@@ -40,7 +46,7 @@ class CountingQueue(MemoryQueue):
         error = self.errors.pop(0) if self.errors else None
         if error:
             raise error
-        lease = await MemoryQueue.lease(self, item_id)
+        lease = await ScriptedQueue.lease(self, item_id)
         await anyio.sleep(self.answers_after_s)
         return lease
 
@@ -114,6 +120,96 @@ async def test_a_queue_that_is_away_is_asked_less_and_less(box):
     assert 30 <= max(gaps) <= 60
     assert gaps[9] >= 30
     assert max(gaps[10:]) <= 6
+
+
+@virtual_time
+async def test_a_queue_that_answers_500_is_asked_by_interval(box):
+    """It is there: a row that its next-task stumbles over must not make every worker slow for the tasks behind it."""
+    it = box(poll_interval_s=5)
+    it.queue.errors = [QueueFailed("500")] * 10
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 60)
+        await it.worker.run()
+    gaps = [after - before for before, after in zip(it.queue.asked_at, it.queue.asked_at[1:], strict=False)]
+    assert 4 <= min(gaps) < max(gaps) <= 6
+
+
+@virtual_time
+async def test_settings_that_end_tasks_stop_the_worker_at_once(box):
+    """Every task goes back, and what to set is what the worker ends with."""
+    it = box(tasks=5, concurrency=1)
+    refused = AddressRefused("10.0.0.1 is not public: set I2V_ALLOW_PRIVATE_ADDRESSES=true")
+    it.queue.script["fetch_photo"] = [refused] * 5
+    with pytest.raises(SettingsError, match="I2V_ALLOW_PRIVATE_ADDRESSES"):
+        await it.worker.run()
+    assert it.statuses() == ["pending"] * 5
+    assert len(it.queue.asked_at) == 1
+    assert {item.retry_count + item.crash_count for item in it.store.items.values()} == {0}
+
+
+def tried_at(it):
+    """When tasks were leased."""
+    return [event.at_s for event in it.store.log if event.verb == "lease"]
+
+
+@virtual_time
+async def test_an_outage_of_a_provider_is_waited_for_longer_and_longer(box):
+    """Half a minute at first, half an hour at most, one task at a time; none fails, and the worker does not exit."""
+    it = box(tasks=9, engine=SleepyEngine(seconds=1, errors=[AccountError("429 the daily cap")] * 1000), concurrency=3)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 5 * 3600)
+        await it.worker.run()
+    assert it.statuses() == ["pending"] * 9
+    assert {item.retry_count + item.crash_count for item in it.store.items.values()} == {0}
+    alone = tried_at(it)[2:]  # three are held when the first of them finds out
+    pauses = [after - before for before, after in itertools.pairwise(alone)]
+    assert 20 <= pauses[0] <= 45
+    assert all(after > 1.2 * before for before, after in itertools.pairwise(pauses[:5]))
+    assert 1350 <= max(pauses) <= 2300
+    assert len(tried_at(it)) < 25
+
+
+@virtual_time
+async def test_a_clip_ends_the_wait(box):
+    """Whoever had a task running when the outage ended tells the others; the next outage starts at half a minute."""
+    it = box(tasks=20, engine=SleepyEngine(seconds=40, errors=[ProviderUnavailable("503")] * 12), concurrency=1)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 3600)
+        await it.worker.run()
+    assert it.statuses() == ["completed"] * 20
+    assert it.engine.runs == 12 + 20
+
+
+@virtual_time
+async def test_a_wait_ends_when_a_task_that_ran_on_is_completed(box):
+    """Not half an hour later: the provider works again."""
+    it = box(tasks=3, engine=SleepyEngine(seconds=70), concurrency=2)
+    it.queue.script["fetch_photo"] = [None, *[StorageAway("no URL for anything")] * 6]  # three tries for each task
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 400)
+        tasks.start_soon(it.worker.run)
+    assert it.statuses() == ["completed"] * 3
+    assert tried_at(it)[3] == 70  # the second pause alone would have lasted until 89 s at least
+
+
+@virtual_time
+async def test_a_stop_ends_the_wait(box):
+    """A supervisor does not wait for half an hour."""
+    it = box(tasks=1, engine=SleepyEngine(seconds=1, errors=[AccountError("no credits")] * 9))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 10)
+        await it.worker.run()
+    assert anyio.current_time() == 10
+
+
+@virtual_time
+async def test_so_many_tasks_are_not_waited_for(box):
+    """Who asked for one clip hears at once that there is none now; the rest is left to whoever can."""
+    it = box(tasks=5, engine=SleepyEngine(seconds=1, errors=[AccountError("no credits")] * 9), concurrency=1)
+    await it.worker.run(at_most=5)
+    assert anyio.current_time() < 10
+    assert it.engine.runs == 1
+    assert it.statuses() == ["pending"] * 5
 
 
 @virtual_time

@@ -97,7 +97,7 @@ class RunwayEngine:
 
     def refuse(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest for what the model cannot do, naming the field. Costs nothing."""
-        model_for(request.provider, self._model).refuse(request, self._ratio)
+        model_for(request.provider, self._model).refuse(request)
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         """Makes `runway.mp4` in `folder`, or goes on with what the job's books say was paid for.
@@ -184,7 +184,7 @@ class RunwayEngine:
         return Order(
             model=model,
             seconds=model.billed_seconds(request.duration_s),
-            ratio=self._ratio or model.nearest_ratio(info.width, info.height),
+            ratio=model.ratio_for(self._ratio, info.width, info.height),
             prompt=request.prompt.strip() or (DEFAULT_PROMPT if model.prompt_required else ""),
             seed=request.seed,
             photo=picture,

@@ -72,7 +72,11 @@ class Model:
 
         return min(self.ratios, key=distance)
 
-    def refuse(self, request: GenerationRequest, ratio: str | None = None) -> None:
+    def ratio_for(self, configured: str | None, width: int, height: int) -> str:
+        """The configured size; where this model does not make it, as for a photo: a setting fails no task."""
+        return configured if configured in self.ratios else self.nearest_ratio(width, height)
+
+    def refuse(self, request: GenerationRequest) -> None:
         """Raises InvalidRequest for what this model cannot do, naming the field. Costs nothing."""
         self.billed_seconds(request.duration_s)
         units = len(request.prompt.strip().encode("utf-16-le")) // 2
@@ -83,10 +87,6 @@ class Model:
         for field in ("negative_prompt", "last_photo", "steps", "guidance"):
             if getattr(request, field) and not (field == "negative_prompt" and self.takes_negative_prompt):
                 raise InvalidRequest(f"{field} is given; {self.name} is used without")
-        if ratio is not None and ratio not in self.ratios:
-            raise InvalidRequest(
-                f"ratio is {ratio}; {self.name} makes {', '.join(self.ratios)}: change or clear RUNWAY_DEFAULT_RATIO"
-            )
 
 
 MODELS = {

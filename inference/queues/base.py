@@ -14,7 +14,8 @@ class TaskQueue(Protocol):
     runner decides whether and when to repeat. What belongs to one dialect alone (presigning, a 404 that needs
     confirming, a duplicate upload) stays inside its adapter.
 
-    Raises, from any method: QueueUnavailable, QueueAuthError, QueueRefused.
+    Raises, from any method: QueueUnavailable, its QueueFailed where the queue itself says that it could not,
+    QueueAuthError, QueueRefused.
     """
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
@@ -46,26 +47,26 @@ class TaskQueue(Protocol):
     async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
         """Puts the task's photo into `folder` and returns its path. It is known to decode.
 
-        Raises StorageError, InvalidPhoto, MachineFault.
+        Raises StorageError, InvalidPhoto, MachineFault, LeaseLost, CancelRequested.
         """
         ...
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """Stores the video where the queue wants it, never over something that is there; returns its storage path.
 
-        Raises StorageError.
+        Raises StorageError, LeaseLost, CancelRequested.
         """
         ...
 
     async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
-        """Reports the delivered video. Doing it twice is doing it once. Raises LeaseLost."""
+        """Reports the delivered video. Doing it twice is doing it once. Raises LeaseLost, CancelRequested."""
         ...
 
     async def fail(self, lease: Lease, message: str) -> None:
         """Reports that no video will come of this lease.
 
         Not safe to repeat blindly: after QueueUnavailable ask with `heartbeat`; LeaseLost means it had landed.
-        Raises LeaseLost.
+        Raises LeaseLost, CancelRequested.
         """
         ...
 

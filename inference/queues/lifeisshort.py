@@ -27,15 +27,22 @@ from inference.errors import (
     LeaseLost,
     ObjectExists,
     ObjectMissing,
+    ObjectUnsigned,
+    QueueFailed,
     QueueRefused,
     QueueUnavailable,
     SettingsError,
+    StorageAway,
     UrlExpired,
     one_line,
 )
 from inference.media import photo
 from inference.progress import Progress
+from inference.queues.item import RELEASE_S
 from inference.queues.lifeisshort_wire import (
+    BYPASS_HEADER,
+    BYPASS_SETTING,
+    PROTECTION_MARK,
     Answer,
     Backlog,
     SignedDownload,
@@ -55,6 +62,9 @@ logger = structlog.get_logger(__name__)
 
 LEASE_SEQ = "lease_seq"
 """The one extra that is used: it goes back with every write (see `_fence`). All others are ignored."""
+
+CONFIRM_SHARE = 1 / 20
+"""Of a lease, at most, that a beat pauses before it asks again: a beat itself may take a fifth (`keeper.py`)."""
 
 MAX_MESSAGE_CHARS = 1000
 """Of an error reported to the queue, or of a payload in the log."""
@@ -91,17 +101,22 @@ class LifeIsShortQueue:
         lease_s: float = 600,
         extension_s: float = 300,
         request_timeout_s: float = 10,
+        bypass: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        """`bypass`: the secret of Vercel's Deployment Protection, sent with every call where it is given."""
         self._worker_id = worker_id
         self._storage = storage
         self._kind = {} if worker_type is None else {"worker_type": worker_type}  # older deployments do not know it
         self._lease_s = lease_s
         self._extension_s = extension_s
         self._request_timeout_s = request_timeout_s
-        self._api_key = (api_key or "").strip()
-        if not self._api_key.isascii() or not self._api_key.isprintable():
-            raise SettingsError("WORKER_API_KEY: must be printable ASCII")
+        headers = dict(IDENTITY)
+        if key := _fit_for_a_header("WORKER_API_KEY", api_key):
+            headers["Authorization"] = f"{auth_scheme.capitalize()} {key}"
+        if bypass := _fit_for_a_header(BYPASS_SETTING, bypass):
+            headers[BYPASS_HEADER] = bypass
+        self._secrets = [secret for secret in (key, bypass) if secret]
         try:
             identifier.validate_python(f"{worker_id}.{_token()}")
         except ValidationError as error:
@@ -112,10 +127,9 @@ class LifeIsShortQueue:
         self._speaks_progress = False
         self._tells_backlog = True
         base_url = worker_api_url(api_url)
-        credentials = {"Authorization": f"{auth_scheme.capitalize()} {self._api_key}"} if self._api_key else {}
         self._client = httpx.AsyncClient(
             base_url=base_url,
-            headers=IDENTITY | credentials,
+            headers=headers,
             event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
             timeout=request_timeout_s,
             trust_env=may_be_proxied(base_url),
@@ -137,6 +151,20 @@ class LifeIsShortQueue:
         answer = await self._ask("heartbeat", body)
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
+
+    async def check_storage(self) -> str | None:
+        """The host that presigned URLs lead to, which is visited by nobody: an upload for a task that cannot exist.
+
+        None where the queue signs none without a task. Raises AddressRefused where this worker's settings do not let
+        it go there, StorageUnavailable where the host has no address, QueueError.
+        """
+        body = {"operation": "upload", "video_item_id": str(uuid.uuid4()), "file_extension": "mp4"}
+        answer = await self._ask("presign", body)
+        if answer.success is False:
+            return None
+        url = answer.data_as(SignedUpload).url
+        await self._storage.check(url)
+        return httpx.URL(url).host
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
         """As TaskQueue.lease. The server may hand one task to two callers: beat before spending anything on it."""
@@ -175,15 +203,11 @@ class LifeIsShortQueue:
 
     async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
         """As TaskQueue.heartbeat. Sends progress once the server has shown that it knows `cancel_requested`."""
-        # Rounded up: the server must not believe in a shorter lease than its holder does.
-        body = {**_fence(lease), "extend_seconds": math.ceil(lease.length_s)}
+        said = {}
         if progress is not None and self._speaks_progress:
-            body["progress"] = {"stage": progress.stage, "fraction": progress.fraction}
-        answer = await self._ask("heartbeat", body)
-        if answer.refused_with(404):
-            await anyio.sleep(self.CONFIRM_AFTER_S)
-            answer = await self._ask("heartbeat", body)
-        data = self._data_of_own_lease(answer, lease)
+            said["progress"] = {"stage": progress.stage, "fraction": progress.fraction}
+        # Rounded up: the server must not believe in a shorter lease than its holder does.
+        data = await self._renew(lease, math.ceil(lease.length_s), **said)
         if isinstance(data, dict) and "cancel_requested" in data:
             self._speaks_progress = True
             if data["cancel_requested"] is True:
@@ -206,29 +230,56 @@ class LifeIsShortQueue:
         What lies at `videos/{item_id}.mp4` already may be of an earlier prompt, so it is neither reported nor
         overwritten: the video goes beside it, under this lease's token. If that is taken too, an earlier try of
         this lease was stored and its answer lost; a cut one leaves no object, but which video it was is unknown.
+
+        The real server answers 500 for a path that is taken, without the reason. So the next path is asked for at
+        once, and only where none is signed is it the server that failed.
         """
         for extension in ("mp4", f"{lease.token}.mp4"):
             try:
                 return await self._upload(lease, video.path, extension)
-            except ObjectExists:
-                logger.warning("upload path is taken", item_id=lease.task.item_id, extension=extension)
-        return await self._upload(lease, video.path, f"{lease.token}-{secrets.token_hex(2)}.mp4")
+            except (ObjectExists, QueueFailed) as error:
+                logger.warning("no upload here", item_id=lease.task.item_id, extension=extension, problem=str(error))
+        return await self._upload(lease, video.path, _unique_extension(lease))
 
     async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
         """As TaskQueue.complete."""
         ids = {name: video.external_ids[name] for name in REPORTED_IDS if name in video.external_ids}
-        body = {**_fence(lease), "status": "completed", "video_storage_path": storage_path, **ids}
-        self._data_of_own_lease(await self._ask("report", body), lease)
+        await self._report(lease, {"status": "completed", "video_storage_path": storage_path, **ids})
 
     async def fail(self, lease: Lease, message: str) -> None:
         """As TaskQueue.fail. Every one that lands adds to the task's retry_count."""
-        body = {**_fence(lease), "status": "failed", "error_message": _bounded(message) or "no reason given"}
-        self._data_of_own_lease(await self._ask("report", body), lease)
+        await self._report(lease, {"status": "failed", "error_message": _bounded(message) or "no reason given"})
 
     async def release(self, lease: Lease) -> None:
         """As TaskQueue.release: the lease is cut to one second, the shortest the API takes."""
-        answer = await self._ask("heartbeat", {**_fence(lease), "extend_seconds": 1})
+        await self._renew(lease, RELEASE_S)
+
+    async def _renew(self, lease: Lease, extend_s: int, **said: Any) -> Any:
+        """The answer to a heartbeat. Asks twice before it believes that the lease is lost. Raises LeaseLost."""
+        body = {**_fence(lease), "extend_seconds": extend_s, **said}
+        answer = await self._ask("heartbeat", body)
+        if answer.refused_with(404):
+            await anyio.sleep(min(self.CONFIRM_AFTER_S, lease.length_s * CONFIRM_SHARE))
+            answer = await self._ask("heartbeat", body)
+        return self._data_of_own_lease(answer, lease)
+
+    async def _report(self, lease: Lease, said: Mapping[str, Any]) -> None:
+        """Reports an end, and once more where a 404 was not meant. Raises LeaseLost, CancelRequested."""
+        body = {**_fence(lease), **said}
+        answer = await self._ask("report", body)
+        if answer.refused_with(404):
+            await self._believe_heartbeats(lease)
+            answer = await self._ask("report", body)
+        if answer.refused_with(404):
+            raise QueueFailed(f"report: 404 {answer.error}, though it answers heartbeats for {lease.task.item_id}")
         self._data_of_own_lease(answer, lease)
+
+    async def _believe_heartbeats(self, lease: Lease) -> None:
+        """Asks whether the lease is lost: any route of the real server says 404 where its database only hiccuped.
+
+        Raises LeaseLost where it is, CancelRequested.
+        """
+        await self.heartbeat(lease)
 
     async def _insist(self, item_id: str, payload: object, worker_id: str) -> None:
         """The real server knows no `item_id` and hands out the next task: that one goes back. Raises QueueRefused."""
@@ -259,7 +310,22 @@ class LifeIsShortQueue:
         # Supabase signs only what exists. Whatever status its "Object not found" is passed on with, it stays true.
         if answer.success is False and (answer.status in (200, 404) or "not found" in answer.error.lower()):
             raise ObjectMissing(f"{path}: the photo is gone from storage ({answer.error})")
+        if answer.has_failed:
+            await self._tell_missing_from_away(lease, answer)
         return answer.data_as(SignedDownload).url
+
+    async def _tell_missing_from_away(self, lease: Lease, unsigned: Answer) -> None:
+        """The real server answers 500 where the photo is missing, and where its storage does not work.
+
+        Photos are signed where there is one, uploads where there is nothing: a path that nobody ever used shows which
+        it is. Signing leaves no trace. Raises ObjectUnsigned, StorageAway, LeaseLost.
+        """
+        path, said = lease.task.photo_storage_path, f"presign: {unsigned.status} {unsigned.error}"
+        try:
+            await self._presign_upload(lease, _unique_extension(lease))
+        except QueueFailed as error:
+            raise StorageAway(f"{said}; and for an upload, {error}: the queue's storage does not work") from None
+        raise ObjectUnsigned(f"{path}: is the photo missing? {said}, though uploads get a URL")
 
     async def _presign_upload(self, lease: Lease, extension: str) -> SignedUpload:
         body = {"operation": "upload", "video_item_id": lease.task.item_id, "file_extension": extension}
@@ -268,8 +334,8 @@ class LifeIsShortQueue:
             # Supabase signs no upload to a path that is taken, unless told to overwrite.
             raise ObjectExists(f"presign: {answer.status} {answer.error}")
         if answer.refused_with(404):
-            # No task, or a hiccup of the database. Only a heartbeat may call a lease lost.
-            raise QueueUnavailable(f"presign: 404 {answer.error}: no upload for task {lease.task.item_id} now")
+            await self._believe_heartbeats(lease)
+            raise QueueFailed(f"presign: 404 {answer.error}: no upload for task {lease.task.item_id} now")
         return answer.data_as(SignedUpload)
 
     async def _upload(self, lease: Lease, path: Path, extension: str) -> str:
@@ -317,14 +383,30 @@ class LifeIsShortQueue:
             success=success if isinstance(success, bool) else None,
             payload=envelope.get("data"),
             error=self._clean(error_text),
+            is_protected=response.status_code == 401 and PROTECTION_MARK in response.content,
         )
 
     def _clean(self, text: str) -> str:
-        return _bounded(text.replace(self._api_key, "…") if self._api_key else text)
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return _bounded(text)
+
+
+def _fit_for_a_header(name: str, secret: str | None) -> str:
+    """A secret as a header holds it; empty for none. Raises SettingsError."""
+    text = (secret or "").strip()
+    if not text.isascii() or not text.isprintable():
+        raise SettingsError(f"{name}: must be printable ASCII")
+    return text
 
 
 def _token() -> str:
     return secrets.token_hex(6)
+
+
+def _unique_extension(lease: Lease) -> str:
+    """Of a path that nobody has used, earlier tries of this lease included."""
+    return f"{lease.token}-{secrets.token_hex(2)}.mp4"
 
 
 def _fence(lease: Lease) -> dict[str, Any]:

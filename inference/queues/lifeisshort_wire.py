@@ -6,12 +6,19 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from inference.errors import InvalidTask, QueueAuthError, QueueRefused, QueueUnavailable, SettingsError
+from inference.errors import InvalidTask, QueueAuthError, QueueFailed, QueueRefused, QueueUnavailable, SettingsError
 from inference.network import safe_for_a_key
 from inference.queues.item import duration_s
-from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, QUEUE_FPS, Identifier, Task, explain
+from inference.task import MAX_DURATION_S, QUEUE_FPS, Identifier, Task, explain
 
 M = TypeVar("M", bound=BaseModel)
+
+BYPASS_HEADER = "x-vercel-protection-bypass"
+BYPASS_SETTING = "VERCEL_AUTOMATION_BYPASS_SECRET"
+"""vercel.com/docs/deployment-protection/methods-to-bypass-deployment-protection/protection-bypass-automation"""
+
+PROTECTION_MARK = b"_vercel_sso_nonce"
+"""In the page that Vercel's Deployment Protection answers with, 401 to every call (seen before the real app)."""
 
 identifier: TypeAdapter[str] = TypeAdapter(Identifier)
 
@@ -27,14 +34,17 @@ StoragePath = Annotated[str, Field(max_length=1024), AfterValidator(_relative)]
 
 
 class _WireTask(BaseModel):
-    """`data` of a next-task answer; JSON types are taken as they are, never converted."""
+    """`data` of a next-task answer; JSON types are taken as they are, never converted.
+
+    What no video depends on may be missing: the real server has rows without a group, and prompts of any length.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     item_id: Identifier
-    group_id: str
-    photo_id: str
-    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    group_id: str | None = None
+    photo_id: str | None = None
+    prompt: str | None = None
     photo_storage_path: StoragePath
     frame_num: Annotated[int, Field(ge=2, le=int(MAX_DURATION_S * QUEUE_FPS) + 1)] | None = None  # 24 x seconds + 1
     inference_provider: str | None = None
@@ -95,16 +105,29 @@ class Answer(NamedTuple):
     success: bool | None  # None: not the API's envelope, so it was not the API that answered
     payload: Any
     error: str
+    is_protected: bool = False  # Vercel's Deployment Protection answered instead of the app
 
     def refused_with(self, *statuses: int) -> bool:
         """Whether the API itself, not a proxy in front of it, refused with one of these."""
         return self.success is False and self.status in statuses
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the API itself, not a gateway in front of it, says that it could not do it."""
+        return self.success is False and self.status >= 500
+
     def data(self) -> Any:
-        """What was asked for. Raises QueueAuthError, QueueUnavailable, QueueRefused."""
+        """What was asked for. Raises QueueAuthError, QueueFailed, QueueUnavailable, QueueRefused."""
         said = f"{self.call}: {self.status} {self.error}".rstrip()
+        if self.is_protected:
+            raise QueueAuthError(
+                f"{said}: Vercel's Deployment Protection lets nobody through to the queue; "
+                f"set {BYPASS_SETTING} to the project's bypass secret, or turn the protection off"
+            )
         if self.status == 401:
             raise QueueAuthError(f"{said}: the queue does not accept the key; set WORKER_API_KEY to the server's")
+        if self.has_failed:
+            raise QueueFailed(said)
         if self.status == 429 or self.status >= 500:
             raise QueueUnavailable(said)
         if 300 <= self.status < 400:

@@ -16,6 +16,7 @@ from inference.errors import (
     CancelRequested,
     LeaseLost,
     ObjectMissing,
+    QueueFailed,
     QueueUnavailable,
     Refusal,
     StorageUnavailable,
@@ -101,6 +102,8 @@ class MemoryQueue:
 
         try:
             return await self._call(put)
+        except QueueFailed:
+            raise
         except QueueUnavailable as error:
             raise StorageUnavailable(str(error)) from None
 
@@ -139,7 +142,7 @@ class MemoryQueue:
             await anyio.sleep(self.faults.timeout_s)
             raise QueueUnavailable("the request was lost")
         if self._happens(self.faults.answer_500):
-            raise QueueUnavailable("the queue answered 500")
+            raise QueueFailed("the queue answered 500")
         try:
             result = operation()
         except Refusal:

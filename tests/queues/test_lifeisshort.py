@@ -1,6 +1,7 @@
 """The Life-is-Short dialect, against a small server that behaves as the real one does."""
 
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,18 +27,24 @@ from inference.errors import (
     LeaseLost,
     ObjectExists,
     ObjectMissing,
+    ObjectUnsigned,
     QueueAuthError,
     QueueError,
+    QueueFailed,
     QueueRefused,
     QueueUnavailable,
     SettingsError,
+    StorageAway,
     StorageUnavailable,
     UrlExpired,
 )
 from inference.progress import Progress
 from inference.queues.lifeisshort import LifeIsShortQueue, parse_task
+from inference.runner import Runner
 from inference.storage import Storage
-from inference.task import Lease, Task, Video
+from inference.task import GenerationRequest, Lease, Task, Video
+from inference.worker import Worker
+from tests.test_runner import SleepyEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -60,7 +67,12 @@ class RealServer:
     """API and storage of one deployment, one task in it; behaves as the real server was seen to.
 
     `hiccups` and `lost_replies` name calls that go wrong once each: a 404 for no reason, and an answer that never
-    arrives although the call was carried out. `expired` counts presigned URLs that are born too old.
+    arrives although the call was carried out. `failing` counts calls that the API itself answers with 500.
+    `expired` counts presigned URLs that are born too old.
+
+    What presign and report say was measured against the real routes over the real storage server: a path that is
+    taken and a photo that is missing are both 500 without the reason, and 404 is what a report gets where the route's
+    own SELECT failed. A completed report without its object is 500; its words were not written down.
     """
 
     def __init__(self, **task: Any) -> None:
@@ -72,8 +84,9 @@ class RealServer:
         self.objects: dict[str, bytes] = {}
         self.hiccups: list[str] = []
         self.lost_replies: list[str] = []
+        self.failing: Counter[str] = Counter()
         self.expired = 0
-        self.taken: httpx.Response | None = None  # answers a presign for a taken path; None: it is signed
+        self.taken = refusal(500, "Failed to generate upload URL")  # for a path that is taken; others say why
         self.heartbeat_data: dict[str, Any] = {"leased_until": "2026-01-01T00:10:00.000Z"}
 
     def sent(self, call: str) -> list[dict[str, Any]]:
@@ -90,7 +103,7 @@ class RealServer:
             raise httpx.ReadTimeout("no answer")
         return answer
 
-    def _api(self, call: str, request: httpx.Request) -> httpx.Response:  # noqa: PLR0911  a rule of the wire each
+    def _api(self, call: str, request: httpx.Request) -> httpx.Response:  # noqa: PLR0911, C901  a rule of the wire each
         body = json.loads(request.content)
         self.calls.append((call, body))
         if request.headers.get("Authorization") != f"Worker {KEY}":
@@ -98,6 +111,9 @@ class RealServer:
         if call in self.hiccups:
             self.hiccups.remove(call)
             return refusal(404, "Task not found or lease expired")
+        if self.failing[call] > 0:
+            self.failing[call] -= 1
+            return refusal(500, "Internal server error")
         match call:
             case "next-task":
                 self.holder, self.status = body["worker_id"], "processing"
@@ -111,6 +127,8 @@ class RealServer:
             case "report":
                 if body["worker_id"] != self.holder:
                     return refusal(403, "Worker ID mismatch")
+                if body["status"] == "completed" and body["video_storage_path"] not in self.objects:
+                    return refusal(500, "Internal server error")
                 self.status = body["status"]
                 self.retry_count += body["status"] == "failed"
                 return success(None)
@@ -118,9 +136,12 @@ class RealServer:
 
     def _presign(self, body: dict[str, Any]) -> httpx.Response:
         if body["operation"] == "download":
-            return success({"url": self._sign(f"photos/{body['storage_path']}"), "expires_in": 3600})
+            path = f"photos/{body['storage_path']}"
+            if path not in self.objects:
+                return refusal(500, "Failed to generate download URL")
+            return success({"url": self._sign(path), "expires_in": 3600})
         path = f"videos/{body['video_item_id']}.{body['file_extension']}"
-        if self.taken and path in self.objects:
+        if path in self.objects:
             return self.taken
         return success({"url": self._sign(path), "expires_in": 7200, "storage_path": path})
 
@@ -288,6 +309,14 @@ def test_an_older_deployment():
     assert (task.prompt, task.duration_s, task.provider) == ("", 5.0, None)
 
 
+def test_what_no_video_depends_on_fails_no_task():
+    """The real server has rows without a group and prompts of any length; its own worker renders them."""
+    task = parse_task(WIRE_TASK | {"group_id": None, "photo_id": None, "prompt": "waves " * 1000})
+    assert (task.group_id, task.photo_id, len(task.prompt)) == (None, None, 6000)
+    assert GenerationRequest.from_task(task).prompt == ("waves " * 1000)[:4000]
+    assert Task.model_validate_json(task.model_dump_json()) == task
+
+
 @pytest.mark.parametrize(
     "field,value",
     [
@@ -297,9 +326,9 @@ def test_an_older_deployment():
             for value in ("", "/etc/passwd", "a/../b", "..", "a\\b", "a\0b", "a\nb", 7, None)
         ],
         *[("item_id", value) for value in (None, "", 7, "a b", "a/b", "x" * 201)],
-        *[("prompt", value) for value in (7, "x" * 4001)],
+        ("prompt", 7),
         ("inference_provider", 7),
-        ("group_id", None),
+        ("group_id", 7),
     ],
 )
 def test_malformed_fields_are_named(field, value):
@@ -426,7 +455,7 @@ async def test_a_server_that_tells_no_backlog_is_asked_once(answer):
     "answer,error",
     [
         (refusal(401, "Unauthorized"), QueueAuthError),
-        (refusal(500, "database"), QueueUnavailable),
+        (refusal(500, "database"), QueueFailed),
         (httpx.Response(200, html="<h1>Maintenance</h1>"), QueueUnavailable),
         (refusal(400, "no"), QueueRefused),
         *[
@@ -497,6 +526,21 @@ def test_an_overtaken_lease_is_lost():
     assert len(server.sent("heartbeat")) == 3
 
 
+@pytest.mark.parametrize("length_s", [2, 5, 12, 13, 60])
+def test_a_lease_of_any_length_hears_that_it_was_lost(length_s, tmp_path):
+    """Asking twice fits into the time of a beat of so short a lease. Not having heard would blame this machine."""
+    server, outcomes = RealServer(), []
+
+    async def overtake() -> None:
+        async with queue_on(server, extension_s=length_s) as queue:
+            first, _ = await queue.lease(), await queue.lease()
+            outcomes.append(await Runner(queue, SleepyEngine(), temp_dir=tmp_path).run(first))
+
+    assert virtually(overtake) < length_s / 5
+    assert (outcomes[0].status, outcomes[0].machine_at_fault) == ("lease_lost", False)
+    assert "not ours any more" in outcomes[0].error
+
+
 def test_an_unconfirmed_404_is_not_certain():
     """When the second beat gets no answer, the lease may still be ours."""
     server = RealServer()
@@ -560,16 +604,20 @@ async def test_only_an_integer_is_a_lease_seq(lease_seq):
     assert "lease_seq" not in server.sent("heartbeat")[0]
 
 
-async def test_release_is_the_shortest_lease():
+def test_release_is_the_shortest_lease():
     """It lapses at once, and no retry is counted."""
     server = RealServer()
-    async with queue_on(server) as queue:
-        lease = await queue.lease()
-        await queue.release(lease)
-        server.holder = "other"
-        with pytest.raises(LeaseLost):
+
+    async def release() -> None:
+        async with queue_on(server) as queue:
+            lease = await queue.lease()
             await queue.release(lease)
-    assert [beat["extend_seconds"] for beat in server.sent("heartbeat")] == [1, 1]
+            server.holder = "other"
+            with pytest.raises(LeaseLost):
+                await queue.release(lease)
+
+    virtually(release)
+    assert [beat["extend_seconds"] for beat in server.sent("heartbeat")] == [1, 1, 1]
 
 
 # Photos
@@ -590,6 +638,7 @@ async def test_fetch_photo(tmp_path, photo_bytes):
 async def test_presigning_again_is_done_once(tmp_path, video):
     """A clock that is hours off would otherwise turn for ever."""
     server = RealServer()
+    server.objects["photos/7d1c/7d1c_original.JPG"] = b"a photo"
     server.expired = 99
     async with queue_on(server) as queue:
         with pytest.raises(UrlExpired):
@@ -608,6 +657,45 @@ async def test_a_photo_that_does_not_decode(tmp_path):
             await queue.fetch_photo(held(), tmp_path)
 
 
+async def test_an_empty_photo_is_the_tasks_own_fault(tmp_path):
+    """Whoever leased it next would find the same 0 bytes, however long it waited for them."""
+    server = RealServer()
+    server.objects["photos/7d1c/7d1c_original.JPG"] = b""
+    async with queue_on(server) as queue:
+        with pytest.raises(I2VError, match="empty") as caught:
+            await queue.fetch_photo(held(), tmp_path)
+    assert caught.value.task_at_fault
+
+
+async def test_a_missing_photo_is_told_from_a_storage_that_is_away(tmp_path):
+    """Both are 500 without a reason. Where an upload is signed the storage works: it is the photo that is missing."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        with pytest.raises(ObjectUnsigned, match="Failed to generate download URL") as missing:
+            await queue.fetch_photo(held(), tmp_path)
+    assert [body["operation"] for body in server.sent("presign")] == ["download", "upload"]
+    assert (missing.value.retryable, missing.value.task_at_fault) == (True, True)
+    async with queue_on(lambda request: failed(json.loads(request.content)["operation"])) as queue:
+        with pytest.raises(StorageAway, match="Failed to generate upload URL") as away:
+            await queue.fetch_photo(held(), tmp_path)
+    assert (away.value.retryable, away.value.hand_back, away.value.is_outage) == (True, True, True)
+
+
+def test_missing_photos_fail_within_seconds_and_stop_no_worker(tmp_path):
+    """Three tries, five seconds apart, as the documents say; however many there are, this machine can work."""
+    server, outcomes = RealServer(), []
+
+    async def work() -> None:
+        async with queue_on(server) as queue:
+            runner = Runner(queue, SleepyEngine(), temp_dir=tmp_path)
+            worker = Worker(queue, runner, concurrency=1, on_outcome=outcomes.append)
+            await worker.run(at_most=4)
+
+    assert 40 < virtually(work) < 100
+    assert [(it.status, it.machine_at_fault) for it in outcomes] == [("failed", False)] * 4
+    assert server.retry_count == 4
+
+
 @pytest.mark.parametrize(
     "status,error,expected",
     [
@@ -616,7 +704,7 @@ async def test_a_photo_that_does_not_decode(tmp_path):
         (400, "Object not found", ObjectMissing),
         (500, "Object not found", ObjectMissing),  # else it would be handed back and leased again for ever
         (400, "storage_path is required", QueueRefused),
-        (500, "Internal error", QueueUnavailable),
+        (500, "Internal error", StorageAway),  # no upload is signed either, so nothing is known of the photo
     ],
 )
 async def test_a_photo_that_cannot_be_presigned(tmp_path, status, error, expected):
@@ -657,10 +745,21 @@ async def test_the_video_of_an_earlier_prompt_is_not_ours(video):
     assert server.objects == {f"videos/{ITEM}.mp4": b"of the earlier prompt", path: b"an mp4"}
 
 
-@pytest.mark.parametrize("status", [200, 400, 409, 500])
-@pytest.mark.parametrize("says", ["Failed to presign: The resource already exists", "DUPLICATE"])
+def failed(call: str) -> httpx.Response:
+    """What the real route answers where the storage signs nothing."""
+    return refusal(500, f"Failed to generate {call} URL")
+
+
+@pytest.mark.parametrize(
+    "status,says",
+    [
+        *[(status, "Failed to presign: The resource already exists") for status in (200, 400, 409, 500)],
+        (400, "DUPLICATE"),
+        (500, "Failed to generate upload URL"),
+    ],
+)
 async def test_a_taken_path_that_is_not_even_presigned(video, status, says):
-    """As Supabase does where overwriting was not asked for, whatever status its words are passed on with."""
+    """As Supabase does where overwriting was not asked for, whatever status its words are passed on with, if any."""
     server = RealServer()
     server.taken = refusal(status, says)
     server.objects[f"videos/{ITEM}.mp4"] = b"of the earlier prompt"
@@ -699,14 +798,57 @@ async def test_a_server_that_ignores_the_extension(video):
         await queue_on(server).deliver(held(), video)
 
 
-async def test_an_upload_for_a_task_the_server_does_not_find(video):
-    """Gone, or a hiccup: only a heartbeat may call a lease lost."""
-    server = RealServer()
-    server.hiccups = ["presign"]
-    async with queue_on(server) as queue:
-        with pytest.raises(QueueUnavailable, match=ITEM):
+async def test_a_server_that_signs_no_upload_at_all(video):
+    """Then it is not the path: three were asked for at once, and whoever called decides how often to come again."""
+    asked = []
+    async with queue_on(lambda request: asked.append(json.loads(request.content)) or failed("upload")) as queue:
+        with pytest.raises(QueueFailed, match="Failed to generate upload URL") as caught:
             await queue.deliver(held(), video)
-        assert await queue.deliver(held(), video)
+    assert (caught.value.task_at_fault, caught.value.hand_back) == (False, False)
+    assert len({it["file_extension"] for it in asked}) == len(asked) == 3
+
+
+async def test_a_task_whose_worker_was_killed_before_its_report(tmp_path, photo_bytes):
+    """Its video lies at the plain path, which is refused from then on; the next lease completes the task anyway."""
+    server = RealServer()
+    server.objects["photos/7d1c/7d1c_original.JPG"] = photo_bytes
+    async with queue_on(server) as queue:
+        runner = Runner(queue, SleepyEngine(seconds=0), temp_dir=tmp_path)
+        server.objects[f"videos/{ITEM}.mp4"] = b"of the worker that was killed"
+        lease = await queue.lease()
+        with anyio.fail_after(5):
+            outcome = await runner.run(lease)
+    assert (outcome.status, server.status) == ("completed", "completed")
+    assert outcome.storage_path == f"videos/{ITEM}.{lease.token}.mp4"
+    assert server.objects[outcome.storage_path] == b"frames"
+    assert server.sent("report")[0]["video_storage_path"] == outcome.storage_path
+
+
+async def test_an_upload_for_a_task_the_server_does_not_find(video):
+    """A hiccup where a heartbeat is answered: the next path is asked for. Only a beat may call a lease lost."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        server.hiccups = ["presign"]
+        assert await queue.deliver(lease, video) == f"videos/{ITEM}.{lease.token}.mp4"
+        server.hiccups = ["presign"] * 3
+        with pytest.raises(QueueFailed, match=ITEM):
+            await queue.deliver(lease, video)
+    assert len(server.sent("heartbeat")) == 4
+
+
+def test_an_upload_for_a_task_that_is_gone(video):
+    """The beat says so, twice, and nothing else is asked for."""
+    server = RealServer()
+
+    async def deliver() -> None:
+        async with queue_on(server) as queue:
+            server.hiccups = ["presign"]
+            with pytest.raises(LeaseLost):
+                await queue.deliver(held(), video)
+
+    virtually(deliver)
+    assert [name for name, _ in server.calls] == ["presign", "heartbeat", "heartbeat"]
 
 
 # Reports
@@ -715,6 +857,7 @@ async def test_an_upload_for_a_task_the_server_does_not_find(video):
 async def test_complete(video):
     """The path and the ids the report knows; twice is once."""
     server = RealServer(lease_seq=7)
+    server.objects["videos/1.mp4"] = b"an mp4"
     paid = video.model_copy(update={"external_ids": {"runway_task_id": "r-1", "comfy_id": "c-1"}})
     async with queue_on(server) as queue:
         lease = await queue.lease()
@@ -763,13 +906,57 @@ async def test_error_messages_fit_the_server(message, reported):
 
 
 @pytest.mark.parametrize("status", [403, 404])
-async def test_reporting_what_is_not_ours(status, video):
-    """Both mean to stop quietly."""
-    queue = answering(status, json={"success": False, "error": "no"})
-    with pytest.raises(LeaseLost):
-        await queue.complete(held(), "videos/1.mp4", video)
-    with pytest.raises(LeaseLost):
-        await queue.fail(held(), "no")
+def test_reporting_what_is_not_ours(status, video):
+    """Both mean to stop quietly; a 404 once a heartbeat has said the same."""
+
+    async def report() -> None:
+        queue = answering(status, json={"success": False, "error": "no"})
+        with pytest.raises(LeaseLost):
+            await queue.complete(held(), "videos/1.mp4", video)
+        with pytest.raises(LeaseLost):
+            await queue.fail(held(), "no")
+
+    assert virtually(report) < 10
+
+
+@pytest.mark.parametrize("end", ["completed", "failed"])
+async def test_a_404_to_a_report_is_asked_about(video, end):
+    """The real route says it for any error of its own SELECT: a beat that is answered shows that the task is ours.
+
+    It also shows that a failure has not landed, so that repeating it counts it once.
+    """
+    server = RealServer()
+    server.objects["videos/1.mp4"] = b"an mp4"
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        server.hiccups = ["report"]
+        await (queue.complete(lease, "videos/1.mp4", video) if end == "completed" else queue.fail(lease, "no"))
+    assert (server.status, server.retry_count) == (end, end == "failed")
+    assert [name for name, _ in server.calls][1:] == ["report", "heartbeat", "report"]
+
+
+async def test_a_report_that_is_not_found_while_beats_are_answered(video):
+    """It may be next time: nothing is lost before a beat says so."""
+    server = RealServer()
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        server.hiccups = ["report"] * 2
+        with pytest.raises(QueueFailed, match="404"):
+            await queue.complete(lease, "videos/1.mp4", video)
+
+
+def test_a_404_to_handing_back_is_not_believed_at_once():
+    """Else the task would wait for its lease to run out."""
+    server = RealServer()
+
+    async def release() -> None:
+        async with queue_on(server) as queue:
+            lease = await queue.lease()
+            server.hiccups = ["heartbeat"]
+            await queue.release(lease)
+
+    virtually(release)
+    assert [beat["extend_seconds"] for beat in server.sent("heartbeat")] == [1, 1]
 
 
 # Errors of the wire
@@ -790,7 +977,7 @@ async def test_reporting_what_is_not_ours(status, video):
             "www.queue.example",
         ),
         (refusal(429, "slow"), QueueUnavailable, "429 slow"),
-        (refusal(500, "database"), QueueUnavailable, "500 database"),
+        (refusal(500, "database"), QueueFailed, "500 database"),
         (httpx.Response(502, html="<h1>Bad gateway</h1>"), QueueUnavailable, "502"),
         (httpx.Response(200, html="<h1>Maintenance</h1>"), QueueUnavailable, "something other"),
         (httpx.Response(200, content=b"[" * 100_000), QueueUnavailable, "something other"),
@@ -859,6 +1046,31 @@ async def test_check_leases_nothing():
     async with queue_on(server, api_key="wrong") as queue:
         with pytest.raises(QueueAuthError):
             await queue.check()
+
+
+async def test_vercels_deployment_protection_is_not_the_key(video):
+    """Its page is told as what it is; with the bypass every call gets through, and the secret is said nowhere."""
+    bypass, real = "bypass-0123456789", RealServer()
+    page = httpx.Response(401, html='<script>document.cookie = "_vercel_sso_nonce=abc"</script>')
+
+    def server(request: httpx.Request) -> httpx.Response:
+        return real(request) if request.headers.get("x-vercel-protection-bypass") == bypass else page
+
+    for secret in (None, "wrong"):
+        async with queue_on(server, bypass=secret) as queue:
+            for call in (queue.lease, queue.check, lambda: queue.heartbeat(held())):
+                with pytest.raises(QueueAuthError, match="Deployment Protection") as caught:
+                    await call()
+                assert "WORKER_API_KEY" not in str(caught.value)
+                assert "wrong" not in str(caught.value)
+    storage = Storage(transport=httpx.MockTransport(real))
+    async with queue_on(server, bypass=f" {bypass}\n", storage=storage) as queue:
+        lease = await queue.lease()
+        await queue.heartbeat(lease)
+        assert await queue.deliver(lease, video)
+    async with queue_on(lambda _: refusal(400, f"no {bypass}"), bypass=bypass) as queue:
+        with pytest.raises(QueueRefused, match="no …"):
+            await queue.lease()
 
 
 # Settings
@@ -959,6 +1171,7 @@ def test_addresses_the_key_must_not_travel_to(url):
     [
         ({"api_key": "a\nb"}, "WORKER_API_KEY"),
         ({"api_key": "ключ"}, "WORKER_API_KEY"),
+        ({"bypass": "ключ"}, "VERCEL_AUTOMATION_BYPASS_SECRET"),
         ({"worker_id": "my host"}, "WORKER_ID"),
         ({"extension_s": 1}, "LEASE_DURATION"),
         ({"lease_s": 0}, "LEASE_DURATION"),
