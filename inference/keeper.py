@@ -211,10 +211,7 @@ async def repeat(operation: Callable[[], Awaitable[T]], policy: Policy, check: C
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Not an outage: whoever met it has asked again already, and longer is what the worker waits for."""
-    if not isinstance(error, I2VError) or isinstance(error, QueueUnavailable):
-        return False
-    return error.retryable and not error.is_outage
+    return isinstance(error, I2VError) and error.retryable and not isinstance(error, QueueUnavailable)
 
 
 def _tell(state: tenacity.RetryCallState) -> None:
