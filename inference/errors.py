@@ -40,7 +40,7 @@
         ├── EngineFailed      R  this attempt failed
         ├── EngineHung           no end within the hard limit of an attempt
         ├── PaymentInDoubt       a paid call was sent and its answer lost: it is not sent again unasked
-        ├── ProviderUnavailable RHO a provider sheds load or answers nothing; nothing was billed
+        ├── ProviderUnavailable HO a provider sheds load or answers nothing, however often it was asked
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
             ├── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
             └── AccountError  HO a provider does not accept the key, or will not work for it now
@@ -284,9 +284,11 @@ class PaymentInDoubt(EngineError):
 
 
 class ProviderUnavailable(EngineError):
-    """A provider sheds load or cannot be reached. The request was refused, or never arrived: nothing was billed."""
+    """A provider sheds load or cannot be reached, and was asked more than once.
 
-    retryable = True
+    Nothing was billed, or what was paid for goes on there: whoever gets the task next goes on with it.
+    """
+
     hand_back = True
     is_outage = True
 

@@ -17,7 +17,7 @@ from inference.engines.base import Job
 from inference.errors import InvalidRequest, ObjectExists, SettingsError, UrlExpired
 from inference.keeper import Policy, repeat
 from inference.media import photo as photos
-from inference.media import video as videos
+from inference.media.clip import shrink
 from inference.presigned import ends_at, flaw
 from inference.progress import ProgressTracker, Sink, both, plan
 from inference.runpod_wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
@@ -180,6 +180,6 @@ def _inline(video: Video, folder: Path) -> tuple[Video, str]:
     """The mp4 as base64: as it is where an answer has room for it, else encoded again, for it is paid for already."""
     if video.size_bytes > INLINE_BYTES:
         smaller = folder / "smaller.mp4"
-        videos.shrink(video.path, smaller, INLINE_BYTES)
+        shrink(video.path, smaller, INLINE_BYTES)
         video = video.model_copy(update={"path": smaller, "size_bytes": smaller.stat().st_size})
     return video, base64.b64encode(video.path.read_bytes()).decode("ascii")

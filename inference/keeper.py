@@ -229,8 +229,7 @@ async def repeat(
         return isinstance(error, QueueUnavailable) and not (answers_count and isinstance(error, QueueFailed))
 
     def may_pass(error: BaseException) -> bool:
-        # Whoever met an outage has asked again already, and longer is what the worker waits for.
-        return isinstance(error, I2VError) and error.retryable and not (is_away(error) or error.is_outage)
+        return isinstance(error, I2VError) and error.retryable and not is_away(error)
 
     patiently = tenacity.AsyncRetrying(
         sleep=anyio.sleep,

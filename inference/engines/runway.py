@@ -33,7 +33,8 @@ from inference.errors import (
     UrlExpired,
 )
 from inference.media import photo as photos
-from inference.media.video import VideoInfo, probe, tidy
+from inference.media.clip import tidy
+from inference.media.video import VideoInfo, probe
 from inference.storage import Storage
 from inference.task import GenerationRequest, Video
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,9 +34,6 @@ PRESET = "veryfast"
 
 MAX_FPS = 240.0
 
-HD_WIDTH, SD_HEIGHT = 1280, 576
-"""From this width on, and above this height, players take a clip that does not say its matrix for BT.709."""
-
 TO_BT709 = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p"
 """RGB, or YUV of another matrix or range, to limited-range YUV by BT.709's matrix, which players expect at this size;
 the scaler's own is BT.601's. Primaries and transfer stay: those of ordinary video differ by a few levels."""
@@ -49,24 +46,6 @@ FINISH_TIMEOUT_S = 120.0
 
 PROBE_TIMEOUT_S = 60.0
 """Probing reads packets without decoding them: milliseconds in practice."""
-
-RECODE_TIMEOUT_S = 120.0
-"""For ten seconds of 1080p, the longest that is encoded again: eight seconds in practice."""
-
-COPY_TAGGED = (
-    "-c",
-    "copy",
-    "-bsf:v",
-    "h264_metadata=video_full_range_flag=0:colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1",
-)
-"""Bytes as they are, but for the tags: limited range, and BT.709, which is 1 in all three tables of H.264 (annex E)."""
-
-EVERY_FRAME = ("-fps_mode", "passthrough", "-enc_time_base", "demux")
-"""Frames keep their own times. By its default rate ffmpeg drops those that lie closer together than the mean."""
-
-SHRINK_SHARES = (0.92, 0.6, 0.3)
-"""Of a limit on size, what the encoder is told to aim at: it misses by a few percent, and by more where a clip is
-short or all noise."""
 
 STDERR_LINES = 20
 """How much of what ffmpeg said last is kept."""
@@ -135,7 +114,7 @@ class VideoWriter:
                 start_new_session=True,
             )
         except (OSError, RuntimeError) as error:
-            raise _no_start(error) from error
+            raise no_start(error) from error
         # Read beside the writing: a full stderr pipe would stop ffmpeg, and that would stop us.
         self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
@@ -196,7 +175,7 @@ class VideoWriter:
             self.size_bytes = self._partial.stat().st_size
             self._partial.replace(self.path)
         except OSError as error:
-            raise _from_os(error) from error
+            raise from_os(error) from error
 
     def _failure(self) -> EncodeFailed | MachineFault:
         """Why ffmpeg ended before its time."""
@@ -207,7 +186,7 @@ class VideoWriter:
         except subprocess.TimeoutExpired:
             return EncodeFailed("ffmpeg stopped reading and did not end")
         self._listener.join()
-        return _judge(code, self._said)
+        return judge(code, self._said)
 
     def _clean_up(self) -> None:
         """Leaves no process, no thread, no open pipe and no unfinished file, whatever happened before."""
@@ -270,7 +249,7 @@ def probe(path: Path) -> VideoInfo:
             start_new_session=True,
         )
     except (OSError, RuntimeError) as error:
-        raise _no_start(error) from error
+        raise no_start(error) from error
     except subprocess.TimeoutExpired as error:
         raise MediaError(f"{path.name} could not be probed within {PROBE_TIMEOUT_S:g} s") from error
     if ran.returncode in STOPPED:
@@ -296,128 +275,6 @@ def probe(path: Path) -> VideoInfo:
         duration_s=duration_s,
         faststart=_index_comes_first(path),
     )
-
-
-def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoInfo:
-    """Moves an mp4 of somebody else's to `target` as a VideoWriter would have written it, cut to `length_s`.
-
-    A cut is exact: the frames that lie in that time, the last one by half at least, whatever their rate.
-
-    Bytes stay as they are where they can: what has the right pixels and tags and its index at the front is only moved,
-    and where nothing but tags or the index is wrong no picture is encoded again. Sound stays.
-    Raises MediaError where it is no video, EncodeFailed, MachineFault, DiskFull; then `source` is as it was.
-    """
-    info = probe(source)
-    frames = info.frames if length_s is None else _frames_within(info, length_s)
-    as_wanted = _has_our_pixels(info) and frames == info.frames
-    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        if as_wanted and info.faststart and _is_tagged(info):
-            source.replace(target)
-            return info
-        if as_wanted:
-            _recode(source, partial, info, COPY_TAGGED)
-        else:
-            cut = () if frames == info.frames else _cut(info, frames)
-            _recode(source, partial, info, [*_encode(info), "-crf", str(CRF), "-c:a", "aac", *cut])
-        info = _written(partial)
-        if info.frames != frames:
-            raise EncodeFailed(f"{source.name} became {info.frames} frames, not {frames}")
-        partial.replace(target)
-    except OSError as error:
-        raise _from_os(error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return info
-
-
-def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
-    """Encodes an mp4 again so that it is no larger than `max_bytes`, as little worse as that allows; nothing is cut.
-
-    Raises MediaError where it is no video, EncodeFailed where it does not get small enough, MachineFault, DiskFull.
-    """
-    info = probe(source)
-    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        for share in SHRINK_SHARES:
-            rate = int(max_bytes * 8 * share / info.duration_s)  # bits a second
-            limit = ["-b:v", str(rate), "-maxrate", str(rate), "-bufsize", str(rate // 2)]
-            _recode(source, partial, info, [*_encode(info), *limit, "-c:a", "copy"])
-            if partial.stat().st_size <= max_bytes:
-                partial.replace(target)
-                return _written(target)
-    except OSError as error:
-        raise _from_os(error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    raise EncodeFailed(f"{source.name}: {info.duration_s:.1f} s of video do not fit into {max_bytes} bytes")
-
-
-def _has_our_pixels(info: VideoInfo) -> bool:
-    """Whether the pictures of a clip are H.264, yuv420p, limited range and BT.709, said or not."""
-    is_bt709 = {info.color_primaries, info.color_trc} <= {"bt709", "unknown"} and _matrix(info) == "bt709"
-    return (info.codec, info.pix_fmt) == ("h264", "yuv420p") and info.color_range != "pc" and is_bt709
-
-
-def _is_tagged(info: VideoInfo) -> bool:
-    said = (info.color_range, info.color_space, info.color_primaries, info.color_trc)
-    return said == ("tv", "bt709", "bt709", "bt709")
-
-
-def _matrix(info: VideoInfo) -> str:
-    """The matrix of a clip; of one that does not say, what players take it for by its size (mpv: `csputils.c`)."""
-    if info.color_space != "unknown":
-        return info.color_space
-    return "bt709" if info.width >= HD_WIDTH or info.height > SD_HEIGHT else "smpte170m"
-
-
-def _encode(info: VideoInfo) -> list[str]:
-    """Options to encode the pictures of a clip as a VideoWriter does, each at its own time."""
-    unsaid = f"setparams=colorspace={_matrix(info)}," if info.color_space == "unknown" else ""
-    return ["-vf", f"{unsaid}{TO_BT709},{TAG_BT709}", "-c:v", "libx264", "-preset", PRESET, *EVERY_FRAME]
-
-
-def _frames_within(info: VideoInfo, length_s: float) -> int:
-    """How many frames lie in the first `length_s` of a clip, the last one by half at least; never none."""
-    ends_s = [*info.starts_s[1:], info.duration_s]
-    middles_s = [(start_s + end_s) / 2 for start_s, end_s in zip(info.starts_s, ends_s, strict=True)]
-    return max(1, sum(middle_s <= length_s + 1e-6 for middle_s in middles_s))
-
-
-def _cut(info: VideoInfo, frames: int) -> tuple[str, str]:
-    """Ends picture and sound in the middle of the last frame that stays, lest rounding lets one more in."""
-    end_s = info.starts_s[frames] if frames < info.frames else info.duration_s
-    return "-t", f"{(info.starts_s[frames - 1] + end_s) / 2:.6f}"
-
-
-def _written(path: Path) -> VideoInfo:
-    """What ffmpeg wrote. Raises EncodeFailed where it is no video."""
-    try:
-        return probe(path)
-    except MediaError as error:
-        raise EncodeFailed(f"what ffmpeg wrote cannot be read: {error}") from None
-
-
-def _recode(source: Path, target: Path, info: VideoInfo, options: Sequence[str]) -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin"]
-    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-i", f"file:{source.absolute()}"]
-    command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
-    try:
-        ran = subprocess.run(  # noqa: S603  a fixed command and paths
-            [*command, f"file:{target}"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=RECODE_TIMEOUT_S,
-            start_new_session=True,
-        )
-    except (OSError, RuntimeError) as error:
-        raise _no_start(error) from error
-    except subprocess.TimeoutExpired as error:
-        raise EncodeFailed(f"{info.duration_s:.1f} s of video took over {RECODE_TIMEOUT_S:g} s to encode") from error
-    if ran.returncode:
-        said = ran.stderr.decode(errors="replace").replace(str(target), source.name)
-        raise _judge(ran.returncode, deque(said.splitlines(), maxlen=STDERR_LINES))
 
 
 # Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709, progressive), 1280x704 [SAR …
@@ -455,7 +312,7 @@ def _index_comes_first(path: Path) -> bool:
     return False
 
 
-def _no_start(error: OSError | RuntimeError) -> MachineFault:
+def no_start(error: OSError | RuntimeError) -> MachineFault:
     """RuntimeError is what imageio-ffmpeg says when it finds no binary."""
     return MachineFault(one_line(f"ffmpeg did not start: {error}", MAX_REASON_CHARS))
 
@@ -465,7 +322,7 @@ def _stopped(code: int) -> MachineFault:
     return MachineFault(f"ffmpeg was stopped by {by}: this machine is out of memory or shutting down")
 
 
-def _judge(code: int, said: deque[str]) -> EncodeFailed | MachineFault:
+def judge(code: int, said: deque[str]) -> EncodeFailed | MachineFault:
     text = " ".join(said)
     if any(reason in text for reason in NO_ROOM) or code == -signal.SIGXFSZ:
         return DiskFull("there is no room left for the video on this machine's disk")
@@ -480,7 +337,7 @@ def _judge(code: int, said: deque[str]) -> EncodeFailed | MachineFault:
     return EncodeFailed(one_line(f"ffmpeg ended with {code}: {reason}", MAX_REASON_CHARS))
 
 
-def _from_os(error: OSError) -> EncodeFailed | MachineFault:
+def from_os(error: OSError) -> EncodeFailed | MachineFault:
     if error.errno in NO_ROOM_ERRNOS:
         return DiskFull("there is no room left for the video on this machine's disk")
     return EncodeFailed(f"the video could not be put in place: {error.strerror}")

@@ -1,0 +1,166 @@
+"""Clips of others, made like ours: cut, converted, shrunk. Everything here blocks; callers put it on a thread."""
+
+import secrets
+import subprocess
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio_ffmpeg
+
+from inference.errors import EncodeFailed, MediaError
+from inference.media.video import (
+    CRF,
+    PRESET,
+    STDERR_LINES,
+    TAG_BT709,
+    TO_BT709,
+    VideoInfo,
+    from_os,
+    judge,
+    no_start,
+    probe,
+)
+
+HD_WIDTH, SD_HEIGHT = 1280, 576
+"""From this width on, and above this height, players take a clip that does not say its matrix for BT.709."""
+
+RECODE_TIMEOUT_S = 120.0
+"""For ten seconds of 1080p, the longest that is encoded again: eight seconds in practice."""
+
+COPY_TAGGED = (
+    "-c",
+    "copy",
+    "-bsf:v",
+    "h264_metadata=video_full_range_flag=0:colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1",
+)
+"""Bytes as they are, but for the tags: limited range, and BT.709, which is 1 in all three tables of H.264 (annex E)."""
+
+EVERY_FRAME = ("-fps_mode", "passthrough", "-enc_time_base", "demux")
+"""Frames keep their own times. By its default rate ffmpeg drops those that lie closer together than the mean."""
+
+SHRINK_SHARES = (0.92, 0.6, 0.3)
+"""Of a limit on size, what the encoder is told to aim at: it misses by a few percent, and by more where a clip is
+short or all noise."""
+
+
+def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoInfo:
+    """Moves an mp4 of somebody else's to `target` as a VideoWriter would have written it, cut to `length_s`.
+
+    A cut is exact: the frames that lie in that time, the last one by half at least, whatever their rate.
+
+    Bytes stay as they are where they can: what has the right pixels and tags and its index at the front is only moved,
+    and where nothing but tags or the index is wrong no picture is encoded again. Sound stays.
+    Raises MediaError where it is no video, EncodeFailed, MachineFault, DiskFull; then `source` is as it was.
+    """
+    info = probe(source)
+    frames = info.frames if length_s is None else _frames_within(info, length_s)
+    as_wanted = _has_our_pixels(info) and frames == info.frames
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        if as_wanted and info.faststart and _is_tagged(info):
+            source.replace(target)
+            return info
+        if as_wanted:
+            _recode(source, partial, info, COPY_TAGGED)
+        else:
+            cut = () if frames == info.frames else _cut(info, frames)
+            _recode(source, partial, info, [*_encode(info), "-crf", str(CRF), "-c:a", "aac", *cut])
+        info = _written(partial)
+        if info.frames != frames:
+            raise EncodeFailed(f"{source.name} became {info.frames} frames, not {frames}")
+        partial.replace(target)
+    except OSError as error:
+        raise from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
+def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
+    """Encodes an mp4 again so that it is no larger than `max_bytes`, as little worse as that allows; nothing is cut.
+
+    Raises MediaError where it is no video, EncodeFailed where it does not get small enough, MachineFault, DiskFull.
+    """
+    info = probe(source)
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        for share in SHRINK_SHARES:
+            rate = int(max_bytes * 8 * share / info.duration_s)  # bits a second
+            limit = ["-b:v", str(rate), "-maxrate", str(rate), "-bufsize", str(rate // 2)]
+            _recode(source, partial, info, [*_encode(info), *limit, "-c:a", "copy"])
+            if partial.stat().st_size <= max_bytes:
+                partial.replace(target)
+                return _written(target)
+    except OSError as error:
+        raise from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    raise EncodeFailed(f"{source.name}: {info.duration_s:.1f} s of video do not fit into {max_bytes} bytes")
+
+
+def _has_our_pixels(info: VideoInfo) -> bool:
+    """Whether the pictures of a clip are H.264, yuv420p, limited range and BT.709, said or not."""
+    is_bt709 = {info.color_primaries, info.color_trc} <= {"bt709", "unknown"} and _matrix(info) == "bt709"
+    return (info.codec, info.pix_fmt) == ("h264", "yuv420p") and info.color_range != "pc" and is_bt709
+
+
+def _is_tagged(info: VideoInfo) -> bool:
+    said = (info.color_range, info.color_space, info.color_primaries, info.color_trc)
+    return said == ("tv", "bt709", "bt709", "bt709")
+
+
+def _matrix(info: VideoInfo) -> str:
+    """The matrix of a clip; of one that does not say, what players take it for by its size (mpv: `csputils.c`)."""
+    if info.color_space != "unknown":
+        return info.color_space
+    return "bt709" if info.width >= HD_WIDTH or info.height > SD_HEIGHT else "smpte170m"
+
+
+def _encode(info: VideoInfo) -> list[str]:
+    """Options to encode the pictures of a clip as a VideoWriter does, each at its own time."""
+    unsaid = f"setparams=colorspace={_matrix(info)}," if info.color_space == "unknown" else ""
+    return ["-vf", f"{unsaid}{TO_BT709},{TAG_BT709}", "-c:v", "libx264", "-preset", PRESET, *EVERY_FRAME]
+
+
+def _frames_within(info: VideoInfo, length_s: float) -> int:
+    """How many frames lie in the first `length_s` of a clip, the last one by half at least; never none."""
+    ends_s = [*info.starts_s[1:], info.duration_s]
+    middles_s = [(start_s + end_s) / 2 for start_s, end_s in zip(info.starts_s, ends_s, strict=True)]
+    return max(1, sum(middle_s <= length_s + 1e-6 for middle_s in middles_s))
+
+
+def _cut(info: VideoInfo, frames: int) -> tuple[str, str]:
+    """Ends picture and sound in the middle of the last frame that stays, lest rounding lets one more in."""
+    end_s = info.starts_s[frames] if frames < info.frames else info.duration_s
+    return "-t", f"{(info.starts_s[frames - 1] + end_s) / 2:.6f}"
+
+
+def _written(path: Path) -> VideoInfo:
+    """What ffmpeg wrote. Raises EncodeFailed where it is no video."""
+    try:
+        return probe(path)
+    except MediaError as error:
+        raise EncodeFailed(f"what ffmpeg wrote cannot be read: {error}") from None
+
+
+def _recode(source: Path, target: Path, info: VideoInfo, options: Sequence[str]) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin"]
+    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-i", f"file:{source.absolute()}"]
+    command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
+    try:
+        ran = subprocess.run(  # noqa: S603  a fixed command and paths
+            [*command, f"file:{target}"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=RECODE_TIMEOUT_S,
+            start_new_session=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise no_start(error) from error
+    except subprocess.TimeoutExpired as error:
+        raise EncodeFailed(f"{info.duration_s:.1f} s of video took over {RECODE_TIMEOUT_S:g} s to encode") from error
+    if ran.returncode:
+        said = ran.stderr.decode(errors="replace").replace(str(target), source.name)
+        raise judge(ran.returncode, deque(said.splitlines(), maxlen=STDERR_LINES))
