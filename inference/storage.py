@@ -143,6 +143,8 @@ class Storage:
                     unwritten += part
                     if len(unwritten) >= CHUNK_BYTES:
                         await file.write(unwritten)
+                        unwritten.clear()
+                await file.write(unwritten)
             if declared is not None and received != declared:
                 raise StorageUnavailable(f"{redact(url)}: ended after {received} of {declared} bytes")
             if received == 0:
