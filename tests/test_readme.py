@@ -27,11 +27,11 @@ def test_ci_finds_its_commands():
 
 
 def test_the_tree_has_every_module():
-    """One line per file of the package; for the server and for Wan2.2, one line for all."""
+    """One line per file of the package; for the server, for media and for Wan2.2, one line for all."""
     tree = re.search(r"## The tree\n\n```text\n(.+?)```", README, re.DOTALL)[1]
     told = set(re.findall(r"[\w/]+\.py|\w+/", tree))
     modules = {path.relative_to(ROOT / "inference").as_posix() for path in (ROOT / "inference").rglob("*.py")}
-    folders = ("server/", "engines/wan/")
+    folders = ("server/", "media/", "engines/wan/")
     expected = {name for name in modules if not name.endswith("__init__.py") and not name.startswith(folders)}
     assert set(folders) <= {*re.findall(r"^ +([\w/]+/) ", tree, re.MULTILINE)}
     assert expected <= told

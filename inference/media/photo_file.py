@@ -94,7 +94,7 @@ class PhotoFile:
                 grey.putalpha(Image.fromarray(np.where(samples == png.transparent[0], 0, 255).astype(np.uint8)))
             return grey
         if png is not None and png.transparent and png.depth == png_chunks.SIXTEEN_BITS:
-            return png_chunks.eight_bit(image, png)
+            return png_chunks.with_alpha(image, png)
         if png is not None and png.is_grey and image.mode == "RGBA":  # 16-bit grey with alpha
             return Image.merge("LA", (image.getchannel("R"), image.getchannel("A")))
         if image.mode in {"L", "LA", "RGB", "RGBA", "CMYK"} and "transparency" not in image.info:

@@ -34,7 +34,9 @@ SRGB_GAMMA = 45455
 """What writers of sRGB say beside its primaries (11.3.2.5), though no power curve is sRGB's."""
 
 SIXTEEN_BITS = 16  # a depth
-GREY, COLOUR, GREY_WITH_ALPHA = 0, 2, 4  # colour types
+GREY, COLOUR, PALETTE, GREY_WITH_ALPHA = 0, 2, 3, 4  # colour types
+HEADER_BYTES = 13
+TRANSPARENT_BYTES = {GREY: 2, COLOUR: 6}  # of tRNS
 
 
 @dataclass
@@ -70,51 +72,61 @@ def parse(content: bytes) -> Png:
 
     Raises InvalidPhoto where decoding would be too much work.
     """
-    kept, ancillary = [SIGNATURE], dict[bytes, bytes]()
-    texts = dict[bytes, bytes]()
+    pixels: list[bytes] = []
+    ancillary: dict[bytes, bytes] = {}
+    texts: dict[bytes, bytes] = {}
     for kind, raw in _chunks(content):
         if kind in PIXELS:
-            kept.append(raw)
+            pixels.append(raw)
             continue
         body = raw[8:-4]
         if raw[-4:] != struct.pack(">I", zlib.crc32(raw[4:-4])):
             continue
-        if kind == b"tRNS":
-            kept.append(raw)
         if kind in {b"tEXt", b"zTXt", b"iTXt"}:
             keyword, _, rest = body.partition(b"\0")
-            if keyword in {EXIF_TEXT, XMP_TEXT}:
-                texts.setdefault(keyword, _text(kind, rest))
+            if keyword in {EXIF_TEXT, XMP_TEXT} and keyword not in texts:
+                texts[keyword] = _text(kind, rest)
         else:
             ancillary.setdefault(kind, body)
-    png = Png(b"".join(kept), ancillary.get(b"eXIf") or _hex(texts.get(EXIF_TEXT, b"")), texts.get(XMP_TEXT, b""))
-    png.claims = list(_claims(ancillary))
-    if kept[1:] and kept[1][4:8] == b"IHDR" and len(kept[1]) == 25:
-        png.depth, png.colour_type = kept[1][16], kept[1][17]
-    transparent = ancillary.get(b"tRNS", b"")
-    if len(transparent) == {GREY: 2, COLOUR: 6}.get(png.colour_type):
-        png.transparent = struct.unpack(f">{len(transparent) // 2}H", transparent)
-    return png
+    header = pixels[0][8:-4] if pixels else b""
+    depth, colour_type = (header[8], header[9]) if len(header) == HEADER_BYTES else (8, COLOUR)
+    transparency = ancillary.get(b"tRNS", b"")
+    names_one = len(transparency) == TRANSPARENT_BYTES.get(colour_type)
+    if names_one or (transparency and colour_type == PALETTE):
+        pixels.insert(1, _chunk(b"tRNS", transparency))
+    return Png(
+        content=SIGNATURE + b"".join(pixels),
+        exif=ancillary.get(b"eXIf") or _hex(texts.get(EXIF_TEXT, b"")),
+        xmp=texts.get(XMP_TEXT, b""),
+        claims=list(_claims(ancillary)),
+        depth=depth,
+        colour_type=colour_type,
+        transparent=struct.unpack(f">{len(transparency) // 2}H", transparency) if names_one else (),
+    )
 
 
-def eight_bit(image: Image.Image, png: Png) -> Image.Image:
-    """A decoded picture of 16 bits a sample with one transparent grey or colour, as mode LA or RGBA."""
-    # Pillow keeps the high bytes of a colour. Told that the file's numbers begin with their low ones, it keeps those.
+def with_alpha(image: Image.Image, png: Png) -> Image.Image:
+    """A decoded picture of 16 bits a sample with one transparent colour, as mode RGBA."""
+    # Pillow keeps the high byte of each sample. Told that the low ones come first, it keeps those instead.
     low = PngImagePlugin.PngImageFile(io.BytesIO(png.content))
     low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
     low.load()
-    differs = Image.new("L", image.size)
+    alpha = Image.new("L", image.size)
     for band, value in zip((*image.split(), *low.split()), _bytes(png.transparent), strict=True):
-        differs = ImageChops.lighter(differs, band.point([0 if level == value else 255 for level in range(256)]))
-    whole = image.copy()
-    whole.info.pop("transparency", None)
-    whole.putalpha(differs)
-    return whole
+        alpha = ImageChops.lighter(alpha, band.point([0 if level == value else 255 for level in range(256)]))
+    picture = image.copy()
+    picture.info.pop("transparency", None)
+    picture.putalpha(alpha)
+    return picture
 
 
 def _bytes(samples: tuple[int, ...]) -> tuple[int, ...]:
     """All high bytes, then all low ones."""
     return (*(sample >> 8 for sample in samples), *(sample & 255 for sample in samples))
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:

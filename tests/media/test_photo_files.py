@@ -262,6 +262,7 @@ BOMB = zlib.compress(bytes(20_000_000), 9)
         pytest.param(chunk(b"tEXt", b"Comment\0words")[:-1] + b"?", id="checksum of text"),
         pytest.param(chunk(b"iCCP", b"name\0\0" + zlib.compress(icc()))[:-1] + b"?", id="checksum of profile"),
         pytest.param(chunk(b"tRNS", bytes(6))[:-1] + b"?", id="checksum of transparency"),
+        pytest.param(chunk(b"tRNS", b"\0\1"), id="short transparency"),
         pytest.param(chunk(b"eXIf", b"nonsense"), id="no EXIF"),
         pytest.param(chunk(b"prVt", b"whatever"), id="a private chunk"),
     ],
