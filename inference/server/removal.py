@@ -160,7 +160,7 @@ nobodys: list[Any] = [
     or_(
         unnamed_objects.c.item_id.is_not(None),
         # A photo is in place for a moment before its row is.
-        unnamed_objects.c.recorded_at < now - bindparam("stale_s", type_=Double),  # fence
+        unnamed_objects.c.recorded_at <= now - bindparam("stale_s", type_=Double),  # fence
     ),
     # Whoever holds the item may still report the video; and who waits for a worker may have one that returns.
     ~exists().where(_of_record, ~ended),  # fence

@@ -70,7 +70,7 @@ def adopt(store: Store, objects: ObjectStore) -> Iterator[int]:
 
 
 def discard(paths: Iterable[str], store: Store, objects: ObjectStore, config: ServerConfig) -> None:
-    """Removes objects whose rows have just been deleted. What cannot be removed now goes with the next round."""
+    """Removes objects that have no row any more, or got none. What cannot be removed now goes with a later round."""
     for path in paths:
         try:
             store.removal.discard(path, objects.remove, keep_s=config.url_lifetime_s + STALE_S)
