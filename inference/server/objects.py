@@ -114,6 +114,12 @@ class ObjectStore:
             file = self._locate(name)
             return file is not None and file.is_file()
 
+    def names(self, folder: str) -> Iterator[str]:
+        """The objects that lie in a folder, in no order."""
+        with _mapped(), suppress(FileNotFoundError, NotADirectoryError):
+            for entry in (self._folder / folder).iterdir():
+                yield f"{folder}/{entry.name}"
+
     def accepts(self, name: str) -> bool:
         """Whether an object may have that name."""
         with _mapped():

@@ -122,6 +122,16 @@ EXPECT = {
     for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
 }
 
+NOT_WRITTEN_DOWN = Statement(
+    "not_written_down",
+    "The item, if an object could be a video of it that did not complete it and that nobody wrote down.",
+    select(items.c.id).where(
+        items.c.id == bindparam("item_id", type_=Text),
+        items.c.video_storage_path.is_distinct_from(bindparam("path", type_=Text)),
+        ~exists().where(unnamed_objects.c.path == bindparam("path")),
+    ),
+)
+
 UNNAME = {
     name: Statement(
         "unname",
@@ -150,7 +160,7 @@ nobodys: list[Any] = [
     or_(
         unnamed_objects.c.item_id.is_not(None),
         # A photo is in place for a moment before its row is.
-        unnamed_objects.c.recorded_at < now - bindparam("stale_s", type_=Double),  # fence
+        unnamed_objects.c.recorded_at <= now - bindparam("stale_s", type_=Double),  # fence
     ),
     # Whoever holds the item may still report the video; and who waits for a worker may have one that returns.
     ~exists().where(_of_record, ~ended),  # fence
@@ -267,6 +277,11 @@ class Removal:
     def expect(self, path: str, item_id: str | None = None) -> None:
         """Writes down, before it can, that an object may come to be: a video of an item, or else a photo."""
         self._database.write(EXPECT[self._database.dialect_name], path=path, item_id=item_id)
+
+    def adopt(self, path: str, item_id: str) -> None:
+        """Writes down an object that is there already, if it is of an item of this database and nothing names it."""
+        if self._database.read(NOT_WRITTEN_DOWN, path=path, item_id=item_id):
+            self.expect(path, item_id)
 
     def forget_named(self) -> None:
         """Strikes out what rows name by now."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from inference.server.client_api import TaskView, task_view
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore, copy
 from inference.server.store import NewItem, NewPhoto, Once, Store, new_id
+from inference.server.tidy import discard
 from inference.server.wire import Name, Prompt, Provider
 from inference.task import MAX_DURATION_S, QUEUE_FPS
 
@@ -57,6 +59,7 @@ def submit_routes(config: ServerConfig, store: Store, objects: ObjectStore) -> A
     """The route that takes photos."""
     routes = APIRouter(prefix="/api", tags=["tasks"])
     decoding = anyio.CapacityLimiter(PHOTOS_AT_ONCE)
+    add = partial(add_items, store=store, objects=objects, config=config)
 
     @routes.post("/tasks", status_code=201, responses=errors(400, 401, 409), openapi_extra=PHOTO_TYPES)
     async def create(  # noqa: PLR0917 - FastAPI passes them by name
@@ -88,7 +91,7 @@ def submit_routes(config: ServerConfig, store: Store, objects: ObjectStore) -> A
             stored = await anyio.to_thread.run_sync(
                 store_photo, photo, group, store, objects, config.max_photo_bytes, limiter=decoding
             )
-            items = await anyio.to_thread.run_sync(add_items, stored, wanted, once, store, objects)
+            items = await anyio.to_thread.run_sync(add, stored, wanted, once)
         views = [task_view(item) for item in items]
         return Answer(data=Created(group_id=items[0].group_id, photo_id=items[0].photo_id, items=views))
 
@@ -122,16 +125,25 @@ def store_photo(photo: UploadFile, group: str | None, store: Store, objects: Obj
 
 
 def add_items(
-    photo: NewPhoto, wanted: list[NewItem], once: Once | None, store: Store, objects: ObjectStore
+    photo: NewPhoto,
+    wanted: list[NewItem],
+    once: Once | None,
+    *,
+    store: Store,
+    objects: ObjectStore,
+    config: ServerConfig,
 ) -> list[Item]:
-    """Asks for videos of a stored photo. Where that fails, or was done by the same request before, the photo goes."""
+    """Asks for videos of a stored photo. Where that fails, or was done by the same request before, the photo goes.
+
+    Unless it has a row: a failure may be no more than the database's answer that was lost.
+    """
     try:
         items = store.add(photo, wanted, once)
     except BaseException:
-        objects.remove(photo.storage_path)
+        discard([photo.storage_path], store, objects, config)
         raise
     if items[0].photo_id != photo.id:
-        objects.remove(photo.storage_path)
+        discard([photo.storage_path], store, objects, config)
     return items
 
 

@@ -6,6 +6,7 @@ one folder may do so at once.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import anyio
 import anyio.to_thread
@@ -14,6 +15,7 @@ import structlog
 from inference.errors import I2VError
 from inference.server.config import ServerConfig
 from inference.server.objects import STALE_S, ObjectStore
+from inference.server.storage_api import VIDEOS
 from inference.server.store import Store
 
 PAUSE_S = 300.0
@@ -55,8 +57,20 @@ def sweep(store: Store, objects: ObjectStore, config: ServerConfig, *, stale_s: 
     yield objects.clear_incoming()
 
 
+def adopt(store: Store, objects: ObjectStore) -> Iterator[int]:
+    """Writes down the videos that servers of earlier versions left, which did not; in pages, as `sweep`.
+
+    Raises QueueUnavailable, StorageUnavailable.
+    """
+    for number, path in enumerate(objects.names(VIDEOS.rstrip("/")), 1):
+        store.removal.adopt(path, path.removeprefix(VIDEOS).partition(".")[0])
+        if number % PAGE == 0:
+            yield 0
+    yield 0
+
+
 def discard(paths: Iterable[str], store: Store, objects: ObjectStore, config: ServerConfig) -> None:
-    """Removes objects whose rows have just been deleted. What cannot be removed now goes with the next round."""
+    """Removes objects that have no row any more, or got none. What cannot be removed now goes with a later round."""
     for path in paths:
         try:
             store.removal.discard(path, objects.remove, keep_s=config.url_lifetime_s + STALE_S)
@@ -66,9 +80,10 @@ def discard(paths: Iterable[str], store: Store, objects: ObjectStore, config: Se
 
 async def keep_tidy(store: Store, objects: ObjectStore, config: ServerConfig) -> None:
     """Sweeps now and from then on, until it is cancelled."""
+    pages: Iterator[int] = chain(adopt(store, objects), sweep(store, objects, config))
     while True:
+        removed = 0
         try:
-            removed, pages = 0, sweep(store, objects, config)
             while (page := await anyio.to_thread.run_sync(next, pages, None)) is not None:
                 removed += page
             if removed:
@@ -76,3 +91,4 @@ async def keep_tidy(store: Store, objects: ObjectStore, config: ServerConfig) ->
         except I2VError as error:
             log.warning("could not tidy up, trying again later", problem=str(error))
         await anyio.sleep(PAUSE_S)
+        pages = sweep(store, objects, config)

@@ -198,6 +198,16 @@ def test_a_photo_is_somebodys_until_it_is_stale(sql):
     assert removed == ["group-1/lost_original.jpg"]
 
 
+def test_what_was_never_written_down_is_adopted(sql):
+    """If it is a video of an item here, other than the one that completed it; once."""
+    [item] = add(sql)
+    done = completed(sql, item).video_storage_path
+    sql.store.removal.forget_named()
+    for path, item_id in ((done, item.id), (f"videos/{item.id}.2.mp4", item.id), ("videos/x.mp4", "x")) * 2:
+        sql.store.removal.adopt(path, item_id)
+    assert nobodys(sql) == {f"videos/{item.id}.2.mp4": False}
+
+
 def test_pages_follow_each_other(sql):
     """By path, each once."""
     for number in range(5):

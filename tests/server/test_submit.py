@@ -1,10 +1,15 @@
 """A request for videos that is repeated under its Idempotency-Key makes nothing new."""
 
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 
 import pytest
+from fastapi import UploadFile
 
-from inference.server.store import NewItem, NewPhoto, Once
+from inference.errors import QueueUnavailable
+from inference.server.objects import ObjectStore
+from inference.server.store import NewItem, NewPhoto, Once, Store
+from inference.server.submit_api import add_items, store_photo
 from tests.server.harness import KEY, app_client, config, jpeg
 
 
@@ -64,6 +69,32 @@ def test_a_request_that_failed_does_not_use_its_key(client, tmp_path):
     assert everything(client, tmp_path) == (1, 1, 1)
 
 
+def test_a_commit_whose_answer_was_lost_keeps_its_photo(tmp_path):
+    """The tasks may have been made: their photo goes only if it has no row."""
+    here = config(tmp_path)
+    store, objects = Store(here.database_url), ObjectStore(here.storage_dir)
+
+    class Losing(Store):
+        """A database whose answers are lost, after the commit or before it."""
+
+        def add(self, *added):
+            """See Store."""
+            if commits:
+                super().add(*added)
+            raise QueueUnavailable("the connection was lost")
+
+    for commits in (True, False):
+        losing = Losing(here.database_url)
+        photo = UploadFile(BytesIO(jpeg()), filename="a.jpg")
+        stored = store_photo(photo, None, losing, objects, 100_000)
+        with pytest.raises(QueueUnavailable):
+            add_items(stored, [NewItem()], None, store=losing, objects=objects, config=here)
+        assert objects.exists(stored.storage_path) == commits
+        assert len(store.list_items()) == 1
+        losing.close()
+    store.close()
+
+
 def test_what_was_deleted_since_is_not_made_again(client):
     """The answer that comes late says so."""
     item = submit(client, "key").json()["data"]["items"][0]["id"]
@@ -87,7 +118,7 @@ def test_a_key_is_taken_once_on_each_database(sql):
     once = Once("key", "fingerprint")
 
     def add(number):
-        return sql.store.add(NewPhoto(f"group-{number}", f"photo-{number}"), [NewItem(), NewItem()], once)
+        return sql.store.add(NewPhoto(f"new-{number}", f"photo-{number}"), [NewItem(), NewItem()], once)
 
     with ThreadPoolExecutor(4) as pool:
         made = [[item.id for item in items] for items in pool.map(add, range(4))]

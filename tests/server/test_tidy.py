@@ -167,6 +167,21 @@ def test_what_this_database_has_not_heard_of_stays(place):
     assert len(place.files()) == 3
 
 
+def test_what_an_earlier_version_left_goes(place):
+    """It wrote nothing down; but its tasks are known, and which video completed each."""
+    done, failed = place.submit(), place.submit()
+    place.complete(place.lease())
+    place.ask("report", item_id=place.lease(), worker_id="w", status="failed")
+    place.sweep()
+    folder = place.config.storage_dir / "videos"
+    for name in (f"{done['id']}.lost.mp4", f"{failed['id']}.mp4", "somebody.mp4"):
+        (folder / name).write_bytes(b"left")
+    list(tidy.adopt(place.store, place.objects))
+    assert place.sweep() == 2
+    assert {file.name for file in folder.iterdir()} == {f"{done['id']}.mp4", "somebody.mp4"}
+    assert list(tidy.adopt(place.store, ObjectStore(place.config.storage_dir.with_name("empty")))) == [0]
+
+
 def test_a_photo_whose_request_was_killed_goes(place):
     """In place, and no row came: after a day, or when asked for, since no request is under way."""
     place.store.removal.expect("group/photo_original.jpg")
