@@ -183,8 +183,8 @@ async def open_host(
 ) -> AsyncIterator[Host]:
     """A container's engine and what runs leases on it. Never raises for an engine that cannot be loaded.
 
-    A platform would start the next container on the same lease, and the next: so the first task is told instead. One
-    that a person started `by_hand` tells the fleet's board nothing: its code and preset may be others.
+    A platform would start the next container on the same lease, and the next: so it goes back, and the board is told. A
+    host that a person started `by_hand` tells the fleet's board nothing: its code and preset may be others.
     Raises SettingsError for a queue that is not configured.
     """
     own = settings.model_copy(update={"engine": engine_name, "worker_type": "wan" if settings.queue_lanes else None})

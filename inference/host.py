@@ -15,7 +15,7 @@ from anyio.abc import TaskGroup
 
 from inference.board import FAULTS, Board, PoolName
 from inference.engines.base import Job
-from inference.errors import EngineError, EngineLost, I2VError, InvalidTask, QueueUnavailable
+from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
 from inference.keeper import hand_back
 from inference.queues.base import TaskQueue
 from inference.runner import Runner
@@ -35,9 +35,9 @@ NOTE_S = 10.0
 
 
 class BrokenEngine:
-    """What stands for an engine that could not be loaded: the first task is told why, the others are handed back.
+    """What stands for an engine that could not be loaded: every task goes back, and the fleet's board is told why.
 
-    One failed task is how the people who wait for it learn what is wrong. All of them would be a lost evening.
+    No task fails for it, for none is at fault: the reason is in what the cron says and in the answer to a call.
     """
 
     name = "broken"
@@ -45,15 +45,10 @@ class BrokenEngine:
 
     def __init__(self, fault: I2VError) -> None:
         self._fault = fault
-        self._told = False
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
-        """Raises EngineError once, then EngineLost."""
-        message = f"the engine could not be loaded: {self._fault}"
-        if self._told:
-            raise EngineLost(message)
-        self._told = True
-        raise EngineError(message)
+        """Raises EngineLost."""
+        raise EngineLost(f"the engine could not be loaded: {self._fault}")
 
 
 @dataclass

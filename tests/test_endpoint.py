@@ -23,6 +23,7 @@ from inference.media.video import VideoWriter
 from inference.queues.memory import MemoryQueue
 from inference.queues.oracle import MemoryStore
 from inference.settings import Settings
+from inference.worker import MAX_FAULTS_IN_A_ROW
 from tests.simulation import PHOTO
 
 pytestmark = pytest.mark.anyio
@@ -133,7 +134,7 @@ async def test_an_engine_that_hangs_takes_its_worker_along(tmp_path):
     box = Box(tmp_path, attempt_limit_s=0.2)
     box.engine.stuck = threading.Event()
     answer = await box.run()
-    assert answer["error"] == "the fake engine made no video within 0.2 s"
+    assert answer["error"] == "the fake engine made no video within 0.2 s, which is I2V_ATTEMPT_LIMIT"
     assert (answer["retryable"], answer["refresh_worker"]) == (False, True)
     box.engine.stuck.set()
 
@@ -226,6 +227,15 @@ async def test_a_disk_that_stays_full_ends_the_worker(box):
     answers = [await box.run() for _ in range(3)]
     assert ["refresh_worker" in answer for answer in answers] == [False, False, True]
     assert box.endpoint.broken
+
+
+async def test_addresses_that_callers_name_end_no_worker(box):
+    """A task of the queue whose address is refused shows wrong settings; here it is the job that is wrong."""
+    for _ in range(MAX_FAULTS_IN_A_ROW + 1):
+        answer = await box.run({"id": "j1", "input": {"photo_url": "http://10.0.0.1/x.jpg", "prompt": "pan left"}})
+        assert "not a public address" in answer["error"]
+        assert (answer["retryable"], "refresh_worker" in answer) == (False, False)
+    assert "video" in await box.run()
 
 
 async def test_a_fault_now_and_then_ends_nothing(box):

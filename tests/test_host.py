@@ -425,36 +425,32 @@ async def test_a_call_that_comes_back_with_its_lease_goes_on(box):
 
 
 @virtual_time
-async def test_a_broken_engine_tells_the_first_task_and_hands_back_the_others(box):
-    """One task says what is wrong, the board knows, and nothing is drained."""
+async def test_a_broken_engine_fails_no_task(box):
+    """Each goes back; the board and whoever called hear what is wrong, and nothing is drained."""
     async with box(fault=WeightsError("the weights are damaged")) as it:
         await anyio.wait_all_tasks_blocked()
         assert (await it.board.pool("gpu")).failing == "the weights are damaged"
         it.add(4)
         leases = [await it.cron.lease() for _ in range(3)]
         outcomes = [await it.host.run(lease) for lease in leases]
-        assert [statuses(each) for each in outcomes] == [["failed"], ["released"], ["released"]]
-        first, *others = it.store.items.values()
-        assert (first.status, first.error_message) == (
-            "failed",
-            "the engine could not be loaded: the weights are damaged",
-        )
-        assert [item.status for item in others] == ["pending"] * 3
-        assert {item.retry_count for item in others} == {0}
+        assert [statuses(each) for each in outcomes] == [["released"]] * 3
+        assert outcomes[0][0].error == "the engine could not be loaded: the weights are damaged"
+        assert it.statuses() == ["pending"] * 4
+        assert {item.retry_count + item.crash_count for item in it.store.items.values()} == {0}
         assert it.host.broken
         assert not it.queue.given
         assert (await it.board.pool("gpu")).failing
 
 
 @virtual_time
-async def test_two_calls_at_a_broken_engine_fail_one_task(box):
+async def test_two_calls_at_a_broken_engine_fail_no_task(box):
     """However close they come."""
     async with box(fault=WeightsError("the weights are damaged")) as it:
         it.add(2)
         async with anyio.create_task_group() as calls:
             for name in range(2):
                 calls.start_soon(it.call, name, await it.cron.lease())
-        assert sorted(it.statuses()) == ["failed", "pending"]
+        assert it.statuses() == ["pending"] * 2
 
 
 @virtual_time
@@ -591,7 +587,7 @@ async def test_a_board_that_cannot_be_written_costs_no_task(box, takes_s):
         it.records.takes_s = takes_s
         it.records.error = RecordsUnavailable("no")
         it.add()
-        assert statuses(await it.host.run(await it.cron.lease())) == ["failed"]
+        assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
 
 
 @virtual_time
