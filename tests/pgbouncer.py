@@ -9,13 +9,14 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
+
+from tests.processes import until
 
 SETTINGS = """
 [databases]
@@ -50,20 +51,16 @@ def pooler(url: str) -> Iterator[str]:
         user = ["-u", Path(str(behind.query["host"])).owner()] if os.geteuid() == 0 else []
         with subprocess.Popen([program, "-q", *user, settings], stderr=subprocess.DEVNULL) as running:
             try:
-                _wait_for(port)
+                until(lambda: _listens(port), 10, "pgbouncer listens")
                 through = behind.set(host="127.0.0.1", port=port, query={"pgbouncer": "true"})
                 yield through.render_as_string(hide_password=False)
             finally:
                 running.terminate()
 
 
-def _wait_for(port: int) -> None:
-    give_up_at = time.monotonic() + 10
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            assert time.monotonic() < give_up_at, "pgbouncer does not listen"
-            time.sleep(0.02)
-        else:
-            return
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
