@@ -39,6 +39,7 @@ def endpoint() -> Endpoint:
 def weights_and_gpu() -> None:
     """Loads the engine. A worker where this check fails tells RunPod that it is unhealthy and why, and takes no job."""
     logs.configure(settings().log_level)
+    settings().warn_of_unread()
     endpoint().load()
 
 

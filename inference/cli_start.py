@@ -27,6 +27,7 @@ def start(level: str | None, *required: str, verbose: bool, **overrides: Any) ->
         logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
     except OSError as error:
         raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
+    settings.warn_of_unread()
     return settings
 
 

@@ -48,6 +48,8 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)
     else:
+        for name in settings.unread():
+            yield Finding("settings", "skip", f"nothing reads {name}")
         yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
         if settings.engine == "wan":
             yield await anyio.to_thread.run_sync(_weights, settings)

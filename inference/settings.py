@@ -67,7 +67,7 @@ class Settings(LoadableSettings):
         False, "I2V_QUEUE_LANES", about="The queue hands out tasks by worker_type; a dispatcher then asks by kind."
     )
     poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = setting(
-        5.0, "POLL_INTERVAL", about="Seconds between questions to an empty queue."
+        5.0, "POLL_INTERVAL", "POLLING_INTERVAL", about="Seconds between questions to an empty queue."
     )
     lease_duration_s: Annotated[float, Field(ge=2, le=86_400)] = setting(
         600.0, "LEASE_DURATION", about="Seconds for which a task is taken: longer than a cold start."

@@ -1,14 +1,27 @@
 """How settings are read and how their mistakes are told; which ones there are stands in `settings.py`."""
 
 import copy
+from difflib import get_close_matches
 from typing import Any, Self, TypeVar, cast
 
+import structlog
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from inference.errors import SettingsError
+
+PREFIXES = ("I2V_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
+"""What names begin with that nobody but this project reads. Platforms set some under VERCEL_, MODAL_ and RUNPOD_."""
+
+log = structlog.get_logger(__name__)
 
 S = TypeVar("S", bound="LoadableSettings")
 
@@ -39,6 +52,22 @@ class LoadableSettings(BaseSettings):
         except ValidationError as error:
             raise SettingsError("\n".join(_problem(cls, each) for each in error.errors(include_url=False))) from None
 
+    def unread(self) -> list[str]:
+        """What the environment and `.env` set under names that begin as settings do, and that nothing reads.
+
+        Each with the name that may have been meant.
+        """
+        known = {name for field in type(self).model_fields.values() for name in names_of(field)}
+        sources = (EnvSettingsSource(type(self)), DotEnvSettingsSource(type(self)))
+        # pydantic looks names up in lower case, and so do these.
+        given = {name.upper() for source in sources for name in source.env_vars}
+        return [_unread(name, known) for name in sorted(given - known) if name.startswith(PREFIXES)]
+
+    def warn_of_unread(self) -> None:
+        """One line for all of them, in the log."""
+        if names := self.unread():
+            log.warning("settings_not_read", names=names)
+
     @classmethod
     def isolated(cls, **given: Any) -> Self:
         """Settings from `given` and the defaults alone. Raises SettingsError."""
@@ -62,6 +91,11 @@ def _requiring(base: type[S], names: list[str]) -> type[S]:
     annotations = {name: field.annotation for name, field in fields.items()}
     namespace = {"__module__": base.__module__, "__annotations__": annotations, **fields}
     return cast("type[S]", type(base.__name__, (base,), namespace))
+
+
+def _unread(name: str, known: set[str]) -> str:
+    meant = get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"{name} ({meant[0]}?)" if meant else name
 
 
 def names_of(field: FieldInfo) -> list[str]:

@@ -34,6 +34,7 @@ class Station:
     async def open(self, pool: PoolName, engine: EngineName, *, drain: bool = False, by_hand: bool = False) -> None:
         """Loads the engine, and serves from then on. Raises SettingsError."""
         logs.configure(self._settings.log_level)
+        self._settings.warn_of_unread()
         opening = open_host(self._settings, pool, engine, self._records, drain=drain, by_hand=by_hand)
         self._host = await self._stack.enter_async_context(opening)
         # In a task of its own, which no call's end cancels; platforms run functions on asyncio.

@@ -224,6 +224,14 @@ def test_an_error_is_one_line_that_names_the_cause(home, here, command, settings
     assert home.is_tidy()
 
 
+def test_a_setting_that_nothing_reads_is_said(here):
+    """By whatever command, and by doctor, once."""
+    ran = here("work", "--once", "--url", "http://127.0.0.1:1", I2V_ENGIN="wan", WORKER_API_KEY=KEY)
+    assert ran.err.count("I2V_ENGIN (I2V_ENGINE?)") == 1
+    ran = here("doctor", I2V_ENGIN="wan")
+    assert "skip  settings      nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
+
+
 def test_a_port_in_use_is_said(here):
     """With the port, for it may come from the environment."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

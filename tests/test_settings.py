@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import structlog
 
 from inference.errors import SettingsError
 from inference.settings import Settings, example
@@ -25,6 +26,31 @@ def test_documented_names_are_accepted(monkeypatch):
     assert settings.api_url == "https://app.example.com/api"
     assert (settings.poll_interval_s, settings.lease_duration_s) == (10, 900)
     assert settings.api_key.get_secret_value() == "k"
+
+
+def test_the_other_documented_names_are_accepted(monkeypatch):
+    """The documents of the workers spell one of them in two ways."""
+    monkeypatch.setenv("POLLING_INTERVAL", "7")
+    assert Settings.load().poll_interval_s == 7
+
+
+def test_settings_that_nothing_reads_are_told_once(monkeypatch, tmp_path):
+    """All in one warning, from the environment and `.env`, by name alone; what may have been meant is said."""
+    (tmp_path / ".env").write_text("I2V_ENGIN=wan\nWORKER_ID=w\nSOMEBODY_ELSES=1\n")
+    monkeypatch.setenv("RUNWAY_SEED", "secret")
+    monkeypatch.setenv("RUNPOD_POD_HOSTNAME", "set by RunPod")
+    monkeypatch.setenv("POLLING_INTERVAL", "7")
+    settings = Settings.load()
+    with structlog.testing.capture_logs() as logged:
+        settings.warn_of_unread()
+    [line] = logged
+    assert (line["event"], line["log_level"]) == ("settings_not_read", "warning")
+    assert line["names"] == ["I2V_ENGIN (I2V_ENGINE?)", "RUNWAY_SEED"]
+    monkeypatch.delenv("RUNWAY_SEED")
+    (tmp_path / ".env").unlink()
+    with structlog.testing.capture_logs() as logged:
+        Settings.load().warn_of_unread()
+    assert logged == []
 
 
 def test_all_problems_are_told_at_once_and_by_name(monkeypatch):

@@ -26,8 +26,8 @@ def plan(sql):
         compiled = statement.sql.compile(dialect=database._engine.dialect)
         constants = {name: value for name, value in compiled.params.items() if value is not None}
         verb = "EXPLAIN" if sql.dialect == "postgresql" else "EXPLAIN QUERY PLAN"
-        with database._connection() as connection:
-            rows = connection.execute(f"{verb} {compiled}", {**constants, **parameters}).fetchall()
+        with database.transaction() as transaction:
+            rows = transaction._connection.execute(f"{verb} {compiled}", {**constants, **parameters}).fetchall()
         return "".join(f"{row[-1]}\n" for row in rows)
 
     return explain

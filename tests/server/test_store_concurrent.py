@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import create_engine, text
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
 from inference.server import database
 from inference.server.store import NewItem, NewPhoto, Store, new_id
+from tests import pgbouncer, postgres
 
 ITEMS = 200
 WORKERS = 8
@@ -74,8 +76,6 @@ def test_servers_start_together(tmp_path):
 
 def test_servers_start_together_on_postgresql(postgres_server):
     """As on SQLite, with threads: the tables are made once."""
-    from tests import postgres
-
     with postgres.database(postgres_server) as url, ThreadPoolExecutor(4) as pool:
         assert list(pool.map(open_and_lease, [url] * 4)) == [[]] * 4
 
@@ -182,3 +182,22 @@ def test_pages_and_groups(sql):
     sql.store.fail(items[0].id, "w", "no")
     assert sql.store.get_group(named).status == "failed"
     assert [group.id for group in sql.store.list_groups(limit=1)] == [max(named, "group-1")]
+
+
+def test_a_transaction_pooler_in_between(postgres_server):
+    """Its connections know nothing of what was prepared or set before; no item is lost, and plans stay as they are."""
+    with (
+        postgres.database(postgres_server) as direct,
+        pgbouncer.pooler(direct) as url,
+        closing(Store(url)) as store,
+        ThreadPoolExecutor(WORKERS) as pool,
+    ):
+        group = store.group()
+        wanted = {item.id for item in store.add(NewPhoto(group, "p"), [NewItem() for _ in range(ITEMS)])}
+        leased = [item for mine in pool.map(lambda n: lease_all(store, n), range(WORKERS)) for item in mine]
+        assert len(leased) == ITEMS
+        assert set(leased) == wanted
+        settings = store._database._engine.raw_connection()
+        with closing(settings):
+            for _ in range(20):
+                assert settings.driver_connection.execute("SHOW enable_sort").fetchone() == ("on",)

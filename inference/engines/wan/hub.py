@@ -16,7 +16,6 @@ from urllib.parse import quote
 import httpx
 
 from inference.engines.wan.weights import TENSORS, Entry, Lock, Report, bytes_at, weights_error
-from inference.network import flaw_in
 
 T = TypeVar("T")
 
@@ -51,8 +50,9 @@ class Hub:
             self._client = httpx.Client(base_url=endpoint, headers=headers, timeout=timeout, follow_redirects=True)
         except (httpx.InvalidURL, UnicodeError):
             raise weights_error(f"the hub's address is not a URL such as {ENDPOINT}") from None
-        if flaw := flaw_in(self._client.base_url):
-            raise weights_error(f"the hub's address is not a URL such as {ENDPOINT}: {flaw}")
+        port = self._client.base_url.port
+        if port is not None and not 0 < port < 65_536:
+            raise weights_error(f"the hub's address is not a URL such as {ENDPOINT}: there is no port {port}")
         self._pauses_s = pauses_s
 
     def __enter__(self) -> Self:
