@@ -1,9 +1,10 @@
 """What containers tell the next tick, over records that every one of them shares."""
 
+import anyio
 import pytest
 
-from inference.board import DECISIONS_KEPT, FAULTS, Board, PoolRecord
-from inference.records import MemoryRecords
+from inference.board import DECISIONS_KEPT, FAULTS, NUMBERS_KEPT, Board, PoolRecord
+from inference.records import MemoryRecords, SqliteRecords
 
 pytestmark = pytest.mark.anyio
 
@@ -100,10 +101,12 @@ async def test_the_last_decisions_are_kept(board, clock):
 async def test_a_record_of_another_version_is_measured_anew(board, records):
     """A deploy over a running fleet must not stop its ticks."""
     for text in ('{"clips": 3, "colour": "blue"}', "not JSON"):
-        await records.put("board/gpu", text)
+        await records.put("board/gpu/1", text)
         assert await board.pool("gpu") == PoolRecord()
+    await board.worked("gpu", 10.0)
+    assert (await board.pool("gpu")).clips == 1
     await records.put("board/dry", "yesterday")
-    await records.put("board/decisions", "none")
+    await records.put("board/decisions/1", "none")
     assert await board.undry_s() == 0
     assert await board.decisions() == []
 
@@ -116,3 +119,37 @@ async def test_fleets_that_share_records_have_boards_of_their_own(clock):
     await one.decided("sent 1")
     assert [(await board.pool("gpu")).failing for board in (one, other, plain)] == ["no weights", None, None]
     assert [len(await board.decisions()) for board in (one, other, plain)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+async def test_containers_that_write_at_the_same_time_lose_nothing(tmp_path, clock, kind):
+    """Each clip counts, each fault and each decision, whoever reads and writes in between."""
+    records = MemoryRecords() if kind == "memory" else SqliteRecords(tmp_path / "records.db")
+    boards = [Board(records, clock=clock) for _ in range(3)]
+    async with anyio.create_task_group() as tasks:
+        for number in range(12):
+            board = boards[number % len(boards)]
+            tasks.start_soon(board.worked, "gpu", 10.0)
+            tasks.start_soon(board.faulted, "runway", "no")
+            tasks.start_soon(board.decided, f"tick {number}")
+    assert (await boards[0].pool("gpu")).clips == 12
+    assert (await boards[1].pool("runway")).faults == 12
+    assert {what for _, what in await boards[2].decisions()} == {f"tick {number}" for number in range(12)}
+
+
+async def test_a_writer_that_was_overtaken_takes_nothing_back(board, records):
+    """Which number is the newest is said after it is there, and maybe late: what follows is found all the same."""
+    for _ in range(5):
+        await board.worked("gpu", 10.0)
+    await records.put("board/gpu/newest", "2")
+    assert (await board.pool("gpu")).clips == 5
+    await board.worked("gpu", 10.0)
+    assert (await board.pool("gpu")).clips == 6
+
+
+async def test_what_is_old_is_removed(board, records):
+    """The store of a fleet that runs for years does not grow."""
+    for _ in range(3 * NUMBERS_KEPT):
+        await board.worked("gpu", 10.0)
+    assert (await board.pool("gpu")).clips == 3 * NUMBERS_KEPT
+    assert len(await records.all()) == NUMBERS_KEPT + 1

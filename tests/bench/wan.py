@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,16 +31,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from diffusers.utils import is_flash_attn_3_available
+from tests.bench import needs
 
-from inference import logs
-from inference.engines.wan import tiny
-from inference.engines.wan.loading import dtype_of, quiet_libraries
-from inference.engines.wan.placement import GB, Offload
-from inference.engines.wan.speed import Switches, choose_attention
-from tests.bench.wan_measure import ROOT, Budget, Side, Subject, race
-from tests.bench.wan_models import SHAPES, by_formula, count_tflop
+needs.end_if(needs.packages())  # before what they are imported by
+
+import torch  # noqa: E402
+from diffusers.utils import is_flash_attn_3_available  # noqa: E402
+
+from inference import logs  # noqa: E402
+from inference.engines.wan import tiny  # noqa: E402
+from inference.engines.wan.loading import dtype_of, quiet_libraries  # noqa: E402
+from inference.engines.wan.placement import GB, Offload  # noqa: E402
+from inference.engines.wan.speed import Switches, choose_attention  # noqa: E402
+from tests.bench.wan_measure import ROOT, Budget, Side, Subject, race  # noqa: E402
+from tests.bench.wan_models import SHAPES, by_formula, count_tflop  # noqa: E402
 
 TARGETS = {"5b": (8.0, 5.2), "a14b-480p": (12.0, 9.1), "a14b-720p": (42.0, 34.3)}
 """Seconds from photo in to mp4 out on one H100, and their floor (performance.md)."""
@@ -49,8 +52,11 @@ TARGETS = {"5b": (8.0, 5.2), "a14b-480p": (12.0, 9.1), "a14b-720p": (42.0, 34.3)
 TARGET_RATIO = 1.6
 TARGET_START_S = 10.0
 
-STARTED = ("5b", "tiny")
-"""Shapes whose start is measured: the A14B's weights would take 70 GB of disk."""
+STARTED = {"5b": 25.5, "tiny": 0.0}
+"""Shapes whose start is measured, and GB of disk for their weights; the A14B's would take 70."""
+
+SCRATCH_GB = 0.5
+"""Of disk for the tiny checkpoints, photos and clips."""
 
 # Guesses, to know whether there is time.
 SAVED_GB_PER_S = 0.5
@@ -109,13 +115,8 @@ def switches(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
 
 def start(subject: Subject, folder: Path, budget: Budget) -> dict[str, Any]:
     """From process start to the first step: `cold` with the weights on disk, `warm` with them in the system's cache."""
-    shape, weights_dir, expected_s = subject.shape, folder, 60.0
-    if shape.true_size:
-        weights_dir = folder / "weights"
-        saved_gb, free_gb = subject.parts.size_gb(), shutil.disk_usage(folder).free / GB
-        if saved_gb * 1.05 > free_gb:
-            raise OSError(f"{saved_gb:.0f} GB to save and {free_gb:.0f} GB free in {folder}")
-        expected_s += saved_gb / SAVED_GB_PER_S
+    shape, weights_dir = subject.shape, folder / "weights" if subject.shape.true_size else folder
+    expected_s = 60.0 + STARTED[shape.name] / SAVED_GB_PER_S
     if not budget.allows(f"start {shape.name}", expected_s):
         return {}
     if shape.true_size:
@@ -259,13 +260,19 @@ def main() -> None:
     parts = {"flops": print_flops, "compare": print_compare, "start": print_start, "switches": print_switches}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = list(TARGETS) if on_gpu else ["tiny", "tiny-a14b"]
-    possible = [name for name, shape in SHAPES.items() if on_gpu or not shape.true_size]
-    parser.add_argument("--shape", nargs="+", choices=possible, default=shapes)
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=shapes)
     parser.add_argument("--part", nargs="+", choices=parts, default=list(parts)[on_gpu:])  # a GPU has better to do
     parser.add_argument("--rounds", type=int, default=1 if on_gpu else 2, help="one does on a GPU, after a short run")
     parser.add_argument("--budget-s", type=float, default=540.0, help="of wall time")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "wan.json")
     asked = parser.parse_args()
+    without_gpu = [] if on_gpu else [name for name in asked.shape if SHAPES[name].true_size]
+    disk_gb = SCRATCH_GB + max(STARTED.get(name, 0) for name in asked.shape) * ("start" in asked.part)
+    needs.end_if(
+        [f"{name} needs a CUDA device, and torch finds none: --shape tiny does not" for name in without_gpu]
+        + needs.room(Path(tempfile.gettempdir()), disk_gb, "models")
+        + needs.room(asked.out.parent, 0, "results")
+    )
     budget = Budget(asked.budget_s)
     logs.configure("warning")
     quiet_libraries()

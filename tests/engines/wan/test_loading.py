@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from inference.errors import CancelRequested, SettingsError, WeightsError
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
 from tests.engines.wan.test_against_diffusers import our_latents
 from tests.engines.wan.test_engine import frames_of
+from tests.processes import environment
 
 CPU = torch.device("cpu")
 
@@ -279,3 +281,20 @@ print(time.perf_counter() - started)
         seconds.append(float(ran.stdout.split()[-1]))
     assert len(list((own / "compiled").iterdir())) == 1
     assert seconds[1] < seconds[0] * 0.8, seconds
+
+
+@pytest.mark.parametrize("chosen, spins", [({}, torch.cuda.is_available()), ({"OMP_WAIT_POLICY": "ACTIVE"}, True)])
+def test_idle_threads_do_not_spin(chosen, spins):
+    """As OpenMP itself tells when it is loaded: spinning cost several times the work. A person's choice stays."""
+    [openmp] = Path(torch.__file__).parent.glob("lib/libgomp*")
+    program = f"import ctypes, inference.engines.wan; ctypes.CDLL({str(openmp)!r})"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(OMP_DISPLAY_ENV="VERBOSE", **chosen),
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ("GOMP_SPINCOUNT = '0'" not in ran.stderr) == spins
+    assert "GOMP_SPINCOUNT" in ran.stderr
