@@ -17,6 +17,7 @@ from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
 from inference.server.config import ServerConfig
+from inference.server.docs import BrowserRules, add_docs
 from inference.server.guard import Guard
 from inference.server.objects import ObjectStore, Signer
 from inference.server.storage_api import Presigner, storage_routes
@@ -68,6 +69,7 @@ def create_app(config: ServerConfig) -> FastAPI:
         version=version("serverless-i2v"),
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # theirs load scripts from elsewhere
         redoc_url=None,
         strict_content_type=False,  # the contract's workers send JSON, and not all of them say so
     )
@@ -79,7 +81,9 @@ def create_app(config: ServerConfig) -> FastAPI:
     app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
+    add_docs(app)
     app.add_middleware(Guard, config=config)
+    app.add_middleware(BrowserRules)
     _describe(app)
     return app
 

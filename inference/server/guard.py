@@ -19,6 +19,9 @@ MAX_JSON_BYTES = 5 * MIB
 FORM_OVERHEAD_BYTES = MIB
 """What a form may add to its photo."""
 
+POLICY_VIOLATION = 1008
+"""A close code of websockets (RFC 6455, 7.4.1)."""
+
 
 class Guard:
     """Asks for the key where there is one; where there is none, lets in only programs of this machine.
@@ -33,12 +36,18 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As any ASGI application."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if scope["type"] == "websocket":
+            if self._refusal(headers, needs_key=True) is None:
+                await self._app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # before it is open: a 403
+            return
         limit = self._limit(scope)
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(headers, needs_key=scope["path"].startswith("/api/"))
         if refusal is None and limit is not None and _length(headers) > limit:
             refusal = (413, f"body: more than {limit} bytes")
         if refusal is not None:
@@ -48,12 +57,10 @@ class Guard:
             return
         await self._app(scope, receive if limit is None else _limited(receive, limit), send)
 
-    def _refusal(self, path: str, headers: Headers) -> tuple[int, str] | None:
+    def _refusal(self, headers: Headers, *, needs_key: bool) -> tuple[int, str] | None:
         if self._config.api_key is None:
             return _not_from_here(headers)
-        if path.startswith("/api/"):
-            return _not_the_key(headers, self._config.api_key)
-        return None
+        return _not_the_key(headers, self._config.api_key) if needs_key else None
 
     def _limit(self, scope: Scope) -> int | None:
         if scope["path"].startswith(UPLOAD_PREFIX):

@@ -116,7 +116,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
         """The object, in full or the range that was asked for."""
         try:
             signer.check(token, "download", f"{bucket}/{path}")
-            return FileResponse(store.path(path), headers={"x-content-type-options": "nosniff"})
+            return FileResponse(store.path(path))
         except StorageError as error:
             return refusal(error, JSONResponse)
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import httpx
 import pytest
 
+from inference.server.guard import Guard
 from tests.processes import until
 from tests.server.harness import KEY, app_client, config, jpeg
 
@@ -432,6 +433,61 @@ def test_a_database_that_is_gone_is_500_and_unhealthy(client, tmp_path):
         connection.execute("ALTER TABLE video_items RENAME TO elsewhere")
     refused(client.post("/api/worker/next-task", json={"worker_id": "w"}), 500, "try again")
     refused(client.get("/healthz"), 503)
+
+
+@pytest.mark.parametrize(
+    "key, headers, is_let_in",
+    [
+        (KEY, {}, False),
+        (KEY, {"authorization": "Worker wrong"}, False),
+        (KEY, {"authorization": f"Worker {KEY}"}, True),
+        (None, {"host": "evil.example"}, False),
+        (None, {"host": "127.0.0.1:8000", "origin": "http://evil.example"}, False),
+        (None, {"host": "127.0.0.1:8000"}, True),
+    ],
+)
+@pytest.mark.anyio
+async def test_a_websocket_needs_what_any_request_needs(tmp_path, key, headers, is_let_in):
+    """Whatever its path; browsers let pages of any site open one."""
+    reached, sent = [], []
+
+    async def app(scope, _receive, _send):
+        reached.append(scope["type"])
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        sent.append(message["type"])
+
+    scope = {
+        "type": "websocket",
+        "path": "/events",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    await Guard(app, config(tmp_path, api_key=key))(scope, receive, send)
+    assert (reached, sent) == ((["websocket"], []) if is_let_in else ([], ["websocket.close"]))
+
+
+def test_the_docs_come_whole_from_here(client):
+    """No address of another site, no script within the page, everything it names is answered; nobody may frame it."""
+    client.headers.pop("authorization")
+    page = client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "//" not in page.text
+    assert not re.search(r"<script(?![^>]*src=)|<style|\son\w+=", page.text)
+    named = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(named) == 4
+    for address in named:
+        assert client.get(httpx.URL("http://127.0.0.1/docs").join(address).path).status_code == 200
+    assert "openapi.json" in client.get("/docs/start.js").text
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert "script-src" not in policy
+    assert (page.headers["x-frame-options"], page.headers["x-content-type-options"]) == ("DENY", "nosniff")
+    for other in (client.get("/nowhere"), client.get("/api/tasks"), client.get("/healthz")):
+        assert "frame-ancestors 'none'" in other.headers["content-security-policy"]
 
 
 @pytest.mark.parametrize("first_byte", [0, 4096])
