@@ -7,7 +7,6 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
-from rich.markup import escape
 
 from inference import build, terminal
 from inference.errors import EngineError, I2VError, NoTask, SettingsError
@@ -130,7 +129,7 @@ def tell(answer: Any) -> bytes | str:
     [outcome] = [Outcome.model_validate(each) for each in answer]
     if outcome.video is None:
         raise EngineError(f"task {outcome.item_id} ended {outcome.status}: {outcome.error}")
-    terminal.say(f"  [green]completed[/green]  {outcome.item_id}  {terminal.describe(outcome.video)}")
+    terminal.completed(f"{outcome.item_id}  {terminal.describe(outcome.video)}")
     terminal.say(f"  time       {terminal.times(outcome.stage_seconds)}")
-    terminal.say(f"  stored as  {escape(outcome.storage_path or '')}")
+    terminal.say(f"  stored as  {outcome.storage_path or ''}")
     return outcome.storage_path or ""

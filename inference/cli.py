@@ -13,7 +13,6 @@ import anyio
 import structlog
 import typer
 from anyio.abc import TaskStatus
-from rich.markup import escape
 
 from inference import doctor as doctor_module
 from inference import logs, process, terminal
@@ -88,7 +87,7 @@ async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, ou
     async with _serving(settings) as here, _client(here) as client, open_queue(here) as queue:
         terminal.say(f"A queue is open at {here.api_url}. The engine is {engine_note(here)}.")
         [task] = await client.submit(photo, prompt, seconds=seconds)
-        terminal.say(f"  submitted  {escape(photo.name)}, “{escape(prompt)}”, {seconds:g} s → task {task['id']}")
+        terminal.say(f"  submitted  {photo.name}, “{prompt}”, {seconds:g} s → task {task['id']}")
         with terminal.bar("working") as sink:
             engine = await load_engine(here)
             await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(at_most=1)
@@ -96,9 +95,9 @@ async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, ou
         if outcome.video is None:
             raise EngineFailed(f"no video was made: {outcome.error}")
         await client.save_video(task["id"], output)
-        terminal.say(f"  [green]completed[/green]  {terminal.describe(outcome.video)}")
+        terminal.completed(terminal.describe(outcome.video))
         terminal.say(f"  time       {terminal.times(outcome.stage_seconds)}")
-        terminal.out.print(output)
+        terminal.result(output)
 
 
 @app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
@@ -133,7 +132,7 @@ def serve(
 
     async def main() -> None:
         async with _serving(settings) as here:
-            folder = escape(str(here.data_dir.absolute()))
+            folder = here.data_dir.absolute()
             terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), data in {folder}.")
             await anyio.sleep_forever()
 
@@ -212,7 +211,7 @@ def submit(
         async with _client(settings) as client:
             tasks = await client.submit(photo, prompt, seconds=seconds, count=count, group=group)
             for task in tasks:
-                terminal.out.print(task["id"])
+                terminal.result(task["id"])
             if not (wait or output):
                 return
             for task in tasks:
@@ -222,7 +221,7 @@ def submit(
                     reason = f": {ended['error_message']}" if ended["error_message"] else ""
                     raise EngineFailed(f"task {task['id']} ended {ended['status']}{reason}")
                 if output:
-                    terminal.out.print((await client.save_video(task["id"], output)).absolute())
+                    terminal.result((await client.save_video(task["id"], output)).absolute())
                 else:
                     terminal.say(f"completed; save it with: i2v fetch {task['id']} -o out.mp4")
 
@@ -243,7 +242,7 @@ def fetch(
 
     async def main() -> None:
         async with _client(settings) as client:
-            terminal.out.print(await client.save_video(item_id, output.absolute()))
+            terminal.result(await client.save_video(item_id, output.absolute()))
 
     process.run(main)
 
@@ -283,7 +282,7 @@ def tasks(
                 shown = await client.tasks(status=status, limit=limit)
         if as_json:
             for task in shown:
-                typer.echo(json.dumps(task, ensure_ascii=False))
+                terminal.json_line(json.dumps(task, ensure_ascii=False))
         elif shown:
             terminal.show_tasks(shown)
         else:

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import anyio
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from inference import terminal
@@ -37,12 +36,12 @@ def payments(
         if not yes:
             _ask(payment)
         anyio.run(ledger.forget, forget)
-        terminal.say(f"{escape(forget)} may be paid for again.")
+        terminal.say(f"{forget} may be paid for again.")
         return
     kept = anyio.run(ledger.payments)
     if as_json:
         for payment in kept:
-            typer.echo(payment.model_dump_json())
+            terminal.json_line(payment.model_dump_json())
         return
     if kept:
         _show(kept, ledger.now())
@@ -52,7 +51,7 @@ def payments(
 
 def _ask(payment: Payment) -> None:
     known = f"Runway has it as {payment.external_id}" if payment.external_id else "Runway's answer was lost"
-    terminal.say(f"{payment.model} for ${payment.cost_usd:.2f}, asked for at {_time(payment)}. {escape(known)}.")
+    terminal.say(f"{payment.model} for ${payment.cost_usd:.2f}, asked for at {_time(payment)}. {known}.")
     typer.confirm("Have you looked at dev.runwayml.com, and may it be paid for again?", abort=True, err=True)
 
 
@@ -62,15 +61,14 @@ def _show(kept: list[Payment], now: float) -> None:
         table.add_column(title, no_wrap=True, justify="right" if title == "dollars" else "left")
     for payment in kept:
         status = payment.standing(now)
-        style = STYLES.get(status, "")
         failures = f" {payment.failures[-1]}" if payment.failures and payment.status == "failed" else ""
         table.add_row(
             _time(payment),
-            escape(payment.item_id),
-            payment.model,
-            f"[{style}]{status}[/{style}]{escape(failures)}" if style else status,
+            terminal.shown(payment.item_id),
+            terminal.shown(payment.model),
+            terminal.shown(status, STYLES.get(status, "")).append_text(terminal.shown(failures)),
             f"{payment.cost_usd:.2f}",
-            escape(payment.external_id or "-"),
+            terminal.shown(payment.external_id or "-"),
         )
     terminal.show(table)
 

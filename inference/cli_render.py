@@ -70,7 +70,7 @@ async def _render(settings: Settings, request: GenerationRequest, photo: Path, o
         await purchase.end("delivered")
     terminal.say(f"  {terminal.describe(video)}{_notes(video)}")
     terminal.say(f"  time  {terminal.times({'load': loaded_s} | tracker.stage_seconds())}")
-    terminal.out.print(output)
+    terminal.result(output)
 
 
 def _purchase(settings: Settings, request: GenerationRequest, photo: Path) -> Purchase | None:

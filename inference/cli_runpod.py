@@ -139,7 +139,7 @@ def health(
         async with _open_api(settings) as api:
             found = await api.health()
         if as_json:
-            typer.echo(found.model_dump_json())
+            terminal.json_line(found.model_dump_json())
         else:
             _show(found)
 
@@ -167,7 +167,7 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
 
     async def main() -> None:
         async with _open_api(settings) as api:
-            terminal.out.print(await runpod_tick.tick(settings, api), markup=False)
+            terminal.result(await runpod_tick.tick(settings, api))
 
     with runpod_tick.alone(settings) as is_alone:
         if is_alone:
@@ -219,7 +219,7 @@ async def _bring(
     terminal.say(f"  {terminal.describe(video)}{seed}")
     terminal.say(f"  time  {terminal.times({'queue': (job.delay_ms or 0) / 1000} | answer.timings)}")
     terminal.say(f"  cost  {execution_s:.1f} s on a GPU, its start aside; RunPod does not say what they are billed at")
-    terminal.out.print(output)
+    terminal.result(output)
 
 
 # An endpoint
@@ -228,7 +228,7 @@ async def _bring(
 def _show(found: Health) -> None:
     for name, counts in (("workers", found.workers), ("jobs", found.jobs)):
         shown = (f"{count} {state.replace('_', ' ')}" for state, count in counts.model_dump(by_alias=False).items())
-        terminal.out.print(f"{name:<8} {' · '.join(shown)}")
+        terminal.result(f"{name:<8} {' · '.join(shown)}")
     if found.workers.throttled:
         terminal.say("Throttled workers wait for a free machine: allow more kinds of GPU, regions or CUDA versions.")
     if found.workers.unhealthy:

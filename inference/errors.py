@@ -56,6 +56,7 @@ Adapters map every foreign exception to one of these at their edge; nothing abov
 Messages are one line, say what to do where something can be done, and never hold a credential.
 """
 
+import unicodedata
 from typing import ClassVar
 
 
@@ -313,10 +314,27 @@ class BudgetSpent(AccountError):
     """What may be spent in one day is spent, or the rest is too little for this task."""
 
 
+NOT_LEGIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Categories of Unicode that obey or confuse instead of being read: escapes and other control codes, C1 included;
+marks that turn the direction of reading; lone surrogates, which nothing can encode; line breaks."""
+
+JOINERS = {"\u200c", "\u200d"}
+"""Format characters that are read: with them Persian words and emoji of families are put together."""
+
+
+def is_legible(character: str) -> bool:
+    """Whether a character of a stranger's text may be shown as it is."""
+    return character in JOINERS or unicodedata.category(character) not in NOT_LEGIBLE
+
+
+def legible(text: str) -> str:
+    """Text of strangers as terminals and logs may show it: what is not legible is one � each."""
+    return "".join(character if is_legible(character) else "\ufffd" for character in text)
+
+
 def one_line(text: str, limit: int) -> str:
-    """`text` as a message holds it: one line of at most `limit` characters, all printable.
+    """`text` as a message holds it: one line of at most `limit` characters, all legible.
 
     PostgreSQL takes neither NUL nor lone surrogates, and a terminal takes escapes for orders.
     """
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:limit]
+    return " ".join("".join(character if is_legible(character) else " " for character in text).split())[:limit]

@@ -1,15 +1,18 @@
 """Where log lines go: for people on a terminal, as JSON lines everywhere else, and into a file where asked."""
 
+import json
 import logging
 import logging.handlers
 import sys
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from inference import private
+from inference.errors import is_legible, legible
 from inference.progress import Progress, Sink
 
 log = structlog.get_logger(__name__)
@@ -85,10 +88,31 @@ _FOR_PEOPLE = structlog.dev.ConsoleRenderer(
 )
 
 
+def json_escaped(text: str) -> str:
+    """JSON that means the same, in which everything that is not legible is escaped. Text stays readable."""
+    return "".join(character if is_legible(character) else json.dumps(character)[1:-1] for character in text)
+
+
+def _escaped(_logger: Any, _method: str, line: Any) -> str:
+    return json_escaped(str(line))
+
+
+def _legible_values(_logger: Any, _method: str, event: EventDict) -> EventDict:
+    """Prompts, names and errors of strangers; what is no text is shown by its repr, which escapes by itself."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            lines = value.split("\n") if name in {"exception", "stack"} else [value]
+            event[name] = "\n".join(map(legible, lines))
+    return event
+
+
 def _formatter(shared: list[Processor], *, as_json: bool) -> structlog.stdlib.ProcessorFormatter:
-    last: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    last: list[Processor] = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.format_exc_info,
+    ]
     if as_json:
-        last += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        last += [structlog.processors.JSONRenderer(ensure_ascii=False), _escaped]
     else:
-        last += [_FOR_PEOPLE]
+        last += [_legible_values, _FOR_PEOPLE]
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last)

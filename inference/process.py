@@ -68,7 +68,7 @@ def told_errors(*, verbose: bool) -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if verbose:
-            terminal.err.print_exception()
+            terminal.exception()
         if not isinstance(error, I2VError):
             raise
         terminal.error(str(error))

@@ -13,7 +13,6 @@ from typing import Any
 import anyio
 import anyio.to_thread
 from pydantic import BaseModel, ValidationError
-from rich.markup import escape
 
 from inference import terminal
 from inference.errors import (
@@ -67,7 +66,7 @@ class Answer(BaseModel):
 
 def kept(job_id: str, again: Again) -> str:
     """What to do about a job whose video is not here."""
-    return f"RunPod keeps its answer for {KEPT}: {escape(again(job_id))}"
+    return f"RunPod keeps its answer for {KEPT}: {again(job_id)}"
 
 
 def completed(job: Job) -> Answer:

@@ -14,7 +14,6 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 from pydantic import ValidationError
-from rich.markup import escape
 
 from inference import fleet, terminal
 from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, PaymentInDoubt
@@ -169,7 +168,7 @@ async def _cancel(api: RunPodApi, job_id: str, again: Again) -> None:
     if job is not None:
         terminal.say(f"Job {job_id} was cancelled at RunPod.")
         return
-    terminal.say(f"Job {job_id} could not be cancelled and may go on ({escape(why)}): stop it at console.runpod.io.")
+    terminal.say(f"Job {job_id} could not be cancelled and may go on ({why}): stop it at console.runpod.io.")
 
 
 # Taken up

@@ -1,5 +1,8 @@
 """What people see: progress bars, summaries, tables, error lines."""
 
+import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,8 +20,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from inference.engines.wan.weights import FileProgress
+from inference.errors import legible
+from inference.logs import json_escaped
 from inference.progress import Progress as Snapshot
 from inference.progress import Sink
 from inference.task import Video
@@ -32,9 +38,39 @@ PIPED_WIDTH = 240
 STATUS_STYLES = {"completed": "green", "failed": "red", "processing": "cyan", "cancelled": "dim"}
 
 
+def shown(text: object, style: str = "") -> Text:
+    """Whatever strangers wrote, and paths, which may be named like it: no order to the terminal, and no markup."""
+    return Text(legible(str(text)), style)
+
+
 def say(text: str) -> None:
     """A line for the person at the terminal; stdout is left to results."""
-    err.print(text)
+    err.print(shown(text))
+
+
+def completed(text: str) -> None:
+    """The line that everything was done for."""
+    err.print(Text("  ").append_text(shown("completed", "green")).append_text(shown(f"  {text}")))
+
+
+def result(value: object) -> None:
+    """A line on stdout: as it is for a program that reads it, legible for a person."""
+    if out.is_terminal:
+        out.print(shown(value))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(f"{value}\n"))  # a name that is no Unicode, too
+
+
+def json_line(text: str) -> None:
+    """JSON on stdout, for either."""
+    out.print(Text(json_escaped(text)))
+
+
+def exception() -> None:
+    """The traceback of what is being handled."""
+    for line in traceback.format_exc().splitlines():
+        say(line)
 
 
 def tell(text: str) -> None:
@@ -46,7 +82,7 @@ def tell(text: str) -> None:
 def error(message: str) -> None:
     """One line per problem."""
     for line in message.splitlines():
-        err.print(f"[red]i2v:[/red] {escape(line)}")
+        err.print(shown("i2v:", "red").append_text(shown(f" {line}")))
 
 
 @contextmanager
@@ -65,11 +101,11 @@ def bar(label: str) -> Iterator[Sink]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(label, total=1.0, stage="")
+        task = progress.add_task(escape(legible(label)), total=1.0, stage="")
 
         def sink(snapshot: Snapshot) -> None:
             count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
-            progress.update(task, completed=snapshot.fraction, stage=f"{escape(snapshot.stage)}{count}")
+            progress.update(task, completed=snapshot.fraction, stage=f"{escape(legible(snapshot.stage))}{count}")
 
         yield sink
 
@@ -95,7 +131,7 @@ def files() -> Iterator[Callable[[FileProgress], None]]:
                 last = file.path, file.step
                 if not err.is_terminal:
                     say(f"  {described} ({file.size_bytes / 1e6:.1f} MB)")
-                progress.reset(task, description=escape(described), total=file.size_bytes or None)
+                progress.reset(task, description=escape(legible(described)), total=file.size_bytes or None)
             progress.update(task, completed=file.done_bytes)
 
         yield sink
@@ -108,7 +144,7 @@ def _stage_lines(label: str) -> Sink:
         nonlocal last
         if snapshot.stage != last:
             last = snapshot.stage
-            say(f"  {label}: {escape(snapshot.stage)}")
+            say(f"  {label}: {snapshot.stage}")
 
     return sink
 
@@ -129,7 +165,7 @@ def times(stage_seconds: Mapping[str, float]) -> str:
 def finding(name: str, verdict: str, text: str) -> None:
     """One line of `i2v doctor`."""
     style = {"ok": "green", "FAIL": "bold red"}.get(verdict, "dim")
-    out.print(f"[{style}]{verdict:<4}[/{style}]  {name:<12}  {escape(text)}")
+    out.print(shown(f"{verdict:<4}", style).append_text(shown(f"  {name:<12}  {text}")))
 
 
 def show(table: Table) -> None:
@@ -146,19 +182,18 @@ def show_tasks(tasks: list[dict[str, Any]]) -> None:
     for task in tasks:
         status = str(task["status"])
         progress = task.get("progress") or {}
-        shown = f"{status} {progress['fraction']:.0%}" if status == "processing" and progress else status
-        style = STATUS_STYLES.get(status, "")
+        percent = f" {progress['fraction']:.0%}" if status == "processing" and progress else ""
         table.add_row(
-            task["id"],
-            f"[{style}]{shown}[/{style}]" if style else shown,
+            shown(task["id"]),
+            shown(f"{status}{percent}", STATUS_STYLES.get(status, "")),
             _age(task["created_at"]),
             f"{task['seconds']:g}",
-            escape(task["prompt"]),
+            shown(task["prompt"]),
         )
     show(table)
     for task in tasks:
         if task["error_message"]:
-            out.print(f"{task['id']}  [red]{escape(task['error_message'])}[/red]")
+            out.print(shown(f"{task['id']}  ").append_text(shown(task["error_message"], "red")))
 
 
 def _age(created_at: str) -> str:

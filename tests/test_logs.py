@@ -42,6 +42,16 @@ def test_every_line_is_json_ours_and_the_libraries(capsys):
     assert ours["timestamp"].endswith("Z")
 
 
+def test_what_is_not_legible_is_escaped(capsys):
+    """JSON that means the same: whoever looks at it on a terminal gives no orders to it."""
+    logs.configure("info", as_json=True)
+    hostile = "천\x9b2J\u202e\ud800\x7f👨\u200d👩"
+    structlog.get_logger().info("lease_started", prompt=hostile)
+    said = capsys.readouterr().err
+    assert lines(said)[0]["prompt"] == hostile
+    assert '"천\\u009b2J\\u202e\\ud800\\u007f👨‍👩"' in said
+
+
 def test_an_exception_stays_on_one_line(capsys):
     """Its traceback is a field, so that what collects logs does not tear it apart."""
     logs.configure("info", as_json=True)

@@ -168,7 +168,7 @@ def test_an_upload_that_is_refused(tiny):
         ({**DIRECT, "seconds": 0.1}, "seconds is 0.1; preset tiny makes"),
         ({**DIRECT, "photo_base64": "aGVsbG8gd29ybGQ="}, "photo"),
         ({**DIRECT, "photo_base64": "%%%"}, "photo_base64: not base64"),
-        ({"task": {"item_id": "x"}, "worker_id": "w"}, "task: malformed task: group_id: field required"),
+        ({"task": {"item_id": "x"}, "worker_id": "w"}, "task: malformed task: photo_storage_path: field required"),
         ({"drain": -1}, "drain: input should be greater than or equal to 1"),
         ("zoom in", "input: has to be an object"),
     ],

@@ -1,0 +1,147 @@
+"""Text of strangers on a terminal: it is shown, and obeyed by nobody."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import pytest
+
+from inference.errors import legible, one_line
+from inference.progress import Progress
+
+HOSTILE = "a\x1b]0;title\x07b\x9b2Jc\u202ed\u2066e\x00f\x7fg\ud800h\u2028i"
+"""An escape, a C1 code, two marks of direction, NUL, DEL, half a surrogate, a line separator."""
+
+NAME = "[bold]휴가[/b] [/]👨\u200d👩\u200d👧"
+"""Markup in two ways: an opened tag vanishes, one that was never opened is a traceback."""
+
+ORDERS = re.compile(
+    "[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]|\x1b(?!\\[)"
+)
+"""What no line may hold; a terminal's own colours begin with ESC [."""
+
+
+def on_a_terminal(program):
+    """What a program that uses `terminal` shows, on a terminal; and with its output in a file."""
+    command = [sys.executable, "-c", f"from inference import logs, terminal\n{program}"]
+    main, end = pty.openpty()
+    environment = os.environ | {"COLUMNS": "300", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=end, stderr=end, env=environment) as running:
+        os.close(end)
+        said = b""
+        while chunk := _read(main):
+            said += chunk
+    os.close(main)
+    assert running.returncode == 0, said
+    return said.decode()
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux says so when the other end is closed
+        return b""
+
+
+def test_what_is_legible_stays():
+    """Korean, emoji of several parts, accents, and blanks of other widths; the rest is one sign each."""
+    for text in ("천천히 줌인", NAME, "👍🏽 🏴 ❤️", "naïve — “quoted”", "क्\u200dष", "wide\u3000blank"):
+        assert legible(text) == text
+    assert legible(HOSTILE) == "a�]0;title�b�2Jc�d�e�f�g�h�i"
+    assert one_line(f"  👨\u200d👩\n{HOSTILE}", 100) == "👨\u200d👩 a ]0;title b 2Jc d e f g h i"
+
+
+TASK = {
+    "id": HOSTILE,
+    "status": "failed",
+    "prompt": f"{NAME} {HOSTILE}",
+    "error_message": f"{HOSTILE} {NAME}",
+    "seconds": 5,
+    "created_at": datetime.now(UTC).isoformat(),
+}
+
+LOGGED = f"""
+import structlog
+logs.configure("info")
+structlog.get_logger().info("lease_started", prompt={NAME + HOSTILE!r})
+"""
+
+RAISED = f"""
+import structlog
+from inference.errors import InvalidTask
+logs.configure("info")
+try:
+    raise InvalidTask({NAME + HOSTILE!r})
+except InvalidTask as error:
+    structlog.get_logger().error("unexpected_error", exc_info=error)
+"""
+
+VERBOSE = f"""
+from inference.errors import InvalidTask
+from inference.process import told_errors
+try:
+    with told_errors(verbose=True):
+        raise InvalidTask({NAME + HOSTILE!r})
+except SystemExit:
+    pass
+"""
+
+WORKING = f"""
+from inference.progress import Progress
+with terminal.bar({NAME!r}) as sink:
+    sink(Progress(stage={HOSTILE + NAME!r}, done=0, total=1, fraction=0))
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"terminal.show_tasks([{TASK!r}])",
+        f"terminal.finding('queue', 'FAIL', {HOSTILE + NAME!r})",
+        f"terminal.say({NAME + HOSTILE!r})",
+        f"terminal.error({NAME + HOSTILE!r})",
+        f"terminal.completed({NAME + HOSTILE!r})",
+        f"terminal.result({NAME + HOSTILE!r})",
+        WORKING,
+        LOGGED,
+        RAISED,
+        VERBOSE,
+    ],
+)
+def test_nothing_a_stranger_wrote_is_obeyed(program):
+    """In tables, findings, lines, results, stages, logs, and errors with and without their traceback."""
+    said = on_a_terminal(program)
+    assert not [line for line in said.replace("\r", "").split("\n") if ORDERS.search(line)]
+    assert "[bold]휴가[/b] [/]👨" in said  # a log's line has the rest of the family escaped
+
+
+def test_a_program_reads_results_as_they_are():
+    """A path may hold anything but NUL; and JSON that means the same is legible."""
+    path = os.fsdecode(b"/tmp/[bold]\x1b[31m\xff.mp4")
+    task = {"prompt": HOSTILE + NAME}
+    program = f"""
+import json
+from inference import terminal
+terminal.result({path!r})
+terminal.json_line(json.dumps({task!r}, ensure_ascii=False))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    first, second = ran.stdout.splitlines()
+    assert first == os.fsencode(path)
+    assert json.loads(second) == task
+    assert not ORDERS.search(second.decode())
+    assert "휴가" in second.decode()
+
+
+@pytest.mark.parametrize("stage", [NAME, "[/red]"])
+def test_stages_where_nobody_watches(capsys, stage):
+    """A line each, as they are named."""
+    from inference import terminal
+
+    with terminal.bar("[x]") as sink:
+        sink(Progress(stage=stage, done=0, total=1, fraction=0))
+    assert capsys.readouterr().err == f"  [x]: {stage}\n"
