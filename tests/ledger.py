@@ -5,7 +5,9 @@ it checks. What workers said comes from the proxies: who sent it, and what the q
 """
 
 import hashlib
+import os
 import sqlite3
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
@@ -15,6 +17,10 @@ from pathlib import Path
 
 from inference.media.video import probe
 from inference.queues.item import CRASHED, MAX_CRASHES
+from inference.server.config import ServerConfig
+from inference.server.objects import INCOMING, UNLOCKED_S, ObjectStore
+from inference.server.store import Store
+from inference.server.tidy import sweep
 from tests.proxy import Exchange, Record
 
 ENDS = {"completed", "failed", "cancelled"}
@@ -73,6 +79,7 @@ class Ledger:
     """The books of one server, open to be checked."""
 
     def __init__(self, data_dir: Path, record: Record) -> None:
+        self._data_dir = data_dir
         self._objects = data_dir / "objects"
         self._record = record
         with _opened(data_dir / "queue.db") as connection:
@@ -100,6 +107,22 @@ class Ledger:
                 self._check_video(row)
         assert self.stale_writes() == []
         self._check_objects()
+
+    def check_no_orphans(self) -> None:
+        """Once its processes have ended, one round of the server's sweep leaves what a row names, and nothing else."""
+        for left in (self._objects / INCOMING).iterdir():
+            os.utime(left, (time.time() - 2 * UNLOCKED_S,) * 2)  # nobody writes there any more; a minute shows it
+        config = ServerConfig(f"sqlite:///{self._data_dir / 'queue.db'}", self._objects)
+        store = Store(config.database_url)
+        try:
+            sum(sweep(store, ObjectStore(self._objects), config, stale_s=-1))
+        finally:
+            store.close()
+        with _opened(self._data_dir / "queue.db") as connection:
+            photos = {path for (path,) in connection.execute("SELECT storage_path FROM photos")}
+        named = photos | {row.video_storage_path for row in self.rows if row.video_storage_path}
+        there = {path.relative_to(self._objects).as_posix() for path in self._objects.rglob("*") if path.is_file()}
+        assert there == named
 
     def stale_writes(self) -> list[Exchange]:
         """Writes that the queue accepted from somebody who did not hold the task. There must be none."""
@@ -163,14 +186,17 @@ class Ledger:
         }
 
     def _check_objects(self) -> None:
-        """No object was written twice, and each is what its one accepted upload sent."""
+        """No object was written twice, and each is what its one accepted upload sent, unless it was swept as nobody's."""
+        named = {row.video_storage_path for row in self.rows}
         sent: dict[str, list[str]] = defaultdict(list)
         for upload in self._record.of("upload"):
             if upload.accepted:
                 sent[upload.path.partition("/group-photos/")[2]].append(upload.digest)
         for name, digests in sent.items():
             assert len(digests) == 1, f"{name} was stored {len(digests)} times"
-            assert hashlib.sha256((self._objects / name).read_bytes()).hexdigest() == digests[0]
+            path = self._objects / name
+            assert path.exists() or name not in named, f"{name} is gone"
+            assert not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() == digests[0]
 
 
 def completions(logs: Collection[dict]) -> dict[str, int]:

@@ -262,6 +262,7 @@ class Site:
         assert self.leftovers() == []
         books = ledger.Ledger(self.data_dir, self.record)
         books.check(tasks=tasks, **allowed)
+        books.check_no_orphans()
         believed = ledger.completions([line for worker in self.workers for line in worker.logs()])
         assert {item_id: times for item_id, times in believed.items() if times > 1} == {}
         return books
