@@ -19,20 +19,22 @@ import modal.experimental
 
 from images.slim import slim_image
 from images.wan import wan_image
-from inference import by_hand, fleet, logs, terminal
-from inference.board import PoolName
+from inference import build, logs, terminal
 from inference.errors import I2VError, one_line
-from inference.fleet import EngineName
-from inference.platform import DictRecords, RemoteContainers
+from inference.fleet import opening, report, shape
+from inference.fleet.readings import PoolName
+from inference.on_modal import deployment
+from inference.on_modal import one_off as by_hand
+from inference.on_modal.container import EngineName, Station
+from inference.on_modal.lent import DictRecords, RemoteContainers
 from inference.process import told_errors
 from inference.settings import Settings
-from inference.station import Station
 
 MINUTES = 60  # seconds
 
 with told_errors(verbose=False) if modal.is_local() else nullcontext():
     settings = Settings.load()
-    fleet.refuse_deployment(settings)
+    deployment.refuse_deployment(settings)
 keys = ["VERCEL_API_URL", "WORKER_API_KEY"]
 keys += ["RUNWAYML_API_SECRET"] if settings.runway_key else []
 keys += ["VERCEL_AUTOMATION_BYPASS_SECRET"] if settings.vercel_bypass else []
@@ -69,7 +71,7 @@ def pools() -> dict[PoolName, RemoteContainers]:
 async def dispatch() -> str:
     """One tick: leases what can start, and sends each lease to a container."""
     logs.configure(settings.log_level)
-    async with fleet.open_dispatcher(settings, fleet.on_modal(settings), records(), pools()) as dispatcher:
+    async with opening.open_dispatcher(settings, deployment.on_modal(settings), records(), pools()) as dispatcher:
         return await dispatcher.tick()
 
 
@@ -107,7 +109,7 @@ class Container:
     memory=32 * 1024,
     enable_memory_snapshot=settings.modal_snapshot,
 )
-@modal.concurrent(max_inputs=fleet.INPUTS)
+@modal.concurrent(max_inputs=shape.INPUTS)
 class Wan(Container):
     """A GPU with the weights in its image."""
 
@@ -115,7 +117,7 @@ class Wan(Container):
 
     @modal.enter(snap=settings.modal_snapshot)
     def prepare(self) -> None:
-        fleet.import_engine()  # seconds that a snapshot keeps; no GPU is there yet to load weights onto
+        deployment.import_engine()  # seconds that a snapshot keeps; no GPU is there yet to load weights onto
 
     @modal.enter()
     async def start(self) -> None:
@@ -188,8 +190,8 @@ async def look(forget: str) -> list[str] | dict[str, str]:
     """What `status` shows; an error comes back as one line."""
     try:
         if forget:
-            await fleet.ledger(settings, records()).forget(forget)
-        return await fleet.report(settings, fleet.on_modal(settings), records(), pools())
+            await build.build_ledger(settings, records()).forget(forget)
+        return await report.report(settings, deployment.on_modal(settings), records(), pools())
     except I2VError as error:
         return {"error": str(error)}
 

@@ -21,7 +21,7 @@ from runpod.serverless.modules import rp_http, worker_state
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from inference import logs
-from inference.endpoint import Endpoint
+from inference.on_runpod.worker import Endpoint
 from inference.process import told_errors
 from inference.settings import Settings
 
@@ -44,7 +44,7 @@ def weights_and_gpu() -> None:
 
 
 async def handle(job: dict[str, Any]) -> dict[str, Any]:
-    """One job; what it may hold and what it is answered stands in inference/runpod_wire.py."""
+    """One job; what it may hold and what it is answered stands in inference/on_runpod/wire.py."""
     listen()
 
     async def post(snapshot: dict[str, object]) -> None:

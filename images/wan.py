@@ -7,7 +7,7 @@ a change of code or of a setting moves no gigabyte.
 import modal
 
 from images import BASE, with_code, with_packages
-from inference.bake import compile_kernels, fetch_weights
+from images.bake import compile_kernels, fetch_weights
 from inference.engines.wan.presets import PRESETS
 from inference.settings import Settings
 

@@ -13,25 +13,26 @@ import httpx
 from inference import private
 from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
-from inference.engines.runway import RunwayEngine
-from inference.engines.runway_models import model_for
+from inference.engines.runway.engine import RunwayEngine
+from inference.engines.runway.models import model_for
+from inference.engines.turns import Seat
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import DiskFull, SettingsError
-from inference.keeper import Policy
-from inference.ledger import Ledger
-from inference.network import is_this_machine
-from inference.progress import Sink
+from inference.leasing.polling import Worker
+from inference.leasing.retry import Policy
+from inference.leasing.runner import Runner
+from inference.leasing.scratch import sweep
+from inference.payments.ledger import Ledger
+from inference.payments.records import Records, SqliteRecords
+from inference.progress.tracker import Sink
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
-from inference.records import SqliteRecords
-from inference.runner import Runner
-from inference.scratch import sweep
-from inference.seat import Seat
 from inference.settings import Settings
-from inference.storage import Storage
 from inference.task import GenerationRequest, Lease, Outcome
-from inference.worker import Worker
+from inference.transfer.bucket import Bucket
+from inference.transfer.network import is_this_machine
+from inference.transfer.storage import Storage
 
 if TYPE_CHECKING:
     from inference.server.config import ServerConfig
@@ -119,9 +120,12 @@ def _build_runway(settings: Settings) -> RunwayEngine:
     )
 
 
-def build_ledger(settings: Settings) -> Ledger:
-    """The books of what was paid for, and what may be spent in a day; every process of this machine shares them."""
-    return Ledger(SqliteRecords(settings.ledger_path), budget_usd=settings.runway_budget_usd)
+def build_ledger(settings: Settings, records: Records | None = None) -> Ledger:
+    """The books of what was paid for, and what may be spent in a day.
+
+    `records`: those that a platform lends; without, a file that every process of this machine shares.
+    """
+    return Ledger(records or SqliteRecords(settings.ledger_path), budget_usd=settings.runway_budget_usd)
 
 
 def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
@@ -320,3 +324,26 @@ def _signing_secret(path: Path) -> str:
 def _origin(url: str) -> str:
     parsed = httpx.URL(url)
     return f"{parsed.scheme}://{parsed.netloc.decode('ascii')}"
+
+
+def bucket_of(settings: Settings) -> Bucket | None:
+    """The operator's bucket. Raises SettingsError where only half of it is said."""
+    secret = settings.bucket_secret.get_secret_value() if settings.bucket_secret else None
+    needed = {
+        "BUCKET_ENDPOINT_URL": settings.bucket_url,
+        "BUCKET_NAME": settings.bucket_name,
+        "BUCKET_ACCESS_KEY_ID": settings.bucket_key_id,
+        "BUCKET_SECRET_ACCESS_KEY": secret,
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if len(missing) == len(needed):
+        return None
+    if missing:
+        raise SettingsError(f"{', '.join(missing)}: not set, though other settings of the bucket are")
+    return Bucket(
+        settings.bucket_url or "",
+        settings.bucket_name or "",
+        settings.bucket_key_id or "",
+        secret or "",
+        settings.bucket_region,
+    )

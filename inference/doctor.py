@@ -14,8 +14,8 @@ import imageio_ffmpeg
 import numpy as np
 
 from inference.build import build_ledger, choose_engine, describe_gpu, engine_note, open_queue
-from inference.engines.runway_models import USD_PER_CREDIT
-from inference.engines.runway_wire import RunwayApi
+from inference.engines.runway.models import USD_PER_CREDIT
+from inference.engines.runway.wire import RunwayApi
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError

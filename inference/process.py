@@ -11,7 +11,7 @@ import structlog
 
 from inference import terminal
 from inference.errors import EngineHung, I2VError
-from inference.worker import Worker
+from inference.leasing.polling import Worker
 
 log = structlog.get_logger(__name__)
 

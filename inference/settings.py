@@ -14,12 +14,12 @@ from typing import Annotated, Literal, Self
 import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from inference.engines.runway_models import MIN_DURATION_S, MODELS
+from inference.engines.runway.models import MIN_DURATION_S, MODELS
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
-from inference.network import flaw_in, safe_for_a_key
 from inference.queues.lifeisshort_wire import worker_api_url
 from inference.settings_base import LoadableSettings, names_of, setting
+from inference.transfer.network import flaw_in, safe_for_a_key
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(gt=0)]

@@ -25,8 +25,8 @@ from rich.text import Text
 from inference.engines.wan.weights import FileProgress
 from inference.errors import legible
 from inference.logs import json_escaped
-from inference.progress import Progress as Snapshot
-from inference.progress import Sink
+from inference.progress.tracker import Progress as Snapshot
+from inference.progress.tracker import Sink
 from inference.task import Video
 
 out = Console(highlight=False, soft_wrap=True)

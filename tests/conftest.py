@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from inference.settings import Settings
-from tests.simulation import PHOTO
+from tests.simulation.leases import PHOTO
 
 # Pytest's workers are the threads. Torch, which is not imported yet, reads it once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

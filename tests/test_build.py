@@ -16,11 +16,11 @@ from inference.build import (
 )
 from inference.engines.preview import PreviewEngine
 from inference.errors import DiskFull, InvalidRequest, SettingsError
-from inference.queues.memory import MemoryQueue
-from inference.queues.oracle import MemoryStore
-from inference.scratch import scratch_folder
+from inference.leasing.scratch import scratch_folder
 from inference.settings import Settings
 from inference.task import GenerationRequest
+from inference.testing.memory_queue import MemoryQueue
+from inference.testing.memory_store import MemoryStore
 
 
 def test_the_signing_secret_is_made_once_and_kept_private(tmp_path):

@@ -21,16 +21,16 @@ PYTEST = (
     *("-p", "pytest_timeout", "--timeout", "10", "--timeout-method", "thread"),
     *("-p", "anyio.pytest_plugin"),
 )
-SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation.py", "--stop", "--seeds", "400")
+SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation/leases.py", "--stop", "--seeds", "400")
 CHECKS = {
-    "inference/keeper.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
-    "inference/runner.py": [(*PYTEST, "tests/test_runner.py"), SIMULATION],
-    "inference/seat.py": [(*PYTEST, "tests/test_runner.py")],
-    "inference/dispatch.py": [(*PYTEST, "tests/test_dispatch.py", "-k", "lease or refused or money")],
-    "inference/host.py": [(*PYTEST, "tests/test_host.py")],
-    "inference/queues/oracle.py": [(*PYTEST, "tests/server/test_store.py", "-k", "memory")],
-    "inference/server/removal.py": [(*PYTEST, "tests/server/test_removal.py", "-k", "sqlite")],
-    "inference/server/statements.py": [(*PYTEST, "tests/server/test_store.py", "-k", "sqlite")],
+    "inference/leasing/keeper.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/leasing/runner.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/engines/turns.py": [(*PYTEST, "tests/leasing/test_runner.py")],
+    "inference/fleet/dispatch.py": [(*PYTEST, "tests/fleet/test_dispatch.py", "-k", "lease or refused or money")],
+    "inference/fleet/warm_worker.py": [(*PYTEST, "tests/fleet/test_warm_worker.py")],
+    "inference/testing/memory_store.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "memory")],
+    "inference/server/rows/removal.py": [(*PYTEST, "tests/server/rows/test_removal.py", "-k", "sqlite")],
+    "inference/server/rows/statements.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "sqlite")],
 }
 """What has to turn red when a fence of the module is taken out: one of these, quickest first."""
 
@@ -63,12 +63,12 @@ def fences() -> list[Mutant]:
 def weakened() -> list[Mutant]:
     """Rules that are not a line of their own: made weaker instead of taken out."""
     changes = [
-        ("inference/keeper.py", "WORK_SHARE = 2 / 3", "WORK_SHARE = 100"),
-        ("inference/keeper.py", "wait_s = self._second_beat_s", "wait_s = self._interval_s"),
-        ("inference/seat.py", "async with self._free:", "if True:"),
-        ("inference/seat.py", "with anyio.move_on_after(self._limit_s):", "with anyio.move_on_after(1e9):"),
+        ("inference/leasing/keeper.py", "WORK_SHARE = 2 / 3", "WORK_SHARE = 100"),
+        ("inference/leasing/keeper.py", "wait_s = self._second_beat_s", "wait_s = self._interval_s"),
+        ("inference/engines/turns.py", "async with self._free:", "if True:"),
+        ("inference/engines/turns.py", "with anyio.move_on_after(self._limit_s):", "with anyio.move_on_after(1e9):"),
         (
-            "inference/keeper.py",
+            "inference/leasing/keeper.py",
             "with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):",
             "with anyio.move_on_after(RELEASE_LIMIT_S):",
         ),

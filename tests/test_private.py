@@ -10,8 +10,8 @@ import pytest
 
 from inference import private
 from inference.build import build_server_config
-from inference.records import SqliteRecords
-from inference.runpod_tick import alone
+from inference.on_runpod.tick import alone
+from inference.payments.records import SqliteRecords
 from inference.settings import Settings
 from tests.server.harness import app_client, jpeg, running_server
 

@@ -4,9 +4,9 @@ import signal
 
 import pytest
 
-from tests import storm
-from tests.processes import Site, until
-from tests.proxy import Hold, Weather
+from tests.simulation import storm
+from tests.support.processes import Site, until
+from tests.support.proxy import Hold, Weather
 
 BRIEF = {"LEASE_DURATION": 3, "I2V_LEASE_EXTENSION": 3}
 """For whoever is to lose its lease: the test waits it out."""
@@ -180,7 +180,7 @@ def test_lost_replies_lose_nothing(site):
     assert [row.crash_count for row in books.rows] == [0] * 4
 
 
-@pytest.mark.slow  # the soak is `python -m tests.storm`
+@pytest.mark.slow  # the soak is `python -m tests.simulation.storm`
 def test_a_storm_leaves_the_ledger_exact(tmp_path):
     """Kills, pauses, stops and restarts at random for a while; afterwards every task has ended once, and rightly."""
     books = storm.run(tmp_path, seconds=9, tasks=12, seed=4)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from inference.cli import app
+from inference.commands.main import app
 from inference.settings import Settings
 
 ROOT = Path(__file__).parent.parent

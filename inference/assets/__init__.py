@@ -1,1 +1,1 @@
-"""Files that ship with the package: `sample.jpg`, a landscape painted by tests/make_sample_photo.py."""
+"""Files that ship with the package: `sample.jpg`, a landscape painted by tests/support/make_sample_photo.py."""

@@ -9,8 +9,8 @@ import anyio
 import anyio.to_thread
 
 from inference.errors import CancelRequested, I2VError
-from inference.ledger import Purchase
-from inference.progress import ProgressTracker
+from inference.payments.ledger import Purchase
+from inference.progress.tracker import ProgressTracker
 from inference.task import GenerationRequest, Video
 
 T = TypeVar("T")

@@ -18,7 +18,6 @@ import httpx
 import structlog
 from pydantic import ValidationError
 
-from inference.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.errors import (
     CancelRequested,
     I2VError,
@@ -37,7 +36,7 @@ from inference.errors import (
     one_line,
 )
 from inference.media import photo
-from inference.progress import Progress
+from inference.progress.tracker import Progress
 from inference.queues.item import RELEASE_S
 from inference.queues.lifeisshort_wire import (
     BYPASS_HEADER,
@@ -48,13 +47,14 @@ from inference.queues.lifeisshort_wire import (
     SignedDownload,
     SignedUpload,
     identifier,
-    may_be_proxied,
     parse_task,
     worker_api_url,
 )
-from inference.storage import Storage
-from inference.storage_errors import FOREIGN, reason_of
 from inference.task import Lease, Video, explain
+from inference.transfer.addresses import may_be_proxied
+from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
+from inference.transfer.storage import Storage
+from inference.transfer.storage_errors import FOREIGN, reason_of
 
 __all__ = ["LifeIsShortQueue", "parse_task"]
 

@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from inference.errors import InvalidTask, QueueAuthError, QueueFailed, QueueRefused, QueueUnavailable, SettingsError
-from inference.network import safe_for_a_key
 from inference.queues.item import duration_s
 from inference.task import MAX_DURATION_S, QUEUE_FPS, Identifier, Task, explain
+from inference.transfer.network import safe_for_a_key
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -159,11 +158,3 @@ def worker_api_url(api_url: str) -> str:
         raise SettingsError(f"VERCEL_API_URL: {error}") from None
     path = url.path.rstrip("/").removesuffix("/api")
     return str(url.copy_with(path=f"{path}/api/worker/"))
-
-
-def may_be_proxied(url: str) -> bool:
-    """Whether a client of this worker API goes through the environment's proxy.
-
-    Plain http leads to this machine only: a proxy would look for it on its own, and read the key.
-    """
-    return httpx.URL(url).scheme == "https"

@@ -20,8 +20,8 @@ from inference.server.config import ServerConfig
 from inference.server.docs import BrowserRules, add_docs
 from inference.server.guard import Guard
 from inference.server.objects import ObjectStore, Signer
+from inference.server.rows.store import Store
 from inference.server.storage_api import Presigner, storage_routes
-from inference.server.store import Store
 from inference.server.submit_api import submit_routes
 from inference.server.tidy import keep_tidy
 from inference.server.worker_api import presign_routes, worker_routes

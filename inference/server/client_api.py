@@ -10,8 +10,8 @@ from inference.queues.item import Item, ItemProgress, Status
 from inference.server.answers import Answer, errors
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
+from inference.server.rows.store import Group, Store
 from inference.server.storage_api import Presigner
-from inference.server.store import Group, Store
 from inference.server.tidy import discard
 from inference.server.wire import Name, iso
 

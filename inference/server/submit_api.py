@@ -19,7 +19,7 @@ from inference.server.answers import Answer, errors
 from inference.server.client_api import TaskView, task_view
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore, copy
-from inference.server.store import NewItem, NewPhoto, Once, Store, new_id
+from inference.server.rows.store import NewItem, NewPhoto, Once, Store, new_id
 from inference.server.tidy import discard
 from inference.server.wire import Name, Prompt, Provider
 from inference.task import MAX_DURATION_S, QUEUE_FPS

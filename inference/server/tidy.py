@@ -15,8 +15,8 @@ import structlog
 from inference.errors import I2VError
 from inference.server.config import ServerConfig
 from inference.server.objects import STALE_S, ObjectStore
+from inference.server.rows.store import Store
 from inference.server.storage_api import VIDEOS
-from inference.server.store import Store
 
 PAUSE_S = 300.0
 """Between one round and the next."""

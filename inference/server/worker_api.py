@@ -13,8 +13,8 @@ from inference.queues.item import Item, ItemProgress, Lane
 from inference.server.answers import Answer, Failure, errors, failure
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
+from inference.server.rows.store import Store
 from inference.server.storage_api import VIDEOS, Presigner
-from inference.server.store import Store
 from inference.server.wire import (
     UNKNOWN_ERROR,
     ErrorText,

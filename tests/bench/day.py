@@ -21,19 +21,20 @@ from pathlib import Path
 
 import anyio
 
-from inference.board import Board
-from inference.dispatch import Dispatcher, Sized
-from inference.host import Host
-from inference.ledger import Ledger
-from inference.plan import Rules
-from inference.queues.memory import Faults, MemoryQueue
-from inference.queues.oracle import MemoryStore
-from inference.records import MemoryRecords
-from inference.runner import Runner
-from inference.worker import Worker
-from tests.fleet_simulation import Container, SimulatedPool, cron
-from tests.simulation import PHOTO, TERMINAL, SimulatedEngine, quiet
-from tests.virtual import run_virtual
+from inference.fleet.containers import Sized
+from inference.fleet.dispatch import Dispatcher
+from inference.fleet.plan import Rules
+from inference.fleet.readings import Board
+from inference.fleet.warm_worker import Host
+from inference.leasing.polling import Worker
+from inference.leasing.runner import Runner
+from inference.payments.ledger import Ledger
+from inference.payments.records import MemoryRecords
+from inference.testing.memory_queue import Faults, MemoryQueue
+from inference.testing.memory_store import MemoryStore
+from tests.simulation.fleet import Container, SimulatedPool, cron
+from tests.simulation.leases import PHOTO, TERMINAL, SimulatedEngine, quiet
+from tests.support.virtual import run_virtual
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 

@@ -32,8 +32,8 @@ from PIL import Image
 
 from inference import logs
 from inference.build import build_worker, open_queue
-from inference.client import QueueClient
 from inference.engines.base import Job
+from inference.server.client import QueueClient
 from inference.settings import Settings
 from inference.task import GenerationRequest, Video
 
@@ -166,7 +166,7 @@ def queue_server(folder: Path) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = os.environ | {"I2V_DATA_DIR": str(folder), "WORKER_API_KEY": KEY, "I2V_LOG_LEVEL": "error"}
-    command = [sys.executable, "-c", "from inference.cli import main; main()", "serve", "--port", str(port)]
+    command = [sys.executable, "-c", "from inference.commands.main import main; main()", "serve", "--port", str(port)]
     server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30

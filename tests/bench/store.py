@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from inference.server.store import NewItem, NewPhoto, Store
-from tests import postgres
+from inference.server.rows.store import NewItem, NewPhoto, Store
+from tests.support import postgres
 
 RESULTS = Path(__file__).parent / "results" / "store.json"
 TARGET_CYCLES_S = 1000

@@ -22,7 +22,7 @@ from inference.engines.wan.placement import GB
 from inference.engines.wan.presets import Preset
 from inference.engines.wan.speed import Switches
 from inference.errors import CancelRequested
-from inference.progress import Progress, ProgressTracker
+from inference.progress.tracker import Progress, ProgressTracker
 from inference.task import GenerationRequest
 from tests.bench.wan_models import Parts, Shape
 

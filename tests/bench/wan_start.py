@@ -19,7 +19,7 @@ import structlog  # noqa: E402
 from inference.build import build_engine  # noqa: E402
 from inference.engines.base import Job  # noqa: E402
 from inference.errors import CancelRequested  # noqa: E402
-from inference.progress import Progress, ProgressTracker  # noqa: E402
+from inference.progress.tracker import Progress, ProgressTracker  # noqa: E402
 from inference.settings import Settings  # noqa: E402
 from inference.task import GenerationRequest  # noqa: E402
 

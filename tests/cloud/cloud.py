@@ -16,7 +16,7 @@ from tests.cloud.containers import Container
 from tests.cloud.control_plane import ControlPlane
 from tests.cloud.objects import Function, Image, Input
 from tests.cloud.scheduler import Settings
-from tests.processes import environment, until
+from tests.support.processes import environment, until
 
 CLI_LIMIT_S = 90
 

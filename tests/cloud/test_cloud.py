@@ -11,10 +11,10 @@ import pytest
 from tests.cloud import golden
 from tests.cloud.cloud import Cloud
 from tests.cloud.containers import make_interpreter
-from tests.processes import until
+from tests.support.processes import until
 
 pytestmark = pytest.mark.slow
-"""It is used by tests/test_modal.py; these are for whoever changes it."""
+"""It is used by tests/on_modal/test_deployment.py; these are for whoever changes it."""
 
 APP = '''
 import asyncio, os

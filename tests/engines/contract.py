@@ -20,7 +20,7 @@ from PIL import Image
 from inference.engines.base import Engine, Job
 from inference.errors import CancelRequested, I2VError, InvalidPhoto, InvalidRequest
 from inference.media.video import probe
-from inference.progress import Progress, ProgressTracker, plan
+from inference.progress.tracker import Progress, ProgressTracker, plan
 from inference.task import GenerationRequest, Video
 from tests.media.hostile import many_scans
 

@@ -10,17 +10,17 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from inference.errors import CancelRequested, InvalidPhoto, ItemMissing, LeaseLost, ObjectMissing
-from inference.progress import Progress
+from inference.progress.tracker import Progress
 from inference.queues.base import TaskQueue
 from inference.queues.item import CRASHED, Item
 from inference.queues.lifeisshort import LifeIsShortQueue
-from inference.queues.memory import MemoryQueue
-from inference.queues.oracle import MemoryStore
-from inference.server.store import NewItem, NewPhoto, Store
-from inference.storage import Storage
+from inference.server.rows.store import NewItem, NewPhoto, Store
 from inference.task import Video
-from tests import postgres
+from inference.testing.memory_queue import MemoryQueue
+from inference.testing.memory_store import MemoryStore
+from inference.transfer.storage import Storage
 from tests.server import harness
+from tests.support import postgres
 
 pytestmark = pytest.mark.anyio
 

@@ -38,13 +38,13 @@ from inference.errors import (
     StorageUnavailable,
     UrlExpired,
 )
-from inference.progress import Progress
+from inference.leasing.polling import Worker
+from inference.leasing.runner import Runner
+from inference.progress.tracker import Progress
 from inference.queues.lifeisshort import LifeIsShortQueue, parse_task
-from inference.runner import Runner
-from inference.storage import Storage
 from inference.task import GenerationRequest, Lease, Task, Video
-from inference.worker import Worker
-from tests.test_runner import SleepyEngine
+from inference.transfer.storage import Storage
+from tests.leasing.test_runner import SleepyEngine
 
 pytestmark = pytest.mark.anyio
 

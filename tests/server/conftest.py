@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from inference.queues.item import Item
-from inference.queues.oracle import MemoryStore
-from inference.server.store import NewItem, NewPhoto, Store, new_id
-from tests import postgres
+from inference.server.rows.store import NewItem, NewPhoto, Store, new_id
+from inference.testing.memory_store import MemoryStore
+from tests.support import postgres
 
 GROUP = "group-1"
 SQL = ("sqlite", "postgresql")

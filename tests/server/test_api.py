@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from inference.server.guard import Guard
-from tests.processes import until
 from tests.server.harness import KEY, app_client, config, jpeg
+from tests.support.processes import until
 
 ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 

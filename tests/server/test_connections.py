@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from inference.server.connections import Patience
-from tests.processes import I2V, environment
 from tests.server.harness import KEY, config, jpeg, running_server
+from tests.support.processes import I2V, environment
 
 HALF = b"POST /api/worker/next-task HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Part: "
 """A request whose header does not end."""

@@ -8,7 +8,7 @@ from fastapi import UploadFile
 
 from inference.errors import QueueUnavailable
 from inference.server.objects import ObjectStore
-from inference.server.store import NewItem, NewPhoto, Once, Store
+from inference.server.rows.store import NewItem, NewPhoto, Once, Store
 from inference.server.submit_api import add_items, store_photo
 from tests.server.harness import KEY, app_client, config, jpeg
 

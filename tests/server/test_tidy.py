@@ -12,9 +12,9 @@ import pytest
 from inference.errors import StorageUnavailable
 from inference.server import tidy
 from inference.server.objects import INCOMING, UNLOCKED_S, ObjectStore
-from inference.server.store import Store
-from tests.processes import until
+from inference.server.rows.store import Store
 from tests.server.harness import KEY, app_client, config, jpeg
+from tests.support.processes import until
 
 
 class Place:

@@ -20,7 +20,7 @@ from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS, Schedule
 from inference.errors import CancelRequested, EngineFailed, EngineLost, I2VError, MachineFault, SettingsError
 from inference.media.video import probe
-from inference.progress import ProgressTracker
+from inference.progress.tracker import ProgressTracker
 from inference.task import GenerationRequest
 from tests.engines.contract import EngineContract, landscape
 from tests.engines.wan.conftest import SMALL, make_engine, shared_models

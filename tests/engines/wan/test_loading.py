@@ -26,7 +26,7 @@ from inference.errors import CancelRequested, SettingsError, WeightsError
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
 from tests.engines.wan.test_against_diffusers import our_latents
 from tests.engines.wan.test_engine import frames_of
-from tests.processes import environment
+from tests.support.processes import environment
 
 CPU = torch.device("cpu")
 

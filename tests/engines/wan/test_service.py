@@ -7,15 +7,15 @@ import pytest
 
 from inference import doctor
 from inference.build import build_worker, load_engine, open_queue
-from inference.client import QueueClient
 from inference.engines.wan.presets import PRESETS
 from inference.media.video import probe
-from inference.progress import Progress
+from inference.progress.tracker import Progress
+from inference.server.client import QueueClient
 from inference.settings import Settings
+from tests.commands.test_main import here, home  # noqa: F401 - fixtures
 from tests.engines.wan.conftest import tiny_weights
-from tests.processes import Process, until
 from tests.server.harness import KEY, config, running_server
-from tests.test_cli import here, home  # noqa: F401 - fixtures
+from tests.support.processes import Process, until
 
 
 @pytest.fixture

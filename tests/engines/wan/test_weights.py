@@ -25,10 +25,10 @@ from inference.engines.wan import bf16, fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset, Repository
 from inference.engines.wan.weights import LOCK, check, folder_of, read_ahead, require, weight_files
 from inference.errors import DiskFull, WeightsError
-from tests.disk import small_disk
 from tests.engines.wan.conftest import tiny_weights
 from tests.engines.wan.hub import Fault, Hub, git_sha1, sha256
-from tests.processes import until
+from tests.support.disk import small_disk
+from tests.support.processes import until
 
 ROOT = Path(__file__).parents[3]
 MODEL, LORAS = "wan/model", "light/loras"

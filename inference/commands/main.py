@@ -1,0 +1,367 @@
+"""`i2v …`: every way to run this on a machine of one's own. What each command does is in its help text."""
+
+import json
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+import anyio
+import structlog
+import typer
+from anyio.abc import TaskStatus
+
+from inference import doctor as doctor_module
+from inference import logs, process, terminal
+from inference.build import (
+    build_ledger,
+    build_server_config,
+    build_worker,
+    choose_engine,
+    engine_note,
+    load_engine,
+    open_queue,
+)
+from inference.commands.payments import payments
+from inference.commands.render import render
+from inference.commands.runpod import app as runpod_app
+from inference.commands.start import Photo, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
+from inference.commands.weights import app as weights_app
+from inference.errors import (
+    EngineFailed,
+    QueueFailed,
+    QueueUnavailable,
+    SettingsError,
+)
+from inference.on_modal.doctor import examine_modal
+from inference.progress.tracker import Sink
+from inference.server.client import QueueClient
+from inference.settings import Settings
+from inference.task import Lease, Outcome
+
+log = structlog.get_logger(__name__)
+
+app = typer.Typer(
+    name="i2v",
+    help="Photos become short videos: a queue, workers that lease from it, and a preview engine to try it all with.\n\n"
+    "Start with `i2v demo`. Settings come from the environment or `.env`; `.env.example` lists them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+BEAT_AT_HOME_S = 2.0
+
+
+@app.command(epilog='Example: `i2v demo holiday.jpg --prompt "pan left"`')
+def demo(
+    photo: Annotated[
+        Path | None, typer.Argument(help="Your photo; a bundled one unless given.", exists=True, dir_okay=False)
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What should happen.")] = "slow dolly-in",
+    seconds: Seconds = 5,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("i2v-demo.mp4"),
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """One photo through a real queue over HTTP: no GPU, no account, nothing left behind but the mp4."""
+    check_mp4(output)
+    logs.configure("debug" if verbose else "error")
+    with (
+        temporary_folder("i2v-demo-") as folder,
+        resources.as_file(resources.files("inference.assets") / "sample.jpg") as sample,
+    ):
+        # Not from the environment: a demo shows the same wherever it runs.
+        settings = Settings.isolated(
+            port=0, data_dir=folder, temp_dir=folder, api_key=secrets.token_urlsafe(), worker_id="demo"
+        )
+        process.run(lambda: _demo(settings, photo or sample, prompt, seconds, output.absolute()))
+
+
+async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, output: Path) -> None:
+    outcomes: list[Outcome] = []
+    async with _serving(settings) as here, _client(here) as client, open_queue(here) as queue:
+        terminal.say(f"A queue is open at {here.api_url}. The engine is {engine_note(here)}.")
+        [task] = await client.submit(photo, prompt, seconds=seconds)
+        terminal.say(f"  submitted  {photo.name}, “{prompt}”, {seconds:g} s → task {task['id']}")
+        with terminal.bar("working") as sink:
+            engine = await load_engine(here)
+            await build_worker(here, queue, engine, sink=lambda _: sink, on_outcome=outcomes.append).run(at_most=1)
+        [outcome] = outcomes
+        if outcome.video is None:
+            raise EngineFailed(f"no video was made: {outcome.error}")
+        await client.save_video(task["id"], output)
+        terminal.completed(terminal.describe(outcome.video))
+        terminal.say(f"  time       {terminal.times(outcome.stage_seconds)}")
+        terminal.result(output)
+
+
+@app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
+def up(
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """The queue server and a worker together, until Ctrl-C. Data stays in I2V_DATA_DIR."""
+    settings = start(None, verbose=verbose, port=port)
+
+    async def main() -> None:
+        async with _serving(settings) as here:
+            terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), one worker, engine {here.engine}.")
+            terminal.tell(f"Submit with: i2v submit PHOTO PROMPT --url {here.api_url}")
+            # Beats tell the queue how far the work is, and the worker that it was cancelled; here they cost nothing.
+            beat_s = min(here.heartbeat_interval_s, BEAT_AT_HOME_S)
+            await _work(here.model_copy(update={"heartbeat_interval_s": beat_s}))
+
+    process.run(main, cancel_on_signal=False)
+
+
+@app.command(epilog="Example: `WORKER_API_KEY=… i2v serve --host 0.0.0.0`")
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to bind to; others than loopback need a key.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL."""
+    settings = start(None, verbose=verbose, host=host, port=port)
+
+    async def main() -> None:
+        async with _serving(settings) as here:
+            folder = here.data_dir.absolute()
+            terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), data in {folder}.")
+            await anyio.sleep_forever()
+
+    process.run(main, stopped_exit_code=0)
+
+
+@app.command(epilog="Example: `VERCEL_API_URL=https://app.example.com WORKER_API_KEY=… i2v work`")
+def work(
+    url: Url = None,
+    concurrency: Annotated[int | None, typer.Option(help="Tasks held at once.", min=1, max=64)] = None,
+    engine: Annotated[Literal["preview", "wan", "runway"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """A plain polling worker for any box: lease, run, repeat.
+
+    Unless the queue is on this machine, it has to know what makes the videos: I2V_ENGINE, --engine, or a Runway key.
+    On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
+    left and exits 0; a second signal hands back at once.
+    """
+    settings = choose_engine(
+        start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
+    )
+    process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
+
+
+async def _work(settings: Settings, *, once: bool = False) -> None:
+    taken: list[str] = []
+
+    def sink(lease: Lease) -> Sink:
+        taken.append(lease.task.item_id)
+        return logs.stages(lease.task.item_id)
+
+    async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
+        engine = await load_engine(settings)  # before a task is taken: nobody else should wait for these weights
+        if settings.engine == "runway":
+            await build_ledger(settings).prune()
+        worker = build_worker(settings, queue, engine, sink=sink)
+        log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
+        tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
+        try:
+            await worker.run(at_most=1 if once else None)
+        except QueueFailed:  # it is there
+            raise
+        except QueueUnavailable as error:
+            raise QueueUnavailable(f"no queue at {settings.api_url}, see VERCEL_API_URL or --url: {error}") from None
+        tasks.cancel_scope.cancel()
+    if once and not taken:
+        log.info("no_task")
+        terminal.tell("The queue has no task to take.")
+    log.info("worker_stopped")
+
+
+@app.command(epilog='Example: `i2v submit photo.jpg "pan left" --count 2 --wait -o out.mp4`')
+def submit(
+    photo: Photo,
+    prompt: Prompt = "",
+    seconds: Seconds = 5,
+    count: Annotated[int, typer.Option("--count", "-n", help="Videos of this photo.", min=1, max=20)] = 1,
+    group: Annotated[str | None, typer.Option(help="Id or name of a group; a new one unless given.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Wait, and save the mp4 here.")] = None,
+    url: Url = None,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until the videos are done.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks."""
+    if output:
+        check_mp4(output)
+    settings = _client_settings(url, verbose=verbose)
+    if output and count > 1:
+        raise SettingsError("--output takes one video; leave out --count, or save them one by one with `i2v fetch`")
+
+    async def main() -> None:
+        async with _client(settings) as client:
+            tasks = await client.submit(photo, prompt, seconds=seconds, count=count, group=group)
+            for task in tasks:
+                terminal.result(task["id"])
+            if not (wait or output):
+                return
+            for task in tasks:
+                with terminal.bar(task["id"][:8]) as sink:
+                    ended = await client.until_ended(task["id"], sink)
+                if ended["status"] != "completed":
+                    reason = f": {ended['error_message']}" if ended["error_message"] else ""
+                    raise EngineFailed(f"task {task['id']} ended {ended['status']}{reason}")
+                if output:
+                    terminal.result((await client.save_video(task["id"], output)).absolute())
+                else:
+                    terminal.say(f"completed; save it with: i2v fetch {task['id']} -o out.mp4")
+
+    process.run(main)
+
+
+@app.command(epilog="Example: `i2v fetch ID -o out.mp4`, with an ID from `i2v tasks`")
+def fetch(
+    item_id: Annotated[str, typer.Argument(metavar="ID", help="A completed task.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
+    url: Url = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """Downloads the video of a completed task from an embedded queue."""
+    check_mp4(output)
+    settings = _client_settings(url, verbose=verbose)
+
+    async def main() -> None:
+        async with _client(settings) as client:
+            terminal.result(await client.save_video(item_id, output.absolute()))
+
+    process.run(main)
+
+
+app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')(render)
+
+
+@app.command(epilog="Example: `i2v tasks --status failed`, then `i2v tasks --retry ID`")
+def tasks(
+    status: Annotated[
+        Literal["pending", "processing", "completed", "failed", "cancelled"] | None, typer.Option(help="Only these.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="At most so many.", min=1, max=200)] = 20,
+    cancel: Annotated[str | None, typer.Option(metavar="ID", help="Cancel this task.")] = None,
+    retry: Annotated[str | None, typer.Option(metavar="ID", help="Put this failed or cancelled task back.")] = None,
+    delete: Annotated[
+        str | None, typer.Option(metavar="ID", help="Delete this task and its video, with the last one its photo, too.")
+    ] = None,
+    url: Url = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON lines.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """The tasks of an embedded queue, newest first."""
+    settings = _client_settings(url, verbose=verbose)
+
+    async def main() -> None:
+        async with _client(settings) as client:
+            if delete:
+                await client.delete(delete)
+                terminal.say("Deleted.")
+                return
+            if cancel or retry:
+                changed = await (client.cancel(cancel) if cancel else client.retry(retry or ""))
+                shown = [changed]
+            else:
+                shown = await client.tasks(status=status, limit=limit)
+        if as_json:
+            for task in shown:
+                terminal.json_line(json.dumps(task, ensure_ascii=False))
+        elif shown:
+            terminal.show_tasks(shown)
+        else:
+            terminal.say("No tasks.")
+
+    process.run(main)
+
+
+app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com")(payments)
+app.add_typer(weights_app)
+app.add_typer(runpod_app)
+
+
+@app.command(epilog="Example: `i2v doctor --url https://app.example.com`, or `i2v doctor modal` before deploying")
+def doctor(
+    deployment: Annotated[
+        Literal["modal"] | None, typer.Argument(help="What to deploy to, instead of what runs here.")
+    ] = None,
+    url: Url = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """Checks settings, ffmpeg, disk and the queue, or a deployment: one line each; exits 1 if something is wrong."""
+    logs.configure("debug" if verbose else "error")
+
+    def load() -> Settings:
+        return Settings.load(api_url=url)
+
+    async def main() -> bool:
+        sound = True
+        findings = examine_modal(load, Path.cwd()) if deployment == "modal" else doctor_module.examine(load)
+        async for finding in findings:
+            terminal.finding(finding.name, finding.verdict, finding.text)
+            sound = sound and finding.verdict != "FAIL"
+        return sound
+
+    if not anyio.run(main):
+        raise typer.Exit(1)
+
+
+def _client_settings(url: str | None, *, verbose: bool) -> Settings:
+    """Apps on this machine find the server of `i2v up` by themselves."""
+    settings = start("warning", verbose=verbose, api_url=url)
+    return settings.model_copy(update={"api_url": settings.api_url or f"http://127.0.0.1:{settings.port}"})
+
+
+def _client(settings: Settings) -> QueueClient:
+    return QueueClient(settings.api_url or "", settings.api_key.get_secret_value() if settings.api_key else None)
+
+
+@asynccontextmanager
+async def _serving(settings: Settings) -> AsyncIterator[Settings]:
+    """The embedded queue for the length of a block, and settings under which a worker here reaches it.
+
+    A block that is cancelled finds it open to the end: its worker hands back what it holds.
+    """
+    config = build_server_config(settings)
+    from inference.server.serve import serve as serve_queue  # noqa: PLC0415 - an extra
+
+    lifetime = anyio.CancelScope(shield=True)
+
+    async def run(*, task_status: TaskStatus[tuple[str, int]]) -> None:
+        with lifetime:
+            await serve_queue(config, settings.host, settings.port, task_status=task_status)
+
+    async with anyio.create_task_group() as tasks:
+        try:
+            host, port = await tasks.start(run)
+            reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
+            yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
+        finally:
+            lifetime.cancel()
+
+
+def main() -> None:
+    """The `i2v` command. Errors are one line that says what to do; `-v` shows where they came from."""
+    with process.told_errors(verbose=bool({"-v", "--verbose"}.intersection(sys.argv))):
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`i2v render`: one photo through an engine, without a queue."""
+
+import hashlib
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import anyio
+import typer
+
+from inference import process, terminal
+from inference.build import build_ledger, engine_note, load_engine, refuse
+from inference.commands.start import OPTIONS, Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
+from inference.engines.base import Job
+from inference.errors import I2VError, SettingsError
+from inference.payments.ledger import Purchase, digest
+from inference.progress.tracker import ProgressTracker
+from inference.settings import Settings
+from inference.task import GenerationRequest, Video, asked_as
+
+
+def render(  # noqa: PLR0917 - as many arguments as it has options
+    photo: Photo,
+    prompt: Prompt = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
+    seconds: Seconds = 5,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same video.", min=0)] = None,
+    engine: Annotated[Literal["preview", "wan", "runway"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Of the Wan engine, instead of I2V_WAN_PRESET.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What should not be seen, where the preset can do that.")] = None,
+    last: Annotated[
+        Path | None, typer.Option(help="A photo to end on, where the preset can do that.", exists=True, dir_okay=False)
+    ] = None,
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """One photo, no queue: straight through the engine into a file.
+
+    With `--engine runway` it is paid for. Interrupted, the same command goes on with what was paid for already.
+    """
+    check_mp4(output)
+    settings = start("warning", verbose=verbose, engine=engine, wan_preset=preset)
+    with asked_as(OPTIONS):
+        request = GenerationRequest(
+            prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed, last_photo=last
+        )
+        refuse(settings, request)
+    process.run(lambda: _render(settings, request, photo, output.absolute()))
+
+
+async def _render(settings: Settings, request: GenerationRequest, photo: Path, output: Path) -> None:
+    terminal.say(f"The engine is {engine_note(settings)}.")
+    started = anyio.current_time()
+    chosen = await load_engine(settings)
+    loaded_s = anyio.current_time() - started
+    purchase = await anyio.to_thread.run_sync(_purchase, settings, request, photo)
+    # Beside the output, on the same filesystem: the finished file appears whole or not at all.
+    with temporary_folder(".i2v-", output.parent) as folder, terminal.bar("rendering") as sink:
+        tracker = ProgressTracker(chosen.stages, sink)
+        try:
+            video = await chosen.generate(request, photo, Path(folder), Job(tracker, purchase))
+        except anyio.get_cancelled_exc_class():
+            if purchase is not None and await _is_paid(purchase):
+                terminal.say("It goes on at Runway: the same command fetches what was paid for.")
+            raise
+        video.path.replace(output)
+        tracker.finish()
+    if purchase is not None:
+        await purchase.end("delivered")
+    terminal.say(f"  {terminal.describe(video)}{_notes(video)}")
+    terminal.say(f"  time  {terminal.times({'load': loaded_s} | tracker.stage_seconds())}")
+    terminal.result(output)
+
+
+def _purchase(settings: Settings, request: GenerationRequest, photo: Path) -> Purchase | None:
+    """The books, where the engine is paid by the clip: under one name for the same photo and wishes."""
+    if settings.engine != "runway":
+        return None
+    try:
+        photo_digest = hashlib.sha256(photo.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SettingsError(f"{photo} cannot be read: {error.strerror}") from None
+    asked = request.model_dump(mode="json", exclude_none=True)
+    return build_ledger(settings).purchase(f"render-{digest(photo=photo_digest, **asked)}", secrets.token_hex(6))
+
+
+async def _is_paid(purchase: Purchase) -> bool:
+    is_paid = False
+    with anyio.CancelScope(shield=True), suppress(I2VError):
+        is_paid = await purchase.is_ours()
+    return is_paid
+
+
+def _notes(video: Video) -> str:
+    seed = "" if video.seed is None else f" · seed {video.seed}"
+    cost = "" if video.cost_usd is None else f" · ${video.cost_usd:.2f}"
+    return seed + cost + (f" · as it came: {video.as_it_came}" if video.as_it_came else "")

@@ -1,0 +1,1 @@
+"""Runway's API, and paying it once."""

@@ -1,0 +1,337 @@
+"""The tick that leases tasks and sends each to where it will run.
+
+A tick leases only what can start (`plan.py`), and keeps no task: each lease travels to a container at once, and one
+that no pool can take is handed back before the tick ends.
+"""
+
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
+import structlog
+
+from inference.errors import (
+    I2VError,
+    InvalidTask,
+    PoolUnavailable,
+    QueueUnavailable,
+    RecordsUnavailable,
+)
+from inference.fleet.containers import Containers, Live, Sized
+from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, choices, cost_usd, plan
+from inference.fleet.readings import Board, PoolName
+from inference.leasing.taking import hand_back, lease_from
+from inference.payments.ledger import Ledger
+from inference.queues.base import TaskQueue
+from inference.queues.item import Lane, lane
+from inference.task import Lease, Task
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+LOOK_AHEAD: dict[PoolName, int] = {"gpu": 8, "runway": 50}
+"""How many tasks that no pool can take now a tick looks past in one queue, by their first choice. Those for the GPU
+move on by themselves; those for Runway can stand there until midnight, and must not hide all others."""
+
+PROBE_AFTER_S = 600.0
+"""How long a failing pool is left alone before one container without a task is asked whether it works again, while
+tasks wait; twice as long after each time that it did not."""
+
+MAX_DOUBLINGS = 4
+
+PLAN_S, LEASE_UNTIL_S, TICK_S = 22.0, 26.0, 36.0
+"""Seconds into a tick: looking around has to have ended, the last lease is asked for, everything else is given up.
+Handing back (6 s), the money set aside (4 s) and writing down what was done (4 s) come on top: 50 s of a minute."""
+
+CALL_S = 10.0
+"""How long a queue or a platform is waited for, one call."""
+
+NOTE_S = 4.0
+"""How long the board is waited for at the end of a tick."""
+
+
+class Dispatcher:
+    """One tick at a time: looks, plans, leases, sends, hands back what does not fit."""
+
+    def __init__(
+        self,
+        queues: Mapping[Lane | None, TaskQueue],
+        pools: Mapping[PoolName, tuple[Sized, Containers]],
+        board: Board,
+        ledger: Ledger,
+        rules: Rules,
+    ) -> None:
+        """`queues`: a connection that hands out any task under None, or one for each kind of task."""
+        self._queues, self._pools, self._board, self._ledger, self._rules = queues, pools, board, ledger, rules
+        self.troubles: list[str] = []  # of the last tick: a queue or a pool that did not do what it was asked
+
+    async def tick(self) -> str:
+        """Leases and sends what can start now; returns what was done, in one line that is also on the board.
+
+        Raises QueueAuthError, QueueRefused, RecordsUnavailable, PoolUnavailable where it took too long to find out
+        what there is; what was leased by then was sent or handed back.
+        """
+        began_at = anyio.current_time()
+        self.troubles = []
+        try:
+            tick = await self._look_around(began_at)
+        except I2VError as error:
+            await self._note(f"nothing: {error}")
+            raise
+        try:
+            with anyio.CancelScope(deadline=began_at + TICK_S):
+                for kind, queue in self._queues.items():
+                    await self._lease_from(queue, kind, tick)
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as tasks:
+                    for aside in tick.aside:
+                        tasks.start_soon(self._give_back, aside)
+        decision = f"sent {tick.sent['gpu']} to gpu, {tick.sent['runway']} to runway ({tick.plan.why}){tick.trouble()}"
+        log.log(30 if tick.troubles else 20, "dispatched", decision=decision)
+        await self._note(decision)
+        return decision
+
+    async def _note(self, decision: str) -> None:
+        """For people; what a tick did stands without it."""
+        with anyio.move_on_after(NOTE_S), suppress(RecordsUnavailable):
+            await self._board.decided(decision)
+
+    async def _look_around(self, began_at: float) -> "_Tick":
+        try:
+            with anyio.fail_after(PLAN_S):
+                has_runway = "runway" in self._pools
+                payments = await self._ledger.payments() if has_runway else []
+                paid_for = frozenset(payment.item_id for payment in payments if payment.status == "created")
+                plan = await self._plan(len(paid_for))
+                return _Tick(
+                    plan, self._rules, began_at, has_runway=has_runway, paid_for=paid_for, troubles=self.troubles
+                )
+        except TimeoutError:
+            raise PoolUnavailable(f"records, queue and pools did not all answer within {PLAN_S:g} s") from None
+
+    async def _plan(self, paid_for: int) -> Plan:
+        waiting = await self._waiting()
+        if waiting == 0:
+            await self._board.dry()
+        gpu = await self._pool("gpu", waiting)
+        assert gpu is not None  # noqa: S101 - every fleet has one
+        return plan(
+            Fleet(
+                gpu=gpu,
+                runway=await self._pool("runway", None),  # what waits may be counted for the GPU alone
+                waiting=waiting,
+                undry_s=await self._board.undry_s(),
+                spent_usd=await self._ledger.spent_usd() if "runway" in self._pools else 0.0,
+                paid_for=paid_for,
+            ),
+            self._rules,
+        )
+
+    async def _pool(self, name: PoolName, waiting: int | None) -> Pool | None:
+        if name not in self._pools:
+            return None
+        size, containers = self._pools[name]
+        known = await self._board.pool(name)
+        failing = known.failing
+        try:
+            live = await _in_time(containers.live())
+        except PoolUnavailable as error:  # once is no reason to spend money elsewhere
+            log.warning("pool_unknown", pool=name, error=str(error))
+            self.troubles.append(f"{name}: {error}")
+            live = Live(running=size.slots, waiting=0)
+        else:
+            for_s = await self._board.seen_waiting(name, waits=live.waiting > 0 and live.running == 0)
+            if for_s > self._rules.ready_after_s:
+                failing = failing or f"no container has become ready for {for_s / 60:.0f} minutes"
+        if failing and waiting != 0:
+            self.troubles.append(f"{name} is failing")  # why is in the plan
+        # Somebody has to wait for it: a container that only shows that it cannot work is billed, too.
+        due_s = PROBE_AFTER_S * 2 ** min(known.tries, MAX_DOUBLINGS)
+        if known.failing and waiting != 0 and not live.waiting and self._board.since_s(known.failing_at) >= due_s:
+            await self._probe(name, containers)
+        held, clip_s = live.running + live.waiting, known.clip_s or FIRST_CLIP_S
+        return Pool(slots=size.slots, held=held, engines=size.engines, clip_s=clip_s, failing=failing)
+
+    async def _probe(self, name: PoolName, containers: Containers) -> None:
+        """Asks a failing pool to show that it works again, with nobody's task at stake."""
+        await self._board.tried(name)
+        try:
+            await _in_time(containers.send(None))
+        except PoolUnavailable as error:
+            log.warning("probe_failed", pool=name, error=str(error))
+
+    async def _waiting(self) -> int | None:
+        """Tasks that wait for a GPU, as far as the queue tells kinds apart."""
+        total = 0
+        for kind, queue in self._queues.items():
+            if kind == "runway" and "runway" in self._pools:
+                continue
+            try:
+                waiting = await queue.backlog()
+            except I2VError as error:
+                log.warning("backlog_unknown", error=str(error))
+                self.troubles.append(str(error))
+                return None
+            if waiting is None:
+                return None
+            total += waiting
+        return total
+
+    async def _lease_from(self, queue: TaskQueue, kind: Lane | None, tick: "_Tick") -> None:
+        """Takes what fits from one queue until it is dry, everything is full, or time is up."""
+        passed: dict[PoolName, int] = {"gpu": 0, "runway": 0}
+        while tick.has_room(kind) and all(passed[each] < LOOK_AHEAD[each] for each in passed):
+            try:
+                lease = await lease_from(queue, limit_s=CALL_S)
+            except InvalidTask as error:
+                log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
+                tick.malformed += 1
+                passed["gpu"] += 1
+                continue
+            except QueueUnavailable as error:
+                if str(error) not in tick.troubles:
+                    tick.troubles.append(str(error))
+                return
+            if lease is None:
+                if kind != "runway" and not passed["gpu"]:
+                    await self._board.dry()
+                return
+            if not await self._place(lease, queue, tick):
+                passed[tick.choices(lease.task)[0]] += 1
+
+    async def _place(self, lease: Lease, queue: TaskQueue, tick: "_Tick") -> bool:
+        """Sends a lease to where it can go; whatever happens on the way, it was sent or is put aside."""
+        name = tick.choose(lease.task)
+        if name is None:
+            tick.aside.append(_Aside(queue, lease))  # fence
+            return False
+        price_usd = (tick.price_usd(lease.task) or 0.0) if name == "runway" else 0.0
+        sent = False
+        try:
+            if price_usd:
+                await self._ledger.reserve(lease.task.item_id, price_usd)  # fence
+            await _in_time(self._pools[name][1].send(lease))
+            sent = True
+            tick.count(lease.task, name, price_usd)
+            log.info("sent", item_id=lease.task.item_id, worker_id=lease.worker_id, pool=name)
+        except I2VError as error:
+            tick.close(name, str(error))  # fence
+        finally:
+            if not sent:  # nobody else knows of this lease
+                tick.aside.append(_Aside(queue, lease, is_reserved=price_usd > 0))  # fence
+        return sent
+
+    async def _give_back(self, aside: "_Aside") -> None:
+        await hand_back(aside.queue, aside.lease)
+        if aside.is_reserved:
+            with anyio.move_on_after(NOTE_S):
+                try:
+                    await self._ledger.unreserve(aside.lease.task.item_id)
+                except I2VError as error:
+                    log.warning("still_reserved", item_id=aside.lease.task.item_id, error=str(error))
+
+
+async def _in_time(call: Awaitable[T]) -> T:
+    """What a platform answers. Raises PoolUnavailable where it does not."""
+    try:
+        with anyio.fail_after(CALL_S):
+            return await call
+    except TimeoutError:
+        raise PoolUnavailable(f"no answer within {CALL_S:g} s") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """A lease that goes back to its queue when the tick ends."""
+
+    queue: TaskQueue
+    lease: Lease
+    is_reserved: bool = False  # money was set aside for it
+
+
+class _Tick:
+    """What is left of a plan while a tick spends it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rules: Rules,
+        began_at: float,
+        *,
+        has_runway: bool,
+        paid_for: frozenset[str],
+        troubles: list[str],
+    ) -> None:
+        """`paid_for`: items whose clip is being made at Runway, or waits there; going on with it costs nothing."""
+        self.plan, self._rules, self._has_runway, self._paid_for = plan, rules, has_runway, paid_for
+        self._left: dict[PoolName, int] = {"gpu": plan.gpu, "runway": plan.runway}
+        self._overflow_left, self._budget_usd = plan.overflow, plan.budget_usd
+        self._leases_until = began_at + LEASE_UNTIL_S
+        self.sent: dict[PoolName, int] = {"gpu": 0, "runway": 0}
+        self.aside: list[_Aside] = []
+        self._closed: set[PoolName] = set()  # pools that did not take what was sent
+        self.troubles = troubles
+        self.malformed = 0
+
+    def has_room(self, kind: Lane | None) -> bool:
+        """Whether any task of a kind could be sent somewhere."""
+        if anyio.current_time() >= self._leases_until:
+            return False
+        gpu, runway = self._is_open("gpu"), self._is_open("runway")
+        match kind:
+            case "wan":
+                return gpu or (runway and self._overflow_left > 0)
+            case "runway":
+                return runway if self._has_runway else gpu
+            case _:
+                return gpu or runway
+
+    def choose(self, task: Task) -> PoolName | None:
+        """Where a task can go now."""
+        is_due = lane(task.provider) == "runway" or task.item_id in self._paid_for  # there, overflow or not
+        for name in self.choices(task):
+            if not self._is_open(name):
+                continue
+            if name == "gpu":
+                return name
+            price_usd = self.price_usd(task)
+            if price_usd is None and is_due:
+                return name  # the engine says why not, before anything is paid
+            if price_usd is not None and price_usd <= self._budget_usd and (is_due or self._overflow_left > 0):
+                return name
+        return None
+
+    def choices(self, task: Task) -> tuple[PoolName, ...]:
+        """The pools that may take a task in this fleet, first choice first."""
+        found = choices(task, self._rules, has_runway=self._has_runway)
+        return ("runway", *found) if task.item_id in self._paid_for else found
+
+    def price_usd(self, task: Task) -> float | None:
+        """What sending it to Runway may cost from now on; None where Runway cannot make it."""
+        return 0.0 if task.item_id in self._paid_for else cost_usd(task, self._rules)
+
+    def close(self, name: PoolName, why: str) -> None:
+        """A pool did not take what was sent: it is left alone for the rest of the tick."""
+        self._closed.add(name)
+        self.troubles.append(f"{name}: {why}")
+
+    def count(self, task: Task, name: PoolName, price_usd: float) -> None:
+        """A task was sent."""
+        self.sent[name] += 1
+        self._left[name] -= 1
+        if name == "runway":
+            self._budget_usd -= price_usd
+            self._overflow_left -= lane(task.provider) != "runway"
+
+    def trouble(self) -> str:
+        """What a person should know."""
+        parts = [f"handed back {len(self.aside)}"] if self.aside else []
+        parts += [f"{self.malformed} malformed"] if self.malformed else []
+        parts += self.troubles
+        return f"; {'; '.join(parts)}" if parts else ""
+
+    def _is_open(self, name: PoolName) -> bool:
+        return self._left[name] > 0 and name not in self._closed

@@ -1,0 +1,50 @@
+"""The dispatcher of a fleet, built from settings and from what a platform lends: records, and pools of containers."""
+
+import functools
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from inference.build import build_ledger, open_queue
+from inference.fleet.containers import Containers
+from inference.fleet.dispatch import Dispatcher
+from inference.fleet.readings import Board, PoolName
+from inference.fleet.shape import Shape, for_a_cold_start, rules
+from inference.payments.records import Records
+from inference.queues.base import TaskQueue
+from inference.queues.item import Lane
+from inference.settings import Settings
+
+
+@functools.cache
+def version(settings: Settings) -> str:
+    """A name for this code with these settings: after a deployment, containers of the one before take no more."""
+    digest = hashlib.sha256(json.dumps(settings.for_containers(), sort_keys=True).encode())
+    folder = Path(__file__).parents[1]  # the whole package
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@asynccontextmanager
+async def open_dispatcher(
+    settings: Settings,
+    shape: Shape,
+    records: Records,
+    containers: Mapping[PoolName, Containers],
+    board: Board | None = None,
+) -> AsyncIterator[Dispatcher]:
+    """What the cron runs. `board`: where the records hold more than one. Raises SettingsError, RecordsUnavailable."""
+    own = for_a_cold_start(settings, shape)
+    kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
+    async with AsyncExitStack() as stack:
+        queues: dict[Lane | None, TaskQueue] = {
+            kind: await stack.enter_async_context(open_queue(own.model_copy(update={"worker_type": kind})))
+            for kind in kinds
+        }
+        pools = {name: (size, containers[name]) for name, size in shape.sizes.items()}
+        board = board or Board(records)
+        await board.deployed(version(settings))
+        yield Dispatcher(queues, pools, board, build_ledger(settings, records), rules(settings, shape))

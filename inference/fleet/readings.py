@@ -1,0 +1,179 @@
+"""What the containers of a fleet tell the next tick: how long clips take, which pool fails, what was decided.
+
+Kept in records that outlive every container. Nothing here decides who owns a task: a reading that is a little old
+costs a minute, never a clip. Times are wall-clock seconds, since no two readers share a process.
+
+Containers write at the same time, and records know no compare-and-set. But one of two who `add` the same key is told
+so: what changes is kept under numbers, the next one is added, and whoever was second reads again and adds to that.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from inference.payments.records import Records
+from inference.task import Value
+
+PoolName = Literal["gpu", "runway"]
+
+SMOOTHING = 0.3
+"""Weight of the newest clip in the running mean of seconds per clip: about the last five count."""
+
+FAULTS = 3
+"""Leases of one pool in a row that its machines failed, not the tasks, until the pool counts as failing."""
+
+DECISIONS_KEPT = 20
+
+NUMBERS_KEPT = 50
+"""The oldest are removed. A writer adds to what it read milliseconds ago, so one that others overtook so often between
+the two finds its number taken, not free again."""
+
+
+class PoolRecord(Value):
+    """What is known of one pool."""
+
+    clip_s: float | None = None  # seconds one generation takes, a running mean; None until one was made
+    clips: int = 0
+    faults: int = 0  # in a row
+    failing: str | None = None  # why nothing should be sent there; None while it works
+    failing_at: float = 0.0  # when that was found, or last tried again
+    tries: int = 0  # how often it was tried again since
+    waiting_since: float | None = None  # when all that was sent there was first seen waiting for a container
+
+
+class Board:
+    """Readings of a fleet. Raises RecordsUnavailable."""
+
+    def __init__(self, records: Records, *, fleet: str | None = None, clock: Callable[[], float] = time.time) -> None:
+        """`fleet`: which of those that share the records; where there is one, it needs no name."""
+        self._records, self._clock = records, clock
+        self._prefix = "board" if fleet is None else f"board/{fleet}"
+
+    async def pool(self, name: PoolName) -> PoolRecord:
+        """What is known of a pool; of one that was never heard of, nothing."""
+        _, text = await self._newest(name)
+        return _read(text)
+
+    async def worked(self, name: PoolName, clip_s: float | None = None) -> None:
+        """The pool can work; with `clip_s`, it made a clip in so many seconds of its engine's time."""
+
+        def change(known: PoolRecord) -> dict[str, Any]:
+            update: dict[str, Any] = {"faults": 0, "failing": None, "tries": 0}
+            if clip_s is not None:
+                before = clip_s if known.clip_s is None else known.clip_s
+                update |= {"clip_s": round(before + SMOOTHING * (clip_s - before), 3), "clips": known.clips + 1}
+            return update
+
+        await self._update(name, change)
+
+    async def faulted(self, name: PoolName, why: str, *, certain: bool = False) -> None:
+        """A lease ended badly and its task may not be to blame; `certain` where the pool cannot work as it is."""
+
+        def change(known: PoolRecord) -> dict[str, Any]:
+            faults = known.faults + 1
+            is_failing = certain or faults >= FAULTS
+            return {"faults": faults} | ({"failing": why, "failing_at": self._clock()} if is_failing else {})
+
+        await self._update(name, change)
+
+    async def tried(self, name: PoolName) -> None:
+        """A failing pool was asked to show that it works again."""
+        await self._update(name, lambda known: {"failing_at": self._clock(), "tries": known.tries + 1})
+
+    async def seen_waiting(self, name: PoolName, *, waits: bool) -> float:
+        """Whether all that was sent to a pool waits for a container; returns for how long that has been so."""
+
+        def change(known: PoolRecord) -> dict[str, Any]:
+            is_known = waits == (known.waiting_since is not None)
+            return {} if is_known else {"waiting_since": self._clock() if waits else None}
+
+        known = await self._update(name, change)
+        return self.since_s(known.waiting_since) if known.waiting_since is not None else 0.0
+
+    async def deployed(self, version: str) -> None:
+        """What was deployed last: containers of anything else take no more tasks."""
+        if await self.version() != version:
+            await self._put("version", version)
+
+    async def version(self) -> str | None:
+        """What was deployed last; None before its first tick."""
+        return await self._get("version")
+
+    def since_s(self, at: float) -> float:
+        """Seconds since a reading was taken."""
+        return max(0.0, self._clock() - at)
+
+    async def dry(self) -> None:
+        """The queue had nothing to give."""
+        await self._put("dry", json.dumps(self._clock()))
+
+    async def undry_s(self) -> float:
+        """Seconds since the queue was last seen empty: nothing in it waits longer. 0 where it was never seen."""
+        try:
+            at = float(json.loads(await self._get("dry") or ""))
+        except (ValueError, TypeError):  # none yet, or of another version
+            await self.dry()
+            return 0.0
+        return self.since_s(at)
+
+    async def decided(self, decision: str) -> None:
+        """Keeps what a tick did, for whoever asks; the oldest is forgotten."""
+        at = self._clock()
+        await self._change("decisions", lambda text: json.dumps([*_decisions(text), (at, decision)][-DECISIONS_KEPT:]))
+
+    async def decisions(self) -> list[tuple[float, str]]:
+        """When and what, oldest first."""
+        _, text = await self._newest("decisions")
+        return _decisions(text)
+
+    async def _update(self, name: PoolName, change: Callable[[PoolRecord], dict[str, Any]]) -> PoolRecord:
+        """Changes fields of what is known of a pool; returns what is known then."""
+
+        def changed(text: str | None) -> str:
+            known = _read(text)
+            return known.model_copy(update=change(known)).model_dump_json()
+
+        return _read(await self._change(name, changed))
+
+    async def _change(self, key: str, change: Callable[[str | None], str]) -> str:
+        """Writes what `change` makes of what is there, whoever else writes; it may be asked several times."""
+        while True:
+            number, text = await self._newest(key)
+            if (changed := change(text)) == text:
+                return changed
+            if await self._records.add(f"{self._prefix}/{key}/{number + 1}", changed):
+                await self._put(f"{key}/newest", str(number + 1))
+                await self._records.remove(f"{self._prefix}/{key}/{number + 1 - NUMBERS_KEPT}")
+                return changed
+
+    async def _newest(self, key: str) -> tuple[int, str | None]:
+        """The last of the numbers and what is there; 0 and None where nothing is."""
+        said = await self._get(f"{key}/newest") or ""
+        number = int(said) if said.isdecimal() else 0
+        text = await self._get(f"{key}/{number}") if number else None
+        while (later := await self._get(f"{key}/{number + 1}")) is not None:  # added, and not yet said to be the newest
+            number, text = number + 1, later
+        return number, text
+
+    async def _get(self, key: str) -> str | None:
+        return await self._records.get(f"{self._prefix}/{key}")
+
+    async def _put(self, key: str, value: str) -> None:
+        await self._records.put(f"{self._prefix}/{key}", value)
+
+
+def _read(text: str | None) -> PoolRecord:
+    try:
+        return PoolRecord.model_validate_json(text) if text else PoolRecord()
+    except ValidationError:  # of another version: it is measured anew
+        return PoolRecord()
+
+
+def _decisions(text: str | None) -> list[tuple[float, str]]:
+    try:
+        return [(float(at), str(what)) for at, what in json.loads(text or "[]")]
+    except (ValueError, TypeError):
+        return []

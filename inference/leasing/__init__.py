@@ -1,0 +1,1 @@
+"""One lease from its first heartbeat to its report; taking leases, and handing them back."""

@@ -1,0 +1,208 @@
+"""One lease, from its first heartbeat to its report.
+
+    beat → beside everything from here on: beats (`keeper.py`)
+         → fetch photo → wait for the engine → generate → deliver → complete
+    any error → one Outcome, in `_settle`
+
+The order and the limits are reliability.md's: nothing is spent before the queue has confirmed the lease, and every
+try of every stage begins with a look at whether it is still ours.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import anyio
+import structlog
+
+from inference.engines.base import Engine, Job
+from inference.engines.turns import Seat
+from inference.errors import CancelRequested, I2VError, LeaseLost
+from inference.leasing.keeper import Keeper
+from inference.leasing.retry import Policy, repeat
+from inference.leasing.scratch import scratch_folder
+from inference.payments.ledger import Ledger, Purchase
+from inference.progress.tracker import ProgressTracker, Sink, plan
+from inference.queues.base import TaskQueue
+from inference.task import GenerationRequest, Lease, Outcome, Video
+
+log = structlog.get_logger(__name__)
+
+NOTE_S = 10.0
+"""How long the books are waited for when a lease has ended."""
+
+
+class Runner:
+    """Runs leases, several at once, on one engine that generates for `at_once` of them: a GPU for one at a time."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        engine: Engine | Seat,
+        *,
+        policy: Policy | None = None,
+        temp_dir: Path | None = None,
+        sink: Callable[[Lease], Sink] | None = None,
+        ledger: Ledger | None = None,
+        at_once: int = 1,
+    ) -> None:
+        """`engine`: this runner's own, used by `at_once` leases at a time, or a seat that it shares with others."""
+        self._queue, self._ledger = queue, ledger
+        self._policy = policy or Policy()
+        limit_s = self._policy.attempt_limit_s
+        self._seat = engine if isinstance(engine, Seat) else Seat(engine, at_once=at_once, limit_s=limit_s)
+        self._temp_dir = temp_dir
+        self._sink = sink
+
+    @property
+    def engine_hung(self) -> bool:
+        """A thread of the engine did not stop: nothing may generate here any more."""
+        return self._seat.hung
+
+    @property
+    def engine_stages(self) -> Mapping[str, float]:
+        """The engine's own stages: the seconds spent in them are what a clip takes."""
+        return self._seat.stages
+
+    async def run(self, lease: Lease) -> Outcome:
+        """Runs one lease to its end. Never raises for what happens to it; when cancelled, hands it back first."""
+        bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
+        tracker = ProgressTracker(plan(self._seat.stages), self._sink(lease) if self._sink else None)
+        purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
+        keeper = Keeper(self._queue, lease, self._policy, tracker)
+        job = Job(tracker, purchase, keeper.check)
+        log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
+        try:
+            try:
+                with scratch_folder(self._temp_dir, keep=self._policy.keep_temp) as folder:
+                    await keeper.first_beat()  # fence
+                    outcome = await self._to_the_end(lease, keeper, job, tracker, folder)
+            except Exception as error:  # noqa: BLE001 - the one place where errors become an outcome
+                outcome = await self._settle(lease, error, keeper)
+        except anyio.get_cancelled_exc_class():
+            await keeper.release()
+            log.info("lease_ended", **bound, status="released", error="this worker is stopping")
+            raise
+        outcome = outcome.model_copy(
+            update={
+                "stage_seconds": tracker.stage_seconds(),
+                "machine_at_fault": outcome.machine_at_fault or job.hung,
+            }
+        )
+        if outcome.status in ("failed", "cancelled"):  # else it is its successor's by now
+            await self._unreserve(outcome.item_id)
+        facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
+        if outcome.video is not None and outcome.video.cost_usd is not None:
+            facts["cost_usd"] = outcome.video.cost_usd
+        log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)
+        return outcome
+
+    async def _to_the_end(
+        self, lease: Lease, keeper: Keeper, job: Job, tracker: ProgressTracker, folder: Path
+    ) -> Outcome:
+        async def work() -> Outcome:
+            job.report("download")
+            photo = await keeper.stage(lambda: self._queue.fetch_photo(lease, folder))
+            job.report("wait")
+            request = GenerationRequest.from_task(lease.task)
+            async with self._seat.taken():
+                video = await keeper.stage(lambda: self._seat.generate(request, photo, folder, job))
+            job.report("upload")
+            storage_path = await keeper.stage(lambda: self._queue.deliver(lease, video))
+            job.report("report")
+            await keeper.report(lambda: self._queue.complete(lease, storage_path, video))
+            tracker.finish()
+            if job.purchase:
+                await self._close_the_books(job.purchase, lease)
+            return Outcome(status="completed", item_id=lease.task.item_id, video=video, storage_path=storage_path)
+
+        return await keeper.guard(work, job)
+
+    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+        """One video for somebody who has no task in the queue, in turn with those who have. One try.
+
+        Raises as Engine.generate, and EngineHung.
+        """
+        job.report("wait")
+        async with self._seat.taken():
+            return await self._seat.generate(request, photo, folder, job)
+
+    async def _close_the_books(self, purchase: Purchase, lease: Lease) -> None:
+        """Only now: until the queue has the video, whoever gets the task next goes on with what was paid for."""
+        try:
+            await purchase.end("delivered")
+        except I2VError as error:  # the video is delivered all the same
+            log.warning("payment_left_open", item_id=lease.task.item_id, error=str(error))
+
+    async def _unreserve(self, item_id: str) -> None:
+        """What a dispatcher set aside for a task that was not paid for is free for others."""
+        try:
+            with anyio.fail_after(NOTE_S):
+                if self._ledger:
+                    await self._ledger.unreserve(item_id)
+        except (I2VError, TimeoutError) as error:  # it is free after an hour
+            log.warning("still_reserved", item_id=item_id, error=str(error))
+
+    async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
+        """The one place where an error becomes an outcome, and where the queue is told."""
+        item_id = lease.task.item_id
+        match error:
+            case LeaseLost():  # where no beat was ever answered, this machine may be one that cannot reach the queue
+                unheard = not (error.confirmed or keeper.heard)
+                return Outcome(status="lease_lost", item_id=item_id, error=str(error), machine_at_fault=unheard)
+            case CancelRequested():
+                await keeper.release()
+                return Outcome(status="cancelled", item_id=item_id, error=str(error))
+            case I2VError(hand_back=True):
+                await keeper.release()
+                # In an outage no machine is at fault: another one would fare no better, and neither would a new one.
+                worker_should: Literal["stop", "wait"] | None = (
+                    "stop" if error.stops_worker else "wait" if error.is_outage else None
+                )
+                return Outcome(
+                    status="released",
+                    item_id=item_id,
+                    error=str(error),
+                    machine_at_fault=not error.is_outage,
+                    worker_should=worker_should,
+                )
+            case I2VError():
+                message, machine_at_fault = str(error), not error.task_at_fault
+            case _:
+                log.error("unexpected_error", item_id=item_id, exc_info=error)
+                message, machine_at_fault = f"internal error: {type(error).__name__}: {error}", True
+        try:
+            await self._report_failure(lease, message, keeper)
+        except CancelRequested:
+            await keeper.release()
+            return Outcome(status="cancelled", item_id=item_id, error=message)
+        except I2VError as unreported:
+            # Not released: whoever got it next would spend as much on it, and nothing would count how often.
+            lost = isinstance(unreported, LeaseLost)
+            told = f"{message} (not reported: {unreported})"
+            return Outcome(status="lease_lost", item_id=item_id, error=told, machine_at_fault=not lost)
+        return Outcome(status="failed", item_id=item_id, error=message, machine_at_fault=machine_at_fault)
+
+    async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
+        """Reports once. A report whose answer was lost is asked about before it is sent again: it may have counted.
+
+        Raises LeaseLost, CancelRequested, QueueError.
+        """
+        sent = False
+
+        async def report() -> None:
+            nonlocal sent
+            in_doubt, sent = sent, True
+            try:
+                if in_doubt:
+                    await keeper.beat()  # fence
+                await self._queue.fail(lease, message)
+            except LeaseLost:
+                if not in_doubt:
+                    raise
+
+        keeper.reporting = True
+        while (left_s := keeper.lease_ends_at - anyio.current_time()) > 0:
+            with anyio.move_on_after(left_s):  # asking about it renews the lease, and gives it more time
+                return await repeat(report, self._policy)
+        raise LeaseLost("the queue could not be reached before the lease ran out")

@@ -1,0 +1,39 @@
+"""Taking a lease from a queue, and handing it back."""
+
+import anyio
+import structlog
+
+from inference.errors import (
+    I2VError,
+    QueueUnavailable,
+)
+from inference.leasing.retry import Policy, repeat
+from inference.queues.base import TaskQueue
+from inference.task import Lease
+
+log = structlog.get_logger(__name__)
+
+LEASE_LIMIT_S = 30.0
+"""How long to wait for the answer to a lease request before giving up on it."""
+
+RELEASE_LIMIT_S = 6.0
+"""How long handing a lease back may take. It runs beside whatever else a stop has to wait for."""
+
+
+async def hand_back(queue: TaskQueue, lease: Lease, policy: Policy | None = None) -> None:
+    """Gives a lease up as well as can be; if the queue does not hear it, the lease runs out by itself."""
+    with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
+        try:
+            await repeat(lambda: queue.release(lease), policy or Policy())
+        except I2VError as error:
+            log.info("release_failed", item_id=lease.task.item_id, error=str(error))
+
+
+async def lease_from(queue: TaskQueue, item_id: str | None = None, *, limit_s: float = LEASE_LIMIT_S) -> Lease | None:
+    """Asks for a task, and hears the answer whatever happens meanwhile. Raises as TaskQueue.lease.
+
+    Shielded: a request that is given up half way may still lease a task, which nobody would then work on.
+    """
+    with anyio.CancelScope(shield=True), anyio.move_on_after(limit_s):
+        return await (queue.lease() if item_id is None else queue.lease(item_id))
+    raise QueueUnavailable(f"the queue did not answer within {limit_s:g} s")

@@ -1,0 +1,1 @@
+"""What Modal asks for, and nothing else."""

@@ -1,0 +1,57 @@
+"""What a deployment on Modal needs to be able to work."""
+
+import re
+from contextlib import suppress
+
+from inference.engines.wan.presets import PRESETS
+from inference.errors import SettingsError
+from inference.fleet.containers import Sized
+from inference.fleet.readings import PoolName
+from inference.fleet.shape import INPUTS, Shape
+from inference.settings import Settings
+
+CRON_FIELDS = 5
+
+
+CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client passes on anything
+
+
+def on_modal(settings: Settings) -> Shape:
+    """GPU containers, and Runway where there is a key."""
+    gpus, clips = settings.modal_max_containers, settings.runway_concurrency
+    sizes: dict[PoolName, Sized] = {"gpu": Sized(slots=gpus * INPUTS, engines=gpus)}
+    if settings.runway_key:
+        sizes["runway"] = Sized(slots=clips, engines=clips)
+    return Shape(sizes=sizes, startup_timeout_s=settings.modal_startup_timeout_s)
+
+
+def refuse_deployment(settings: Settings) -> None:
+    """Raises SettingsError for what would only be found out by a container, one line for each problem."""
+    problems = []
+    fields = settings.modal_cron.split()
+    if len(fields) != CRON_FIELDS or not all(CRON_FIELD.fullmatch(each) for each in fields):
+        problems.append(f"I2V_MODAL_CRON: {settings.modal_cron!r} is not a cron line of five fields, such as * * * * *")
+    if settings.attempt_limit_s >= settings.modal_timeout_s:
+        problems.append(
+            f"I2V_MODAL_TIMEOUT ({settings.modal_timeout_s} s) has to be longer than I2V_ATTEMPT_LIMIT "
+            f"({settings.attempt_limit_s:g} s): the platform would end a generation before its own limit does"
+        )
+    unfree = [each for each in PRESETS[settings.wan_preset].repositories if not each.commercial_use]
+    if unfree and not settings.accept_non_commercial:
+        problems.append(
+            f"I2V_WAN_PRESET: {unfree[0].name} is for non-commercial use only ({unfree[0].license}): "
+            "if yours is, set I2V_ACCEPT_NON_COMMERCIAL=true"
+        )
+    problems += [
+        f"{name}: {value!r} has a line break, which an image cannot hold"
+        for name, value in settings.for_containers().items()
+        if not value.isprintable()
+    ]
+    if problems:
+        raise SettingsError("\n".join(problems))
+
+
+def import_engine() -> None:
+    """The imports of the Wan engine, which take longer than all else that needs no GPU."""
+    with suppress(Exception):  # whatever it is, loading the engine meets it again, and tells
+        import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra

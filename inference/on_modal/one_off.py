@@ -1,0 +1,135 @@
+"""One run that a person asks for: the next task, a given one, or one photo that no queue knows of."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from inference import build, terminal
+from inference.errors import EngineError, I2VError, NoTask, SettingsError
+from inference.fleet.shape import for_a_cold_start
+from inference.leasing.scratch import put, scratch_folder
+from inference.leasing.taking import hand_back, lease_from
+from inference.media import photo as photos
+from inference.on_modal.container import EngineName, Station
+from inference.on_modal.deployment import on_modal
+from inference.payments.records import MemoryRecords
+from inference.settings import Settings
+from inference.task import GenerationRequest, Lease, Outcome, Video, asked_as
+
+OPTIONS = {"prompt": "--prompt", "duration_s": "--seconds", "seed": "--seed"}
+"""What the command line calls the fields of a request."""
+
+
+def asked(
+    photo: str, photo_url: str, prompt: str, seconds: float, seed: int | None, *, item_id: str, saves: bool
+) -> dict[str, Any] | None:
+    """The request of somebody who brings a photo, as JSON; None for a task of the queue, which has its own.
+
+    Raises SettingsError where what was asked for does not go together, InvalidRequest naming the field.
+    """
+    if photo and photo_url:
+        raise SettingsError("--photo is a file and --photo-url an address: give one of them")
+    if not (photo or photo_url):
+        if prompt or seed is not None:
+            raise SettingsError("--prompt and --seed go with --photo or --photo-url; a task of the queue has its own")
+        return None
+    if item_id:
+        raise SettingsError("--item-id takes a task of the queue; it has a photo")
+    if not saves:
+        raise SettingsError("say where the video goes: modal run -w out.mp4 app.py::process …")
+    with asked_as(OPTIONS):
+        return GenerationRequest(prompt=prompt, duration_s=seconds, seed=seed).model_dump(mode="json")
+
+
+def photo_bytes(path: str) -> bytes:
+    """A photo of this machine. Raises SettingsError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"--photo: {path} cannot be read: {error.strerror}") from None
+
+
+def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | None) -> None:
+    """Raises SettingsError, InvalidRequest for what an engine would refuse, before a container is started for it."""
+    if engine == "runway" and settings.runway_key is None:
+        raise SettingsError(f"the secret {settings.modal_app} has no RUNWAYML_API_SECRET: nothing can go to Runway")
+    if request is not None:
+        own = settings.model_copy(update={"engine": engine})
+        with asked_as(OPTIONS):
+            build.refuse(own, GenerationRequest.model_validate(request))
+
+
+async def fetch(settings: Settings, photo: bytes | str) -> bytes:
+    """A photo's bytes, given or at a URL; known to be one before a GPU is started for it.
+
+    Raises StorageError, InvalidPhoto, MachineFault.
+    """
+    with scratch_folder(settings.temp_dir) as folder:
+        path = folder / "photo"
+        if isinstance(photo, bytes):
+            await anyio.to_thread.run_sync(put, path, photo)
+        else:
+            async with build.open_storage(settings) as storage:
+                await storage.download(photo, path)
+        await anyio.to_thread.run_sync(photos.verify, path)
+        return path.read_bytes()
+
+
+@asynccontextmanager
+async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
+    """A lease for one run: of a given item, or of the next with no id. Handed back if the block fails.
+
+    Raises NoTask, QueueError, Refusal, InvalidTask.
+    """
+    async with build.open_queue(for_a_cold_start(settings, on_modal(settings))) as queue:
+        lease = await lease_from(queue, item_id or None)
+        if lease is None:
+            raise NoTask(f"{item_id} cannot be taken now: see its status" if item_id else "no task waits")
+        try:
+            yield lease
+        except BaseException:  # whoever was to run it may never have heard of it
+            await hand_back(queue, lease)
+            raise
+
+
+async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes) -> Any:
+    """The same as a container does, here, with the engine that needs no model."""
+    station = Station(settings, MemoryRecords())
+    await station.open("gpu", "preview", by_hand=True)
+    try:
+        if lease is not None:
+            return await station.run(lease.model_dump(mode="json"))
+        return await station.render(request or {}, photo)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await station.close()
+
+
+def lines(answer: list[str] | dict[str, str]) -> list[str]:
+    """What a fleet reported. Raises I2VError where it could not, or refused."""
+    if isinstance(answer, dict):
+        raise I2VError(answer["error"])
+    return answer
+
+
+def tell(answer: Any) -> bytes | str:
+    """Shows how a run ended; returns the mp4 of one without a queue, else where the queue has it.
+
+    Raises EngineError for one that made no video.
+    """
+    if isinstance(answer, Mapping) and "error" in answer:
+        raise EngineError(str(answer["error"]))
+    if isinstance(answer, Mapping):
+        terminal.say(f"  {terminal.describe(Video.model_validate(answer['video']))}")
+        return bytes(answer["mp4"])
+    [outcome] = [Outcome.model_validate(each) for each in answer]
+    if outcome.video is None:
+        raise EngineError(f"task {outcome.item_id} ended {outcome.status}: {outcome.error}")
+    terminal.completed(f"{outcome.item_id}  {terminal.describe(outcome.video)}")
+    terminal.say(f"  time       {terminal.times(outcome.stage_seconds)}")
+    terminal.say(f"  stored as  {outcome.storage_path or ''}")
+    return outcome.storage_path or ""

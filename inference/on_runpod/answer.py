@@ -1,0 +1,156 @@
+"""What a job at a RunPod endpoint brought: its answer, read and judged, and the video in it, saved.
+
+`again` is how to ask for that video later: its caller's command line, by the job's id.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from pydantic import BaseModel, ValidationError
+
+from inference import terminal
+from inference.errors import (
+    AddressRefused,
+    DiskFull,
+    EngineError,
+    EngineFailed,
+    MachineFault,
+    MediaError,
+    StorageError,
+    StorageUnavailable,
+    one_line,
+)
+from inference.leasing.retry import Policy, repeat
+from inference.leasing.scratch import put
+from inference.media.video import probe
+from inference.on_runpod.api import Job
+from inference.on_runpod.wire import MAX_ERROR_CHARS
+from inference.settings import Settings
+from inference.task import Video
+from inference.transfer.storage import Storage
+
+Again = Callable[[str], str]
+
+KEPT_S = 1800.0
+"""How long RunPod keeps the answer of a job that came by `/run` (docs.runpod.io/serverless/endpoints/send-requests)."""
+
+KEPT = f"{KEPT_S / 60:g} minutes"
+
+MAX_VIDEO_BYTES = 1_000_000_000
+"""A minute of 720p at x264's crf 18 is some 20 MB; a bucket holds what it holds."""
+
+PATIENT = Policy()
+"""How often a video is fetched that is not at hand: it was paid for, and once is not enough."""
+
+
+class _Made(BaseModel):
+    """Where a video is, in a worker's answer; what else it says of it is read from the video itself."""
+
+    base64: str | None = None
+    url: str | None = None
+
+
+class Answer(BaseModel):
+    """What a worker of ours answers (`runpod_wire.answer`), as far as it is needed."""
+
+    video: _Made
+    seed: int | None = None
+    timings: dict[str, float] = {}
+
+
+def kept(job_id: str, again: Again) -> str:
+    """What to do about a job whose video is not here."""
+    return f"RunPod keeps its answer for {KEPT}: {again(job_id)}"
+
+
+def completed(job: Job) -> Answer:
+    """What came of a job. Raises EngineError, one line that says whether trying again can help."""
+    match job.status:
+        case "COMPLETED":
+            with suppress(ValidationError):
+                answer = Answer.model_validate(job.output)
+                if answer.video.base64 or answer.video.url:
+                    return answer
+            raise EngineError(one_line(f"job {job.id} brought no video{_why_none(job.output)}", MAX_ERROR_CHARS))
+        case "CANCELLED":
+            raise EngineError(f"job {job.id} was cancelled at RunPod")
+        case "TIMED_OUT":
+            worked_s = (job.execution_ms or 0) / 1000
+            raise EngineFailed(
+                f"RunPod gave job {job.id} up after {worked_s:.0f} s on a worker: its time was over, or the worker is "
+                "gone; trying again can help, and so can a longer I2V_ATTEMPT_LIMIT"
+            )
+    advice = ""
+    if isinstance(job.output, dict) and isinstance(may_pass := job.output.get("retryable"), bool):
+        advice = f"; trying again {'can' if may_pass else 'will not'} help"
+    raise EngineFailed(f"job {job.id} failed: {job.why}{advice}")
+
+
+def _why_none(output: Any) -> str:
+    """Jobs of a queue's tasks end well without a video in their answers (`runpod_wire.answer_of`)."""
+    match output:
+        case {"item_id": str(item_id), "video": {"storage_path": str(path)}}:
+            return f": it made task {item_id} of a queue, whose storage has it at {path}"
+        case {"completed": int(count), "tasks": [*tasks]}:
+            said = f"{count} of {len(tasks)} completed"
+            return f": it took tasks from a queue ({said}), whose storage has what was made of them"
+    return ": is the endpoint one with a worker of serverless-i2v?"
+
+
+async def saved(settings: Settings, job_id: str, made: _Made, *, folder: Path, output: Path, again: Again) -> Video:
+    """The video of an answer, as it is now at `output`; it comes there whole or not at all, by way of `folder`.
+
+    Raises EngineError, StorageError, MediaError, MachineFault.
+    """
+    path = folder / "video.mp4"
+    try:
+        await _fetch(settings, made, path)
+        video = await anyio.to_thread.run_sync(_measured, path)
+        try:
+            path.replace(output)
+        except OSError as error:
+            raise DiskFull(f"{output} cannot be written: {error.strerror}") from None
+    except (StorageUnavailable, AddressRefused, MachineFault, anyio.get_cancelled_exc_class()):
+        terminal.say(f"Job {job_id} was made. {kept(job_id, again)}")  # it is paid for, and a setting or time can help
+        raise
+    except (StorageError, MediaError):
+        terminal.say(f"Job {job_id} was made, but fetching its answer again would bring the same.")
+        raise
+    return video
+
+
+async def _fetch(settings: Settings, made: _Made, path: Path) -> None:
+    """The mp4 of an answer. Raises EngineError, StorageError, DiskFull."""
+    if made.base64 is None:
+        storage = Storage(
+            trusted_origins=[settings.bucket_url] if settings.bucket_url else [],  # the operator's own
+            allow_private=settings.allow_private_addresses,
+            max_download_bytes=MAX_VIDEO_BYTES,
+        )
+        async with storage:
+            await repeat(lambda: storage.download(str(made.url), path), PATIENT)
+        return
+    try:
+        content = base64.b64decode(made.base64, validate=True)
+    except (binascii.Error, ValueError):
+        raise EngineError("what the worker sent as a video is not base64") from None
+    await anyio.to_thread.run_sync(put, path, content)
+
+
+def _measured(path: Path) -> Video:
+    """Raises MediaError for what is no video."""
+    info = probe(path)
+    return Video(
+        path=path,
+        width=info.width,
+        height=info.height,
+        fps=info.fps,
+        frames=info.frames,
+        size_bytes=path.stat().st_size,
+    )

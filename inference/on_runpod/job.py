@@ -1,0 +1,212 @@
+"""One job at a RunPod endpoint, for somebody who waits for its video: sent or taken up, followed to its end, given up.
+
+What that person has to know is said on stderr (`terminal.say`) at once, for it can be the last thing a command does;
+how far the job is goes to the caller's sink.
+"""
+
+import base64
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+from pydantic import ValidationError
+
+from inference import terminal
+from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, PaymentInDoubt
+from inference.fleet import shape
+from inference.media import photo as photos
+from inference.on_runpod.answer import KEPT, KEPT_S, Again, kept
+from inference.on_runpod.api import Job, RunPodApi
+from inference.on_runpod.wire import INLINE_BYTES, DirectInput
+from inference.progress.tracker import Progress, Sink
+from inference.settings import Settings
+from inference.task import GenerationRequest, explain
+
+MAX_SIDE_PX = 1536
+"""Longer side that a photo is made smaller to where it does not fit into a request: even noise fits then, and no clip
+is larger than 1280x720."""
+
+GRACE_S = 5.0
+"""How long the answer to a job that was just sent is waited for by somebody who was interrupted."""
+
+CANCEL_S = 10.0
+"""How long cancelling a job may take, and a look at whether it should be."""
+
+SECOND_LOOK_S = 1.0
+"""Until a job that RunPod does not know is asked for again."""
+
+
+# Sent
+
+
+def is_url(photo: str) -> bool:
+    """Whether a photo is the worker's to fetch."""
+    return photo.lower().startswith(("https://", "http://"))
+
+
+async def asked(photo: str, request: GenerationRequest, preset: str | None) -> dict[str, Any]:
+    """A job's input, in which a photo is a URL or goes along. Raises InvalidPhoto, InvalidRequest, MachineFault."""
+    source = {"photo_url": photo} if is_url(photo) else {"photo_base64": await _encoded(Path(photo))}
+    try:
+        found = DirectInput(
+            **source,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seconds=request.duration_s,
+            seed=request.seed,
+            preset=preset,
+        )
+    except ValidationError as error:
+        raise InvalidRequest(explain(error)) from None
+    return found.model_dump(exclude_none=True)
+
+
+async def _encoded(photo: Path) -> str:
+    """A photo as base64, small enough for a request. Raises InvalidPhoto, MachineFault."""
+
+    def encoded() -> str:
+        info = photos.verify(photo)  # before a GPU is started for it
+        try:
+            content = photo.read_bytes()
+        except OSError as error:
+            raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from None
+        if len(content) > INLINE_BYTES:
+            smaller = photos.jpeg(photo, max_side_px=MAX_SIDE_PX, widest=photos.MAX_ASPECT_RATIO)
+            terminal.say(
+                f"The photo ({info.width}x{info.height}, {len(content) / 1e6:.1f} MB) is larger than a request may be: "
+                f"sent as a JPEG of {len(smaller) / 1e6:.1f} MB."
+            )
+            content = smaller
+        return base64.b64encode(content).decode("ascii")
+
+    return await anyio.to_thread.run_sync(encoded)
+
+
+async def invoked(
+    api: RunPodApi, settings: Settings, payload: dict[str, Any], sink: Sink, again: Again, *, wait_s: float
+) -> Job:
+    """Sends a job and follows it to its end. Raises as RunPodApi.run and RunPodApi.until_ended.
+
+    One that is given up is cancelled where its caller was interrupted, or where it still waits for a worker. Else
+    (RunPod does not answer, or refuses the key meanwhile) it may be made, or nearly, and is paid for: it goes on.
+    """
+    sink(Progress(stage="send", done=0, total=1, fraction=0))
+    limit_s = shape.execution_limit_s(settings)
+    ttl_s = wait_s + limit_s + KEPT_S  # or the answer of one that took its time would be forgotten sooner than we say
+    job_id, sending, answered = None, anyio.CancelScope(shield=True), anyio.Event()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_hurry, sending, answered)
+            try:
+                with sending:  # what is sent is heard of, or nobody could cancel it
+                    job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
+            except PaymentInDoubt as error:
+                raise PaymentInDoubt(
+                    f"{error}: look at the endpoint's requests at console.runpod.io before it is sent again, or a GPU "
+                    "may be paid for twice"
+                ) from None
+            finally:
+                answered.set()
+        await anyio.lowlevel.checkpoint()  # who was interrupted meanwhile comes no further
+        terminal.say(f"  job   {job_id}")  # now: not every end leaves this process a last word
+        return await api.until_ended(str(job_id), sink, wait_s=wait_s)
+    except BaseException as error:
+        if job_id is None:
+            if not isinstance(error, Exception):  # those say it themselves; a second Ctrl-C gets through the shield
+                terminal.say(
+                    "Whether RunPod took the job is not known: see the endpoint's requests at console.runpod.io."
+                )
+        elif isinstance(error, I2VError) and not await _is_waiting(api, job_id):
+            terminal.say(f"Job {job_id} was not cancelled and may go on. {kept(job_id, again)}")
+        else:
+            await _cancel(api, job_id, again)
+        raise
+
+
+async def _hurry(scope: anyio.CancelScope, answered: anyio.Event) -> None:
+    """Leaves what is shielded GRACE_S once everything around it is cancelled, unless it has ended before."""
+    try:
+        await answered.wait()
+    finally:
+        if not answered.is_set():
+            scope.deadline = anyio.current_time() + GRACE_S
+            # Silence would invite a second Ctrl-C.
+            terminal.say(f"Waiting up to {GRACE_S:g} s for RunPod's answer, to cancel the job …")
+
+
+# Given up
+
+
+async def _is_waiting(api: RunPodApi, job_id: str) -> bool:
+    """Whether RunPod says that no worker has it, so that nothing is lost with it."""
+    with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S), suppress(I2VError):
+        job = await api.status(job_id)
+        return job is not None and job.is_waiting
+    return False
+
+
+async def _cancel(api: RunPodApi, job_id: str, again: Again) -> None:
+    why = f"no answer within {CANCEL_S:g} s"
+    terminal.say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
+    job = None
+    try:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
+            try:
+                job = await api.cancel(job_id)
+                why = "RunPod does not know it"  # yet: it may not be known everywhere
+            except I2VError as error:
+                why = str(error)
+    except BaseException:  # a second Ctrl-C gets through the shield; the time limit above does not come here
+        terminal.say(f"Whether job {job_id} was cancelled is not known: look at console.runpod.io.")
+        raise
+    if job is not None and job.status == "COMPLETED":  # meanwhile
+        terminal.say(f"Job {job_id} was made already. {kept(job_id, again)}")
+        return
+    if job is not None:
+        terminal.say(f"Job {job_id} was cancelled at RunPod.")
+        return
+    terminal.say(f"Job {job_id} could not be cancelled and may go on ({why}): stop it at console.runpod.io.")
+
+
+# Taken up
+
+
+async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink) -> Job:
+    """Follows a job that was sent before, by whomever, to its end. It is never cancelled here.
+
+    Raises EngineError where RunPod does not know it, and as RunPodApi.until_ended.
+    """
+    sink(Progress(stage="look", done=0, total=1, fraction=0))
+    job = None
+    try:
+        job = await _known(api, settings, job_id)
+        # Its wait was limited when it was sent, by whoever sent it.
+        return job if job.has_ended else await api.until_ended(job_id, sink, wait_s=math.inf)
+    except EngineFailed:
+        terminal.say(f"Job {job_id} was not cancelled: while RunPod has it, the same command may be run again.")
+        raise
+    except anyio.get_cancelled_exc_class():
+        how = "was left as it is" if job is None else "goes on at RunPod"  # it may have ended, or not exist
+        terminal.say(f"Job {job_id} {how}: the same command may be run again.")
+        raise
+
+
+async def _known(api: RunPodApi, settings: Settings, job_id: str) -> Job:
+    """Asks twice: an id that a person has at hand is known everywhere by now, or nowhere any more.
+
+    The second time is for a script that has sent its job a moment ago, which `until_ended` has more patience for.
+    """
+    job = await api.status(job_id)
+    if job is None:
+        await anyio.sleep(SECOND_LOOK_S)
+        job = await api.status(job_id)
+    if job is None:
+        raise EngineError(
+            f"RunPod does not know job {job_id} at endpoint {settings.runpod_endpoint_id}: it keeps answers for "
+            f"{KEPT}, each at the endpoint that was asked (RUNPOD_ENDPOINT_ID, or --endpoint)"
+        )
+    return job

@@ -1,0 +1,184 @@
+"""One tick for a RunPod endpoint, whatever schedules it: what became of the jobs before, the dispatcher, and a lock
+so that it is alone here.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import anyio
+import structlog
+
+from inference import private
+from inference.errors import EngineError, I2VError, PoolUnavailable, RecordsUnavailable
+from inference.fleet import opening
+from inference.fleet.containers import Containers
+from inference.fleet.readings import Board, PoolName
+from inference.fleet.shape import execution_limit_s
+from inference.on_runpod.api import Job, RunPodApi
+from inference.on_runpod.containers import NoContainers, RunPodContainers, on_runpod
+from inference.payments.records import Records, SqliteRecords
+from inference.progress.tracker import DELIVERY_STAGES
+from inference.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+LOOK_S = 6.0
+"""How long a tick asks what became of the jobs of those before. With the rest (`dispatch.py`) it ends in a minute."""
+
+LOOKS = 8
+"""How many it asks about at once."""
+
+JOBS_KEPT = 200
+"""Of which it is asked. An endpoint holds two a worker; one that is pushed out costs a reading."""
+
+if sys.platform != "win32":
+    import fcntl
+
+
+async def tick(settings: Settings, api: RunPodApi) -> str:
+    """Leases and sends what can start now; returns what was done, in one line.
+
+    Raises SettingsError, as Dispatcher.tick, and PoolUnavailable with that line where the queue, RunPod or the workers
+    there did not do what they were asked.
+    """
+    shape = on_runpod(settings)
+    records = SqliteRecords(settings.ledger_path)
+    board = Board(records, fleet=settings.runpod_endpoint_id)  # of two endpoints each may fail for itself
+    jobs = Jobs(api, records, settings.runpod_endpoint_id or "")
+    faults = await jobs.judge(board)
+    workers = RunPodContainers(
+        api,
+        execution_timeout_s=execution_limit_s(settings),
+        lease_s=shape.lease_s(settings),
+        webhook=settings.runpod_webhook,
+        on_sent=jobs.add,
+    )
+    pools: dict[PoolName, Containers] = {"gpu": workers, "runway": NoContainers()}
+    failed = f"; {len(faults)} failed there since the last tick, at last {faults[-1]}" if faults else ""
+    try:
+        async with opening.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
+            decision = await dispatcher.tick() + failed
+    except I2VError as error:
+        error.args = (f"{error}{failed}",)  # they are told once, or never
+        raise
+    if faults or dispatcher.troubles:
+        raise PoolUnavailable(decision)
+    return decision
+
+
+class Jobs:
+    """Jobs that ticks sent, until RunPod says how they ended.
+
+    An endpoint whose workers cannot work (no queue in its settings, the wrong key, weights that do not load) has
+    nobody else to say so: its jobs fail one after the other, and the queue hears nothing. What a container on Modal
+    tells the board by itself is read from them here, and the pool counts as failing, rests, and is tried again.
+    """
+
+    def __init__(self, api: RunPodApi, records: Records, endpoint_id: str) -> None:
+        self._api, self._records, self._key = api, records, f"runpod/{endpoint_id}"
+
+    async def add(self, job_id: str) -> None:
+        """A job was sent. Of one that cannot be written down nothing will be known, which does it no harm."""
+        try:
+            await self._keep([*await self._known(), job_id])
+        except RecordsUnavailable as error:
+            log.warning("job_not_followed", job_id=job_id, error=str(error))
+
+    async def judge(self, board: Board) -> list[str]:
+        """Tells the board of every job that ended, in the order they were sent; returns why some failed.
+
+        Only the endpoint's faults count. Raises RecordsUnavailable.
+        """
+        faults: list[str] = []
+        ids = await self._known()
+        found: dict[str, Job | None] = {}
+        limiter = anyio.CapacityLimiter(LOOKS)
+
+        async def look(job_id: str) -> None:
+            async with limiter:
+                with suppress(EngineError):  # the tick itself meets what is wrong, and tells
+                    found[job_id] = await self._api.status(job_id)
+
+        with anyio.move_on_after(LOOK_S):
+            async with anyio.create_task_group() as tasks:
+                for job_id in ids:
+                    tasks.start_soon(look, job_id)
+        # RunPod forgets its jobs after a while: those are not asked for again. This comes first: what is told twice
+        # counts twice, and what is not told costs a reading.
+        left = [each for each in ids if each not in found or ((job := found[each]) is not None and not job.has_ended)]
+        if left != ids:
+            await self._keep(left)
+        for job in (found.get(job_id) for job_id in ids):
+            if job is None or not job.has_ended:
+                continue
+            if (why := fault(job)) is not None:
+                faults.append(f"job {job.id}: {why}")
+                await board.faulted("gpu", faults[-1])
+            elif job.status == "COMPLETED":
+                await board.worked("gpu", _clip_s(job))
+        return faults
+
+    async def _known(self) -> list[str]:
+        try:
+            return [str(each) for each in json.loads(await self._records.get(self._key) or "[]")]
+        except (ValueError, TypeError):  # of another version
+            return []
+
+    async def _keep(self, ids: list[str]) -> None:
+        await self._records.put(self._key, json.dumps(ids[-JOBS_KEPT:]))
+
+
+def fault(job: Job) -> str | None:
+    """Why the endpoint may be to blame for how a job ended; None where it is not.
+
+    A worker that had the task says in its answer whether it blames itself (`runpod_wire.answer_of`); one that did not
+    get so far is to blame.
+    """
+    output = job.output if isinstance(job.output, dict) else {}
+    match job.status:
+        case "FAILED":
+            return job.why if output.get("machine_at_fault", "item_id" not in output) else None
+        case "TIMED_OUT" if job.execution_ms:  # else it never left the queue, which the next tick sees by itself
+            return f"its time was over after {job.execution_ms / 1000:.0f} s on a worker, or the worker is gone"
+        case "COMPLETED" if not output.get("completed"):
+            tasks = output.get("tasks")
+            drained = [each for each in tasks if isinstance(each, dict)] if isinstance(tasks, list) else []
+            return next((str(each.get("error")) for each in drained if each.get("machine_at_fault") is True), None)
+    return None
+
+
+def _clip_s(job: Job) -> float | None:
+    """Seconds that an engine worked on the one clip of a job."""
+    timings: Any = job.output.get("timings") if isinstance(job.output, dict) else None
+    if not isinstance(timings, dict):
+        return None
+    own = [each for stage, each in timings.items() if stage not in DELIVERY_STAGES and isinstance(each, int | float)]
+    return sum(own) or None
+
+
+@contextmanager
+def alone(settings: Settings) -> Iterator[bool]:
+    """Whether nobody else on this machine dispatches to the endpoint. Raises RecordsUnavailable.
+
+    Two that look at it at the same moment would each fill its free slots; no task is sent twice even then.
+    """
+    path = settings.ledger_path.with_name(f"dispatch-{settings.runpod_endpoint_id}.lock")
+    try:
+        private.make_folder(path.parent)
+        private.make_file(path)
+        file = path.open("w")
+    except OSError as error:
+        raise RecordsUnavailable(f"I2V_LEDGER: {path} cannot be written: {error.strerror}") from None
+    with file:
+        is_alone = True
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_alone = False
+            except OSError:  # a file system without locks is as good as another machine
+                pass
+        yield is_alone

@@ -1,0 +1,256 @@
+"""What people send to the RunPod endpoint and what they get back: the one place where both shapes stand."""
+
+import base64
+import binascii
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import httpx
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+
+from inference.errors import InvalidRequest, InvalidTask, one_line
+from inference.queues.lifeisshort_wire import StoragePath, parse_task
+from inference.task import (
+    MAX_PROMPT_CHARS,
+    QUEUE_FPS,
+    DurationS,
+    GenerationRequest,
+    Identifier,
+    Lease,
+    Outcome,
+    Task,
+    Video,
+    asked_as,
+    explain,
+)
+from inference.transfer.network import flaw_in
+
+PAYLOAD_BYTES = 10_000_000
+"""The largest body of a `/run` request, and of an answer that is sure to arrive (docs.runpod.io: 10 MB, `/runsync`
+20 MB; a worker is not told by which of them its job came)."""
+
+INLINE_BYTES = (PAYLOAD_BYTES - 100_000) // 4 * 3
+"""The largest mp4 that fits into an answer as base64, beside everything else an answer says."""
+
+INLINE_BITS_PER_S = 5_000_000
+"""Below this rate a video of 720p begins to show it (support.google.com/youtube/answer/1722171: 5 Mbit/s)."""
+
+INLINE_S = INLINE_BYTES * 8 / INLINE_BITS_PER_S
+"""The longest video that an answer has room for, whatever is on the photo: 11.9 s."""
+
+MAX_DRAIN = 1000
+MAX_ERROR_CHARS = 1000
+
+KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt"
+
+
+def _is_http(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError):
+        parsed = httpx.URL()
+    if flaw_in(parsed):
+        raise ValueError("has to be a URL that starts with https:// or http://, with a port that there is")
+    return url
+
+
+HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(_is_http)]
+
+
+storage_path: TypeAdapter[str] = TypeAdapter(StoragePath)
+
+
+class _Wire(BaseModel):
+    """JSON types are taken as they are: a number in quotes is a mistake, and so is a field nobody knows."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class S3Config(_Wire):
+    """`s3Config`, beside `input`, as RunPod documents it; `region` is ours."""
+
+    accessId: Annotated[str, Field(min_length=1)]  # noqa: N815 - RunPod's names
+    accessSecret: Annotated[SecretStr, Field(min_length=1)]  # noqa: N815
+    bucketName: Annotated[str, Field(min_length=1)]  # noqa: N815
+    endpointUrl: HttpUrl  # noqa: N815
+    region: str | None = None
+
+
+class DirectInput(_Wire):
+    """One photo to one video, without a queue."""
+
+    photo_url: HttpUrl | None = None
+    photo_base64: str | None = None  # a data: URL is fine, too
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
+    negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
+    seconds: DurationS = 5.0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    preset: str | None = None  # has to be the one this endpoint runs
+    upload_url: HttpUrl | None = None  # a presigned PUT
+
+    @property
+    def request(self) -> GenerationRequest:
+        """What the engine is asked for."""
+        return GenerationRequest(
+            prompt=self.prompt, negative_prompt=self.negative_prompt, duration_s=self.seconds, seed=self.seed
+        )
+
+    def photo_bytes(self, limit_bytes: int) -> bytes:
+        """The photo that came along. Raises InvalidRequest."""
+        given = self.photo_base64 or ""
+        text = given.partition(",")[2] if given.startswith("data:") else given
+        if len(text) // 4 * 3 > limit_bytes:
+            raise InvalidRequest(f"photo_base64: larger than {limit_bytes} bytes")
+        try:
+            return base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidRequest("photo_base64: not base64") from None
+
+
+class DrainInput(_Wire):
+    """Tasks that this worker leases from the queue itself."""
+
+    drain: Annotated[int, Field(ge=1, le=MAX_DRAIN)]
+
+
+class _TaskInput(_Wire):
+    task: dict[str, Any]
+    worker_id: Identifier | None = None
+    length_s: float | None = None
+
+
+class TaskInput(BaseModel):
+    """A task that somebody else leased."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lease: Lease
+
+
+Input = TaskInput | DrainInput | DirectInput
+
+
+SYNONYMS = {"image_url": "photo_url", "image_base64": "photo_base64", "duration": "seconds"}
+"""What other workers call what means the same here. `image` and `frame_num` mean it, too, said in another way."""
+
+# Fields of other workers (wan and ComfyUI templates of RunPod's hub) that mean something else, or nothing here.
+OF_THE_PRESET = "the endpoint's preset decides"
+OF_THE_PHOTO = "the video has the photo's shape, and the size that the endpoint's I2V_WAN_AREA allows"
+MEANT = {
+    "frame_num": "a whole number of frames, 24 a second and one more",
+    "length": "a number of frames elsewhere: say how many seconds",
+    "num_frames": "say how many seconds",
+    "fps": OF_THE_PRESET,
+    "steps": OF_THE_PRESET,
+    "num_inference_steps": OF_THE_PRESET,
+    "cfg": OF_THE_PRESET,
+    "guidance_scale": OF_THE_PRESET,
+    "width": OF_THE_PHOTO,
+    "height": OF_THE_PHOTO,
+    "size": OF_THE_PHOTO,
+    "resolution": OF_THE_PHOTO,
+    "image_path": "give a photo_url or photo_base64",
+    "model": "preset",
+}
+
+
+def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
+    """What a job's `input` asks for. Raises InvalidRequest naming every wrong field.
+
+    A task comes as a queue hands it out or, with `length_s`, as a Lease of ours. `worker_id` is whose lease it is where
+    the job does not say, `lease_s` how long a renewal lasts.
+    """
+    if not isinstance(payload, Mapping):
+        raise InvalidRequest(f"input: has to be an object with {KINDS}")
+    given, theirs = _in_our_words(payload)
+    asked = [name for name in ("task", "drain", "photo_url", "photo_base64") if name in given]
+    if len(asked) != 1:
+        why = f"{' and '.join(theirs[name] for name in asked)} exclude each other" if asked else "nothing to do"
+        raise InvalidRequest(f"input: {why}; give one of {KINDS}")
+    kinds: dict[str, type[_TaskInput | DrainInput | DirectInput]] = {"task": _TaskInput, "drain": DrainInput}
+    kind = kinds.get(asked[0], DirectInput)
+    with asked_as(theirs):
+        try:
+            found = kind.model_validate(given)
+        except ValidationError as error:
+            hints = {name: _hint(name, kind) for name in given.keys() - kind.model_fields.keys()}
+            raise InvalidRequest(explain(error, hints)) from None
+    return TaskInput(lease=_lease(found, worker_id, lease_s)) if isinstance(found, _TaskInput) else found
+
+
+def _in_our_words(payload: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """An input under our own names, and those of its sender. Raises InvalidRequest where they contradict each other."""
+    ours: dict[str, Any] = {}
+    theirs: dict[str, str] = {}
+    for name, value in payload.items():
+        if value is None:
+            continue
+        own, same = _translated(name, value)
+        if own in ours and ours[own] != same:
+            raise InvalidRequest(f"{theirs[own]} and {name} contradict each other; give {own} alone")
+        ours[own], theirs[own] = same, name
+    return ours, theirs
+
+
+def _translated(name: str, value: Any) -> tuple[str, Any]:
+    if name == "image":
+        return ("photo_url" if str(value)[:8].lower().startswith(("http://", "https://")) else "photo_base64"), value
+    if name == "frame_num" and type(value) is int:
+        return "seconds", (value - 1) / QUEUE_FPS  # as a queue counts: 24 x seconds + 1
+    return SYNONYMS.get(name, name), value
+
+
+def _hint(name: str, kind: type[_Wire]) -> str:
+    """What may have been meant by a field nobody knows."""
+    if kind is DirectInput and name in MEANT:
+        return MEANT[name]
+    close = difflib.get_close_matches(name, kind.model_fields, n=1)
+    return f"did you mean {close[0]}?" if close else f"permitted are {', '.join(kind.model_fields)}"
+
+
+def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
+    try:
+        if given.length_s is None:
+            task = parse_task(given.task)
+        else:
+            task = Task.model_validate(given.task)
+            storage_path.validate_python(task.photo_storage_path)
+        return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
+    except ValidationError as error:
+        raise InvalidRequest(f"task: {explain(error)}") from None
+    except InvalidTask as error:
+        raise InvalidRequest(f"task: {error}") from None
+
+
+def parse_s3(payload: object) -> S3Config | None:
+    """What stands beside `input` in a job. Raises InvalidRequest naming every wrong field."""
+    try:
+        return None if payload is None else S3Config.model_validate(payload)
+    except ValidationError as error:
+        raise InvalidRequest(f"s3Config: {explain(error)}") from None
+
+
+def answer(video: Video, timings: Mapping[str, float], **where: str) -> dict[str, Any]:
+    """A video that was made; `where`: its url, base64 or storage_path."""
+    facts = video.model_dump(mode="json", include={"width", "height", "fps", "frames", "size_bytes"})
+    return {
+        "video": {**where, **facts, "seconds": round(video.duration_s, 3)},
+        "seed": video.seed,
+        "timings": dict(timings),
+    }
+
+
+def answer_of(outcome: Outcome) -> dict[str, Any]:
+    """How a task of the queue ended; the queue knows already. Another try is of whoever it hands the task to."""
+    whose: dict[str, Any] = {"item_id": outcome.item_id, "status": outcome.status}
+    if outcome.video is not None:
+        return answer(outcome.video, outcome.stage_seconds, storage_path=outcome.storage_path or "") | whose
+    may_pass = outcome.status == "released" or (outcome.status == "failed" and outcome.machine_at_fault)
+    whose["machine_at_fault"] = outcome.machine_at_fault
+    return failure(outcome.error or outcome.status, retryable=may_pass) | whose
+
+
+def failure(message: str, *, retryable: bool) -> dict[str, Any]:
+    """No video. RunPod takes `error` for the job's error, and the rest for its output."""
+    return {"error": one_line(message, MAX_ERROR_CHARS), "retryable": retryable}

@@ -1,0 +1,1 @@
+"""One payment a task, and where records of it are kept."""

@@ -1,0 +1,168 @@
+"""What an app does with the embedded queue: submit photos, follow tasks, fetch videos."""
+
+import uuid
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote
+
+import anyio
+import httpx
+
+from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
+from inference.progress.tracker import Progress, Sink
+from inference.queues.lifeisshort_wire import worker_api_url
+from inference.transfer.addresses import may_be_proxied
+from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
+from inference.transfer.storage import Storage
+from inference.transfer.storage_errors import FOREIGN, reason_of
+
+TIMEOUT_S = 30.0
+
+POLL_S = 1.0
+"""Between questions after a task that is waited for."""
+
+MAX_UNANSWERED = 60
+"""Questions in a row without an answer, about a minute: a server that is started again is back by then."""
+
+SUBMIT_PAUSES_S = (1.0, 2.0, 4.0)
+"""Before each repetition of a request for videos whose answer was lost: its key sees to it that none is made twice."""
+
+MAX_VIDEO_BYTES = 10_000_000_000
+"""Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
+
+
+class _Unreachable(QueueUnavailable):
+    """Nobody listens there, so nothing was sent."""
+
+
+class QueueClient:
+    """The client side of the embedded queue's HTTP API. Tasks are JSON objects as the API describes them.
+
+    Raises, from every method: QueueUnavailable, QueueAuthError, QueueRefused, ItemMissing, WrongState.
+    """
+
+    def __init__(self, api_url: str, api_key: str | None) -> None:
+        base = worker_api_url(api_url).removesuffix("worker/")
+        self._client = httpx.AsyncClient(
+            base_url=base,
+            headers=IDENTITY | ({"Authorization": f"Worker {api_key}"} if api_key else {}),
+            event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
+            timeout=TIMEOUT_S,
+            trust_env=may_be_proxied(base),
+        )
+        # The operator's own queue, asked by the operator.
+        self._storage = Storage(allow_private=True, max_download_bytes=MAX_VIDEO_BYTES)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+        await self._storage.aclose()
+
+    async def submit(
+        self, photo: Path, prompt: str = "", *, seconds: float = 5, count: int = 1, group: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Uploads a photo and asks for `count` videos of it; returns the new tasks. Repeats itself, safely."""
+        form = {"prompt": prompt, "seconds": str(seconds), "count": str(count)} | ({"group": group} if group else {})
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        for pause_s in (*SUBMIT_PAUSES_S, None):
+            try:
+                with photo.open("rb") as file:
+                    files = {"photo": (photo.name, file)}
+                    data = await self._ask("POST", "tasks", data=form, files=files, headers=headers)
+            except OSError as error:
+                raise QueueRefused(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
+            except QueueUnavailable as error:
+                if pause_s is None or isinstance(error, _Unreachable):
+                    raise
+                await anyio.sleep(pause_s)
+            else:
+                break
+        items: list[dict[str, Any]] = data["items"]
+        return items
+
+    async def tasks(self, *, status: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
+        """The newest tasks."""
+        data = await self._ask("GET", "tasks", params={"limit": limit} | ({"status": status} if status else {}))
+        items: list[dict[str, Any]] = data["items"]
+        return items
+
+    async def task(self, item_id: str) -> dict[str, Any]:
+        """One task; a completed one has a presigned `video_url`."""
+        task: dict[str, Any] = await self._ask("GET", _path(item_id))
+        return task
+
+    async def until_ended(self, item_id: str, sink: Sink) -> dict[str, Any]:
+        """Follows a task to its end, telling `sink` how far it is. A queue that is away for a while is waited for."""
+        unanswered = 0
+        while True:
+            try:
+                task = await self.task(item_id)
+                unanswered = 0
+            except QueueUnavailable:
+                unanswered += 1
+                if unanswered > MAX_UNANSWERED:
+                    raise
+            else:
+                told = task["progress"] or {"stage": task["status"], "fraction": 0}
+                sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"]))
+                if task["status"] in ("completed", "failed", "cancelled"):
+                    return task
+            await anyio.sleep(POLL_S)
+
+    async def cancel(self, item_id: str) -> dict[str, Any]:
+        """Cancels a waiting task, or asks the worker that has it to stop."""
+        task: dict[str, Any] = await self._ask("POST", f"{_path(item_id)}/cancel")
+        return task
+
+    async def retry(self, item_id: str) -> dict[str, Any]:
+        """Puts a failed or cancelled task back into the queue."""
+        task: dict[str, Any] = await self._ask("POST", f"{_path(item_id)}/retry")
+        return task
+
+    async def delete(self, item_id: str) -> None:
+        """Deletes a task and its video, and its photo with the last task of it."""
+        await self._ask("DELETE", _path(item_id))
+
+    async def save_video(self, item_id: str, path: Path) -> Path:
+        """Downloads the video of a completed task. Also raises StorageError, DiskFull."""
+        task = await self.task(item_id)
+        if not task.get("video_url"):
+            raise WrongState(f"task {item_id} is {task['status']} and has no video")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskFull(f"{path.parent}: {(error.strerror or 'cannot be made').lower()}") from None
+        await self._storage.download(task["video_url"], path)
+        return path
+
+    async def _ask(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = await self._client.request(method, path, **options)
+        except FOREIGN as error:
+            unavailable = _Unreachable if isinstance(error, httpx.ConnectError) else QueueUnavailable
+            raise unavailable(f"no queue answers at {self._client.base_url}: {reason_of(error)}") from None
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            answer = None
+        if isinstance(answer, dict) and answer.get("success") is True:
+            return answer.get("data")
+        text = str(answer.get("error")) if isinstance(answer, dict) else "not an answer of a queue"
+        match response.status_code:
+            case 401:
+                raise QueueAuthError(f"the queue does not accept the key: set WORKER_API_KEY ({text})")
+            case 404:
+                raise ItemMissing(text)
+            case 409:
+                raise WrongState(text)
+            case status if status >= 500 or status == 429:
+                raise QueueUnavailable(f"the queue answered {status}: {text}")
+            case status:
+                raise QueueRefused(f"the queue answered {status}: {text}")
+
+
+def _path(item_id: str) -> str:
+    """Ids come from command lines: whatever is typed stays one part of the path."""
+    return f"tasks/{quote(item_id, safe='')}"

@@ -1,0 +1,1 @@
+"""The rows of the embedded queue, in SQLite or PostgreSQL."""

@@ -1,0 +1,310 @@
+"""Taking away: tasks, photos and groups that nobody wants any more, and objects that no row names.
+
+A row goes in one transaction that writes down which objects lose their name with it; what was written down is removed
+from storage afterwards, by whoever comes first, and again if a kill came in between. No object goes that this database
+has not written down: a folder that holds those of another queue as well keeps them.
+
+Statements as in `statements.py`, with the rules for their fences.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sqlalchemy import Double, Integer, Text, and_, bindparam, case, cast, delete, exists, or_, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from inference.errors import ItemMissing
+from inference.server.rows.database import Database, Transaction
+from inference.server.rows.schema import Clock, groups, photos, unnamed_objects
+from inference.server.rows.schema import video_items as items
+from inference.server.rows.statements import PENDING, PROCESSING, ZERO, Statement, now
+
+ended = and_(items.c.status != PENDING, items.c.status != PROCESSING)
+
+ENDED_BEFORE = Statement(
+    "ended_before",
+    "Items that ended some time ago.",
+    select(items.c.id)
+    .where(ended, items.c.updated_at < now - bindparam("age_s", type_=Double))
+    .limit(bindparam("limit", type_=Integer)),
+)
+
+# Rows are locked in one order, groups before photos before items, so that no two deletions wait for each other.
+
+LOCK_PHOTO_OF = Statement(
+    "lock_photo_of",
+    "Keeps others from deleting items of the same photo meanwhile: of two, each would leave the photo to the other.",
+    select(photos.c.id)
+    .where(photos.c.id == select(items.c.photo_id).where(items.c.id == bindparam("item_id")).scalar_subquery())
+    .with_for_update(),
+)
+
+DELETE_ITEM = Statement(
+    "delete_item",
+    "Takes an item away, whoever holds it: its holder finds nothing to write to. Or only if it ended some time ago.",
+    delete(items)
+    .where(
+        items.c.id == bindparam("item_id", type_=Text),
+        or_(
+            cast(bindparam("age_s"), Double).is_(None),
+            and_(ended, items.c.updated_at < now - bindparam("age_s")),
+        ),
+    )
+    .returning(items.c.id, items.c.photo_id, items.c.video_storage_path.label("path")),
+)
+
+DELETE_PHOTO = Statement(
+    "delete_photo",
+    "Takes a photo away of which no item is left.",
+    delete(photos)
+    .where(
+        photos.c.id == bindparam("photo_id", type_=Text),
+        ~exists().where(items.c.photo_id == photos.c.id),
+    )
+    .returning(photos.c.storage_path.label("path")),
+)
+
+LOCK_GROUP = Statement(
+    "lock_group",
+    "Keeps others from adding to a group meanwhile.",
+    select(groups.c.id).where(groups.c.id == bindparam("group_id", type_=Text)).with_for_update(),
+)
+
+LOCK_PHOTOS_OF_GROUP = Statement(
+    "lock_photos_of_group",
+    "As lock_photo_of, for all photos of a group.",
+    select(photos.c.id).where(photos.c.group_id == bindparam("group_id", type_=Text)).with_for_update(),
+)
+
+DELETE_ITEMS_OF_GROUP = Statement(
+    "delete_items_of_group",
+    "Takes every item of a group away.",
+    delete(items)
+    .where(items.c.group_id == bindparam("group_id", type_=Text))
+    .returning(items.c.id, items.c.video_storage_path.label("path")),
+)
+
+DELETE_PHOTOS_OF_GROUP = Statement(
+    "delete_photos_of_group",
+    "Takes every photo of a group away.",
+    delete(photos)
+    .where(photos.c.group_id == bindparam("group_id", type_=Text))
+    .returning(photos.c.storage_path.label("path")),
+)
+
+DELETE_GROUP = Statement(
+    "delete_group", "Takes a group away.", delete(groups).where(groups.c.id == bindparam("group_id", type_=Text))
+)
+
+DELETE_EMPTY_GROUPS = Statement(
+    "delete_empty_groups",
+    "Takes groups away that were made some time ago and hold nothing any more.",
+    delete(groups).where(
+        groups.c.created_at < now - bindparam("age_s", type_=Double),
+        ~exists().where(items.c.group_id == groups.c.id),
+        ~exists().where(photos.c.group_id == groups.c.id),
+    ),
+)
+
+# ---------------------------------------------------------------- objects that no row names
+
+_of_path = unnamed_objects.c.path == bindparam("path", type_=Text)
+_of_record = items.c.id == unnamed_objects.c.item_id
+
+EXPECT = {
+    name: Statement(
+        "expect",
+        "Writes down that an object may come to be.",
+        kind.insert(unnamed_objects)
+        .values(path=bindparam("path"), item_id=bindparam("item_id", type_=Text), recorded_at=Clock())
+        .on_conflict_do_update(index_elements=["path"], set_={"recorded_at": Clock()}),
+    )
+    for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+
+NOT_WRITTEN_DOWN = Statement(
+    "not_written_down",
+    "The item, if an object could be a video of it that did not complete it and that nobody wrote down.",
+    select(items.c.id).where(
+        items.c.id == bindparam("item_id", type_=Text),
+        items.c.video_storage_path.is_distinct_from(bindparam("path", type_=Text)),
+        ~exists().where(unnamed_objects.c.path == bindparam("path")),
+    ),
+)
+
+UNNAME = {
+    name: Statement(
+        "unname",
+        "Writes down that an object is there whose row goes.",
+        kind.insert(unnamed_objects)
+        .values(
+            path=bindparam("path"),
+            item_id=bindparam("item_id", type_=Text),
+            # The URL that a video came by may hold still. A photo has none, and is no longer awaited.
+            recorded_at=case((cast(bindparam("item_id"), Text).is_(None), ZERO), else_=Clock()),
+        )
+        .on_conflict_do_nothing(),
+    )
+    for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+
+NAME = Statement("name", "A row names the object from now on.", delete(unnamed_objects).where(_of_path))
+
+FORGET_NAMED = Statement(
+    "forget_named",
+    "Strikes out the videos that completed their items.",
+    delete(unnamed_objects).where(exists().where(_of_record, items.c.video_storage_path == unnamed_objects.c.path)),
+)
+
+nobodys: list[Any] = [
+    or_(
+        unnamed_objects.c.item_id.is_not(None),
+        # A photo is in place for a moment before its row is.
+        unnamed_objects.c.recorded_at <= now - bindparam("stale_s", type_=Double),  # fence
+    ),
+    # Whoever holds the item may still report the video; and who waits for a worker may have one that returns.
+    ~exists().where(_of_record, ~ended),  # fence
+    ~exists().where(_of_record, items.c.video_storage_path == unnamed_objects.c.path),  # fence
+]
+"""No row names the object, and no live lease can come to."""
+
+_is_over = or_(
+    unnamed_objects.c.item_id.is_(None),
+    unnamed_objects.c.recorded_at < now - bindparam("keep_s", type_=Double),
+)
+
+NOBODYS = Statement(
+    "nobodys",
+    "A page of objects that are nobody's, should they be there; and whether none can be stored there any more.",
+    select(unnamed_objects.c.path, _is_over.label("is_over"))
+    .where(*nobodys, unnamed_objects.c.path > bindparam("after", type_=Text))
+    .order_by(unnamed_objects.c.path)
+    .limit(bindparam("limit", type_=Integer)),
+)
+
+LOCK_ITEM_OF = Statement(
+    "lock_item_of",
+    "Keeps an item from being put back in the line, leased and completed while a video of it is looked at.",
+    select(items.c.id)
+    .where(items.c.id == select(unnamed_objects.c.item_id).where(_of_path).scalar_subquery())
+    .with_for_update(),
+)
+
+IS_NOBODYS = Statement(
+    "is_nobodys", "Whether an object is nobody's.", select(unnamed_objects.c.path).where(*nobodys, _of_path)
+)
+
+FORGET = Statement(
+    "forget",
+    "Strikes out an object that is gone, once none can be stored there any more.",
+    delete(unnamed_objects).where(_of_path, _is_over),
+)
+
+
+class Gone(NamedTuple):
+    """What was taken away."""
+
+    items: int
+    paths: list[str]  # of the objects that are nobody's now
+
+
+class Unnamed(NamedTuple):
+    """An object that is nobody's, should it be there."""
+
+    path: str
+    is_over: bool  # nothing can store it any more
+
+
+class Removal:
+    """What is taken away, and the objects that are left to be.
+
+    Raises, from any method: QueueUnavailable, QueueRefused.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # ------------------------------------------------------------ rows
+
+    def delete(self, item_id: str) -> list[str]:
+        """Takes an item away, and its photo if no other item is made of it; says which objects are nobody's now.
+
+        Whoever holds the item learns it from their next call. Raises ItemMissing.
+        """
+        paths = self._delete(item_id, None)
+        if paths is None:
+            raise ItemMissing(f"no task {item_id}")
+        return paths
+
+    def delete_group(self, group_id: str) -> Gone:
+        """Takes a group away with its photos and items. Raises ItemMissing."""
+        with self._database.transaction() as transaction:
+            if not transaction.run(LOCK_GROUP, group_id=group_id):
+                raise ItemMissing(f"no group {group_id}")
+            transaction.run(LOCK_PHOTOS_OF_GROUP, group_id=group_id)
+            of_items = transaction.run(DELETE_ITEMS_OF_GROUP, group_id=group_id)
+            of_photos = transaction.run(DELETE_PHOTOS_OF_GROUP, group_id=group_id)
+            transaction.run(DELETE_GROUP, group_id=group_id)
+            return Gone(len(of_items), self._unname(transaction, of_items + of_photos))
+
+    def delete_ended(self, age_s: float, limit: int) -> int:
+        """Takes up to `limit` items away that ended longer ago; where there is none left, empty groups. Says how many.
+
+        Their objects are left to the next look at what is nobody's.
+        """
+        rows = self._database.read(ENDED_BEFORE, age_s=age_s, limit=limit)
+        if not rows:
+            self._database.write(DELETE_EMPTY_GROUPS, age_s=age_s)
+        return sum(self._delete(row["id"], age_s) is not None for row in rows)
+
+    def _delete(self, item_id: str, age_s: float | None) -> list[str] | None:
+        with self._database.transaction() as transaction:
+            transaction.run(LOCK_PHOTO_OF, item_id=item_id)
+            gone = transaction.run(DELETE_ITEM, item_id=item_id, age_s=age_s)
+            if not gone:
+                return None
+            gone += transaction.run(DELETE_PHOTO, photo_id=gone[0]["photo_id"])
+            return self._unname(transaction, gone)
+
+    def _unname(self, transaction: Transaction, gone: list[dict[str, Any]]) -> list[str]:
+        named = [row for row in gone if row["path"] is not None]
+        for row in named:
+            transaction.run(UNNAME[self._database.dialect_name], path=row["path"], item_id=row.get("id"))
+        return [row["path"] for row in named]
+
+    # ------------------------------------------------------------ objects
+
+    def expect(self, path: str, item_id: str | None = None) -> None:
+        """Writes down, before it can, that an object may come to be: a video of an item, or else a photo."""
+        self._database.write(EXPECT[self._database.dialect_name], path=path, item_id=item_id)
+
+    def adopt(self, path: str, item_id: str) -> None:
+        """Writes down an object that is there already, if it is of an item of this database and nothing names it."""
+        if self._database.read(NOT_WRITTEN_DOWN, path=path, item_id=item_id):
+            self.expect(path, item_id)
+
+    def forget_named(self) -> None:
+        """Strikes out what rows name by now."""
+        self._database.write(FORGET_NAMED)
+
+    def nobodys(self, stale_s: float, keep_s: float, *, after: str = "", limit: int) -> list[Unnamed]:
+        """A page of objects that are nobody's, in the order of their paths, if they are there at all.
+
+        A photo without a row is somebody's for `stale_s`; a video can come for `keep_s` after its URL was signed.
+        """
+        ages = {"stale_s": stale_s, "keep_s": keep_s}
+        rows = self._database.read(NOBODYS, **ages, after=after, limit=limit)
+        return [Unnamed(row["path"], bool(row["is_over"])) for row in rows]
+
+    def discard(self, path: str, remove: Callable[[str], None], stale_s: float = 0, keep_s: float = 0) -> bool:
+        """Calls `remove` with the path of an object if it is still nobody's, and sees to it that it stays so meanwhile.
+
+        Says whether it did.
+        """
+        with self._database.transaction() as transaction:
+            transaction.run(LOCK_ITEM_OF, path=path)
+            if not transaction.run(IS_NOBODYS, path=path, stale_s=stale_s):
+                return False
+            remove(path)
+            transaction.run(FORGET, path=path, keep_s=keep_s)
+            return True

@@ -1,0 +1,487 @@
+"""Every SQL statement of the store, named and described.
+
+Each is built once, compiled once for the database in use, and takes its parameters by name. What must hold for a
+write is in the write's own WHERE: a statement changes its row or it does not, whatever happened since anybody
+looked. Each such condition stands on its own line and is marked `# fence`; a test takes them out one by one and
+must see the suite fail.
+
+Constants are part of the text and not parameters: PostgreSQL could not prove from a parameter that a partial
+index applies.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    Double,
+    Integer,
+    Select,
+    Text,
+    Update,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    literal_column,
+    not_,
+    null,
+    or_,
+    select,
+    text,
+    true,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.sql.expression import ColumnElement
+
+from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST, Lane
+from inference.server.rows.schema import ONGOING, Clock, groups, idempotency_keys, photos
+from inference.server.rows.schema import video_items as items
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statement:
+    """One statement and what it is for."""
+
+    name: str
+    description: str
+    sql: Any  # an Executable; mypy has no name for "and may be a CTE"
+
+
+def _constant(value: str | int) -> ColumnElement[Any]:
+    return literal_column(str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'")
+
+
+PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = map(
+    _constant, ("pending", "processing", "completed", "failed", "cancelled")
+)
+ZERO, ONE = _constant(0), _constant(1)
+FALSE: ColumnElement[bool] = literal_column("FALSE")
+
+# A subquery: read once for the whole statement, where PostgreSQL would read a bare clock anew for every row.
+now = select(Clock()).scalar_subquery()
+
+# As text: SQLAlchemy takes the table names away within SQLite's RETURNING, and here two tables have an `id`.
+_photo_storage_path: ColumnElement[str] = literal_column(
+    "(SELECT storage_path FROM photos WHERE photos.id = video_items.photo_id)"
+)
+row = (*(column for column in items.c if column.name != "lane"), _photo_storage_path.label("photo_storage_path"))
+"""What makes an `Item`."""
+
+ran_out = and_(items.c.status == PROCESSING, items.c.leased_until <= now)
+last_lapse = case(
+    (items.c.renewed, items.c.crash_count + ONE >= _constant(MAX_CRASHES)),
+    else_=items.c.lost_count + ONE >= _constant(MAX_LOST),
+)
+
+
+def _lapsed(counts: ColumnElement[bool]) -> dict[str, ColumnElement[Any]]:
+    """What a lease that ran out adds to, where it counts."""
+    return {
+        "crash_count": items.c.crash_count + case((and_(counts, items.c.renewed), ONE), else_=ZERO),
+        "lost_count": items.c.lost_count + case((and_(counts, not_(items.c.renewed)), ONE), else_=ZERO),
+    }
+
+
+held = [
+    items.c.id == bindparam("item_id", type_=Text),
+    items.c.worker_id == bindparam("worker_id", type_=Text),  # fence
+    items.c.status == PROCESSING,  # fence
+    or_(bindparam("lease_seq", type_=Integer).is_(None), items.c.lease_seq == bindparam("lease_seq")),  # fence
+]
+"""The item is held by this worker, under this lease where the worker says which."""
+
+# ---------------------------------------------------------------- sweeping
+
+beyond_leasing = [
+    ran_out,  # fence
+    or_(items.c.cancel_requested, last_lapse),  # fence
+]
+
+ANY_TO_SWEEP = Statement(
+    "any_to_sweep",
+    "One item whose last lease ran out and that nobody may lease again, if there is any. Spares most reads a write.",
+    select(items.c.id).where(*beyond_leasing).limit(ONE),
+)
+
+_swept = (
+    select(items.c.id)
+    .where(*beyond_leasing)
+    .with_for_update(skip_locked=True)  # two sweeps at once share the work and cannot deadlock
+    .cte("swept")
+    .prefix_with("MATERIALIZED")
+)
+
+SWEEP = Statement(
+    "sweep",
+    "Ends the items whose last lease ran out and that nobody may lease again: cancelled, or failed as a killer.",
+    update(items)
+    .where(items.c.id == _swept.c.id)
+    .values(
+        status=case((items.c.cancel_requested, CANCELLED), else_=FAILED),
+        worker_id=case((items.c.cancel_requested, items.c.worker_id), else_=null()),
+        leased_until=null(),
+        **_lapsed(not_(items.c.cancel_requested)),
+        error_message=case(
+            (items.c.cancel_requested, items.c.error_message),
+            (items.c.renewed, _constant(CRASHED)),
+            else_=_constant(LOST),
+        ),
+        updated_at=Clock(),
+    ),
+)
+
+# ---------------------------------------------------------------- leasing
+
+may_be_leased: list[Any] = [
+    ONGOING,
+    or_(items.c.status == PENDING, items.c.leased_until <= now),  # fence
+    items.c.retry_count < _constant(MAX_FAILURES),  # fence
+    items.c.cancel_requested.is_(False),  # fence
+    or_(items.c.status == PENDING, not_(last_lapse)),  # fence
+]
+
+
+def _line(worker_type: Lane | None) -> list[Any]:
+    """What may be leased by workers of a kind. The kind is part of the text, so that each has a plan of its own."""
+    return may_be_leased if worker_type is None else [*may_be_leased, items.c.lane == _constant(worker_type)]
+
+
+def _lease(waiting: Select[Any]) -> Update:
+    chosen = (
+        waiting.limit(ONE)
+        .with_for_update(skip_locked=True)  # nothing on SQLite, where one connection writes at a time
+        .cte("chosen")
+        .prefix_with("MATERIALIZED")  # else PostgreSQL may run it again for a row that changed meanwhile
+    )
+    return (
+        update(items)
+        .where(items.c.id == chosen.c.id)
+        .values(
+            status=PROCESSING,
+            worker_id=bindparam("worker_id", type_=Text),
+            leased_until=Clock() + bindparam("lease_s", type_=Double),
+            lease_seq=items.c.lease_seq + ONE,
+            renewed=FALSE,
+            **_lapsed(items.c.status == PROCESSING),
+            progress_stage=null(),
+            progress_fraction=null(),
+            updated_at=Clock(),
+        )
+        .returning(*row)
+    )
+
+
+@cache
+def lease(worker_type: Lane | None, *, given: bool, sweep: bool) -> Statement:
+    """Hands an item to a worker: the oldest of the line, or the given one if it stands there.
+
+    One whose worker went silent counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite
+    knows no UPDATE within a WITH.
+    """
+    waiting = select(items.c.id).where(*_line(worker_type))
+    if given:
+        # In no order: for its sake PostgreSQL, which is told not to sort, would walk the line to find the one.
+        waiting = waiting.where(items.c.id == bindparam("item_id", type_=Text))
+    else:
+        waiting = waiting.order_by(items.c.created_at, items.c.id)
+    leasing = _lease(waiting)
+    return Statement(
+        f"lease_{worker_type or 'any'}{'_given' * given}{'_and_sweep' * sweep}",
+        "Hands the oldest item that waits, or whose lease ran out, to a worker; or the given one, if it is such.",
+        leasing.add_cte(SWEEP.sql.cte("ended")) if sweep else leasing,
+    )
+
+
+@cache
+def backlog(worker_type: Lane | None) -> Statement:
+    """How many items a kind of worker could lease now."""
+    waiting = select(func.count().label("waiting")).select_from(items).where(*_line(worker_type))
+    return Statement(f"backlog_{worker_type or 'any'}", "How many items could be leased now.", waiting)
+
+
+# ---------------------------------------------------------------- a holder's writes
+
+HEARTBEAT = Statement(
+    "heartbeat",
+    "Renews a lease, and keeps the progress its holder told.",
+    update(items)
+    .where(*held)
+    .values(
+        leased_until=Clock() + bindparam("extend_s", type_=Double),
+        renewed=true(),
+        lost_count=ZERO,
+        progress_stage=func.coalesce(bindparam("stage", type_=Text), items.c.progress_stage),
+        progress_fraction=func.coalesce(bindparam("fraction", type_=Double), items.c.progress_fraction),
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+RELEASE = Statement(
+    "release",
+    "Hands an item back for another worker at once; no failure is counted. A cancelled one ends.",
+    update(items)
+    .where(*held)
+    .values(
+        status=case((items.c.cancel_requested, CANCELLED), else_=PENDING),
+        worker_id=null(),
+        leased_until=null(),
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+COMPLETE = Statement(
+    "complete",
+    "The holder's video is in storage.",
+    update(items)
+    .where(
+        *held,
+        items.c.cancel_requested.is_(False),  # fence
+    )
+    .values(
+        status=COMPLETED,
+        leased_until=null(),
+        video_storage_path=bindparam("video_storage_path", type_=Text),
+        runway_task_id=bindparam("runway_task_id", type_=Text),
+        veo_operation_id=bindparam("veo_operation_id", type_=Text),
+        error_message=null(),
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+FAIL = Statement(
+    "fail",
+    "The holder gives up: one failure more.",
+    update(items)
+    .where(
+        *held,
+        items.c.cancel_requested.is_(False),  # fence
+    )
+    .values(
+        status=FAILED,
+        leased_until=null(),
+        retry_count=items.c.retry_count + ONE,
+        error_message=bindparam("message", type_=Text),
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+END_CANCELLED = Statement(
+    "end_cancelled",
+    "Ends an item that was cancelled under its holder, when the holder wants to end it otherwise.",
+    update(items)
+    .where(
+        *held,
+        items.c.cancel_requested,  # fence
+    )
+    .values(status=CANCELLED, leased_until=null(), updated_at=Clock())
+    .returning(*row),
+)
+
+# ---------------------------------------------------------------- a person's writes
+
+CANCEL = Statement(
+    "cancel",
+    "Ends an item that nobody works on; asks the holder of one that is being worked on.",
+    update(items)
+    .where(
+        items.c.id == bindparam("item_id", type_=Text),
+        ONGOING,  # fence
+    )
+    .values(
+        status=case((or_(items.c.status == PENDING, items.c.leased_until <= now), CANCELLED), else_=items.c.status),
+        cancel_requested=true(),  # and leased_until as it is: a second look at the clock might not agree
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+RETRY = Statement(
+    "retry",
+    "Puts a failed or cancelled item back in its old place in the line, its counters at zero.",
+    update(items)
+    .where(
+        items.c.id == bindparam("item_id", type_=Text),
+        or_(items.c.status == FAILED, items.c.status == CANCELLED),  # fence
+    )
+    .values(
+        status=PENDING,
+        worker_id=null(),
+        leased_until=null(),
+        retry_count=ZERO,
+        crash_count=ZERO,
+        lost_count=ZERO,
+        cancel_requested=FALSE,
+        progress_stage=null(),
+        progress_fraction=null(),
+        error_message=null(),
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+_new_group = {"id": bindparam("id"), "name": bindparam("name", type_=Text), "created_at": Clock()}
+
+ADD_GROUP = {
+    dialect: Statement("add_group", "Adds a group, unless one of that name was added meanwhile.", sql)
+    for dialect, sql in (
+        ("sqlite", sqlite.insert(groups).values(_new_group).on_conflict_do_nothing()),
+        ("postgresql", postgresql.insert(groups).values(_new_group).on_conflict_do_nothing()),
+    )
+}
+
+ADD_PHOTO = Statement(
+    "add_photo",
+    "Adds a photo that is in storage already.",
+    insert(photos).values(
+        id=bindparam("id"),
+        group_id=bindparam("group_id"),
+        storage_path=bindparam("storage_path"),
+        original_filename=bindparam("original_filename"),
+        width=bindparam("width"),
+        height=bindparam("height"),
+        size_bytes=bindparam("size_bytes"),
+        created_at=Clock(),
+    ),
+)
+
+ADD_ITEM = Statement(
+    "add_item",
+    "Adds an item that waits.",
+    insert(items)
+    .values(
+        id=bindparam("id"),
+        group_id=bindparam("group_id"),
+        photo_id=bindparam("photo_id"),
+        prompt=bindparam("prompt"),
+        frame_num=bindparam("frame_num"),
+        inference_provider=bindparam("inference_provider"),
+        status=PENDING,
+        lease_seq=ZERO,
+        retry_count=ZERO,
+        crash_count=ZERO,
+        cancel_requested=FALSE,
+        created_at=Clock(),
+        updated_at=Clock(),
+    )
+    .returning(*row),
+)
+
+_new_key: dict[str, Any] = {
+    "key": bindparam("key"),
+    "fingerprint": bindparam("fingerprint"),
+    "photo_id": bindparam("photo_id"),
+    "created_at": Clock(),
+}
+
+ADD_KEY = {
+    name: Statement(
+        "add_key",
+        "Takes an Idempotency-Key, unless it is taken; waits for who takes it now.",
+        kind.insert(idempotency_keys)
+        .values(_new_key)
+        .on_conflict_do_nothing()
+        .returning(idempotency_keys.c.key.label("taken")),
+    )
+    for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
+}
+
+FIND_KEY = Statement(
+    "find_key",
+    "The request that came with an Idempotency-Key, and what was made of it.",
+    select(idempotency_keys.c.fingerprint, idempotency_keys.c.photo_id).where(
+        idempotency_keys.c.key == bindparam("key", type_=Text)
+    ),
+)
+
+FORGET_KEYS = Statement(
+    "forget_keys",
+    "Frees the Idempotency-Keys of some time ago.",
+    delete(idempotency_keys).where(idempotency_keys.c.created_at < now - bindparam("age_s", type_=Double)),
+)
+
+# ---------------------------------------------------------------- reads
+
+GET = Statement(
+    "get",
+    "One item.",
+    select(*row).where(items.c.id == bindparam("item_id", type_=Text)),
+)
+
+
+OF_PHOTO = Statement(
+    "of_photo",
+    "The items of a photo, in the order they were added.",
+    select(*row).where(items.c.photo_id == bindparam("photo_id", type_=Text)).order_by(items.c.id),
+)
+
+
+@cache
+def list_items(*, status: bool, group: bool, before: bool) -> Statement:
+    """A page of items, newest first, narrowed by what the caller names."""
+    narrowed: list[ColumnElement[bool]] = [true()]
+    if status:
+        narrowed.append(items.c.status == bindparam("status", type_=Text))
+    if group:
+        narrowed.append(items.c.group_id == bindparam("group_id", type_=Text))
+    if before:
+        narrowed.append(items.c.id < bindparam("before", type_=Text))
+    page = select(*row).where(and_(*narrowed)).order_by(items.c.id.desc()).limit(bindparam("limit", type_=Integer))
+    return Statement(f"list_items_{status:d}{group:d}{before:d}", "A page of items, newest first.", page)
+
+
+FIND_GROUP = Statement(
+    "find_group",
+    "The group of that id, else of that name.",
+    select(groups.c.id)
+    .where(or_(groups.c.id == bindparam("group", type_=Text), groups.c.name == bindparam("group", type_=Text)))
+    .order_by((groups.c.id == bindparam("group", type_=Text)).desc())
+    .limit(ONE),
+)
+
+_counted = (
+    groups.c.id,
+    groups.c.name,
+    groups.c.created_at,
+    items.c.status,
+    func.count(items.c.id).label("count"),
+)
+
+GET_GROUP = Statement(
+    "get_group",
+    "How many items of a group have which status; a row for each status.",
+    select(*_counted)
+    .outerjoin_from(groups, items, items.c.group_id == groups.c.id)
+    .where(groups.c.id == bindparam("group_id", type_=Text))
+    .group_by(groups.c.id, groups.c.name, groups.c.created_at, items.c.status),
+)
+
+
+@cache
+def list_groups(*, before: bool) -> Statement:
+    """As get_group, for a page of groups, newest first."""
+    chosen = select(groups).order_by(groups.c.id.desc())
+    if before:
+        chosen = chosen.where(groups.c.id < bindparam("before", type_=Text))
+    page = chosen.limit(bindparam("limit", type_=Integer)).subquery("page")
+    counted = (
+        select(page.c.id, page.c.name, page.c.created_at, items.c.status, func.count(items.c.id).label("count"))
+        .outerjoin_from(page, items, items.c.group_id == page.c.id)
+        .group_by(page.c.id, page.c.name, page.c.created_at, items.c.status)
+        .order_by(page.c.id.desc())
+    )
+    return Statement(f"list_groups_{before:d}", "As get_group, for a page of groups, newest first.", counted)
+
+
+CHECK = Statement(
+    "check",
+    "Changes nothing, and fails where the database cannot be written to.",
+    update(items).where(text("1 = 0")).values(updated_at=items.c.updated_at),
+)

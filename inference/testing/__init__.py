@@ -1,0 +1,1 @@
+"""Fakes that ship: a queue in memory, for tests of what uses one."""

@@ -1,0 +1,161 @@
+"""A TaskQueue in memory: one worker's connection to the oracle, which can be told to misbehave.
+
+Its faults are those of a network, and of the real Life-is-Short server, which may hand one task out twice.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+import anyio
+
+from inference.errors import (
+    CancelRequested,
+    LeaseLost,
+    ObjectMissing,
+    QueueFailed,
+    QueueUnavailable,
+    Refusal,
+    StorageUnavailable,
+)
+from inference.media import photo
+from inference.progress.tracker import Progress
+from inference.queues.item import RELEASE_S, Item, ItemProgress, Lane
+from inference.task import Lease, Video
+from inference.testing.memory_store import MemoryStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """How badly a connection behaves: probabilities per call, and seconds."""
+
+    lose_request: float = 0.0  # never arrives; the caller waits `timeout_s` for nothing
+    lose_reply: float = 0.0  # carried out, but the caller does not learn it
+    answer_500: float = 0.0  # refused without being carried out
+    double_lease: float = 0.0  # select and update as two steps with a pause between, as the real server does
+    delay_s: float = 0.0  # up to this long each way
+    stall: float = 0.0  # one way takes `timeout_s` longer
+    timeout_s: float = 10.0
+    double_lease_pause_s: float = 2.0  # up to this long between select and update
+
+
+@dataclass(slots=True)
+class MemoryQueue:
+    """One worker's connection to a MemoryStore: a TaskQueue."""
+
+    store: MemoryStore
+    worker_id: str = "memory"
+    lease_s: float = 600
+    extension_s: float = 300
+    worker_type: Lane | None = None
+    faults: Faults = field(default_factory=Faults)
+    random: Random = field(default_factory=lambda: Random(0))
+
+    async def lease(self, item_id: str | None = None) -> Lease | None:
+        """See TaskQueue."""
+        # Not from self.random: two queues with the same seed must not make the same fencing token.
+        worker_id = f"{self.worker_id}.{secrets.token_hex(6)}"
+        if self._happens(self.faults.double_lease):
+            item = await self._overtaking_lease(worker_id, item_id)
+        else:
+            item = await self._call(lambda: self.store.lease(worker_id, self.lease_s, self.worker_type, item_id))
+        return Lease(task=item.to_task(), worker_id=worker_id, length_s=self.extension_s) if item else None
+
+    async def backlog(self) -> int | None:
+        """See TaskQueue."""
+        return await self._call(lambda: self.store.backlog(self.worker_type))
+
+    async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
+        """See TaskQueue."""
+        said = ItemProgress(stage=progress.stage, fraction=progress.fraction) if progress else None
+        item_id, worker_id = lease.task.item_id, lease.worker_id
+        item = await self._write(lambda: self.store.heartbeat(item_id, worker_id, lease.length_s, said))
+        if item.cancel_requested:
+            raise CancelRequested("the task was cancelled")
+
+    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
+        """See TaskQueue."""
+        path = lease.task.photo_storage_path
+        body = await self._call(lambda: self.store.objects.get(path))
+        if body is None:
+            raise ObjectMissing(f"the photo {path} is not in storage")
+        target = folder / Path(path).name
+        target.write_bytes(body)
+        photo.verify(target)
+        return target
+
+    async def deliver(self, lease: Lease, video: Video) -> str:
+        """See TaskQueue."""
+        body = video.path.read_bytes()
+
+        def put() -> str:
+            path = f"videos/{lease.task.item_id}.mp4"
+            while path in self.store.objects:
+                path = f"videos/{lease.task.item_id}.{lease.token}-{secrets.token_hex(2)}.mp4"
+            self.store.put(path, body)
+            return path
+
+        try:
+            return await self._call(put)
+        except QueueFailed:
+            raise
+        except QueueUnavailable as error:
+            raise StorageUnavailable(str(error)) from None
+
+    async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
+        """See TaskQueue."""
+        ids = dict(video.external_ids)
+        await self._write(lambda: self.store.complete(lease.task.item_id, lease.worker_id, storage_path, ids))
+
+    async def fail(self, lease: Lease, message: str) -> None:
+        """See TaskQueue."""
+        await self._write(lambda: self.store.fail(lease.task.item_id, lease.worker_id, message))
+
+    async def release(self, lease: Lease) -> None:
+        """See TaskQueue."""
+        await self._write(lambda: self.store.heartbeat(lease.task.item_id, lease.worker_id, RELEASE_S))
+
+    async def _overtaking_lease(self, worker_id: str, item_id: str | None) -> Item | None:
+        chosen = await self._call(lambda: self.store.candidate(self.worker_type, item_id))
+        if chosen is None:
+            return None
+        await anyio.sleep(self.random.uniform(0, self.faults.double_lease_pause_s))
+        # The real server would reopen an ended item as well; no worker could keep a promise against that.
+        ended = self.store.get(chosen.id).status not in ("pending", "processing")
+        return None if ended else self.store.assign(chosen, worker_id, self.lease_s)
+
+    async def _write(self, operation: Callable[[], T]) -> T:
+        """A holder's call: whatever the store refuses, the lease is gone."""
+        try:
+            return await self._call(operation)
+        except Refusal as refusal:
+            raise LeaseLost(str(refusal)) from None
+
+    async def _call(self, operation: Callable[[], T]) -> T:
+        await self._travel()
+        if self._happens(self.faults.lose_request):
+            await anyio.sleep(self.faults.timeout_s)
+            raise QueueUnavailable("the request was lost")
+        if self._happens(self.faults.answer_500):
+            raise QueueFailed("the queue answered 500")
+        try:
+            result = operation()
+        except Refusal:
+            await self._travel()
+            raise
+        await self._travel()
+        if self._happens(self.faults.lose_reply):
+            raise QueueUnavailable("the reply was lost")
+        return result
+
+    async def _travel(self) -> None:
+        stalled = self.faults.timeout_s if self._happens(self.faults.stall) else 0.0
+        await anyio.sleep(self.random.uniform(0, self.faults.delay_s) + stalled)
+
+    def _happens(self, probability: float) -> bool:
+        return probability > 0 and self.random.random() < probability

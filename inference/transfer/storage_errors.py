@@ -1,0 +1,169 @@
+"""What went wrong at a storage: its refusals, and every foreign exception on the way, as errors of ours.
+
+Nothing that comes out of here holds the query, userinfo or fragment of a URL: they are credentials.
+"""
+
+import errno
+import json
+import re
+import ssl
+from contextlib import suppress
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import anyio
+import httpx
+
+from inference.errors import (
+    DiskFull,
+    I2VError,
+    ObjectExists,
+    ObjectMissing,
+    ObjectTooLarge,
+    StorageError,
+    StorageRefused,
+    StorageUnavailable,
+    UrlExpired,
+    UrlMalformed,
+    one_line,
+)
+from inference.transfer.body import compression
+
+MAX_REASON_CHARS = 200
+MIN_SECRET_CHARS = 4  # shorter parts of a query are flags, and taking them out would garble words
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # not the task's fault
+
+# What storages call their refusals: Supabase (github.com/supabase/storage, internal/errors/codes.ts) and S3
+# (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), R2 and GCS after it. They outrank the HTTP status,
+# which Supabase sets to 400 for nearly all of them.
+ERROR_OF_CODE: dict[str, type[StorageError]] = {
+    "InvalidJWT": UrlExpired,  # also when expired
+    "ExpiredToken": UrlExpired,
+    "ExpiredRequest": UrlExpired,
+    "KeyAlreadyExists": ObjectExists,
+    "ResourceAlreadyExists": ObjectExists,
+    "Duplicate": ObjectExists,
+    "EntityTooLarge": ObjectTooLarge,
+    "NoSuchKey": ObjectMissing,
+    "not_found": ObjectMissing,
+    "InvalidMimeType": StorageRefused,
+    "InvalidSignature": StorageRefused,
+    "SlowDown": StorageUnavailable,
+    "InternalError": StorageUnavailable,
+    "ServiceUnavailable": StorageUnavailable,
+    "DatabaseTimeout": StorageUnavailable,
+    "RequestTimeout": StorageUnavailable,  # S3 sends it as 400
+    "OperationAborted": StorageUnavailable,  # S3 sends it as 409: another writer at this moment
+}
+ERROR_OF_STATUS: dict[int, type[StorageError]] = {
+    404: ObjectMissing,
+    408: StorageUnavailable,
+    409: ObjectExists,
+    410: ObjectMissing,
+    413: ObjectTooLarge,
+    429: StorageUnavailable,
+}
+TRANSIENT = (
+    httpx.TransportError,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+    anyio.BrokenResourceError,
+    anyio.ClosedResourceError,
+    anyio.EndOfStream,
+)
+FOREIGN = (
+    *TRANSIENT,
+    httpx.HTTPError,
+    httpx.InvalidURL,
+    httpx.StreamError,
+    httpx.CookieConflict,
+    OSError,
+    UnicodeError,
+)
+"""All that httpx, anyio and the operating system raise here."""
+
+QUOTES_WHAT_WAS_SENT = (httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError)
+"""Foreign exceptions whose words repeat part of a request: `Illegal header value b'Bearer …'`."""
+
+
+def reason_of(error: Exception) -> str:
+    """What a foreign exception says; only its name where it could say a key."""
+    said = "" if isinstance(error, QUOTES_WHAT_WAS_SENT) else str(error)
+    return said or type(error).__name__
+
+
+def redact(url: str) -> str:
+    """scheme://host/path of a URL, for logs and errors: no query, userinfo or fragment. Never raises."""
+    bare = re.split(r"[?#]", url, maxsplit=1)[0]
+    return one_line(re.sub(r"//[^/]*@", "//", bare), MAX_REASON_CHARS)
+
+
+def media_type(response: httpx.Response) -> str:
+    """`text/html` of `Text/HTML; charset=utf-8`; empty where the answer has none."""
+    return str(response.headers.get("Content-Type", "")).split(";")[0].strip().lower()
+
+
+class Said(NamedTuple):
+    """What an answer says about itself, in its status or, where it has one, its error body."""
+
+    status: int
+    codes: tuple[str, ...]
+    message: str
+
+
+def said_by(response: httpx.Response, page: bytes) -> Said:
+    """Reads Supabase's JSON and S3's XML; of anything else only the HTTP status is known."""
+    text = page.decode("utf-8", "replace")
+    fields: Any = None
+    with suppress(ValueError, RecursionError):
+        fields = json.loads(text)
+    if not isinstance(fields, dict):
+        # Two expressions instead of an XML parser: nothing to bomb.
+        code = re.search(r"<Code>([^<]{1,80})</Code>", text)
+        message = re.search(r"<Message>([^<]{1,1000})</Message>", text)
+        return Said(response.status_code, (code[1],) if code else (), message[1] if message else response.reason_phrase)
+    status = str(fields.get("statusCode"))
+    return Said(
+        int(status) if re.fullmatch("[1-5][0-9][0-9]", status) else response.status_code,
+        tuple(name for name in (fields.get("code"), fields.get("error")) if isinstance(name, str)),
+        str(fields.get("message") or ""),
+    )
+
+
+def refusal(response: httpx.Response, page: bytes, url: str) -> StorageError:
+    """The error an unwelcome answer stands for: by its code, else its words, else its status."""
+    said = said_by(response, page)
+    kind = next((ERROR_OF_CODE[code] for code in said.codes if code in ERROR_OF_CODE), None)
+    if kind is None and said.status in (400, 401, 403) and "expired" in said.message.lower():
+        kind = UrlExpired  # AWS: 403 AccessDenied "Request has expired"
+    if kind is None and max(said.status, response.status_code) >= 500:
+        kind = StorageUnavailable
+    kind = kind or ERROR_OF_STATUS.get(said.status, StorageRefused)
+    reason = " ".join(filter(None, (*said.codes[:1], said.message))) or "no reason given"
+    if response.is_success or response.is_redirect:
+        reason = f"not an object but {media_type(response) or 'no media type'}; {reason}"
+    if coding := compression(response):
+        reason += f", on a page that is compressed with {coding} and was not read"
+    return kind(f"{redact(url)}: {response.status_code} {_scrub(reason, url)}")
+
+
+def mapped(error: Exception, url: str) -> I2VError:
+    """The error of ours that one of FOREIGN stands for."""
+    where, what = redact(url), _scrub(f"{type(error).__name__} {error}", url)
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return DiskFull(f"cannot keep {where} here: {error.strerror}")
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | UnicodeError):
+        return UrlMalformed(f"{where}: {what}")
+    if isinstance(error, TRANSIENT) and not isinstance(error, httpx.LocalProtocolError):
+        return StorageUnavailable(f"{where}: {what}")
+    return StorageRefused(f"{where}: {what}")  # such as a file that is not there
+
+
+def _scrub(text: str, url: str) -> str:
+    """`text` without anything of the URL's query: servers like to repeat the URL they did not understand."""
+    for secret in re.split("[&=?#]", url.partition("?")[2]):
+        if len(secret) >= MIN_SECRET_CHARS:
+            text = text.replace(secret, "…").replace(unquote(secret), "…")
+    return one_line(re.sub(r"\?\S+", "?…", text), MAX_REASON_CHARS)

@@ -1,0 +1,36 @@
+"""Benchmarks say what they lack before they start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bench import needs
+from tests.support.processes import environment
+
+ROOT = Path(__file__).parent.parent
+
+HIDDEN = """
+import runpy, sys
+sys.modules |= {"imageio": None, "torch": None}
+sys.argv = ["wan", "--help"]
+runpy.run_module("tests.bench.wan", run_name="__main__")
+"""
+
+
+def test_a_bench_that_lacks_packages_says_which():
+    """And what installs them, instead of a traceback after an hour."""
+    command = [sys.executable, "-c", HIDDEN]
+    ran = subprocess.run(command, check=False, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    assert "torch, imageio not installed: pip install '.[bench,wan]'" in " ".join(ran.stderr.split())
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_disk_that_is_too_small_is_known_before(tmp_path):
+    """Weights are saved for what is measured last."""
+    assert needs.room(tmp_path / "new", 0, "results") == []
+    [told] = needs.room(tmp_path, 1e9, "models")
+    assert "models need 1000000000.0; set TMPDIR" in told
+    (tmp_path / "file").touch()
+    [told] = needs.room(tmp_path / "file", 0, "results")
+    assert "cannot be written" in told

@@ -1,0 +1,362 @@
+"""The command line as people meet it: what it says, how it ends, and what it leaves behind.
+
+Each command runs as a real process somewhere in here; what more there is to ask of it is asked within this process.
+"""
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from inference.commands import main as cli
+from inference.media.video import probe
+from tests.support.disk import small_disk
+from tests.support.processes import I2V, KEY, Process, Site, environment, i2v_here, jpeg, until
+
+LIMIT_S = 60
+
+
+class Ran:
+    """What a command said and how it ended."""
+
+    def __init__(self, exit_code: int, out: str, err: str) -> None:
+        self.exit_code, self.out, self.err = exit_code, out, err
+        for secret in (KEY, "token="):
+            assert secret not in self.out + self.err
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what went wrong."""
+        return [line for line in self.err.splitlines() if line.startswith("i2v: ")]
+
+
+class Home:
+    """A folder to work in, with a photo, a folder for temporary files, and the command."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temp = folder / "temp"
+        self.temp.mkdir()
+        self.photo = folder / "photo.jpg"
+        self.photo.write_bytes(jpeg())
+
+    def env(self, **settings: object) -> dict[str, str]:
+        """The environment of a command."""
+        return environment(**({"TMPDIR": self.temp} | settings))
+
+    def i2v(self, *arguments: object, **settings: object) -> Ran:
+        """Runs a command to its end."""
+        command = [I2V, *map(str, arguments)]
+        ran = subprocess.run(
+            command, cwd=self.folder, env=self.env(**settings), capture_output=True, check=False, timeout=LIMIT_S
+        )
+        return Ran(ran.returncode, ran.stdout.decode(), ran.stderr.decode())
+
+    def is_tidy(self) -> bool:
+        """Whether nothing temporary is left: folders, hidden files beside outputs, processes."""
+        hidden = [path for path in self.folder.rglob(".*") if path.name != ".env"]
+        return not list(self.temp.iterdir()) and not hidden
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A clean place."""
+    (tmp_path / "home").mkdir()
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def here(home, capsys):
+    """Runs a command within this process, which spares the start of one."""
+
+    def run(*arguments, **settings):
+        ran = i2v_here(capsys, home.folder, *arguments, **({"TMPDIR": home.temp} | settings))
+        return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A queue server, and nobody who works. Tests leave its queue empty."""
+    with Site(tmp_path_factory.mktemp("site")) as site:
+        yield site
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_shows_every_command_and_an_example_of_each(home):
+    """`i2v` alone is help, too; an error of usage exits 2."""
+    ran = home.i2v("--help", COLUMNS=200)
+    assert ran.exit_code == 0
+    names = [command.callback.__name__ for command in cli.app.registered_commands]
+    for name in names:
+        assert f" {name} " in ran.out
+        shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+        assert re.search(rf"Example: .*\bi2v {name}\b", shown.output)
+    assert CliRunner().invoke(cli.app, ["frobnicate"]).exit_code == 2
+    assert CliRunner().invoke(cli.app, ["render", "nowhere.jpg"]).exit_code == 2
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo_makes_a_video_wherever_it_runs(home, here):
+    """Whatever is set for real work; twice; stdout is the path alone; nothing else is left."""
+    hostile = {
+        "I2V_WORKER_TYPE": "runway",
+        "LEASE_DURATION": "abc",
+        "I2V_ENGINE": "none",
+        "WORKER_API_KEY": KEY,
+        "VERCEL_API_URL": "https://app.example.com",
+        "TEMP_DIR": "/proc/nowhere",
+        "LOG_DIR": "/proc/nowhere",
+    }
+    (home.folder / ".env").write_text("I2V_PORT=-1\nHEARTBEAT_INTERVAL=soon\n")
+    for run, arguments in ((home.i2v, []), (here, ["photo.jpg", "--prompt", "[/red] 천천히 줌인 [bold]"])):
+        ran = run("demo", *arguments, "--seconds", "0.5", **hostile)
+        assert (ran.exit_code, ran.errors) == (0, []), ran.err
+        assert ran.out == f"{home.folder / 'i2v-demo.mp4'}\n"
+        info = probe(home.folder / "i2v-demo.mp4")
+        assert (info.codec, info.frames, info.fps) == ("h264", 13, 24)
+    assert "[/red] 천천히 줌인 [bold]" in ran.err
+    assert "completed" in ran.err
+    assert home.is_tidy()
+    assert {path.name for path in home.folder.iterdir()} == {"temp", "photo.jpg", ".env", "i2v-demo.mp4"}
+
+
+def test_demo_can_be_interrupted(home):
+    """Ctrl-C in the middle: exit 130 within moments, no video, nothing left, not a word of alarm."""
+    demo = Process(home.folder, "demo", "demo", "photo.jpg", "--seconds", "20", env=home.env())
+    until(lambda: "render" in demo.stderr.read_text(), 20, "it renders")
+    demo.send(signal.SIGINT)
+    assert demo.wait(4) == 130
+    assert home.is_tidy()
+    assert not (home.folder / "i2v-demo.mp4").exists()
+    assert demo.stdout.read_text() == ""
+    assert "Traceback" not in demo.stderr.read_text()
+    assert demo.logs() == []
+
+
+def test_a_full_disk_is_one_clear_line(home, here, tmp_path):
+    """For the temporary files of a demo, and for the output of a rendering; the old output stays."""
+    with small_disk(tmp_path / "disk", "280k") as disk:
+        ran = home.i2v("demo", "--seconds", "5", TMPDIR=disk)
+        assert ran.exit_code == 1
+        assert len(ran.errors) == 1
+        assert "room" in ran.errors[0] or "full" in ran.errors[0]
+        assert "Traceback" not in ran.err
+        assert list(disk.iterdir()) == []
+
+        (disk / "out.mp4").write_bytes(b"old" * 1000)
+        with pytest.raises(OSError, match="No space"):
+            (disk / "more").write_bytes(bytes(300_000))
+        ran = here("render", home.photo, "--seconds", "1", "-o", disk / "out.mp4")
+        assert (ran.exit_code, len(ran.errors)) == (1, 1)
+        assert "no room left" in ran.errors[0]
+        assert {path.name for path in disk.iterdir()} == {"out.mp4", "more"}
+        assert (disk / "out.mp4").read_bytes() == b"old" * 1000
+    assert not (home.folder / "i2v-demo.mp4").exists()
+
+
+# ---------------------------------------------------------------- render
+
+
+def test_render_replaces_its_output_whole_or_not_at_all(home, here):
+    """A Korean prompt; a second rendering that fails leaves the first one's file as it was."""
+    output = home.folder / "영상 [1].mp4"
+    output.write_bytes(b"old")
+    ran = home.i2v("render", "photo.jpg", "오른쪽으로 팬", "--seconds", "0.5", "-o", output)
+    assert (ran.exit_code, ran.out) == (0, f"{output}\n"), ran.err
+    assert probe(output).frames == 13
+    first = output.read_bytes()
+    (home.folder / "broken.jpg").write_bytes(jpeg()[:200])
+    ran = here("render", "broken.jpg", "--seconds", "0.5", "-o", output)
+    assert (ran.exit_code, ran.out, len(ran.errors)) == (1, "", 1)
+    assert "the photo is damaged" in ran.errors[0]
+    assert output.read_bytes() == first
+    assert home.is_tidy()
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "command, settings, says",
+    [
+        ("render broken.jpg -s 0.5", {}, "the photo is damaged"),
+        ("render photo.jpg -o /proc/out.mp4", {}, "/proc cannot be written"),
+        ("render photo.jpg -o out.mov", {}, "has to end in .mp4"),
+        ("render photo.jpg -o folder.mp4", {}, "is a folder"),
+        ("render photo.jpg -o nowhere/out.mp4", {}, "there is no folder"),
+        ("render photo.jpg", {"LOG_DIR": "/proc/logs"}, "LOG_DIR"),
+        ("work --once", {"WORKER_API_KEY": KEY}, "VERCEL_API_URL or NEXT_API_URL is not set"),
+        ("work --once --url http://127.0.0.1:1", {"WORKER_API_KEY": KEY}, "no queue at http://127.0.0.1:1"),
+        ("work --once --url http://127.0.0.1:99999", {"WORKER_API_KEY": KEY}, "there is no port 99999"),
+        ("submit photo.jpg --url http://127.0.0.1:65536", {"WORKER_API_KEY": KEY}, "there is no port 65536"),
+        ("work --once --url https://app.invalid", {"WORKER_API_KEY": KEY}, "I2V_ENGINE is not set"),
+        ("work --once --url http://127.0.0.1:1", {"TEMP_DIR": "/proc/temp"}, "TEMP_DIR"),
+        ("submit photo.jpg -v --url http://127.0.0.1:1", {"WORKER_API_KEY": KEY}, "no queue answers at"),
+        ("submit photo.jpg -n 2 -o out.mp4", {}, "--output takes one video"),
+        ("serve --host 0.0.0.0", {}, "WORKER_API_KEY is not set"),
+        ("serve", {"I2V_DATA_DIR": "/proc/data"}, "I2V_DATA_DIR"),
+        ("serve", {"HEARTBEAT_INTERVAL": "600"}, "HEARTBEAT_INTERVAL (600 s) has to be at most half"),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_cause(home, here, command, settings, says):
+    """Exit 1, `i2v: …`, and a traceback only for who asks for one with -v."""
+    (home.folder / "broken.jpg").write_bytes(jpeg()[:200])
+    (home.folder / "folder.mp4").mkdir()
+    ran = here(*command.split(), **settings)
+    assert (ran.exit_code, ran.out) == (1, ""), ran.err
+    assert len(ran.errors) == 1
+    assert says in ran.errors[0]
+    assert ("Traceback" in ran.err) == ("-v" in command)
+    assert home.is_tidy()
+
+
+def test_a_setting_that_nothing_reads_is_said(here):
+    """By whatever command, and by doctor, once."""
+    ran = here("work", "--once", "--url", "http://127.0.0.1:1", I2V_ENGIN="wan", WORKER_API_KEY=KEY)
+    assert ran.err.count("I2V_ENGIN (I2V_ENGINE?)") == 1
+    ran = here("doctor", I2V_ENGIN="wan")
+    assert "skip  settings      nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
+
+
+def test_a_port_in_use_is_said(here):
+    """With the port, for it may come from the environment."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = here("serve", "--port", port)
+    [line] = ran.errors
+    assert line.startswith(f"i2v: cannot listen on 127.0.0.1, port {port}: Address already in use")
+
+
+def test_all_problems_of_the_settings_are_said_at_once(here):
+    """A line each, under the names that they are set by."""
+    ran = here("work", LEASE_DURATION="abc", POLL_INTERVAL="0", WORKER_API_KEY=KEY)
+    assert ran.exit_code == 1
+    assert sorted(line.split()[1] for line in ran.errors) == ["LEASE_DURATION:", "POLL_INTERVAL:", "VERCEL_API_URL"]
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def test_up_serves_submit_and_tasks(home, here):
+    """The whole way of somebody who tries it: up, submit and wait, look, cancel, retry, Ctrl-C."""
+    env = home.env(I2V_PORT=0, WORKER_API_KEY=KEY, POLL_INTERVAL=0.1, I2V_SHUTDOWN_GRACE=0.2, I2V_CONCURRENCY=1)
+    env["HEARTBEAT_INTERVAL"] = "0.2"
+    up = Process(home.folder, "up", "up", env=env)
+    try:
+        port = until(lambda: [line["port"] for line in up.events("the queue is open")], 20, "it is open")[0]
+        queue = {"VERCEL_API_URL": f"http://127.0.0.1:{port}", "WORKER_API_KEY": KEY}
+        arguments = ("photo.jpg", "[/b] pan left", "--seconds", "0.5", "--wait", "--output", "out.mp4")
+        ran = here("submit", *arguments, **queue)
+        assert ran.exit_code == 0, ran.err
+        item_id, output = ran.out.splitlines()
+        assert output == str(home.folder / "out.mp4")
+        assert probe(Path(output)).frames == 13
+        ran = here("tasks", **queue)
+        assert [word in ran.out for word in (item_id, "completed", "[/b] pan left")] == [True] * 3
+
+        assert "[red]" not in ran.out
+
+        long, _, last = here("submit", "photo.jpg", "-s", "60", "-n", "3", **queue).out.split()
+        until(lambda: up.events("stage", item_id=long, stage="render"), 20, "it renders")
+        for action, status in (("--cancel", "cancelled"), ("--retry", "pending")):
+            assert json.loads(here("tasks", action, last, "--json", **queue).out)["status"] == status
+        here("tasks", "--cancel", long, **queue)
+        until(lambda: up.events("lease_ended", item_id=long, status="cancelled"), 10, "the worker heard")
+        lines = here("tasks", "--json", "--status", "cancelled", **queue).out.splitlines()
+        assert [json.loads(line)["id"] for line in lines] == [long]
+        ran = here("tasks", "--retry", item_id, **queue)
+        assert ran.exit_code == 1
+        assert ran.errors == ["i2v: the task is completed: only a failed or cancelled one can be retried"]
+        ran = here("tasks", "--delete", item_id, **queue)
+        assert (ran.exit_code, ran.out, ran.err) == (0, "", "Deleted.\n")
+        assert here("tasks", "--delete", item_id, **queue).errors == [f"i2v: no task {item_id}"]
+        up.send(signal.SIGINT)
+        assert up.wait(10) == 0
+    finally:
+        up.kill()
+    said = up.stderr.read_text()
+    assert KEY not in said
+    assert "token=" not in said
+    assert all(json.loads(line) for line in said.splitlines())
+    assert list(home.temp.iterdir()) == []
+
+
+def test_work_once(site, home, here):
+    """An empty queue, a wrong key, one task: what it says, where its log goes, and that no secret is in it."""
+    settings = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY, "LOG_DIR": home.folder / "logs"}
+    ran = here("work", "--once", **settings)
+    assert (ran.exit_code, ran.out) == (0, "")
+    events = [json.loads(line)["event"] for line in ran.err.splitlines()]
+    assert events == ["worker_started", "no_task", "worker_stopped"]
+
+    ran = here("work", "--once", **settings | {"WORKER_API_KEY": "wrong-key-here"})
+    assert (ran.exit_code, len(ran.errors)) == (1, 1)
+    assert "key" in ran.errors[0]
+    assert "wrong-key-here" not in ran.err
+
+    [item_id] = site.submit()
+    ran = home.i2v("work", "--once", "-v", **settings)
+    assert ran.exit_code == 0
+    assert site.task(item_id)["status"] == "completed"
+    lines = [json.loads(line) for line in ran.err.splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "lease_ended"] == ["completed"]
+    file = (home.folder / "logs" / "i2v.log").read_text()
+    assert lines[-1] in [json.loads(line) for line in file.splitlines()]
+    for secret in (KEY, "wrong-key-here", "token="):
+        assert secret not in file
+    assert home.is_tidy()
+
+
+def test_a_terminal_gets_lines_for_people(site, home):
+    """On a terminal log lines are not JSON, and what one can do is said."""
+    main, end = pty.openpty()
+    env = home.env(VERCEL_API_URL=site.url, WORKER_API_KEY=KEY, TERM="xterm", COLUMNS=200)
+    with subprocess.Popen([I2V, "work", "--once"], cwd=home.folder, env=env, stdout=end, stderr=end) as running:
+        os.close(end)
+        said = b""
+        while chunk := _read(main):
+            said += chunk
+        assert running.wait(20) == 0
+    os.close(main)
+    assert b"worker_started" in said
+    assert b"The queue has no task to take." in said
+    assert b'{"' not in said
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # Linux says so when the other end is closed
+        return b""
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
+    """Sound, and with a key that the queue does not take."""
+    ran = home.i2v("doctor", "--url", site.url, WORKER_API_KEY=KEY)
+    assert (ran.exit_code, ran.err) == (0, "")
+    verdicts = {line[6:18].strip(): line[:4].strip() for line in ran.out.splitlines()}
+    assert verdicts == dict.fromkeys(
+        ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan"], "ok"
+    )
+    ran = here("doctor", "--url", site.url, WORKER_API_KEY="another-key")
+    assert ran.exit_code == 1
+    assert "FAIL  queue" in ran.out
+    assert "another-key" not in ran.out + ran.err
+    assert home.is_tidy()

@@ -1,0 +1,88 @@
+"""What `i2v doctor modal` finds before a deployment: each problem by name, and that all is well."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from inference.on_modal.doctor import examine_modal
+from inference.settings import Settings
+from tests.cloud.cloud import Cloud
+from tests.support.processes import I2V
+
+CLONE = Path(__file__).parents[1]
+
+
+async def findings(folder: Path = CLONE, **settings) -> dict[str, tuple[str, str]]:
+    """Verdict and text of each check."""
+    found = {}
+    async for each in examine_modal(lambda: Settings.isolated(**settings), folder):
+        found[each.name] = (each.verdict, each.text)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nobody(monkeypatch, tmp_path):
+    """No account of this machine is used, and none is reached."""
+    monkeypatch.setenv("MODAL_CONFIG_PATH", str(tmp_path / "absent.toml"))
+    for name in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET", "MODAL_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.anyio
+async def test_without_an_account():
+    """Everything else is checked, and what to do is said."""
+    found = await findings()
+    assert [verdict for verdict, _ in found.values()] == ["ok", "ok", "ok", "FAIL"]
+    assert "modal setup" in found["modal"][1]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"modal_cron": "every minute"}, "I2V_MODAL_CRON"),
+        ({"modal_cron": "* * * *"}, "five fields"),
+        ({"modal_timeout_s": 1800}, "I2V_ATTEMPT_LIMIT"),
+        ({"wan_preset": "5b-turbo"}, "I2V_ACCEPT_NON_COMMERCIAL"),
+    ],
+)
+async def test_settings_that_contradict_each_other(settings, said):
+    """What only a container would find out, or a bill."""
+    verdict, text = (await findings(**settings))["deployment"]
+    assert verdict == "FAIL"
+    assert said in text
+
+
+@pytest.mark.anyio
+async def test_a_gpu_that_is_too_small():
+    """It would work, slowly, and cost several times as much."""
+    assert (await findings(modal_gpu="L4"))["gpu"][0] == "FAIL"
+    assert (await findings(modal_gpu="L4", wan_preset="5b-fast"))["gpu"][0] == "ok"
+    assert (await findings(modal_gpu="H200:1"))["gpu"][0] == "ok"
+    assert (await findings(modal_gpu="Z9"))["gpu"][0] == "skip"
+
+
+@pytest.mark.anyio
+async def test_the_wrong_folder(tmp_path):
+    """The files that travel are those of a clone."""
+    verdict, text = (await findings(tmp_path))["files"]
+    assert verdict == "FAIL"
+    assert "app.py" in text
+
+
+def test_an_account_and_its_secret(tmp_path):
+    """The real command line is asked: no secret, then there is one."""
+
+    def doctor(env):
+        return subprocess.run(
+            [I2V, "doctor", "modal"], cwd=CLONE, env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    with Cloud(tmp_path / "cloud") as cloud:
+        without = doctor(cloud.env)
+        assert without.returncode == 1
+        assert "modal secret create serverless-i2v" in without.stdout + without.stderr
+        cloud.create_secret("serverless-i2v", {"VERCEL_API_URL": "https://x.example"})
+        complete = doctor(cloud.env)
+        assert complete.returncode == 0, complete.stdout + complete.stderr
