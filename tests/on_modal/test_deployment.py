@@ -27,7 +27,7 @@ from tests.cloud.containers import Container
 from tests.support.processes import KEY, Site, jpeg, until
 from tests.support.runway_server import REPLY_LOST, RunwayServer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 APP = "serverless-i2v"
 GOLDEN = ROOT / "tests" / "golden" / "modal.txt"
 FILES = ("app.py", "pyproject.toml", "README.md", "inference", "images")

@@ -10,7 +10,7 @@ from inference.settings import Settings
 from tests.cloud.cloud import Cloud
 from tests.support.processes import I2V
 
-CLONE = Path(__file__).parents[1]
+CLONE = Path(__file__).parents[2]
 
 
 async def findings(folder: Path = CLONE, **settings) -> dict[str, tuple[str, str]]:

@@ -38,7 +38,7 @@ from tests.cloud.containers import make_interpreter
 from tests.engines.wan.conftest import tiny_weights
 from tests.engines.wan.hub import Hub, Repository
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "images" / "runpod.Dockerfile"
 HUB = ROOT / ".runpod"
 FETCHER, WORKER = "fetcher", "worker"  # the stages; the last has no name of its own

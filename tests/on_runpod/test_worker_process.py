@@ -21,8 +21,8 @@ from tests.support.processes import KEY, Site, environment, jpeg, until
 from tests.support.runpod_cloud import RunPodCloud
 from tests.support.s3_server import S3Server
 
-ROOT = Path(__file__).parents[1]
-ODD = ROOT / "tests" / "odd_worker.py"
+ROOT = Path(__file__).parents[2]
+ODD = ROOT / "tests" / "support" / "odd_worker.py"
 STAND_INS = ROOT / "tests" / "stand_ins"
 PHOTO = base64.b64encode(jpeg()).decode()
 DIRECT = {"photo_base64": PHOTO, "prompt": "zoom in", "seconds": 1, "seed": 7}

@@ -11,7 +11,7 @@ from inference.errors import RecordsUnavailable
 from inference.payments.records import MemoryRecords, SqliteRecords
 from tests.support.disk import small_disk
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 RACER = """
 import sys

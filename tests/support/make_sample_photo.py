@@ -14,7 +14,7 @@ from PIL import Image
 WIDTH, HEIGHT = 1600, 1200  # 4:3, as phones take them
 HORIZON = 0.60  # of the height
 SUN = (0.695, 0.405)  # of width and height
-ASSET = Path(__file__).parents[1] / "inference" / "assets" / "sample.jpg"
+ASSET = Path(__file__).parents[2] / "inference" / "assets" / "sample.jpg"
 
 rng = np.random.default_rng(20)
 x = np.linspace(0, 1, WIDTH)[None, :]

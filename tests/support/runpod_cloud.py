@@ -32,7 +32,7 @@ import httpx
 
 from tests.support.processes import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 SHUTDOWN_S = 30
 

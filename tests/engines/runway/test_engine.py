@@ -73,7 +73,7 @@ from tests.support.runway_server import (
 from tests.support.virtual import virtual_time
 
 POLL_S = 0.01
-CASES = Path(__file__).parents[1] / "cases" / "video"
+CASES = Path(__file__).parents[2] / "cases" / "video"
 ASKED = GenerationRequest(prompt="slow push", duration_s=5.0)
 
 pytestmark = pytest.mark.anyio
