@@ -1,7 +1,7 @@
 """Steps of building an image: weights in their own layer, kernels compiled before anybody waits for them, a last look.
 
-    python -m images.bake build    weights of a preset that are made, not fetched
-    python -m images.bake check    whether the image can work
+    python bake.py build    weights of a preset that are made, not fetched
+    python bake.py check    whether the image can work
 
 Image builders tell by a step's own source and arguments whether it has to be done again. So everything that a layer
 depends on is an argument here, and what does the work is imported inside: a change of code fetches nothing again.

@@ -36,7 +36,7 @@ class Lines:
 
 
 def main() -> None:
-    """Fetches and verifies; what is built and not fetched is left to `python -m images.bake build`."""
+    """Fetches and verifies; what is built and not fetched is left to `bake.py build`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", choices=[*PRESETS])
     parser.add_argument("folder", type=Path)

@@ -81,15 +81,15 @@ LABEL org.opencontainers.image.title="serverless-i2v" \
 
 WORKDIR /app
 COPY inference/ inference/
-COPY runpod_handler.py ./
+COPY images/bake.py runpod_handler.py ./
 # Root owns code and weights; the worker owns its home, and the one folder beside the weights that compilers write to.
 RUN python -m compileall -q . \
-    && python -m images.bake build \
+    && python bake.py build \
     && install -d -o worker -g worker /weights/compiled
 
 USER 10001:10001
 # An image that could not work is not built. A build has no GPU, so that is what stays unchecked.
-RUN --network=none python -m images.bake check && python -c "import runpod_handler"
+RUN --network=none python bake.py check && python -c "import runpod_handler"
 
 # No HEALTHCHECK: RunPod reads none; the SDK pings it, and the worker itself says when it can do no more.
 # SIGTERM lets the job at hand finish.

@@ -316,10 +316,10 @@ def image_settings(weights_dir: Path, preset: str = "tiny") -> dict[str, str]:
 def test_an_image_that_works_passes_its_own_check(python, app, tmp_path):
     """As the user it will run as, without a network; and what it starts with can be imported."""
     [command] = [it.rest for it in STEPS[-4:] if it.word == "RUN"]
-    assert command == '--network=none python -m images.bake check && python -c "import runpod_handler"'
+    assert command == '--network=none python bake.py check && python -c "import runpod_handler"'
     shutil.copytree(tiny_weights() / "tiny", tmp_path / "tiny")
     (tmp_path / "compiled").mkdir()
-    checked = run(python, "-m", "images.bake", "check", cwd=app, **image_settings(tmp_path))
+    checked = run(python, "bake.py", "check", cwd=app, **image_settings(tmp_path))
     assert checked.returncode == 0, checked.stderr
 
 
@@ -347,7 +347,7 @@ def test_an_image_that_could_not_work_is_not_built(in_the_image, tmp_path):
 
 def test_weights_that_nobody_publishes_are_made(in_the_image, tmp_path):
     """For an image to try things with; of another preset nothing is."""
-    assert "&& python -m images.bake build &&" in STEPS[find("RUN", "bake build")].rest
+    assert "&& python bake.py build &&" in STEPS[find("RUN", "bake.py build")].rest
     for preset in ("a14b-fast", "tiny"):
         in_the_image(tmp_path / preset, preset)
         bake.build_unpublished()
