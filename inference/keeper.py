@@ -14,7 +14,16 @@ import structlog
 import tenacity
 
 from inference.engines.base import Job
-from inference.errors import CancelRequested, I2VError, LeaseLost, QueueError, QueueFailed, QueueUnavailable
+from inference.errors import (
+    CancelRequested,
+    I2VError,
+    LeaseLost,
+    MachineFault,
+    QueueError,
+    QueueFailed,
+    QueueRefused,
+    QueueUnavailable,
+)
 from inference.progress import ProgressTracker
 from inference.queues.base import TaskQueue
 from inference.task import Lease
@@ -89,11 +98,16 @@ class Keeper:
             raise self.ended
 
     async def first_beat(self) -> None:
-        """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueError."""
+        """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueAuthError.
+
+        Raises MachineFault where the queue does not understand our heartbeats: that says nothing of the task.
+        """
         while True:
             self.check()
             try:
                 return await self.beat()
+            except QueueRefused as error:
+                raise MachineFault(f"the queue takes no heartbeats of this worker: {error}") from None
             except QueueUnavailable as error:
                 await anyio.sleep_until(min(anyio.current_time() + self._told_retry_s(error), self.work_ends_at))
 
