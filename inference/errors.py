@@ -18,7 +18,8 @@
     │   └── QueueAuthError   HS  the queue does not accept the key, or does not let us near it (401)
     ├── StorageError
     │   ├── StorageUnavailable R network, 429, 5xx; an upload may have been stored all the same
-    │   │   └── StorageAway RHO  the queue can presign nothing at all: its storage does not work
+    │   │   ├── StorageUnreached R nobody was met at its address: no name, no route, no TLS
+    │   │   └── StorageAway RHO  the queue's storage does not work: nothing is presigned, or nobody is met there
     │   ├── UrlExpired        R  presign again
     │   ├── ObjectExists         something is at that path already and was not overwritten
     │   ├── ObjectMissing     T  no such object
@@ -170,8 +171,16 @@ class StorageUnavailable(StorageError):
     retryable = True
 
 
+class StorageUnreached(StorageUnavailable):
+    """No connection came about with whoever an address belongs to: it is away, or this machine has no way to it."""
+
+
 class StorageAway(StorageUnavailable):
-    """The queue answers, and can presign neither what should be there nor a path where nothing can be."""
+    """The queue's storage does not work, or not from here: no task would fare better.
+
+    The queue can presign neither what should be there nor a path where nothing can be, or nobody is met where its URLs
+    lead.
+    """
 
     hand_back = True
     is_outage = True

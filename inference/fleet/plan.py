@@ -24,7 +24,7 @@ from inference.errors import InvalidRequest
 from inference.fleet.readings import PoolName
 from inference.payments.ledger import Ledger
 from inference.queues.item import lane
-from inference.task import Task, Value
+from inference.task import GenerationRequest, Task, Value
 
 FIRST_CLIP_S = 60.0
 """Seconds per clip until one was measured: on the slow side, so that a cold fleet overflows early, not late."""
@@ -132,8 +132,12 @@ async def may_stay(task: Task, ledger: Ledger, *, has_runway: bool) -> bool:
 
 def cost_usd(task: Task, rules: Rules) -> float | None:
     """What a task costs at Runway, at most; None where Runway cannot make it."""
-    duration_s = task.duration_s if task.names_duration else rules.runway_duration_s or task.duration_s
+    request = GenerationRequest.from_task(task)
+    if not task.names_duration and rules.runway_duration_s is not None:
+        request = request.model_copy(update={"duration_s": rules.runway_duration_s})
+    model = model_for(task.provider, rules.runway_model)
     try:
-        return model_for(task.provider, rules.runway_model).cost_usd(duration_s, audio=rules.runway_audio)
+        model.refuse(request)
+        return model.cost_usd(request.duration_s, audio=rules.runway_audio)
     except InvalidRequest:
         return None

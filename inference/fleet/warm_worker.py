@@ -29,6 +29,9 @@ LOOK_AHEAD = 3
 DRY_EVERY_S = 30.0
 """How often a container that finds the queue empty says so on the board."""
 
+OUTAGE_RESTS: Mapping[PoolName, tuple[PoolName, ...]] = {"gpu": ("gpu", "runway"), "runway": ("runway",)}
+"""Pools to which nothing should be sent for a while, by the one that met somebody's outage."""
+
 NOTE_S = 10.0
 """How long the board is waited for."""
 
@@ -190,9 +193,11 @@ class Host:
             # lost is one of many.
             certain = self._fault is not None or outcome.worker_should == "stop"
             await self._record(self._board.faulted(self._pool, str(outcome.error), certain=certain))
-        elif outcome.worker_should == "wait" and self._pool == "runway":
-            # The pool is the provider: nothing should be sent there for a while. A new container would not help it.
-            await self._record(self._board.faulted(self._pool, str(outcome.error)))
+        elif outcome.worker_should == "wait":
+            # A new container would not help. The pool for Runway is the provider; on a GPU it is the queue's storage
+            # that is away, and were only this pool to rest, its tasks would overflow to Runway without their photos.
+            for pool in OUTAGE_RESTS[self._pool]:
+                await self._record(self._board.faulted(pool, str(outcome.error)))
 
     async def _next(self, call: _Call) -> Lease | None:
         """The next task this call may take: at once while there are some, then asking again for a while."""

@@ -12,7 +12,16 @@ import anyio
 import structlog
 
 from inference.engines.base import Job
-from inference.errors import CancelRequested, I2VError, LeaseLost, QueueError, QueueFailed, QueueUnavailable
+from inference.errors import (
+    CancelRequested,
+    I2VError,
+    LeaseLost,
+    MachineFault,
+    QueueError,
+    QueueFailed,
+    QueueRefused,
+    QueueUnavailable,
+)
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.taking import hand_back
 from inference.progress.tracker import ProgressTracker
@@ -65,11 +74,16 @@ class Keeper:
             raise self.ended
 
     async def first_beat(self) -> None:
-        """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueError."""
+        """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueAuthError.
+
+        Raises MachineFault where the queue does not understand our heartbeats: that says nothing of the task.
+        """
         while True:
             self.check()
             try:
                 return await self.beat()
+            except QueueRefused as error:
+                raise MachineFault(f"the queue takes no heartbeats of this worker: {error}") from None
             except QueueUnavailable as error:
                 await anyio.sleep_until(min(anyio.current_time() + self._told_retry_s(error), self.work_ends_at))
 

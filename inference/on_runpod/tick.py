@@ -132,22 +132,27 @@ class Jobs:
 
 
 def fault(job: Job) -> str | None:
-    """Why the endpoint may be to blame for how a job ended; None where it is not.
+    """Why the endpoint may be to blame for how a job ended, or had better rest; None where neither is so.
 
-    A worker that had the task says in its answer whether it blames itself (`runpod_wire.answer_of`); one that did not
-    get so far is to blame.
+    A worker that had the task says in its answer whether it blames itself (`runpod_wire.answer_of`), or somebody's
+    outage; one that did not get so far is to blame.
     """
     output = job.output if isinstance(job.output, dict) else {}
     match job.status:
         case "FAILED":
-            return job.why if output.get("machine_at_fault", "item_id" not in output) else None
+            return job.why if _blames(output, unless_said="item_id" not in output) else None
         case "TIMED_OUT" if job.execution_ms:  # else it never left the queue, which the next tick sees by itself
             return f"its time was over after {job.execution_ms / 1000:.0f} s on a worker, or the worker is gone"
         case "COMPLETED" if not output.get("completed"):
             tasks = output.get("tasks")
             drained = [each for each in tasks if isinstance(each, dict)] if isinstance(tasks, list) else []
-            return next((str(each.get("error")) for each in drained if each.get("machine_at_fault") is True), None)
+            return next((str(each.get("error")) for each in drained if _blames(each)), None)
     return None
+
+
+def _blames(said: dict[str, Any], *, unless_said: bool = False) -> bool:
+    """Whether what a worker says of a task speaks against sending more there for now."""
+    return said.get("machine_at_fault", unless_said) is True or said.get("worker_should") == "wait"
 
 
 def _clip_s(job: Job) -> float | None:

@@ -248,6 +248,8 @@ def answer_of(outcome: Outcome) -> dict[str, Any]:
         return answer(outcome.video, outcome.stage_seconds, storage_path=outcome.storage_path or "") | whose
     may_pass = outcome.status == "released" or (outcome.status == "failed" and outcome.machine_at_fault)
     whose["machine_at_fault"] = outcome.machine_at_fault
+    if outcome.worker_should is not None:
+        whose["worker_should"] = outcome.worker_should  # `wait`: somebody else has an outage
     return failure(outcome.error or outcome.status, retryable=may_pass) | whose
 
 

@@ -8,7 +8,8 @@ import math
 import re
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, Self
 
@@ -32,6 +33,8 @@ from inference.errors import (
     QueueUnavailable,
     SettingsError,
     StorageAway,
+    StorageUnavailable,
+    StorageUnreached,
     UrlExpired,
     one_line,
 )
@@ -126,6 +129,7 @@ class LifeIsShortQueue:
         # A server that never spoke of cancelling may refuse fields it does not know, so ours wait for that.
         self._speaks_progress = False
         self._tells_backlog = True
+        self._was_there = False  # the worker API has answered at this address
         base_url = worker_api_url(api_url)
         self._client = httpx.AsyncClient(
             base_url=base_url,
@@ -214,13 +218,14 @@ class LifeIsShortQueue:
                 raise CancelRequested(f"task {lease.task.item_id}: cancelled by a person")
 
     async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
-        """As TaskQueue.fetch_photo. An expired URL is presigned again, once."""
+        """As TaskQueue.fetch_photo. A URL that has expired, or leads to nothing, is presigned again, once."""
         path = folder / f"photo{_suffix(lease.task.photo_storage_path)}"
         url = await self._presign_download(lease)
-        try:
-            await self._storage.download(url, path)
-        except UrlExpired:
-            await self._storage.download(await self._presign_download(lease), path)
+        with _reaching_storage():
+            try:
+                await self._storage.download(url, path)
+            except (UrlExpired, ObjectMissing):
+                await self._storage.download(await self._presign_download(lease), path)
         await anyio.to_thread.run_sync(photo.verify, path)
         return path
 
@@ -307,9 +312,11 @@ class LifeIsShortQueue:
     async def _presign_download(self, lease: Lease) -> str:
         path = lease.task.photo_storage_path
         answer = await self._ask("presign", {"operation": "download", "storage_path": path})
-        # Supabase signs only what exists. Whatever status its "Object not found" is passed on with, it stays true.
-        if answer.success is False and (answer.status in (200, 404) or "not found" in answer.error.lower()):
-            raise ObjectMissing(f"{path}: the photo is gone from storage ({answer.error})")
+        # Supabase signs only what exists. Whatever status its "Object not found" is passed on with, it stays true; but
+        # the API's own 404 may be a hiccup of its database, as everywhere.
+        is_missing = answer.status in (200, 404) or "not found" in answer.error.lower()
+        if answer.success is False and answer.status != 401 and is_missing:
+            raise ObjectUnsigned(f"{path}: the photo is gone from storage ({answer.error})")
         if answer.has_failed:
             await self._tell_missing_from_away(lease, answer)
         return answer.data_as(SignedDownload).url
@@ -341,10 +348,14 @@ class LifeIsShortQueue:
     async def _upload(self, lease: Lease, path: Path, extension: str) -> str:
         signed = await self._presign_upload(lease, extension)
         try:
-            await self._storage.upload(signed.url, path)
-        except UrlExpired:
-            signed = await self._presign_upload(lease, extension)
-            await self._storage.upload(signed.url, path)
+            with _reaching_storage():
+                try:
+                    await self._storage.upload(signed.url, path)
+                except UrlExpired:
+                    signed = await self._presign_upload(lease, extension)
+                    await self._storage.upload(signed.url, path)
+        except ObjectMissing as error:  # of a place to put things that is no fault of the task
+            raise StorageUnavailable(f"nothing can be stored there: {error}") from None
         return signed.storage_path
 
     def _data_of_own_lease(self, answer: Answer, lease: Lease) -> Any:
@@ -354,6 +365,8 @@ class LifeIsShortQueue:
 
     def _data_of_known_call(self, answer: Answer) -> Any:
         """As `data`, for calls that exist wherever the worker API does."""
+        if answer.status == 404 and self._was_there:  # a deployment that changes hands; whoever waits loses no clip
+            raise QueueUnavailable(f"{answer.call}: 404 {answer.error}: the worker API was there before")
         if answer.status == 404:
             raise QueueRefused(f"{answer.call}: 404: no worker API at this URL: {self._client.base_url}")
         return answer.data()
@@ -373,6 +386,7 @@ class LifeIsShortQueue:
             is_json = True
         envelope = payload if isinstance(payload, dict) else {}
         success = envelope.get("success")
+        self._was_there = self._was_there or success is True
         error_text = str(envelope.get("error") or "")
         if response.has_redirect_location:
             error_text = f"redirected to {response.url.join(response.headers['Location']).host}"
@@ -390,6 +404,15 @@ class LifeIsShortQueue:
         for secret in self._secrets:
             text = text.replace(secret, "…")
         return _bounded(text)
+
+
+@contextmanager
+def _reaching_storage() -> Iterator[None]:
+    """Where nobody is met at the storage's address, the next task would fare no better. Raises StorageAway."""
+    try:
+        yield
+    except StorageUnreached as error:
+        raise StorageAway(f"this worker cannot reach the queue's storage: {error}") from None
 
 
 def _fit_for_a_header(name: str, secret: str | None) -> str:

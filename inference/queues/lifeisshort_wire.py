@@ -133,7 +133,7 @@ class Answer(NamedTuple):
             raise QueueRefused(f"{said}: the address of the queue is wrong; set VERCEL_API_URL to where it leads")
         if self.success and self.status < 300:
             return self.payload
-        if self.success is None and not self.is_json:
+        if self.success is None and (self.status >= 400 or not self.is_json):
             raise QueueUnavailable(f"{said}: something other than the worker API answered")
         if self.success is None:
             raise QueueRefused(f"{said}: not an answer of the worker API")

@@ -23,6 +23,7 @@ from inference.errors import (
     StorageError,
     StorageRefused,
     StorageUnavailable,
+    StorageUnreached,
     UrlExpired,
     UrlMalformed,
     one_line,
@@ -156,6 +157,8 @@ def mapped(error: Exception, url: str) -> I2VError:
         return DiskFull(f"cannot keep {where} here: {error.strerror}")
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | UnicodeError):
         return UrlMalformed(f"{where}: {what}")
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return StorageUnreached(f"{where}: {what}")
     if isinstance(error, TRANSIENT) and not isinstance(error, httpx.LocalProtocolError):
         return StorageUnavailable(f"{where}: {what}")
     return StorageRefused(f"{where}: {what}")  # such as a file that is not there

@@ -114,6 +114,7 @@ def test_what_a_task_costs_is_known_before_it_is_sent():
     assert cost_usd(task("veo3.1"), Rules()) == pytest.approx(1.20)  # it makes 6 s, not 5
     assert cost_usd(task("veo3.1"), Rules(runway_audio=True)) == pytest.approx(2.40)
     assert cost_usd(task(None, duration_s=30), Rules()) is None
+    assert cost_usd(task(None).model_copy(update={"prompt": "x" * 1001}), Rules()) is None  # a GPU takes it
     longer = Rules(runway_duration_s=10)  # for tasks that name no length
     assert cost_usd(task(None).model_copy(update={"names_duration": False}), longer) == pytest.approx(0.50)
     assert cost_usd(task(None), longer) == CLIP_USD

@@ -517,13 +517,17 @@ async def test_a_providers_outage_rests_its_pool_and_breaks_no_container(box):
 
 
 @virtual_time
-async def test_a_storage_that_is_away_is_not_the_pools_fault(box):
-    """Else its tasks would overflow to Runway, which cannot fetch their photos either."""
+async def test_a_storage_that_is_away_rests_all_pools(box):
+    """A GPU for every look would be billed, with nobody told. Were only this pool to rest, its tasks would overflow to
+    Runway, which cannot fetch their photos either.
+    """
     async with box(engine=BusyEngine(errors=[StorageAway("no URL for anything")] * 9 * FAULTS)) as it:
         it.add(2)
         for _ in range(FAULTS):
+            assert (await it.board.pool("gpu")).failing is None
             assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
-        assert (await it.board.pool("gpu")).failing is None
+        assert (await it.board.pool("gpu")).failing == "no URL for anything"
+        assert (await it.board.pool("runway")).failing == "no URL for anything"
         assert not it.host.broken
 
 

@@ -194,6 +194,16 @@ async def test_a_machine_that_never_reaches_the_queue_may_be_at_fault(scene):
 
 
 @virtual_time
+async def test_a_queue_that_understands_no_heartbeats_fails_no_task(scene):
+    """They say nothing of the task; this worker may be too old or too new for the queue."""
+    it = scene()
+    it.queue.script["heartbeat"] = [QueueRefused("400 malformed")] * 1000
+    outcome = await it.run()
+    assert (outcome.status, outcome.machine_at_fault) == ("released", True)
+    assert (it.now.status, it.now.retry_count, it.engine.runs) == ("pending", 0, 0)
+
+
+@virtual_time
 async def test_a_process_that_was_paused_spends_nothing(scene):
     """It asks its own clock right before it pays: nobody could have told it yet."""
     spent = []

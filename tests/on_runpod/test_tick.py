@@ -28,9 +28,9 @@ MADE = Outcome(
 )
 
 
-def ended(status, *, machine_at_fault=False, error="why"):
+def ended(status, *, error="why", **said):
     """A task's end without a video."""
-    return Outcome(status=status, item_id="a1", error=error, machine_at_fault=machine_at_fault)
+    return Outcome(status=status, item_id="a1", error=error, **said)
 
 
 def failed(answer, job_id="j"):
@@ -58,6 +58,7 @@ def drained(*outcomes):
         (failed(answer_of(ended("released", machine_at_fault=True, error="401: wrong key"))), "401: wrong key"),
         (failed(answer_of(ended("lease_lost", machine_at_fault=True, error="not renewed"))), "not renewed"),
         (failed(answer_of(ended("failed", machine_at_fault=True))), "why"),
+        (failed(answer_of(ended("released", worker_should="wait", error="no storage"))), "no storage"),
         (failed(failure(STOPPING, retryable=True) | {"machine_at_fault": False}), None),
         (failed({"error": "no", "retryable": True, "item_id": "a1", "status": "cancelled"}), None),  # older workers
         (failed(answer_of(ended("failed"))), None),  # the photo was no photo
@@ -72,6 +73,7 @@ def drained(*outcomes):
         (completed({"tasks": [], "completed": 0}), None),
         (drained(MADE, ended("released", machine_at_fault=True)), None),
         (drained(ended("failed"), ended("released", machine_at_fault=True, error="no room")), "no room"),
+        (drained(ended("released", worker_should="wait", error="no storage")), "no storage"),
         (drained(ended("failed")), None),
         (completed(None), None),
         (completed({"tasks": "odd"}), None),

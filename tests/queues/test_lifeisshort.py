@@ -26,7 +26,6 @@ from inference.errors import (
     ItemMissing,
     LeaseLost,
     ObjectExists,
-    ObjectMissing,
     ObjectUnsigned,
     QueueAuthError,
     QueueError,
@@ -39,6 +38,7 @@ from inference.errors import (
     UrlExpired,
 )
 from inference.leasing.polling import Worker
+from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.progress.tracker import Progress
 from inference.queues.lifeisshort import LifeIsShortQueue, parse_task
@@ -566,10 +566,13 @@ async def test_403_is_a_lost_lease_at_once():
         await answering(403, json={"success": False, "error": "mismatch"}).heartbeat(held())
 
 
-@pytest.mark.parametrize("status", [403, 404])
-async def test_only_the_api_can_take_a_lease_away(status):
-    """A firewall or a deployment in between answers in HTML; the lease is still ours as far as anyone knows."""
-    queue = answering(status, html="<h1>The deployment could not be found</h1>")
+@pytest.mark.parametrize(
+    "page", [{"html": "<h1>The deployment could not be found</h1>"}, {"json": {"error": {"code": "not_found"}}}]
+)
+@pytest.mark.parametrize("status", [400, 403, 404])
+async def test_only_the_api_can_take_a_lease_away(status, page):
+    """A firewall or a deployment in between answers as it likes; the lease is still ours as far as anyone knows."""
+    queue = answering(status, **page)
     with pytest.raises(QueueUnavailable):
         await queue.heartbeat(held())
     with pytest.raises(QueueUnavailable):
@@ -657,6 +660,58 @@ async def test_a_photo_that_does_not_decode(tmp_path):
             await queue.fetch_photo(held(), tmp_path)
 
 
+@pytest.mark.parametrize("call", ["presign", "GET", "PUT"])
+@pytest.mark.parametrize("page", [refusal(404, "Task not found"), httpx.Response(404, json={"code": "not_found"})])
+async def test_one_404_costs_no_task(tmp_path, photo_bytes, call, page):
+    """Wherever it comes from: a photo that the storage signed is there, and a finished clip has a place."""
+    server, hiccups = RealServer(), [page]
+    server.objects["photos/7d1c/7d1c_original.JPG"] = photo_bytes
+
+    def hiccuping(request: httpx.Request) -> httpx.Response:
+        it = request.method if request.url.host == "storage.example" else request.url.path.split("/")[-1]
+        return hiccups.pop() if hiccups and it == call else server(request)
+
+    async with queue_on(hiccuping) as queue:
+        runner = Runner(queue, SleepyEngine(seconds=0), policy=Policy(retry_wait_s=0), temp_dir=tmp_path)
+        with anyio.fail_after(9):
+            outcome = await runner.run(await queue.lease())
+    assert not hiccups
+    assert (outcome.status, outcome.error) == ("completed", None)
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_a_storage_that_this_machine_cannot_reach_fails_no_task(tmp_path, photo_bytes, method):
+    """No name, no route, no TLS, a firewall: no task is to blame, and the next would fare no better."""
+    server = RealServer()
+    server.objects["photos/7d1c/7d1c_original.JPG"] = photo_bytes
+
+    def unreachable(request: httpx.Request) -> httpx.Response:
+        if request.method == method:
+            raise httpx.ConnectError("certificate verify failed")
+        return server(request)
+
+    async with queue_on(unreachable) as queue:
+        runner = Runner(queue, SleepyEngine(seconds=0), policy=Policy(retry_wait_s=0), temp_dir=tmp_path)
+        with anyio.fail_after(9):
+            outcome = await runner.run(await queue.lease())
+    assert (outcome.status, outcome.worker_should) == ("released", "wait")
+    assert "certificate verify failed" in outcome.error
+    assert server.retry_count == 0
+
+
+async def test_a_video_without_a_place_is_not_the_tasks_own_fault(video):
+    """The bucket is gone, say: else every clip would be made and thrown away, and no worker would ever stop."""
+
+    def server(request: httpx.Request) -> httpx.Response:
+        if request.method == "PUT":
+            return supabase("not_found", 404)
+        return success({"url": "https://storage.example/v.mp4", "storage_path": "videos/v.mp4"})
+
+    with pytest.raises(StorageUnavailable) as caught:
+        await queue_on(server).deliver(held(), video)
+    assert not caught.value.task_at_fault
+
+
 async def test_an_empty_photo_is_the_tasks_own_fault(tmp_path):
     """Whoever leased it next would find the same 0 bytes, however long it waited for them."""
     server = RealServer()
@@ -699,10 +754,11 @@ def test_missing_photos_fail_within_seconds_and_stop_no_worker(tmp_path):
 @pytest.mark.parametrize(
     "status,error,expected",
     [
-        (200, "Failed to presign", ObjectMissing),
-        (404, "No such file", ObjectMissing),
-        (400, "Object not found", ObjectMissing),
-        (500, "Object not found", ObjectMissing),  # else it would be handed back and leased again for ever
+        (200, "Failed to presign", ObjectUnsigned),
+        (404, "No such file", ObjectUnsigned),
+        (400, "Object not found", ObjectUnsigned),
+        (500, "Object not found", ObjectUnsigned),  # else it would be handed back and leased again for ever
+        (401, "Worker not found", QueueAuthError),
         (400, "storage_path is required", QueueRefused),
         (500, "Internal error", StorageAway),  # no upload is signed either, so nothing is known of the photo
     ],
@@ -996,6 +1052,16 @@ async def test_answers_and_their_errors(answer, error, says):
             await call()
         assert type(caught.value) is error
         assert KEY not in f"{caught.value!r} {caught.value.__context__!r}"
+
+
+async def test_an_api_that_was_there_is_waited_for():
+    """While a deployment changes hands its address answers 404; stopping would hand back what is being made."""
+    answers = [httpx.Response(404, html="<h1>DEPLOYMENT_NOT_FOUND</h1>"), refusal(404, "Not found"), success(None)]
+    queue = queue_on(lambda _: answers.pop())
+    assert await queue.lease() is None
+    for _ in range(2):
+        with pytest.raises(QueueUnavailable, match="404"):
+            await queue.lease()
 
 
 def subclasses(root: type) -> set[type]:

@@ -251,6 +251,7 @@ async def _download(storage: Storage, paid: PaidTask, task: RunwayTask, path: Pa
                 raise EngineFailed(f"task {task.id} was paid for, and its clip is gone: {error}") from None
             if not tries_left:
                 raise
+            await paid.pause()  # what is new may not be everywhere yet, and giving up means to pay again
         else:
             return
         found = await paid.look()

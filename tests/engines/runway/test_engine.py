@@ -861,13 +861,21 @@ class TestClip:
         await engine_of(runway).generate(ASKED, photo, folder, Job())
         assert runway.asked("output") == 3
 
-    async def test_a_clip_that_is_gone(self, runway, photo, folder):
+    async def test_a_clip_that_is_gone(self, runway, photo, folder, monkeypatch):
         """However often it is asked for: another may be paid for."""
         books = Books()
         runway.faults["output"] += [NOT_FOUND] * 3
+        asked, pause = [], PaidTask.pause
+
+        async def pausing(paid):
+            asked.append(runway.asked("output"))
+            await pause(paid)
+
+        monkeypatch.setattr(PaidTask, "pause", pausing)
         with failing(EngineFailed, runway, "its clip is gone"):
             await engine_of(runway).generate(ASKED, photo, folder, books.job())
         assert await books.statuses() == ["failed"]
+        assert {1, 2} <= set(asked)  # it had time to come
 
     @pytest.mark.parametrize(
         "faults, kind",
