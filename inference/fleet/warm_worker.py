@@ -15,9 +15,10 @@ from anyio.abc import TaskGroup
 
 from inference.engines.base import Job
 from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
-from inference.fleet.readings import FAULTS, Board, PoolName
+from inference.fleet.readings import FAULTS, Board
 from inference.leasing.runner import Runner
 from inference.leasing.taking import hand_back, lease_from
+from inference.providers import PAID, PoolName
 from inference.queues.base import TaskQueue
 from inference.task import GenerationRequest, Lease, Outcome, Task, Video
 
@@ -190,7 +191,7 @@ class Host:
             # lost is one of many.
             certain = self._fault is not None or outcome.worker_should == "stop"
             await self._record(self._board.faulted(self._pool, str(outcome.error), certain=certain))
-        elif outcome.worker_should == "wait" and self._pool == "runway":
+        elif outcome.worker_should == "wait" and self._pool == PAID.pool:
             # The pool is the provider: nothing should be sent there for a while. A new container would not help it.
             await self._record(self._board.faulted(self._pool, str(outcome.error)))
 
