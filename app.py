@@ -22,12 +22,12 @@ from images.wan import wan_image
 from inference import build, logs, terminal
 from inference.errors import I2VError, one_line
 from inference.fleet import opening, report, shape
-from inference.fleet.readings import PoolName
 from inference.on_modal import deployment
 from inference.on_modal import one_off as by_hand
-from inference.on_modal.container import EngineName, Station
+from inference.on_modal.container import Station
 from inference.on_modal.lent import DictRecords, RemoteContainers
 from inference.process import told_errors
+from inference.providers import EngineName, PoolName
 from inference.settings import Settings
 
 MINUTES = 60  # seconds

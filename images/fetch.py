@@ -15,8 +15,8 @@ import structlog
 from inference.engines.wan import fetching
 from inference.engines.wan.hub import ENDPOINT
 from inference.engines.wan.presets import PRESETS
-from inference.engines.wan.weights import FileProgress
 from inference.errors import I2VError
+from inference.progress.tracker import FileProgress
 
 log = structlog.get_logger(__name__)
 

@@ -5,6 +5,7 @@ import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from inference.engines.runway.models import model_for
 from inference.engines.turns import Seat
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
-from inference.errors import DiskFull, SettingsError
+from inference.errors import DiskFull, InvalidRequest, SettingsError
 from inference.leasing.polling import Worker
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
@@ -26,10 +27,11 @@ from inference.leasing.scratch import sweep
 from inference.payments.ledger import Ledger
 from inference.payments.records import Records, SqliteRecords
 from inference.progress.tracker import Sink
+from inference.providers import PAID, EngineName, is_paid
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.settings import Settings
-from inference.task import GenerationRequest, Lease, Outcome
+from inference.task import GenerationRequest, Lease, Outcome, Task
 from inference.transfer.bucket import Bucket
 from inference.transfer.network import is_this_machine
 from inference.transfer.storage import Storage
@@ -54,7 +56,7 @@ def choose_engine(settings: Settings) -> Settings:
     if "engine" in settings.model_fields_set:
         return settings
     if settings.runway_key is not None:
-        return settings.model_copy(update={"engine": "runway"})
+        return settings.model_copy(update={"engine": PAID.worker_type})
     if settings.api_url and not is_this_machine(httpx.URL(settings.api_url).host):
         raise SettingsError(
             f"I2V_ENGINE is not set: choose wan, or runway with a key of it, for the videos of {settings.api_url}; "
@@ -69,9 +71,7 @@ def build_engine(settings: Settings, check: Callable[[], None] = lambda: None) -
     `check` is called between the parts of a model, and what it raises ends the loading. Raises SettingsError, and
     EngineLost or its WeightsError where this machine cannot run it.
     """
-    if settings.engine == "preview":
-        return PreviewEngine()
-    return _build_runway(settings) if settings.engine == "runway" else _build_wan(settings, check)
+    return ENGINES[settings.engine].build(settings, check)
 
 
 async def load_engine(settings: Settings) -> Engine:
@@ -82,24 +82,37 @@ async def load_engine(settings: Settings) -> Engine:
 
 def refuse(settings: Settings, request: GenerationRequest) -> None:
     """Raises InvalidRequest for what the engine of `settings` would refuse anyway, before it is loaded."""
-    if settings.engine == "wan":
-        PRESETS[settings.wan_preset].refuse(request)
-    if settings.engine == "runway":
-        model_for(request.provider, settings.runway_model).refuse(request)
+    ENGINES[settings.engine].refuse(settings, request)
 
 
 def engine_note(settings: Settings) -> str:
     """The engine of `settings`, for people, and what to expect of it."""
-    if settings.engine == "preview":
-        return f"preview: {PREVIEW_NOTE}"
-    if settings.engine == "runway":
-        usd_per_s = model_for(None, settings.runway_model).usd_per_s(audio=settings.runway_audio)
-        return (
-            f"runway, model {settings.runway_model}: up to ${usd_per_s:.2f} a second, "
-            f"${settings.runway_budget_usd:.2f} a day"
-        )
-    preset = PRESETS[settings.wan_preset]
-    return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
+    return ENGINES[settings.engine].note(settings)
+
+
+def price_usd(settings: Settings, task: Task) -> float | None:
+    """What a task costs at the paid provider, at most; None where it cannot be made there."""
+    request = GenerationRequest.from_task(task)
+    if not task.names_duration and settings.runway_duration_s is not None:
+        request = request.model_copy(update={"duration_s": settings.runway_duration_s})
+    model = model_for(task.provider, settings.runway_model)
+    try:
+        model.refuse(request)
+        return model.cost_usd(request.duration_s, audio=settings.runway_audio)
+    except InvalidRequest:
+        return None
+
+
+def _refuse_runway(settings: Settings, request: GenerationRequest) -> None:
+    model_for(request.provider, settings.runway_model).refuse(request)
+
+
+def _runway_note(settings: Settings) -> str:
+    usd_per_s = model_for(None, settings.runway_model).usd_per_s(audio=settings.runway_audio)
+    return (
+        f"runway, model {settings.runway_model}: up to ${usd_per_s:.2f} a second, "
+        f"${settings.runway_budget_usd:.2f} a day"
+    )
 
 
 def _build_runway(settings: Settings) -> RunwayEngine:
@@ -118,6 +131,11 @@ def _build_runway(settings: Settings) -> RunwayEngine:
         trusted_origins=[_origin(settings.runway_url)],
         allow_private=settings.allow_private_addresses,
     )
+
+
+def _wan_note(settings: Settings) -> str:
+    preset = PRESETS[settings.wan_preset]
+    return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
 
 
 def build_ledger(settings: Settings, records: Records | None = None) -> Ledger:
@@ -159,6 +177,35 @@ def build_weights(preset: Preset, weights_dir: Path) -> None:
         raise DiskFull(f"I2V_WEIGHTS_DIR: {weights_dir} cannot be written: {error.strerror or error}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class _EngineParts:
+    """What an engine needs to be chosen by its name in settings."""
+
+    build: Callable[[Settings, Callable[[], None]], Engine]
+    note: Callable[[Settings], str]
+    refuse: Callable[[Settings, GenerationRequest], None]
+
+
+ENGINES: dict[EngineName, _EngineParts] = {
+    "preview": _EngineParts(
+        build=lambda _settings, _check: PreviewEngine(),
+        note=lambda _settings: f"preview: {PREVIEW_NOTE}",
+        refuse=lambda _settings, _request: None,
+    ),
+    "wan": _EngineParts(
+        build=_build_wan,
+        note=_wan_note,
+        refuse=lambda settings, request: PRESETS[settings.wan_preset].refuse(request),
+    ),
+    "runway": _EngineParts(
+        build=lambda settings, _check: _build_runway(settings),
+        note=_runway_note,
+        refuse=_refuse_runway,
+    ),
+}
+"""The place where an engine is added: here it is built, and `providers.py` says which hints it serves."""
+
+
 def describe_gpu() -> tuple[str, float] | None:
     """Name and memory in GB of the GPU that the Wan engine would take; None without one. Raises SettingsError."""
     with needing_extra("wan", "the Wan engine"):
@@ -191,7 +238,7 @@ def open_storage(settings: Settings, trusted_origins: Sequence[str] | None = Non
 
 
 @asynccontextmanager
-async def open_queue(settings: Settings) -> AsyncIterator[LifeIsShortQueue]:
+async def open_queue(settings: Settings) -> AsyncIterator[TaskQueue]:
     """A connection to the queue at `settings.api_url`. Raises SettingsError."""
     if not settings.api_url:
         raise SettingsError("VERCEL_API_URL or NEXT_API_URL is not set")
@@ -252,7 +299,7 @@ def build_runner(
         temp_dir=settings.temp_dir,
         sink=sink,
         ledger=ledger,
-        at_once=settings.runway_concurrency if settings.engine == "runway" else 1,
+        at_once=settings.runway_concurrency if is_paid(settings.engine) else 1,
     )
 
 
@@ -265,11 +312,11 @@ def build_worker(
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Worker:
     """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
-    is_paid = settings.engine == "runway"
+    pays = is_paid(settings.engine)
     return Worker(
         queue,
-        build_runner(settings, queue, engine, ledger=build_ledger(settings) if is_paid else None, sink=sink),
-        concurrency=max(settings.concurrency, settings.runway_concurrency) if is_paid else settings.concurrency,
+        build_runner(settings, queue, engine, ledger=build_ledger(settings) if pays else None, sink=sink),
+        concurrency=max(settings.concurrency, settings.runway_concurrency) if pays else settings.concurrency,
         poll_interval_s=settings.poll_interval_s,
         grace_s=settings.shutdown_grace_s,
         on_outcome=on_outcome,

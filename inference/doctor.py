@@ -14,12 +14,13 @@ import imageio_ffmpeg
 import numpy as np
 
 from inference.build import build_ledger, choose_engine, describe_gpu, engine_note, open_queue
-from inference.engines.runway.models import USD_PER_CREDIT
+from inference.engines.runway.models import USD_PER_CREDIT, refuse_settings
 from inference.engines.runway.wire import RunwayApi
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError
 from inference.media.video import VideoWriter, probe
+from inference.providers import EngineName, is_paid
 from inference.settings import Settings
 
 ROOM_BYTES = 1_000_000_000
@@ -51,10 +52,9 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for name in settings.unread():
             yield Finding("settings", "skip", f"nothing reads {name}")
         yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
-        if settings.engine == "wan":
-            yield await anyio.to_thread.run_sync(_weights, settings)
-            yield await anyio.to_thread.run_sync(_gpu, settings)
-        if settings.engine == "runway" or settings.runway_key:
+        for check in NEEDS.get(settings.engine, ()):
+            yield await anyio.to_thread.run_sync(check, settings)
+        if is_paid(settings.engine) or settings.runway_key:
             yield await _runway(settings)
             yield await _ledger(settings)
     yield await anyio.to_thread.run_sync(_ffmpeg)
@@ -75,11 +75,9 @@ def require_machine(settings: Settings) -> None:
 
     Raises EngineLost.
     """
-    checks = [lambda: _disk(settings.temp_dir), _ffmpeg]
-    if settings.engine == "wan":
-        checks += [lambda: _weights(settings), lambda: _gpu(settings)]
+    checks = (lambda _settings: _disk(settings.temp_dir), lambda _settings: _ffmpeg(), *NEEDS.get(settings.engine, ()))
     for check in checks:
-        finding = check()
+        finding = check(settings)
         if finding.verdict == "FAIL":
             raise EngineLost(f"{finding.name}: {finding.text}")
 
@@ -111,10 +109,15 @@ def _gpu(settings: Settings) -> Finding:
     return Finding("gpu", "ok", text)
 
 
+NEEDS: dict[EngineName, tuple[Callable[[Settings], Finding], ...]] = {"wan": (_weights, _gpu)}
+"""What an engine needs of the machine that it runs on, beside what all need."""
+
+
 async def _runway(settings: Settings) -> Finding:
     if settings.runway_key is None:
         return Finding("runway", "FAIL", "RUNWAYML_API_SECRET is not set: the engine needs a key of dev.runwayml.com")
     try:
+        refuse_settings(settings.runway_model, settings.runway_ratio)
         async with RunwayApi(settings.runway_key.get_secret_value(), settings.runway_url) as api:
             balance = (await api.organization()).creditBalance
     except I2VError as error:

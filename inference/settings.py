@@ -14,15 +14,19 @@ from typing import Annotated, Literal, Self
 import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from inference.engines.runway.models import MIN_DURATION_S, MODELS
-from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
-from inference.queues.lifeisshort_wire import worker_api_url
+from inference.providers import RUNWAY, EngineName, WorkerType
 from inference.settings_base import LoadableSettings, names_of, setting
+from inference.task import MIN_DURATION_S
+from inference.transfer.addresses import worker_api_url
 from inference.transfer.network import flaw_in, safe_for_a_key
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(gt=0)]
+
+WAN_PRESETS = ("5b-fast", "5b-turbo", "5b-quality", "a14b-fast", "a14b-quality", "tiny", "tiny-a14b")
+RUNWAY_MODELS = tuple(dict.fromkeys(model for model in RUNWAY.models.values() if model))
+"""What can be chosen. Only names, so that settings need no engine; the engines have what is behind them."""
 
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
 OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_path"}
@@ -60,11 +64,11 @@ class Settings(LoadableSettings):
         "RUNPOD_POD_ID",
         about="Name of this worker in the queue; every lease adds its own suffix. Default: host name.",
     )
-    worker_type: Literal["wan", "runway"] | None = setting(
-        None, "I2V_WORKER_TYPE", about="Take only tasks of this kind: `wan` or `runway`. Default: any."
+    worker_type: WorkerType | None = setting(
+        None, "I2V_WORKER_TYPE", about="Take only tasks for this engine: `wan` or `runway`. Default: any."
     )
-    queue_lanes: bool = setting(
-        False, "I2V_QUEUE_LANES", about="The queue hands out tasks by worker_type; a dispatcher then asks by kind."
+    queue_knows_worker_type: bool = setting(
+        False, "I2V_QUEUE_LANES", about="The queue hands out tasks by worker_type; a dispatcher then asks for each."
     )
     poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = setting(
         5.0, "POLL_INTERVAL", "POLLING_INTERVAL", about="Seconds between questions to an empty queue."
@@ -80,7 +84,7 @@ class Settings(LoadableSettings):
     )
 
     # The worker
-    engine: Literal["preview", "wan", "runway"] = setting(
+    engine: EngineName = setting(
         "preview",
         "I2V_ENGINE",
         about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU. "
@@ -116,7 +120,9 @@ class Settings(LoadableSettings):
 
     # The Wan engine
     wan_preset: str = setting(
-        "a14b-fast", "I2V_WAN_PRESET", about=f"Model and schedule, one of {', '.join(f'`{name}`' for name in PRESETS)}."
+        "a14b-fast",
+        "I2V_WAN_PRESET",
+        about=f"Model and schedule, one of {', '.join(f'`{name}`' for name in WAN_PRESETS)}.",
     )
     weights_dir: Path = setting(
         Path("~/.cache/serverless-i2v"), "I2V_WEIGHTS_DIR", about="Folder of the weights; `i2v weights fetch` fills it."
@@ -155,7 +161,7 @@ class Settings(LoadableSettings):
     runway_model: str = setting(
         "gen4_turbo",
         "RUNWAY_MODEL",
-        about=f"Model for tasks that name none, one of {', '.join(f'`{name}`' for name in MODELS)}.",
+        about=f"Model for tasks that name none, one of {', '.join(f'`{name}`' for name in RUNWAY_MODELS)}.",
     )
     runway_ratio: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = setting(
         None,
@@ -326,8 +332,8 @@ class Settings(LoadableSettings):
     @field_validator("runway_model")
     @classmethod
     def _is_a_runway_model(cls, value: str) -> str:
-        if value not in MODELS:
-            raise ValueError(f"there is no model {value!r}; choose one of {', '.join(MODELS)}")
+        if value not in RUNWAY_MODELS:
+            raise ValueError(f"there is no model {value!r}; choose one of {', '.join(RUNWAY_MODELS)}")
         return value
 
     @field_validator(
@@ -356,8 +362,8 @@ class Settings(LoadableSettings):
     @field_validator("wan_preset")
     @classmethod
     def _is_a_preset(cls, value: str) -> str:
-        if value not in PRESETS:
-            raise ValueError(f"there is no preset {value!r}; choose one of {', '.join(PRESETS)}")
+        if value not in WAN_PRESETS:
+            raise ValueError(f"there is no preset {value!r}; choose one of {', '.join(WAN_PRESETS)}")
         return value
 
     @field_validator("weights_dir", "ledger_path")
@@ -376,15 +382,6 @@ class Settings(LoadableSettings):
             raise ValueError(
                 f"HEARTBEAT_INTERVAL ({self.heartbeat_interval_s:g} s) has to be at most half of "
                 f"I2V_LEASE_EXTENSION ({self.lease_extension_s:g} s): one late beat must not lose the lease"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _the_model_makes_the_size(self) -> Self:
-        ratios = MODELS[self.runway_model].ratios
-        if self.runway_ratio is not None and self.runway_ratio not in ratios:
-            raise ValueError(
-                f"RUNWAY_DEFAULT_RATIO: {self.runway_model} makes {', '.join(ratios)}, and not {self.runway_ratio}"
             )
         return self
 

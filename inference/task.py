@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from inference.errors import InvalidRequest
+from inference.errors import InvalidRequest, InvalidTask
 
 QUEUE_FPS = 24
 """Frames per second in which queues count `frame_num`, whatever the engine's own rate (Life-is-Short API)."""
 
 DEFAULT_FRAME_NUM = 121
 """What a queue means by no `frame_num`: five seconds (Life-is-Short API)."""
+
+MIN_DURATION_S = 0.5
+"""Shorter than anybody asks for."""
 
 MAX_DURATION_S = 60.0
 """A longer clip than any engine makes; bounds memory and money before an engine applies its own limit."""
@@ -37,6 +40,19 @@ class Value(BaseModel):
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._:-]+$")]
 DurationS = Annotated[float, Field(gt=0, le=MAX_DURATION_S)]
 
+identifier: TypeAdapter[str] = TypeAdapter(Identifier)
+
+
+def _relative(path: str) -> str:
+    """A path that stays where the storage keeps it."""
+    if not path or path.startswith("/") or ".." in path.split("/") or "\\" in path or not path.isprintable():
+        raise ValueError("must be a relative path without `..`, backslashes or control characters")
+    return path
+
+
+StoragePath = Annotated[str, Field(max_length=1024), AfterValidator(_relative)]
+"""Where a queue's storage keeps a photo or a video, as somebody else says: checked before it is believed."""
+
 
 class Task(Value):
     """One photo to turn into one video."""
@@ -48,8 +64,59 @@ class Task(Value):
     photo_storage_path: str  # where the queue's storage keeps the photo; relative, no `..`
     duration_s: DurationS
     names_duration: bool = True  # False: `duration_s` is what the queue means by naming none
-    provider: str | None = None  # the queue's hint at an engine: wan_local, gen4_turbo, veo3.1, …
+    provider: str | None = None  # the queue's hint: wan_local, gen4_turbo, veo3.1, … (`providers.py`)
     extras: dict[str, Any] = {}  # fields of the wire this version does not know, kept as they came
+
+
+class _QueuedTask(BaseModel):
+    """A task as queues write it; JSON types are taken as they are, never converted.
+
+    What no video depends on may be missing: the real Life-is-Short server has rows without a group, and prompts of any
+    length.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    item_id: Identifier
+    group_id: str | None = None
+    photo_id: str | None = None
+    prompt: str | None = None
+    photo_storage_path: StoragePath
+    frame_num: Annotated[int, Field(ge=2, le=int(MAX_DURATION_S * QUEUE_FPS) + 1)] | None = None  # 24 x seconds + 1
+    inference_provider: str | None = None
+    leased_until: object = None  # the server's clock: never compared, so not kept
+
+
+def parse_task(payload: object) -> Task:
+    """A task as queues write it, in our own words. Unknown fields go to `extras` as they are.
+
+    Raises InvalidTask naming every wrong field, with the item_id where the payload has a usable one.
+    """
+    try:
+        wire = _QueuedTask.model_validate(payload)
+    except ValidationError as error:
+        item_id = payload.get("item_id") if isinstance(payload, Mapping) else None
+        try:
+            usable = identifier.validate_python(item_id, strict=True)
+        except ValidationError:
+            usable = None
+        raise InvalidTask(f"malformed task: {explain(error)}", item_id=usable) from None
+    return Task(
+        item_id=wire.item_id,
+        group_id=wire.group_id,
+        photo_id=wire.photo_id,
+        prompt=wire.prompt or "",
+        photo_storage_path=wire.photo_storage_path,
+        duration_s=duration_s(wire.frame_num),
+        names_duration=wire.frame_num is not None,
+        provider=wire.inference_provider,
+        extras=wire.model_extra or {},
+    )
+
+
+def duration_s(frame_num: int | None) -> float:
+    """Seconds that a queue means by `frame_num`."""
+    return ((DEFAULT_FRAME_NUM if frame_num is None else frame_num) - 1) / QUEUE_FPS
 
 
 class Lease(Value):

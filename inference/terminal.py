@@ -22,11 +22,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from inference.engines.wan.weights import FileProgress
 from inference.errors import legible
 from inference.logs import json_escaped
+from inference.progress.tracker import FileProgress, Sink
 from inference.progress.tracker import Progress as Snapshot
-from inference.progress.tracker import Sink
 from inference.task import Video
 
 out = Console(highlight=False, soft_wrap=True)

@@ -38,6 +38,7 @@ from inference.errors import (
 )
 from inference.on_modal.doctor import examine_modal
 from inference.progress.tracker import Sink
+from inference.providers import EngineName, is_paid
 from inference.server.client import QueueClient
 from inference.settings import Settings
 from inference.task import Lease, Outcome
@@ -143,7 +144,7 @@ def serve(
 def work(
     url: Url = None,
     concurrency: Annotated[int | None, typer.Option(help="Tasks held at once.", min=1, max=64)] = None,
-    engine: Annotated[Literal["preview", "wan", "runway"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
     verbose: Verbose = False,
@@ -169,7 +170,7 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
 
     async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
         engine = await load_engine(settings)  # before a task is taken: nobody else should wait for these weights
-        if settings.engine == "runway":
+        if is_paid(settings.engine):
             await build_ledger(settings).prune()
         worker = build_worker(settings, queue, engine, sink=sink)
         log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import anyio
 import typer
@@ -16,6 +16,7 @@ from inference.engines.base import Job
 from inference.errors import I2VError, SettingsError
 from inference.payments.ledger import Purchase, digest
 from inference.progress.tracker import ProgressTracker
+from inference.providers import EngineName, is_paid
 from inference.settings import Settings
 from inference.task import GenerationRequest, Video, asked_as
 
@@ -26,7 +27,7 @@ def render(  # noqa: PLR0917 - as many arguments as it has options
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
     seconds: Seconds = 5,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.", min=0)] = None,
-    engine: Annotated[Literal["preview", "wan", "runway"] | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
     preset: Annotated[str | None, typer.Option(help="Of the Wan engine, instead of I2V_WAN_PRESET.")] = None,
     negative: Annotated[str | None, typer.Option(help="What should not be seen, where the preset can do that.")] = None,
     last: Annotated[
@@ -75,7 +76,7 @@ async def _render(settings: Settings, request: GenerationRequest, photo: Path, o
 
 def _purchase(settings: Settings, request: GenerationRequest, photo: Path) -> Purchase | None:
     """The books, where the engine is paid by the clip: under one name for the same photo and wishes."""
-    if settings.engine != "runway":
+    if not is_paid(settings.engine):
         return None
     try:
         photo_digest = hashlib.sha256(photo.read_bytes()).hexdigest()

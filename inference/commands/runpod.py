@@ -85,12 +85,12 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
     again = partial(_again, output.absolute(), endpoint)
 
     async def main() -> None:
-        asked = await runpod_job.asked(photo, request, preset)
+        asked = await runpod_job.asked(photo, request, preset, terminal.say)
         await _bring(
             settings,
             output.absolute(),
             again,
-            lambda api, sink: runpod_job.invoked(api, settings, asked, sink, again, wait_s=wait * 60),
+            lambda api, sink: runpod_job.invoked(api, settings, asked, sink, again, say=terminal.say, wait_s=wait * 60),
         )
 
     process.run(main)
@@ -123,7 +123,7 @@ def fetch(
             settings,
             output.absolute(),
             partial(_again, output.absolute(), endpoint),
-            lambda api, sink: runpod_job.taken_up(api, settings, job_id, sink),
+            lambda api, sink: runpod_job.taken_up(api, settings, job_id, sink, terminal.say),
         )
     )
 
@@ -215,7 +215,7 @@ async def _bring(
         answer = runpod_answer.completed(job)
         sink(Progress(stage="fetch", done=0, total=1, fraction=0.99))
         video = await runpod_answer.saved(
-            settings, job.id, answer.video, folder=Path(folder), output=output, again=again
+            settings, job.id, answer.video, folder=Path(folder), output=output, again=again, say=terminal.say
         )
     seed = "" if answer.seed is None else f" · seed {answer.seed}"
     execution_s = (job.execution_ms or 0) / 1000

@@ -19,10 +19,9 @@ from inference.engines.base import Job, run_in_thread
 from inference.errors import InvalidRequest
 from inference.media import photo as photos
 from inference.media.video import VideoWriter
-from inference.task import MAX_DURATION_S, GenerationRequest, Video
+from inference.task import MAX_DURATION_S, MIN_DURATION_S, GenerationRequest, Video
 
 FPS = 24
-MIN_DURATION_S = 0.5
 
 # The framing of Wan2.2 5B, for which the preview stands in (github.com/Wan-Video/Wan2.2, wan_ti2v_5B.py).
 MAX_AREA_PX = 1280 * 704

@@ -4,7 +4,7 @@ A tick leases only what can start (`plan.py`), and keeps no task: each lease tra
 that no pool can take is handed back before the tick ends.
 """
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,18 +20,18 @@ from inference.errors import (
     RecordsUnavailable,
 )
 from inference.fleet.containers import Containers, Live, Sized
-from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, choices, cost_usd, plan
-from inference.fleet.readings import Board, PoolName
+from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, choices, plan
+from inference.fleet.readings import Board
 from inference.leasing.taking import hand_back, lease_from
 from inference.payments.ledger import Ledger
+from inference.providers import DEFAULT, PAID, PoolName, WorkerType, is_paid, provider_of
 from inference.queues.base import TaskQueue
-from inference.queues.item import Lane, lane
 from inference.task import Lease, Task
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-LOOK_AHEAD: dict[PoolName, int] = {"gpu": 8, "runway": 50}
+LOOK_AHEAD: dict[PoolName, int] = {DEFAULT.pool: 8, PAID.pool: 50}
 """How many tasks that no pool can take now a tick looks past in one queue, by their first choice. Those for the GPU
 move on by themselves; those for Runway can stand there until midnight, and must not hide all others."""
 
@@ -57,14 +57,21 @@ class Dispatcher:
 
     def __init__(
         self,
-        queues: Mapping[Lane | None, TaskQueue],
+        queues: Mapping[WorkerType | None, TaskQueue],
         pools: Mapping[PoolName, tuple[Sized, Containers]],
         board: Board,
         ledger: Ledger,
         rules: Rules,
+        *,
+        price_usd: Callable[[Task], float | None],
     ) -> None:
-        """`queues`: a connection that hands out any task under None, or one for each kind of task."""
+        """`queues`: a connection that hands out any task under None, or one for each worker_type.
+
+        `price_usd`: what a task costs in the paid pool, at most; None where it cannot be made there.
+        """
         self._queues, self._pools, self._board, self._ledger, self._rules = queues, pools, board, ledger, rules
+        self._price_usd = price_usd
+        self._may_pay = PAID.pool in pools
         self.troubles: list[str] = []  # of the last tick: a queue or a pool that did not do what it was asked
 
     async def tick(self) -> str:
@@ -82,14 +89,15 @@ class Dispatcher:
             raise
         try:
             with anyio.CancelScope(deadline=began_at + TICK_S):
-                for kind, queue in self._queues.items():
-                    await self._lease_from(queue, kind, tick)
+                for worker_type, queue in self._queues.items():
+                    await self._lease_from(queue, worker_type, tick)
         finally:
             with anyio.CancelScope(shield=True):
                 async with anyio.create_task_group() as tasks:
                     for aside in tick.aside:
                         tasks.start_soon(self._give_back, aside)
-        decision = f"sent {tick.sent['gpu']} to gpu, {tick.sent['runway']} to runway ({tick.plan.why}){tick.trouble()}"
+        sent = ", ".join(f"{count} to {name}" for name, count in tick.sent.items())
+        decision = f"sent {sent} ({tick.plan.why}){tick.trouble()}"
         log.log(30 if tick.troubles else 20, "dispatched", decision=decision)
         await self._note(decision)
         return decision
@@ -102,12 +110,17 @@ class Dispatcher:
     async def _look_around(self, began_at: float) -> "_Tick":
         try:
             with anyio.fail_after(PLAN_S):
-                has_runway = "runway" in self._pools
-                payments = await self._ledger.payments() if has_runway else []
+                payments = await self._ledger.payments() if self._may_pay else []
                 paid_for = frozenset(payment.item_id for payment in payments if payment.status == "created")
                 plan = await self._plan(len(paid_for))
                 return _Tick(
-                    plan, self._rules, began_at, has_runway=has_runway, paid_for=paid_for, troubles=self.troubles
+                    plan,
+                    self._rules,
+                    self._price_usd,
+                    began_at,
+                    may_pay=self._may_pay,
+                    paid_for=paid_for,
+                    troubles=self.troubles,
                 )
         except TimeoutError:
             raise PoolUnavailable(f"records, queue and pools did not all answer within {PLAN_S:g} s") from None
@@ -116,15 +129,15 @@ class Dispatcher:
         waiting = await self._waiting()
         if waiting == 0:
             await self._board.dry()
-        gpu = await self._pool("gpu", waiting)
+        gpu = await self._pool(DEFAULT.pool, waiting)
         assert gpu is not None  # noqa: S101 - every fleet has one
         return plan(
             Fleet(
                 gpu=gpu,
-                runway=await self._pool("runway", None),  # what waits may be counted for the GPU alone
+                runway=await self._pool(PAID.pool, None),  # what waits may be counted for the GPU alone
                 waiting=waiting,
                 undry_s=await self._board.undry_s(),
-                spent_usd=await self._ledger.spent_usd() if "runway" in self._pools else 0.0,
+                spent_usd=await self._ledger.spent_usd() if self._may_pay else 0.0,
                 paid_for=paid_for,
             ),
             self._rules,
@@ -164,10 +177,10 @@ class Dispatcher:
             log.warning("probe_failed", pool=name, error=str(error))
 
     async def _waiting(self) -> int | None:
-        """Tasks that wait for a GPU, as far as the queue tells kinds apart."""
+        """Tasks that wait for a GPU, as far as the queue tells tasks apart."""
         total = 0
-        for kind, queue in self._queues.items():
-            if kind == "runway" and "runway" in self._pools:
+        for worker_type, queue in self._queues.items():
+            if is_paid(worker_type) and self._may_pay:
                 continue
             try:
                 waiting = await queue.backlog()
@@ -180,23 +193,23 @@ class Dispatcher:
             total += waiting
         return total
 
-    async def _lease_from(self, queue: TaskQueue, kind: Lane | None, tick: "_Tick") -> None:
+    async def _lease_from(self, queue: TaskQueue, worker_type: WorkerType | None, tick: "_Tick") -> None:
         """Takes what fits from one queue until it is dry, everything is full, or time is up."""
-        passed: dict[PoolName, int] = {"gpu": 0, "runway": 0}
-        while tick.has_room(kind) and all(passed[each] < LOOK_AHEAD[each] for each in passed):
+        passed = dict.fromkeys(LOOK_AHEAD, 0)
+        while tick.has_room(worker_type) and all(passed[each] < LOOK_AHEAD[each] for each in passed):
             try:
                 lease = await lease_from(queue, limit_s=CALL_S)
             except InvalidTask as error:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
                 tick.malformed += 1
-                passed["gpu"] += 1
+                passed[DEFAULT.pool] += 1
                 continue
             except QueueUnavailable as error:
                 if str(error) not in tick.troubles:
                     tick.troubles.append(str(error))
                 return
             if lease is None:
-                if kind != "runway" and not passed["gpu"]:
+                if not is_paid(worker_type) and not passed[DEFAULT.pool]:
                     await self._board.dry()
                 return
             if not await self._place(lease, queue, tick):
@@ -208,7 +221,7 @@ class Dispatcher:
         if name is None:
             tick.aside.append(_Aside(queue, lease))  # fence
             return False
-        price_usd = (tick.price_usd(lease.task) or 0.0) if name == "runway" else 0.0
+        price_usd = (tick.price_usd(lease.task) or 0.0) if name == PAID.pool else 0.0
         sent = False
         try:
             if price_usd:
@@ -259,43 +272,51 @@ class _Tick:
         self,
         plan: Plan,
         rules: Rules,
+        price_usd: Callable[[Task], float | None],
         began_at: float,
         *,
-        has_runway: bool,
+        may_pay: bool,
         paid_for: frozenset[str],
         troubles: list[str],
     ) -> None:
-        """`paid_for`: items whose clip is being made at Runway, or waits there; going on with it costs nothing."""
-        self.plan, self._rules, self._has_runway, self._paid_for = plan, rules, has_runway, paid_for
-        self._left: dict[PoolName, int] = {"gpu": plan.gpu, "runway": plan.runway}
+        """`may_pay`: there is a pool that takes money.
+
+        `paid_for`: items whose clip is being made there, or waits there; going on with it costs nothing.
+        """
+        self.plan, self._rules, self._price_usd, self._may_pay, self._paid_for = (
+            plan,
+            rules,
+            price_usd,
+            may_pay,
+            paid_for,
+        )
+        self._left: dict[PoolName, int] = {DEFAULT.pool: plan.gpu, PAID.pool: plan.runway}
         self._overflow_left, self._budget_usd = plan.overflow, plan.budget_usd
         self._leases_until = began_at + LEASE_UNTIL_S
-        self.sent: dict[PoolName, int] = {"gpu": 0, "runway": 0}
+        self.sent = dict.fromkeys(self._left, 0)
         self.aside: list[_Aside] = []
         self._closed: set[PoolName] = set()  # pools that did not take what was sent
         self.troubles = troubles
         self.malformed = 0
 
-    def has_room(self, kind: Lane | None) -> bool:
-        """Whether any task of a kind could be sent somewhere."""
+    def has_room(self, worker_type: WorkerType | None) -> bool:
+        """Whether any task that a queue hands out for a worker_type could be sent somewhere; None: any task of all."""
         if anyio.current_time() >= self._leases_until:
             return False
-        gpu, runway = self._is_open("gpu"), self._is_open("runway")
-        match kind:
-            case "wan":
-                return gpu or (runway and self._overflow_left > 0)
-            case "runway":
-                return runway if self._has_runway else gpu
-            case _:
-                return gpu or runway
+        free, paid = self._is_open(DEFAULT.pool), self._is_open(PAID.pool)
+        if worker_type is None:
+            return free or paid
+        if is_paid(worker_type):
+            return paid if self._may_pay else free
+        return free or (paid and self._overflow_left > 0)
 
     def choose(self, task: Task) -> PoolName | None:
         """Where a task can go now."""
-        is_due = lane(task.provider) == "runway" or task.item_id in self._paid_for  # there, overflow or not
+        is_due = provider_of(task.provider).is_paid or task.item_id in self._paid_for  # there, overflow or not
         for name in self.choices(task):
             if not self._is_open(name):
                 continue
-            if name == "gpu":
+            if name != PAID.pool:
                 return name
             price_usd = self.price_usd(task)
             if price_usd is None and is_due:
@@ -306,12 +327,12 @@ class _Tick:
 
     def choices(self, task: Task) -> tuple[PoolName, ...]:
         """The pools that may take a task in this fleet, first choice first."""
-        found = choices(task, self._rules, has_runway=self._has_runway)
-        return ("runway", *found) if task.item_id in self._paid_for else found
+        found = choices(task, self._rules, has_runway=self._may_pay)
+        return (PAID.pool, *found) if task.item_id in self._paid_for else found
 
     def price_usd(self, task: Task) -> float | None:
-        """What sending it to Runway may cost from now on; None where Runway cannot make it."""
-        return 0.0 if task.item_id in self._paid_for else cost_usd(task, self._rules)
+        """What sending it to the paid pool may cost from now on; None where it cannot be made there."""
+        return 0.0 if task.item_id in self._paid_for else self._price_usd(task)
 
     def close(self, name: PoolName, why: str) -> None:
         """A pool did not take what was sent: it is left alone for the rest of the tick."""
@@ -322,9 +343,9 @@ class _Tick:
         """A task was sent."""
         self.sent[name] += 1
         self._left[name] -= 1
-        if name == "runway":
+        if name == PAID.pool:
             self._budget_usd -= price_usd
-            self._overflow_left -= lane(task.provider) != "runway"
+            self._overflow_left -= not provider_of(task.provider).is_paid
 
     def trouble(self) -> str:
         """What a person should know."""

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from inference.build import build_ledger, open_queue
+from inference.build import build_ledger, open_queue, price_usd
 from inference.fleet.containers import Containers
 from inference.fleet.dispatch import Dispatcher
-from inference.fleet.readings import Board, PoolName
+from inference.fleet.readings import Board
 from inference.fleet.shape import Shape, for_a_cold_start, rules
 from inference.payments.records import Records
+from inference.providers import PROVIDERS, PoolName, WorkerType
 from inference.queues.base import TaskQueue
-from inference.queues.item import Lane
 from inference.settings import Settings
 
 
@@ -38,13 +38,22 @@ async def open_dispatcher(
 ) -> AsyncIterator[Dispatcher]:
     """What the cron runs. `board`: where the records hold more than one. Raises SettingsError, RecordsUnavailable."""
     own = for_a_cold_start(settings, shape)
-    kinds: tuple[Lane | None, ...] = ("runway", "wan") if settings.queue_lanes else (settings.worker_type,)
+    worker_types: list[WorkerType | None] = [settings.worker_type]
+    if settings.queue_knows_worker_type:  # those that have to be paid for first, before others overflow to there
+        worker_types = [each.worker_type for each in sorted(PROVIDERS, key=lambda each: not each.is_paid)]
     async with AsyncExitStack() as stack:
-        queues: dict[Lane | None, TaskQueue] = {
-            kind: await stack.enter_async_context(open_queue(own.model_copy(update={"worker_type": kind})))
-            for kind in kinds
+        queues: dict[WorkerType | None, TaskQueue] = {
+            each: await stack.enter_async_context(open_queue(own.model_copy(update={"worker_type": each})))
+            for each in worker_types
         }
         pools = {name: (size, containers[name]) for name, size in shape.sizes.items()}
         board = board or Board(records)
         await board.deployed(version(settings))
-        yield Dispatcher(queues, pools, board, build_ledger(settings, records), rules(settings, shape))
+        yield Dispatcher(
+            queues,
+            pools,
+            board,
+            build_ledger(settings, records),
+            rules(settings, shape),
+            price_usd=functools.partial(price_usd, settings),
+        )

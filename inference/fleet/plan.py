@@ -6,6 +6,7 @@ What a task may do goes by the queue's hint at a provider:
     none             first choice                    on overflow
     wan_local        always                          on overflow, where I2V_OVERFLOW_WAN_LOCAL allows it
     a Runway model   only where there is no key      always, where there is a key
+    one not known    always: see providers.py        never
     (paid for there) where Runway has no room        first choice, and costs nothing more
 
 Overflow: the GPU pool is failing, or the expected wait passes a limit. The wait is (waiting + held) x seconds per
@@ -19,12 +20,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from inference.engines.runway.models import model_for
-from inference.errors import InvalidRequest
-from inference.fleet.readings import PoolName
 from inference.payments.ledger import Ledger
-from inference.queues.item import lane
-from inference.task import GenerationRequest, Task, Value
+from inference.providers import DEFAULT, PAID, PoolName, is_known, provider_of
+from inference.task import Task, Value
 
 FIRST_CLIP_S = 60.0
 """Seconds per clip until one was measured: on the slow side, so that a cold fleet overflows early, not late."""
@@ -65,9 +63,6 @@ class Rules(Value):
     overflow_after_s: Annotated[float, Field(ge=0)] = 600.0
     overflow_wan_local: bool = False
     budget_usd: Annotated[float, Field(ge=0)] = 10.0  # a day
-    runway_model: str = "gen4_turbo"
-    runway_audio: bool = False  # sound is bought where a model makes any
-    runway_duration_s: float | None = None  # of clips of tasks that name no length; None: what the queue means by that
 
 
 class Plan(Value):
@@ -119,25 +114,14 @@ def _why(fleet: Fleet, wait_s: float | None, budget_usd: float) -> str:
 
 def choices(task: Task, rules: Rules, *, has_runway: bool) -> tuple[PoolName, ...]:
     """The pools that may take a task, first choice first."""
-    if lane(task.provider) == "runway":
-        return ("runway",) if has_runway else ("gpu",)
-    may_overflow = has_runway and (task.provider != "wan_local" or rules.overflow_wan_local)
-    return ("gpu", "runway") if may_overflow else ("gpu",)
+    provider = provider_of(task.provider)
+    if provider.is_paid:
+        return (provider.pool,) if has_runway else (DEFAULT.pool,)
+    asks_for_it = rules.overflow_wan_local and is_known(task.provider)
+    may_overflow = has_runway and (not task.provider or asks_for_it)
+    return (provider.pool, PAID.pool) if may_overflow else (provider.pool,)
 
 
 async def may_stay(task: Task, ledger: Ledger, *, has_runway: bool) -> bool:
     """Whether a warm GPU container keeps a task that it took from the queue itself. Raises RecordsUnavailable."""
-    return not has_runway or (lane(task.provider) == "wan" and not await ledger.is_paid_for(task.item_id))
-
-
-def cost_usd(task: Task, rules: Rules) -> float | None:
-    """What a task costs at Runway, at most; None where Runway cannot make it."""
-    request = GenerationRequest.from_task(task)
-    if not task.names_duration and rules.runway_duration_s is not None:
-        request = request.model_copy(update={"duration_s": rules.runway_duration_s})
-    model = model_for(task.provider, rules.runway_model)
-    try:
-        model.refuse(request)
-        return model.cost_usd(request.duration_s, audio=rules.runway_audio)
-    except InvalidRequest:
-        return None
+    return not has_runway or (not provider_of(task.provider).is_paid and not await ledger.is_paid_for(task.item_id))

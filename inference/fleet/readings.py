@@ -10,14 +10,13 @@ so: what changes is kept under numbers, the next one is added, and whoever was s
 import json
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from inference.payments.records import Records
+from inference.providers import PoolName
 from inference.task import Value
-
-PoolName = Literal["gpu", "runway"]
 
 SMOOTHING = 0.3
 """Weight of the newest clip in the running mean of seconds per clip: about the last five count."""

@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 from inference.build import build_ledger, open_queue
 from inference.errors import I2VError, PoolUnavailable
 from inference.fleet.containers import Containers
-from inference.fleet.readings import Board, PoolName
+from inference.fleet.readings import Board
 from inference.fleet.shape import Shape
 from inference.payments.records import Records
+from inference.providers import PAID, PoolName
 from inference.settings import Settings
 
 
@@ -34,7 +35,7 @@ async def report(
         lines.append(f"queue    {'the queue cannot tell how many' if waiting is None else waiting} wait")
     except I2VError as error:
         lines.append(f"queue    FAILING: {error}")
-    if "runway" in shape.sizes:
+    if PAID.pool in shape.sizes:
         lines.append(
             f"money    ${await books.spent_usd():.2f} of ${settings.runway_budget_usd:.2f} spent today at Runway"
         )

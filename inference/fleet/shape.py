@@ -2,7 +2,7 @@
 
 from inference.fleet.containers import Sized
 from inference.fleet.plan import Rules
-from inference.fleet.readings import PoolName
+from inference.providers import PoolName
 from inference.settings import Settings
 from inference.task import Value
 
@@ -36,9 +36,6 @@ def rules(settings: Settings, shape: Shape) -> Rules:
         overflow_after_s=settings.overflow_after_s,
         overflow_wan_local=settings.overflow_wan_local,
         budget_usd=settings.runway_budget_usd,
-        runway_model=settings.runway_model,
-        runway_audio=settings.runway_audio,
-        runway_duration_s=settings.runway_duration_s,
     )
 
 

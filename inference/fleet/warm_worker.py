@@ -15,9 +15,10 @@ from anyio.abc import TaskGroup
 
 from inference.engines.base import Job
 from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
-from inference.fleet.readings import FAULTS, Board, PoolName
+from inference.fleet.readings import FAULTS, Board
 from inference.leasing.runner import Runner
 from inference.leasing.taking import hand_back, lease_from
+from inference.providers import PoolName
 from inference.queues.base import TaskQueue
 from inference.task import GenerationRequest, Lease, Outcome, Task, Video
 

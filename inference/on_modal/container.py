@@ -5,7 +5,7 @@ import hashlib
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -18,7 +18,7 @@ from inference.engines.base import Engine, Job
 from inference.errors import EngineLost, I2VError
 from inference.fleet.opening import version
 from inference.fleet.plan import may_stay
-from inference.fleet.readings import Board, PoolName
+from inference.fleet.readings import Board
 from inference.fleet.shape import COLD_START_MARGIN_S
 from inference.fleet.warm_worker import BrokenEngine, Host
 from inference.leasing.scratch import put, scratch_folder
@@ -26,12 +26,11 @@ from inference.media import photo as photos
 from inference.payments.ledger import digest
 from inference.payments.records import MemoryRecords, Records
 from inference.progress.tracker import ProgressTracker, plan
+from inference.providers import DEFAULT, EngineName, PoolName
 from inference.settings import Settings
 from inference.task import GenerationRequest, Lease, Task, Video, explain
 
 log = structlog.get_logger(__name__)
-
-EngineName = Literal["preview", "wan", "runway"]
 
 
 class Station:
@@ -115,7 +114,9 @@ async def open_host(
     host that a person started `by_hand` tells the fleet's board nothing: its code and preset may be others.
     Raises SettingsError for a queue that is not configured.
     """
-    own = settings.model_copy(update={"engine": engine_name, "worker_type": "wan" if settings.queue_lanes else None})
+    own = settings.model_copy(
+        update={"engine": engine_name, "worker_type": DEFAULT.worker_type if settings.queue_knows_worker_type else None}
+    )
     fault: I2VError | None = None
     engine: Engine
     try:

@@ -3,11 +3,12 @@
 import re
 from contextlib import suppress
 
+from inference.engines.runway.models import refuse_settings
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.fleet.containers import Sized
-from inference.fleet.readings import PoolName
 from inference.fleet.shape import INPUTS, Shape
+from inference.providers import DEFAULT, PAID, PoolName
 from inference.settings import Settings
 
 CRON_FIELDS = 5
@@ -19,9 +20,9 @@ CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client passes on anythin
 def on_modal(settings: Settings) -> Shape:
     """GPU containers, and Runway where there is a key."""
     gpus, clips = settings.modal_max_containers, settings.runway_concurrency
-    sizes: dict[PoolName, Sized] = {"gpu": Sized(slots=gpus * INPUTS, engines=gpus)}
+    sizes: dict[PoolName, Sized] = {DEFAULT.pool: Sized(slots=gpus * INPUTS, engines=gpus)}
     if settings.runway_key:
-        sizes["runway"] = Sized(slots=clips, engines=clips)
+        sizes[PAID.pool] = Sized(slots=clips, engines=clips)
     return Shape(sizes=sizes, startup_timeout_s=settings.modal_startup_timeout_s)
 
 
@@ -47,6 +48,11 @@ def refuse_deployment(settings: Settings) -> None:
         for name, value in settings.for_containers().items()
         if not value.isprintable()
     ]
+    if settings.runway_key:
+        try:
+            refuse_settings(settings.runway_model, settings.runway_ratio)
+        except SettingsError as error:
+            problems.append(str(error))
     if problems:
         raise SettingsError("\n".join(problems))
 

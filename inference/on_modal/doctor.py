@@ -13,6 +13,7 @@ from inference.doctor import Finding
 from inference.engines.wan.presets import PRESETS
 from inference.errors import I2VError, one_line
 from inference.on_modal import deployment
+from inference.providers import DEFAULT
 from inference.settings import Settings
 
 GPU_MEMORY_GB = {
@@ -34,7 +35,7 @@ async def examine_modal(load: Callable[[], Settings], folder: Path) -> AsyncIter
         for line in str(error).splitlines():
             yield Finding("deployment", "FAIL", line)
         return
-    gpus = deployment.on_modal(settings).sizes["gpu"].engines
+    gpus = deployment.on_modal(settings).sizes[DEFAULT.pool].engines
     yield Finding(
         "deployment",
         "ok",

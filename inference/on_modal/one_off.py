@@ -14,9 +14,10 @@ from inference.fleet.shape import for_a_cold_start
 from inference.leasing.scratch import put, scratch_folder
 from inference.leasing.taking import hand_back, lease_from
 from inference.media import photo as photos
-from inference.on_modal.container import EngineName, Station
+from inference.on_modal.container import Station
 from inference.on_modal.deployment import on_modal
 from inference.payments.records import MemoryRecords
+from inference.providers import DEFAULT, EngineName, is_paid
 from inference.settings import Settings
 from inference.task import GenerationRequest, Lease, Outcome, Video, asked_as
 
@@ -55,7 +56,7 @@ def photo_bytes(path: str) -> bytes:
 
 def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | None) -> None:
     """Raises SettingsError, InvalidRequest for what an engine would refuse, before a container is started for it."""
-    if engine == "runway" and settings.runway_key is None:
+    if is_paid(engine) and settings.runway_key is None:
         raise SettingsError(f"the secret {settings.modal_app} has no RUNWAYML_API_SECRET: nothing can go to Runway")
     if request is not None:
         own = settings.model_copy(update={"engine": engine})
@@ -99,7 +100,7 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
 async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes) -> Any:
     """The same as a container does, here, with the engine that needs no model."""
     station = Station(settings, MemoryRecords())
-    await station.open("gpu", "preview", by_hand=True)
+    await station.open(DEFAULT.pool, "preview", by_hand=True)
     try:
         if lease is not None:
             return await station.run(lease.model_dump(mode="json"))

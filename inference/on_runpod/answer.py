@@ -1,6 +1,7 @@
 """What a job at a RunPod endpoint brought: its answer, read and judged, and the video in it, saved.
 
-`again` is how to ask for that video later: its caller's command line, by the job's id.
+`again` is how to ask for that video later: its caller's command line, by the job's id. `say` has a line for the person
+who waits.
 """
 
 import base64
@@ -14,7 +15,6 @@ import anyio
 import anyio.to_thread
 from pydantic import BaseModel, ValidationError
 
-from inference import terminal
 from inference.errors import (
     AddressRefused,
     DiskFull,
@@ -36,6 +36,7 @@ from inference.task import Video
 from inference.transfer.storage import Storage
 
 Again = Callable[[str], str]
+Say = Callable[[str], None]
 
 KEPT_S = 1800.0
 """How long RunPod keeps the answer of a job that came by `/run` (docs.runpod.io/serverless/endpoints/send-requests)."""
@@ -103,7 +104,9 @@ def _why_none(output: Any) -> str:
     return ": is the endpoint one with a worker of serverless-i2v?"
 
 
-async def saved(settings: Settings, job_id: str, made: _Made, *, folder: Path, output: Path, again: Again) -> Video:
+async def saved(
+    settings: Settings, job_id: str, made: _Made, *, folder: Path, output: Path, again: Again, say: Say
+) -> Video:
     """The video of an answer, as it is now at `output`; it comes there whole or not at all, by way of `folder`.
 
     Raises EngineError, StorageError, MediaError, MachineFault.
@@ -117,10 +120,10 @@ async def saved(settings: Settings, job_id: str, made: _Made, *, folder: Path, o
         except OSError as error:
             raise DiskFull(f"{output} cannot be written: {error.strerror}") from None
     except (StorageUnavailable, AddressRefused, MachineFault, anyio.get_cancelled_exc_class()):
-        terminal.say(f"Job {job_id} was made. {kept(job_id, again)}")  # it is paid for, and a setting or time can help
+        say(f"Job {job_id} was made. {kept(job_id, again)}")  # it is paid for, and a setting or time can help
         raise
     except (StorageError, MediaError):
-        terminal.say(f"Job {job_id} was made, but fetching its answer again would bring the same.")
+        say(f"Job {job_id} was made, but fetching its answer again would bring the same.")
         raise
     return video
 

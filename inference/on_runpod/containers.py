@@ -12,9 +12,9 @@ from inference.errors import (
     PoolUnavailable,
 )
 from inference.fleet.containers import Live, Sized
-from inference.fleet.readings import PoolName
 from inference.fleet.shape import INPUTS, Shape
 from inference.on_runpod.api import RunPodApi
+from inference.providers import DEFAULT, PAID, PoolName
 from inference.settings import Settings
 from inference.task import Lease
 
@@ -91,7 +91,7 @@ class NoContainers:
 def on_runpod(settings: Settings) -> Shape:
     """The workers of an endpoint. With a key for Runway, tasks for it are others': a pool that takes nothing."""
     gpus = settings.runpod_max_workers
-    sizes: dict[PoolName, Sized] = {"gpu": Sized(slots=gpus * INPUTS, engines=gpus)}
+    sizes: dict[PoolName, Sized] = {DEFAULT.pool: Sized(slots=gpus * INPUTS, engines=gpus)}
     if settings.runway_key:
-        sizes["runway"] = Sized(slots=0, engines=1)
+        sizes[PAID.pool] = Sized(slots=0, engines=1)
     return Shape(sizes=sizes, startup_timeout_s=settings.runpod_init_timeout_s)

@@ -1,7 +1,7 @@
 """One job at a RunPod endpoint, for somebody who waits for its video: sent or taken up, followed to its end, given up.
 
-What that person has to know is said on stderr (`terminal.say`) at once, for it can be the last thing a command does;
-how far the job is goes to the caller's sink.
+What that person has to know is said at once (`say`), for it can be the last thing a command does; how far the job is
+goes to the caller's sink.
 """
 
 import base64
@@ -15,11 +15,10 @@ import anyio.lowlevel
 import anyio.to_thread
 from pydantic import ValidationError
 
-from inference import terminal
 from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, PaymentInDoubt
 from inference.fleet import shape
 from inference.media import photo as photos
-from inference.on_runpod.answer import KEPT, KEPT_S, Again, kept
+from inference.on_runpod.answer import KEPT, KEPT_S, Again, Say, kept
 from inference.on_runpod.api import Job, RunPodApi
 from inference.on_runpod.wire import INLINE_BYTES, DirectInput
 from inference.progress.tracker import Progress, Sink
@@ -48,9 +47,9 @@ def is_url(photo: str) -> bool:
     return photo.lower().startswith(("https://", "http://"))
 
 
-async def asked(photo: str, request: GenerationRequest, preset: str | None) -> dict[str, Any]:
+async def asked(photo: str, request: GenerationRequest, preset: str | None, say: Say) -> dict[str, Any]:
     """A job's input, in which a photo is a URL or goes along. Raises InvalidPhoto, InvalidRequest, MachineFault."""
-    source = {"photo_url": photo} if is_url(photo) else {"photo_base64": await _encoded(Path(photo))}
+    source = {"photo_url": photo} if is_url(photo) else {"photo_base64": await _encoded(Path(photo), say)}
     try:
         found = DirectInput(
             **source,
@@ -65,7 +64,7 @@ async def asked(photo: str, request: GenerationRequest, preset: str | None) -> d
     return found.model_dump(exclude_none=True)
 
 
-async def _encoded(photo: Path) -> str:
+async def _encoded(photo: Path, say: Say) -> str:
     """A photo as base64, small enough for a request. Raises InvalidPhoto, MachineFault."""
 
     def encoded() -> str:
@@ -76,7 +75,7 @@ async def _encoded(photo: Path) -> str:
             raise InvalidPhoto(f"the photo cannot be read: {error.strerror}") from None
         if len(content) > INLINE_BYTES:
             smaller = photos.jpeg(photo, max_side_px=MAX_SIDE_PX, widest=photos.MAX_ASPECT_RATIO)
-            terminal.say(
+            say(
                 f"The photo ({info.width}x{info.height}, {len(content) / 1e6:.1f} MB) is larger than a request may be: "
                 f"sent as a JPEG of {len(smaller) / 1e6:.1f} MB."
             )
@@ -87,7 +86,7 @@ async def _encoded(photo: Path) -> str:
 
 
 async def invoked(
-    api: RunPodApi, settings: Settings, payload: dict[str, Any], sink: Sink, again: Again, *, wait_s: float
+    api: RunPodApi, settings: Settings, payload: dict[str, Any], sink: Sink, again: Again, *, say: Say, wait_s: float
 ) -> Job:
     """Sends a job and follows it to its end. Raises as RunPodApi.run and RunPodApi.until_ended.
 
@@ -100,7 +99,7 @@ async def invoked(
     job_id, sending, answered = None, anyio.CancelScope(shield=True), anyio.Event()
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_hurry, sending, answered)
+            tasks.start_soon(_hurry, sending, answered, say)
             try:
                 with sending:  # what is sent is heard of, or nobody could cancel it
                     job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
@@ -112,22 +111,20 @@ async def invoked(
             finally:
                 answered.set()
         await anyio.lowlevel.checkpoint()  # who was interrupted meanwhile comes no further
-        terminal.say(f"  job   {job_id}")  # now: not every end leaves this process a last word
+        say(f"  job   {job_id}")  # now: not every end leaves this process a last word
         return await api.until_ended(str(job_id), sink, wait_s=wait_s)
     except BaseException as error:
         if job_id is None:
             if not isinstance(error, Exception):  # those say it themselves; a second Ctrl-C gets through the shield
-                terminal.say(
-                    "Whether RunPod took the job is not known: see the endpoint's requests at console.runpod.io."
-                )
+                say("Whether RunPod took the job is not known: see the endpoint's requests at console.runpod.io.")
         elif isinstance(error, I2VError) and not await _is_waiting(api, job_id):
-            terminal.say(f"Job {job_id} was not cancelled and may go on. {kept(job_id, again)}")
+            say(f"Job {job_id} was not cancelled and may go on. {kept(job_id, again)}")
         else:
-            await _cancel(api, job_id, again)
+            await _cancel(api, job_id, again, say)
         raise
 
 
-async def _hurry(scope: anyio.CancelScope, answered: anyio.Event) -> None:
+async def _hurry(scope: anyio.CancelScope, answered: anyio.Event, say: Say) -> None:
     """Leaves what is shielded GRACE_S once everything around it is cancelled, unless it has ended before."""
     try:
         await answered.wait()
@@ -135,7 +132,7 @@ async def _hurry(scope: anyio.CancelScope, answered: anyio.Event) -> None:
         if not answered.is_set():
             scope.deadline = anyio.current_time() + GRACE_S
             # Silence would invite a second Ctrl-C.
-            terminal.say(f"Waiting up to {GRACE_S:g} s for RunPod's answer, to cancel the job …")
+            say(f"Waiting up to {GRACE_S:g} s for RunPod's answer, to cancel the job …")
 
 
 # Given up
@@ -149,9 +146,9 @@ async def _is_waiting(api: RunPodApi, job_id: str) -> bool:
     return False
 
 
-async def _cancel(api: RunPodApi, job_id: str, again: Again) -> None:
+async def _cancel(api: RunPodApi, job_id: str, again: Again, say: Say) -> None:
     why = f"no answer within {CANCEL_S:g} s"
-    terminal.say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
+    say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
     job = None
     try:
         with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
@@ -161,21 +158,21 @@ async def _cancel(api: RunPodApi, job_id: str, again: Again) -> None:
             except I2VError as error:
                 why = str(error)
     except BaseException:  # a second Ctrl-C gets through the shield; the time limit above does not come here
-        terminal.say(f"Whether job {job_id} was cancelled is not known: look at console.runpod.io.")
+        say(f"Whether job {job_id} was cancelled is not known: look at console.runpod.io.")
         raise
     if job is not None and job.status == "COMPLETED":  # meanwhile
-        terminal.say(f"Job {job_id} was made already. {kept(job_id, again)}")
+        say(f"Job {job_id} was made already. {kept(job_id, again)}")
         return
     if job is not None:
-        terminal.say(f"Job {job_id} was cancelled at RunPod.")
+        say(f"Job {job_id} was cancelled at RunPod.")
         return
-    terminal.say(f"Job {job_id} could not be cancelled and may go on ({why}): stop it at console.runpod.io.")
+    say(f"Job {job_id} could not be cancelled and may go on ({why}): stop it at console.runpod.io.")
 
 
 # Taken up
 
 
-async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink) -> Job:
+async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink, say: Say) -> Job:
     """Follows a job that was sent before, by whomever, to its end. It is never cancelled here.
 
     Raises EngineError where RunPod does not know it, and as RunPodApi.until_ended.
@@ -187,11 +184,11 @@ async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink) 
         # Its wait was limited when it was sent, by whoever sent it.
         return job if job.has_ended else await api.until_ended(job_id, sink, wait_s=math.inf)
     except EngineFailed:
-        terminal.say(f"Job {job_id} was not cancelled: while RunPod has it, the same command may be run again.")
+        say(f"Job {job_id} was not cancelled: while RunPod has it, the same command may be run again.")
         raise
     except anyio.get_cancelled_exc_class():
         how = "was left as it is" if job is None else "goes on at RunPod"  # it may have ended, or not exist
-        terminal.say(f"Job {job_id} {how}: the same command may be run again.")
+        say(f"Job {job_id} {how}: the same command may be run again.")
         raise
 
 

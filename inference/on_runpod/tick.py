@@ -15,12 +15,13 @@ from inference import private
 from inference.errors import EngineError, I2VError, PoolUnavailable, RecordsUnavailable
 from inference.fleet import opening
 from inference.fleet.containers import Containers
-from inference.fleet.readings import Board, PoolName
+from inference.fleet.readings import Board
 from inference.fleet.shape import execution_limit_s
 from inference.on_runpod.api import Job, RunPodApi
 from inference.on_runpod.containers import NoContainers, RunPodContainers, on_runpod
 from inference.payments.records import Records, SqliteRecords
 from inference.progress.tracker import DELIVERY_STAGES
+from inference.providers import DEFAULT, PAID, PoolName
 from inference.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -56,7 +57,7 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
         webhook=settings.runpod_webhook,
         on_sent=jobs.add,
     )
-    pools: dict[PoolName, Containers] = {"gpu": workers, "runway": NoContainers()}
+    pools: dict[PoolName, Containers] = {DEFAULT.pool: workers, PAID.pool: NoContainers()}
     failed = f"; {len(faults)} failed there since the last tick, at last {faults[-1]}" if faults else ""
     try:
         async with opening.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
@@ -116,9 +117,9 @@ class Jobs:
                 continue
             if (why := fault(job)) is not None:
                 faults.append(f"job {job.id}: {why}")
-                await board.faulted("gpu", faults[-1])
+                await board.faulted(DEFAULT.pool, faults[-1])
             elif job.status == "COMPLETED":
-                await board.worked("gpu", _clip_s(job))
+                await board.worked(DEFAULT.pool, _clip_s(job))
         return faults
 
     async def _known(self) -> list[str]:

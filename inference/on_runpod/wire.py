@@ -10,7 +10,6 @@ import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
 
 from inference.errors import InvalidRequest, InvalidTask, one_line
-from inference.queues.lifeisshort_wire import StoragePath, parse_task
 from inference.task import (
     MAX_PROMPT_CHARS,
     QUEUE_FPS,
@@ -19,10 +18,12 @@ from inference.task import (
     Identifier,
     Lease,
     Outcome,
+    StoragePath,
     Task,
     Video,
     asked_as,
     explain,
+    parse_task,
 )
 from inference.transfer.network import flaw_in
 

@@ -38,6 +38,7 @@ from inference.on_runpod.direct import Surroundings, render
 from inference.on_runpod.progress_posts import Snapshots
 from inference.on_runpod.wire import DirectInput, DrainInput, TaskInput, answer_of, failure, parse, parse_s3
 from inference.progress.tracker import Progress, Sink, both
+from inference.providers import DEFAULT, is_paid
 from inference.queues.base import TaskQueue
 from inference.settings import Settings
 from inference.task import Lease, Outcome
@@ -69,9 +70,9 @@ class Endpoint:
         """Raises SettingsError."""
         if settings.api_url:  # its videos may go to a queue
             settings = choose_engine(settings)
-        if settings.engine == "runway":
+        if is_paid(settings.engine):
             raise SettingsError("I2V_ENGINE: an endpoint runs wan or preview; for Runway, which needs no GPU: i2v work")
-        worker_type = settings.worker_type or ("wan" if settings.queue_lanes else None)
+        worker_type = settings.worker_type or (DEFAULT.worker_type if settings.queue_knows_worker_type else None)
         self._settings = settings.model_copy(update={"worker_type": worker_type})
         self._bucket = bucket_of(settings)
         self._engine: Engine | None = None

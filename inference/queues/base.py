@@ -18,6 +18,18 @@ class TaskQueue(Protocol):
     QueueAuthError, QueueRefused.
     """
 
+    async def check(self) -> None:
+        """Proves that the queue is there and takes the key, leasing nothing."""
+        ...
+
+    async def check_storage(self) -> str | None:
+        """The host that photos and videos are at, which is not visited; None where that shows with the first task.
+
+        Raises AddressRefused where this worker's settings do not let it go there, StorageUnavailable where the host has
+        no address.
+        """
+        ...
+
     async def lease(self, item_id: str | None = None) -> Lease | None:
         """Takes the next task under a new worker_id, or None where there is nothing to do.
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from inference.task import DEFAULT_FRAME_NUM, QUEUE_FPS, Task, Value
+from inference.task import Task, Value, duration_s
 
 MAX_FAILURES = 3
 """An item that failed this often is handed out no more (Life-is-Short API: `retry_count < 3`)."""
@@ -41,7 +41,6 @@ CRASHED = f"{MAX_CRASHES} workers went silent while they had this task; it was g
 LOST = f"leased {MAX_LOST} times in a row, and no worker was heard of; can they reach this queue, with its key?"
 
 Status = Literal["pending", "processing", "completed", "failed", "cancelled"]
-Lane = Literal["wan", "runway"]
 
 
 class ItemProgress(Value):
@@ -95,13 +94,3 @@ class Item(Value):
             provider=self.inference_provider,
             extras={"lease_seq": self.lease_seq},
         )
-
-
-def duration_s(frame_num: int | None) -> float:
-    """Seconds that a queue means by `frame_num`."""
-    return ((DEFAULT_FRAME_NUM if frame_num is None else frame_num) - 1) / QUEUE_FPS
-
-
-def lane(inference_provider: str | None) -> Lane:
-    """The kind of worker that an item waits for; no hint means Wan (Life-is-Short API: `worker_type`)."""
-    return "wan" if inference_provider in (None, "", "wan_local") else "runway"

@@ -40,6 +40,7 @@ from inference.errors import (
 )
 from inference.media import photo
 from inference.progress.tracker import Progress
+from inference.providers import WorkerType
 from inference.queues.item import RELEASE_S
 from inference.queues.lifeisshort_wire import (
     BYPASS_HEADER,
@@ -49,17 +50,12 @@ from inference.queues.lifeisshort_wire import (
     Backlog,
     SignedDownload,
     SignedUpload,
-    identifier,
-    parse_task,
-    worker_api_url,
 )
-from inference.task import Lease, Video, explain
-from inference.transfer.addresses import may_be_proxied
+from inference.task import Lease, Video, explain, identifier, parse_task
+from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
 from inference.transfer.storage_errors import FOREIGN, reason_of
-
-__all__ = ["LifeIsShortQueue", "parse_task"]
 
 logger = structlog.get_logger(__name__)
 
@@ -100,7 +96,7 @@ class LifeIsShortQueue:
         worker_id: str,
         storage: Storage,
         auth_scheme: Literal["worker", "bearer"] = "worker",
-        worker_type: Literal["wan", "runway"] | None = None,
+        worker_type: WorkerType | None = None,
         lease_s: float = 600,
         extension_s: float = 300,
         request_timeout_s: float = 10,
@@ -110,7 +106,7 @@ class LifeIsShortQueue:
         """`bypass`: the secret of Vercel's Deployment Protection, sent with every call where it is given."""
         self._worker_id = worker_id
         self._storage = storage
-        self._kind = {} if worker_type is None else {"worker_type": worker_type}  # older deployments do not know it
+        self._filter = {} if worker_type is None else {"worker_type": worker_type}  # older deployments do not know it
         self._lease_s = lease_s
         self._extension_s = extension_s
         self._request_timeout_s = request_timeout_s
@@ -147,20 +143,16 @@ class LifeIsShortQueue:
         await self._client.aclose()
 
     async def check(self) -> None:
-        """Proves that the queue is there and takes the key, leasing nothing: a beat for a task that cannot exist.
-
-        Raises QueueUnavailable, QueueAuthError, QueueRefused.
-        """
+        """As TaskQueue.check: a beat for a task that cannot exist."""
         body = {"item_id": str(uuid.uuid4()), "worker_id": f"{self._worker_id}.check", "extend_seconds": 1}
         answer = await self._ask("heartbeat", body)
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
 
     async def check_storage(self) -> str | None:
-        """The host that presigned URLs lead to, which is visited by nobody: an upload for a task that cannot exist.
+        """As TaskQueue.check_storage: where the presigned URL of an upload leads, for a task that cannot exist.
 
-        None where the queue signs none without a task. Raises AddressRefused where this worker's settings do not let
-        it go there, StorageUnavailable where the host has no address, QueueError.
+        None where the queue signs none without a task.
         """
         body = {"operation": "upload", "video_item_id": str(uuid.uuid4()), "file_extension": "mp4"}
         answer = await self._ask("presign", body)
@@ -173,7 +165,7 @@ class LifeIsShortQueue:
     async def lease(self, item_id: str | None = None) -> Lease | None:
         """As TaskQueue.lease. The server may hand one task to two callers: beat before spending anything on it."""
         worker_id = f"{self._worker_id}.{_token()}"
-        body = {"worker_id": worker_id, "lease_duration_seconds": math.ceil(self._lease_s), **self._kind}
+        body = {"worker_id": worker_id, "lease_duration_seconds": math.ceil(self._lease_s), **self._filter}
         if item_id is not None:
             body["item_id"] = item_id
         answer = await self._ask("next-task", body)
@@ -199,7 +191,7 @@ class LifeIsShortQueue:
     async def backlog(self) -> int | None:
         """As TaskQueue.backlog: an extension of the embedded server. Where it is not known, it is asked for once."""
         if self._tells_backlog:
-            answer = await self._ask("backlog", self._kind)
+            answer = await self._ask("backlog", self._filter)
             if answer.status not in (404, 405):
                 return answer.data_as(Backlog).waiting
             self._tells_backlog = False

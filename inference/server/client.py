@@ -10,8 +10,7 @@ import httpx
 
 from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
 from inference.progress.tracker import Progress, Sink
-from inference.queues.lifeisshort_wire import worker_api_url
-from inference.transfer.addresses import may_be_proxied
+from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
 from inference.transfer.storage_errors import FOREIGN, reason_of

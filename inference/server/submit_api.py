@@ -22,7 +22,7 @@ from inference.server.objects import ObjectStore, copy
 from inference.server.rows.store import NewItem, NewPhoto, Once, Store, new_id
 from inference.server.tidy import discard
 from inference.server.wire import Name, Prompt, Provider
-from inference.task import MAX_DURATION_S, QUEUE_FPS
+from inference.task import MAX_DURATION_S, MIN_DURATION_S, QUEUE_FPS
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "HEIF": "heic"}
 """What the storage path of a photo ends with, by what the photo turned out to be."""
@@ -41,7 +41,6 @@ PHOTO_TYPES = {
 MAX_VIDEOS = 20
 PHOTOS_AT_ONCE = 2
 """Decoding a photo of the largest size allowed takes some 400 MB, and beats must find a thread meanwhile."""
-MIN_DURATION_S = 0.5
 
 
 class Created(BaseModel):

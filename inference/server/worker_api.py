@@ -9,7 +9,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 
 from inference.errors import NotHolder
-from inference.queues.item import Item, ItemProgress, Lane
+from inference.providers import WorkerType
+from inference.queues.item import Item, ItemProgress
 from inference.server.answers import Answer, Failure, errors, failure
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
@@ -39,7 +40,7 @@ class NextTask(ForeignBody):
 
     worker_id: Annotated[ForeignName, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
     lease_duration_seconds: Seconds = 600
-    worker_type: Lane | None = None
+    worker_type: WorkerType | None = None
     item_id: Annotated[Name | None, Field(description="This task and no other; an extension of ours")] = None
 
 
@@ -60,7 +61,7 @@ class LeasedTask(BaseModel):
 class AskBacklog(BaseModel):
     """Asks how much work there is."""
 
-    worker_type: Lane | None = None
+    worker_type: WorkerType | None = None
 
 
 class Backlog(BaseModel):

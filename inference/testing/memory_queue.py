@@ -23,7 +23,8 @@ from inference.errors import (
 )
 from inference.media import photo
 from inference.progress.tracker import Progress
-from inference.queues.item import RELEASE_S, Item, ItemProgress, Lane
+from inference.providers import WorkerType
+from inference.queues.item import RELEASE_S, Item, ItemProgress
 from inference.task import Lease, Video
 from inference.testing.memory_store import MemoryStore
 
@@ -52,9 +53,17 @@ class MemoryQueue:
     worker_id: str = "memory"
     lease_s: float = 600
     extension_s: float = 300
-    worker_type: Lane | None = None
+    worker_type: WorkerType | None = None
     faults: Faults = field(default_factory=Faults)
     random: Random = field(default_factory=lambda: Random(0))
+
+    async def check(self) -> None:
+        """See TaskQueue."""
+        await self._call(lambda: None)
+
+    async def check_storage(self) -> str | None:
+        """See TaskQueue: photos and videos are in memory, too."""
+        return await self._call(lambda: None)
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
         """See TaskQueue."""

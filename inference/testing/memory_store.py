@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from inference.errors import ItemMissing, NotHolder, ObjectExists, WrongState
+from inference.providers import WorkerType, provider_of
 from inference.queues.item import (
     CRASHED,
     LOST,
@@ -19,8 +20,6 @@ from inference.queues.item import (
     RELEASE_S,
     Item,
     ItemProgress,
-    Lane,
-    lane,
 )
 
 
@@ -63,19 +62,19 @@ class MemoryStore:
         self._sweep()
         return self._find(item_id)
 
-    def candidate(self, worker_type: Lane | None = None, item_id: str | None = None) -> Item | None:
+    def candidate(self, worker_type: WorkerType | None = None, item_id: str | None = None) -> Item | None:
         """The item that would be leased next, or the given one if it could be. Raises ItemMissing."""
         self._sweep()
         line = self.items.values() if item_id is None else [self._find(item_id)]
         return next((item for item in line if self._waits(item, worker_type)), None)
 
-    def backlog(self, worker_type: Lane | None = None) -> int:
+    def backlog(self, worker_type: WorkerType | None = None) -> int:
         """How many items could be leased now."""
         self._sweep()
         return sum(self._waits(item, worker_type) for item in self.items.values())
 
     def lease(
-        self, worker_id: str, lease_s: float, worker_type: Lane | None = None, item_id: str | None = None
+        self, worker_id: str, lease_s: float, worker_type: WorkerType | None = None, item_id: str | None = None
     ) -> Item | None:
         """Hands the oldest waiting item, or the given one if it waits, to `worker_id`. Raises ItemMissing."""
         item = self.candidate(worker_type, item_id)
@@ -215,11 +214,11 @@ class MemoryStore:
             raise NotHolder(f"the task is {item.status} and not held by {worker_id}")
         return item
 
-    def _waits(self, item: Item, worker_type: Lane | None) -> bool:
+    def _waits(self, item: Item, worker_type: WorkerType | None) -> bool:
         """Whether it may be leased, once what nobody may lease again was swept."""
         waits = item.status == "pending" or self._ran_out(item)
-        kind = worker_type is None or lane(item.inference_provider) == worker_type
-        return waits and item.retry_count < MAX_FAILURES and kind
+        is_asked_for = worker_type in (None, provider_of(item.inference_provider).worker_type)
+        return waits and item.retry_count < MAX_FAILURES and is_asked_for
 
     def _ran_out(self, item: Item) -> bool:
         return item.status == "processing" and item.leased_until is not None and item.leased_until <= self._clock()

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from inference import terminal
 from inference.build import build_runner, open_queue
 from inference.commands import main as cli
 from inference.commands import runpod as cli_runpod
@@ -550,7 +551,7 @@ async def invoked(server):
     """One invocation through a transport."""
     api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
     again = "i2v runpod fetch {} -o out.mp4".format
-    return await runpod_job.invoked(api, Settings.isolated(), {}, lambda _: None, again, wait_s=60)
+    return await runpod_job.invoked(api, Settings.isolated(), {}, lambda _: None, again, say=terminal.say, wait_s=60)
 
 
 @pytest.mark.parametrize(
@@ -758,7 +759,9 @@ def test_a_fetch_that_gives_up_says_that_the_job_need_not(server, capsys):
     async def scene():
         api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
         with pytest.raises(I2VError):
-            await runpod_job.taken_up(api, Settings.isolated(runpod_endpoint_id="ep1"), "j1", lambda _: None)
+            await runpod_job.taken_up(
+                api, Settings.isolated(runpod_endpoint_id="ep1"), "j1", lambda _: None, terminal.say
+            )
 
     scene()
     told = "Job j1 was not cancelled: while RunPod has it, the same command may be run again.\n"
@@ -772,8 +775,9 @@ async def test_a_fetch_waits_for_as_long_as_the_job_does(monkeypatch):
     monkeypatch.setattr(runpod_api, "POLL_S", 600)
     server = Turning("IN_QUEUE", "IN_QUEUE")
     api = RunPodApi("k", "https://api.example/v2", "ep1", transport=httpx.MockTransport(server))
+    settings = Settings.isolated(runpod_endpoint_id="ep1")
     with anyio.move_on_after(86_400) as scope:
-        await runpod_job.taken_up(api, Settings.isolated(runpod_endpoint_id="ep1"), "j1", lambda _: None)
+        await runpod_job.taken_up(api, settings, "j1", lambda _: None, terminal.say)
     assert scope.cancelled_caught
     assert set(server.asked) == {"status", "health"}
 

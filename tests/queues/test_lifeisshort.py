@@ -41,8 +41,8 @@ from inference.leasing.polling import Worker
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.progress.tracker import Progress
-from inference.queues.lifeisshort import LifeIsShortQueue, parse_task
-from inference.task import GenerationRequest, Lease, Task, Video
+from inference.queues.lifeisshort import LifeIsShortQueue
+from inference.task import GenerationRequest, Lease, Task, Video, parse_task
 from inference.transfer.storage import Storage
 from tests.leasing.test_runner import SleepyEngine
 

@@ -14,7 +14,7 @@ import httpx
 import structlog
 
 from inference.engines.base import Job
-from inference.engines.runway.models import MODELS, is_gone, model_for
+from inference.engines.runway.models import is_gone, model_for, refuse_settings
 from inference.engines.runway.paid import Order, PaidTask
 from inference.engines.runway.wire import DATA_URI_BYTES, GONE, RunwayApi, RunwayTask
 from inference.errors import (
@@ -27,7 +27,6 @@ from inference.errors import (
     MachineFault,
     ObjectMissing,
     ProviderUnavailable,
-    SettingsError,
     StorageRefused,
     StorageUnavailable,
     UrlExpired,
@@ -65,7 +64,7 @@ class RunwayEngine:
     nothing to it. `audio`: buy sound of models that make any. `default_duration_s`: of clips of requests that name no
     length; None: what their queue means by that. `replays` is how often a request whose answer was lost is paid for
     again without asking; `transport` takes the network's place, guards included: for tests. Raises SettingsError for a
-    model that is not known.
+    model that is not known, and for a size that it does not make.
     """
 
     name = "runway"
@@ -87,8 +86,7 @@ class RunwayEngine:
         allow_private: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        if model not in MODELS:
-            raise SettingsError(f"RUNWAY_MODEL: there is no model {model!r}; choose one of {', '.join(MODELS)}")
+        refuse_settings(model, ratio)
         self._api_key, self._base_url, self._transport = api_key, base_url, transport
         self._model, self._ratio = model, ratio
         self._timeout_s, self._poll_interval_s, self._replays = timeout_s, poll_interval_s, replays

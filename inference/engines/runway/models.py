@@ -6,8 +6,9 @@ From the official Python SDK 5.24 and Runway's price list (1 credit is $0.01), 2
 import math
 from dataclasses import dataclass
 
-from inference.errors import InvalidRequest
-from inference.task import QUEUE_FPS, GenerationRequest
+from inference.errors import InvalidRequest, SettingsError
+from inference.providers import is_known, model_of
+from inference.task import MIN_DURATION_S, QUEUE_FPS, GenerationRequest
 
 USD_PER_CREDIT = 0.01
 
@@ -16,10 +17,6 @@ VEO_RATIOS = ("1280:720", "720:1280", "1920:1080", "1080:1920")
 
 VEO_SECONDS = (4, 6, 8)
 GEN4_SECONDS = tuple(range(2, 11))
-
-
-MIN_DURATION_S = 0.5
-"""Shorter than anybody asks for. What is asked for in between is ordered longer, and cut."""
 
 MAX_PROMPT_UNITS = 1000
 """UTF-16 code units of a prompt, as Runway counts them: an emoji is two."""
@@ -99,22 +96,30 @@ MODELS = {
     )
 }
 
-ALIASES = {"gen4.5_turbo": "gen4.5", "veo3": "veo3.1", "gen3a_turbo": "gen4_turbo"}
-"""Names of the queue for models that are called otherwise today, or are gone."""
 
-GONE = {"gen3a_turbo"}
-
-
-def model_for(provider: str | None, default: str) -> Model:
-    """The model that a queue's hint names, or the default one where it names none of Runway's."""
-    name = _plain(provider)
-    return MODELS.get(ALIASES.get(name, name)) or MODELS[default]
+def refuse_settings(model: str, ratio: str | None) -> None:
+    """Raises SettingsError where there is no such model, or where it does not make the configured size."""
+    if model not in MODELS:
+        raise SettingsError(f"RUNWAY_MODEL: there is no model {model!r}; choose one of {', '.join(MODELS)}")
+    ratios = MODELS[model].ratios
+    if ratio is not None and ratio not in ratios:
+        raise SettingsError(f"RUNWAY_DEFAULT_RATIO: {model} makes {', '.join(ratios)}, and not {ratio}")
 
 
-def is_gone(provider: str | None) -> bool:
+GONE = {"gen3a_turbo", "runway_gen3a_turbo"}
+"""Hints at models that Runway has no more; `providers.RUNWAY` says which has taken their place."""
+
+
+def model_for(hint: str | None, default: str) -> Model:
+    """The model that a queue's hint means, or the default one where it means none of Runway's.
+
+    Raises InvalidRequest for a hint that nobody knows: it may be at another provider, and here it would cost money.
+    """
+    if not is_known(hint):
+        raise InvalidRequest(f"provider is {hint!r}, which this version does not know, so nothing is paid for it")
+    return MODELS[model_of(hint) or default]
+
+
+def is_gone(hint: str | None) -> bool:
     """Whether a hint is for a model that another has taken the place of."""
-    return _plain(provider) in GONE
-
-
-def _plain(provider: str | None) -> str:
-    return (provider or "").removeprefix("runway_")
+    return hint in GONE

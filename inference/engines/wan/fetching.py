@@ -14,8 +14,9 @@ import structlog
 from inference.engines.wan import bf16, weights
 from inference.engines.wan.hub import ENDPOINT, PAUSES_S, Hub
 from inference.engines.wan.presets import Component, Lora, Preset, Repository
-from inference.engines.wan.weights import INDEX, TENSORS, Entry, FileProgress, Lock, Report, Sink, weights_error
+from inference.engines.wan.weights import INDEX, TENSORS, Entry, Lock, Report, Sink, weights_error
 from inference.errors import DiskFull
+from inference.progress.tracker import FileProgress
 
 if sys.platform != "win32":
     import fcntl

@@ -16,14 +16,15 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ValidationError
 
 from inference.engines.wan.presets import Component, Lora, Preset, Repository
 from inference.errors import DiskFull, WeightsError, one_line
+from inference.progress.tracker import FileProgress, Step
 
 LOCK = "weights.lock.json"
 TENSORS = ".safetensors"
@@ -39,22 +40,6 @@ MEMINFO = Path("/proc/meminfo")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CHUNK_BYTES = 1024 * 1024  # per read, where content is hashed
 MAX_MESSAGE_CHARS = 500
-
-Step = Literal["download", "verify", "convert"]
-
-
-@dataclass(frozen=True)
-class FileProgress:
-    """How far one file is."""
-
-    repository: str
-    path: str  # in its repository
-    size_bytes: int  # as published; in a check, of what lies here
-    number: int  # of this file, from 1
-    count: int  # of the files of this call
-    step: Step = "download"
-    done_bytes: int = 0
-
 
 Sink = Callable[[FileProgress], None]
 Report = Callable[[Step, int], None]  # the step, and its done_bytes

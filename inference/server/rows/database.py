@@ -20,11 +20,11 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.schema import CreateColumn
+from sqlalchemy.schema import CreateColumn, CreateIndex
 
 from inference import private
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
-from inference.server.rows.schema import metadata
+from inference.server.rows.schema import LINE_BY_WORKER_TYPE, metadata
 from inference.server.rows.statements import Statement
 
 BUSY_S = 10.0
@@ -38,6 +38,14 @@ EXAMINED_PART = 100
 NO_SORTING = "SET LOCAL enable_sort = off"
 
 SCHEMA_LOCK = 0x693276  # "i2v": an advisory lock of PostgreSQL, so that servers starting at once do not collide
+
+# Not by SQLAlchemy's inspector, which passes over SQLite's indexes of expressions.
+INDEX_NAMES = {
+    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'video_items'",
+    "postgresql": "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
+    "WHERE indrelid = 'video_items'::regclass",
+}
+"""The statements that list the indexes of the items."""
 
 Row = dict[str, Any]
 
@@ -162,7 +170,7 @@ class Database:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
             metadata.create_all(connection)
             _add_columns(connection)
-            _add_indexes(connection)
+            _update_indexes(connection)
             connection.exec_driver_sql("COMMIT")
 
     def _taking_turns(self) -> AbstractContextManager[object]:
@@ -245,7 +253,7 @@ def _add_columns(connection: Connection) -> None:
     for table in metadata.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table.name)}
         lacking = [column for column in table.columns if column.name not in there]
-        if any(column.server_default is None or column.computed is not None for column in lacking):
+        if any(column.server_default is None for column in lacking):
             raise SettingsError(
                 f"the database has a table {table.name} of something else: give this queue one of its own"
             )
@@ -254,11 +262,19 @@ def _add_columns(connection: Connection) -> None:
             connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
 
 
-def _add_indexes(connection: Connection) -> None:
-    """Those that tables of an earlier version lack: they are made with a new table only."""
+def _update_indexes(connection: Connection) -> None:
+    """Makes those that tables of an earlier version lack, and drops what went by another table of providers.
+
+    A server of that version may still run beside this one: without its index it is slower, and no less right. Dropped
+    first, for which PostgreSQL locks the whole table: a lock that grew could meet that of a writer half-way.
+    """
+    ours = {str(index.name) for table in metadata.sorted_tables for index in table.indexes}
+    for (name,) in connection.exec_driver_sql(INDEX_NAMES[connection.dialect.name]).fetchall():
+        if name.startswith(LINE_BY_WORKER_TYPE) and name not in ours:
+            connection.exec_driver_sql(f"DROP INDEX {name}")
     for table in metadata.sorted_tables:
         for index in table.indexes:
-            index.create(connection, checkfirst=True)
+            connection.execute(CreateIndex(index, if_not_exists=True))
 
 
 def _reason(error: Exception) -> str:

@@ -4,13 +4,13 @@ Times are seconds since the epoch, as a double, so that SQLite and PostgreSQL sh
 come from the database: several servers may share one, and their clocks need not agree.
 """
 
+import hashlib
 from typing import Any
 
 from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
-    Computed,
     Double,
     ForeignKey,
     Index,
@@ -23,7 +23,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.sql.elements import Grouping
+from sqlalchemy.sql.expression import ColumnElement, case, literal_column
+
+from inference.providers import DEFAULT, PROVIDERS
 
 
 class Clock(ColumnElement[float]):
@@ -77,15 +80,6 @@ video_items = Table(
     Column("prompt", Text, nullable=False),
     Column("frame_num", Integer),
     Column("inference_provider", Text),
-    # The same rule as `queues.item.lane`, computed here so that an index can hold each kind's own line.
-    Column(
-        "lane",
-        Text,
-        Computed(
-            "CASE WHEN coalesce(inference_provider, '') IN ('', 'wan_local') THEN 'wan' ELSE 'runway' END",
-            persisted=True,
-        ),
-    ),
     Column("status", Text, nullable=False),
     Column("worker_id", Text),
     Column("leased_until", Double),
@@ -132,14 +126,42 @@ ONGOING = text("status IN ('pending', 'processing')")
 """The predicate of the two indexes below. SQLite uses them only where a query repeats it word for word."""
 
 
-def _partial_index(name: str, *columns: str, where: Any) -> Index:
-    return Index(name, *(video_items.c[column] for column in columns), sqlite_where=where, postgresql_where=where)
+def constant(value: str | int) -> ColumnElement[Any]:
+    """A value as part of a statement's text, where the text decides which index is used."""
+    return literal_column(str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'")
+
+
+_by_hint = case(
+    *(
+        (video_items.c.inference_provider.in_(map(constant, provider.models)), constant(provider.worker_type))
+        for provider in PROVIDERS
+        if provider is not DEFAULT
+    ),
+    else_=constant(DEFAULT.worker_type),
+)
+worker_type: ColumnElement[str] = Grouping(_by_hint)  # PostgreSQL wants an expression in an index to be in parentheses
+"""Whose workers an item waits for: `providers.provider_of`, as SQL. Databases use the index of it only where a query
+repeats it word for word."""
+
+LINE_BY_WORKER_TYPE = "video_items_line_by_"
+"""How the names of its indexes begin: of this version's, and of those that went by an earlier table of providers."""
+
+
+def _digest(rule: ColumnElement[Any]) -> str:
+    return hashlib.sha256(str(rule).encode()).hexdigest()[:8]
+
+
+def _partial_index(name: str, *columns: Any, where: Any) -> Index:
+    named = [video_items.c[column] if isinstance(column, str) else column for column in columns]
+    return Index(name, *named, sqlite_where=where, postgresql_where=where)
 
 
 # What a lease takes next is the first of these that nobody holds. The ended items, soon nearly all, are not in it;
 # those being worked on are, since a lapsed one keeps its place in the line: as many as there are workers.
 _partial_index("video_items_line", "created_at", "id", where=ONGOING)
-_partial_index("video_items_line_by_lane", "lane", "created_at", "id", where=ONGOING)
+# The same for workers of one type. Its name holds the rule, so that a database that a version with other providers left
+# gets this one, too; `database.py` drops the other.
+_partial_index(LINE_BY_WORKER_TYPE + _digest(worker_type), worker_type, "created_at", "id", where=ONGOING)
 # Whose lease ran out.
 _partial_index("video_items_leases", "leased_until", where=text("status = 'processing'"))
 # What people list, which is in the order of the ids. There is no index of all items by created_at: while most of

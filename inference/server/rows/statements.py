@@ -37,8 +37,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.expression import ColumnElement
 
-from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST, Lane
-from inference.server.rows.schema import ONGOING, Clock, groups, idempotency_keys, photos
+from inference.providers import WorkerType
+from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST
+from inference.server.rows import schema
+from inference.server.rows.schema import ONGOING, Clock, constant, groups, idempotency_keys, photos
 from inference.server.rows.schema import video_items as items
 
 
@@ -51,14 +53,10 @@ class Statement:
     sql: Any  # an Executable; mypy has no name for "and may be a CTE"
 
 
-def _constant(value: str | int) -> ColumnElement[Any]:
-    return literal_column(str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'")
-
-
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = map(
-    _constant, ("pending", "processing", "completed", "failed", "cancelled")
+    constant, ("pending", "processing", "completed", "failed", "cancelled")
 )
-ZERO, ONE = _constant(0), _constant(1)
+ZERO, ONE = constant(0), constant(1)
 FALSE: ColumnElement[bool] = literal_column("FALSE")
 
 # A subquery: read once for the whole statement, where PostgreSQL would read a bare clock anew for every row.
@@ -68,13 +66,13 @@ now = select(Clock()).scalar_subquery()
 _photo_storage_path: ColumnElement[str] = literal_column(
     "(SELECT storage_path FROM photos WHERE photos.id = video_items.photo_id)"
 )
-row = (*(column for column in items.c if column.name != "lane"), _photo_storage_path.label("photo_storage_path"))
+row = (*items.c, _photo_storage_path.label("photo_storage_path"))
 """What makes an `Item`."""
 
 ran_out = and_(items.c.status == PROCESSING, items.c.leased_until <= now)
 last_lapse = case(
-    (items.c.renewed, items.c.crash_count + ONE >= _constant(MAX_CRASHES)),
-    else_=items.c.lost_count + ONE >= _constant(MAX_LOST),
+    (items.c.renewed, items.c.crash_count + ONE >= constant(MAX_CRASHES)),
+    else_=items.c.lost_count + ONE >= constant(MAX_LOST),
 )
 
 
@@ -127,8 +125,8 @@ SWEEP = Statement(
         **_lapsed(not_(items.c.cancel_requested)),
         error_message=case(
             (items.c.cancel_requested, items.c.error_message),
-            (items.c.renewed, _constant(CRASHED)),
-            else_=_constant(LOST),
+            (items.c.renewed, constant(CRASHED)),
+            else_=constant(LOST),
         ),
         updated_at=Clock(),
     ),
@@ -139,15 +137,15 @@ SWEEP = Statement(
 may_be_leased: list[Any] = [
     ONGOING,
     or_(items.c.status == PENDING, items.c.leased_until <= now),  # fence
-    items.c.retry_count < _constant(MAX_FAILURES),  # fence
+    items.c.retry_count < constant(MAX_FAILURES),  # fence
     items.c.cancel_requested.is_(False),  # fence
     or_(items.c.status == PENDING, not_(last_lapse)),  # fence
 ]
 
 
-def _line(worker_type: Lane | None) -> list[Any]:
-    """What may be leased by workers of a kind. The kind is part of the text, so that each has a plan of its own."""
-    return may_be_leased if worker_type is None else [*may_be_leased, items.c.lane == _constant(worker_type)]
+def _line(worker_type: WorkerType | None) -> list[Any]:
+    """What workers of a type may lease. The type is part of the text, so that each has a plan of its own."""
+    return may_be_leased if worker_type is None else [*may_be_leased, schema.worker_type == constant(worker_type)]
 
 
 def _lease(waiting: Select[Any]) -> Update:
@@ -176,7 +174,7 @@ def _lease(waiting: Select[Any]) -> Update:
 
 
 @cache
-def lease(worker_type: Lane | None, *, given: bool, sweep: bool) -> Statement:
+def lease(worker_type: WorkerType | None, *, given: bool, sweep: bool) -> Statement:
     """Hands an item to a worker: the oldest of the line, or the given one if it stands there.
 
     One whose worker went silent counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite
@@ -197,8 +195,8 @@ def lease(worker_type: Lane | None, *, given: bool, sweep: bool) -> Statement:
 
 
 @cache
-def backlog(worker_type: Lane | None) -> Statement:
-    """How many items a kind of worker could lease now."""
+def backlog(worker_type: WorkerType | None) -> Statement:
+    """How many items workers of a type could lease now."""
     waiting = select(func.count().label("waiting")).select_from(items).where(*_line(worker_type))
     return Statement(f"backlog_{worker_type or 'any'}", "How many items could be leased now.", waiting)
 

@@ -17,7 +17,8 @@ from typing import Any
 from uuid import UUID
 
 from inference.errors import ItemMissing, NotHolder, WrongState
-from inference.queues.item import RELEASE_S, Item, ItemProgress, Lane, Status
+from inference.providers import WorkerType
+from inference.queues.item import RELEASE_S, Item, ItemProgress, Status
 from inference.server.rows import statements
 from inference.server.rows.database import Database, Row, Transaction
 from inference.server.rows.removal import NAME, Removal
@@ -209,7 +210,7 @@ class Store:
     # ------------------------------------------------------------ workers
 
     def lease(
-        self, worker_id: str, lease_s: float, worker_type: Lane | None = None, item_id: str | None = None
+        self, worker_id: str, lease_s: float, worker_type: WorkerType | None = None, item_id: str | None = None
     ) -> Item | None:
         """Hands the oldest waiting item, or the given one if it waits, to `worker_id`. Raises ItemMissing."""
         statement = statements.lease(worker_type, given=item_id is not None, sweep=not self._sqlite)
@@ -222,7 +223,7 @@ class Store:
             self._find(item_id)
         return _item(leased[0]) if leased else None
 
-    def backlog(self, worker_type: Lane | None = None) -> int:
+    def backlog(self, worker_type: WorkerType | None = None) -> int:
         """How many items could be leased now."""
         self._sweep()
         return int(self._database.read(statements.backlog(worker_type))[0]["waiting"])
