@@ -59,8 +59,8 @@ def choose_engine(settings: Settings) -> Settings:
         return settings.model_copy(update={"engine": PAID.worker_type})
     if settings.api_url and not is_this_machine(httpx.URL(settings.api_url).host):
         raise SettingsError(
-            f"I2V_ENGINE is not set: choose wan, or runway with a key of it, for the videos of {settings.api_url}; "
-            f"preview, {PREVIEW_NOTE}, has to be asked for"
+            f"I2V_ENGINE is not set: set it to wan, or to runway with RUNWAYML_API_SECRET, for the queue at "
+            f"{settings.api_url}; preview ({PREVIEW_NOTE}) is the default only for a queue on this machine"
         )
     return settings
 

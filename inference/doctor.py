@@ -66,7 +66,7 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         ("diffusers", "wan", "the Wan engine"),
     ):
         here = find_spec(package) is not None
-        text = use if here else f"{use} need it: pip install 'serverless-i2v[{extra}]'"
+        text = use if here else f"not installed; for {use}: pip install 'serverless-i2v[{extra}]'"
         yield Finding(f"extra {extra}", "ok" if here else "skip", text)
 
 
@@ -183,5 +183,5 @@ async def _queue(settings: Settings | None) -> Finding:
             storage = await queue.check_storage()
     except I2VError as error:
         return Finding("queue", "FAIL", str(error))
-    leads_to = f"photos and videos at {storage}" if storage else "where its storage is shows with the first task"
+    leads_to = f"its storage is {storage}" if storage else "its storage cannot be checked without a task"
     return Finding("queue", "ok", f"{settings.api_url} answers and accepts the key; {leads_to}")

@@ -135,7 +135,7 @@ class QueueError(I2VError):
 
 
 class QueueUnavailable(QueueError):
-    """No answer of the queue's own, or not now: network trouble, 429, a 5xx of whatever stands before it.
+    """The queue gave no answer of its own, or says to come later: network trouble, 429, a 5xx of a gateway before it.
 
     Whether the request was carried out is unknown.
     """
@@ -225,7 +225,7 @@ class StorageRefused(StorageError):
 
 
 class UrlMalformed(StorageRefused):
-    """Whoever handed out the URL, or redirected to it, named no place that could be asked."""
+    """The URL, or the one a redirect leads to, is none that anybody can connect to: another scheme, no such port."""
 
     task_at_fault = True
 
@@ -324,11 +324,12 @@ class BudgetSpent(AccountError):
 
 
 NOT_LEGIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of Unicode that obey or confuse instead of being read: escapes and other control codes, C1 included;
-marks that turn the direction of reading; lone surrogates, which nothing can encode; line breaks."""
+"""Unicode categories of characters that steer a terminal or mislead its reader: control codes, such as escapes (Cc);
+format characters, such as marks that turn the direction of reading (Cf); lone surrogates, which cannot be encoded
+(Cs); line and paragraph separators (Zl, Zp)."""
 
 JOINERS = {"\u200c", "\u200d"}
-"""Format characters that are read: with them Persian words and emoji of families are put together."""
+"""Format characters that stay all the same: Persian words and emoji of families are put together with them."""
 
 
 def is_legible(character: str) -> bool:
@@ -337,7 +338,7 @@ def is_legible(character: str) -> bool:
 
 
 def legible(text: str) -> str:
-    """Text of strangers as terminals and logs may show it: what is not legible is one � each."""
+    """Text of strangers as terminals and logs may show it: each character that is not legible becomes �."""
     return "".join(character if is_legible(character) else "\ufffd" for character in text)
 
 

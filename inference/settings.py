@@ -43,7 +43,7 @@ class Settings(LoadableSettings):
         None,
         "VERCEL_API_URL",
         "NEXT_API_URL",
-        about="Base URL of the queue, with or without /api; only who takes tasks needs it.",
+        about="Base URL of the queue, with or without /api; needed to take tasks.",
     )
     api_key: SecretStr | None = setting(
         None, "WORKER_API_KEY", about="Key of the queue; the embedded server asks for the same one."
@@ -88,8 +88,8 @@ class Settings(LoadableSettings):
         "preview",
         "I2V_ENGINE",
         about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU. "
-        "`runway`: Runway's API, paid by the clip. For a queue that is not on this machine `i2v work` wants it set, or "
-        "takes `runway` where there is a key.",
+        "`runway`: Runway's API, paid by the clip. Where this is not set, a Runway key makes `i2v work` take "
+        "`runway`; without one it takes `preview`, and only for a queue on this machine.",
     )
     concurrency: Annotated[int, Field(ge=1, le=64)] = setting(
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
@@ -176,7 +176,7 @@ class Settings(LoadableSettings):
     runway_duration_s: Annotated[float, Field(ge=MIN_DURATION_S, le=10)] | None = setting(
         None,
         "RUNWAY_DEFAULT_DURATION",
-        about="Seconds of a Runway clip of a task that names no length. Default: what the queue means by that, 5.",
+        about="Seconds of a Runway clip where a task names no length. Default: 5, as the queue means it.",
     )
     runway_timeout_s: Annotated[float, Field(gt=0, le=3600)] = setting(
         600.0, "RUNWAY_TIMEOUT", about="Seconds after which a generation at Runway is cancelled; waiting there counts."

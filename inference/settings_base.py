@@ -19,7 +19,8 @@ from pydantic_settings import (
 from inference.errors import SettingsError
 
 PREFIXES = ("I2V_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
-"""What names begin with that nobody but this project reads. Platforms set some under VERCEL_, MODAL_ and RUNPOD_."""
+"""Prefixes of settings that only this project reads, so that an unknown name among them is a mistake. VERCEL_, MODAL_
+and RUNPOD_ are not among them: those platforms set variables of their own."""
 
 log = structlog.get_logger(__name__)
 

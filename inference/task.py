@@ -208,7 +208,8 @@ def explain(error: ValidationError, hints: Mapping[str, str] = {}) -> str:
     for problem in error.errors(include_url=False, include_input=False):
         field = ".".join(str(part) for part in problem["loc"]) or "value"
         hint = f" ({hints[field]})" if field in hints else ""
-        problems.append(f"{field}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}")
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{field}: {message[0].lower()}{message[1:]}{hint}")
     return "; ".join(problems)
 
 

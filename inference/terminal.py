@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -175,24 +176,32 @@ def show(table: Table) -> None:
 def show_tasks(tasks: list[dict[str, Any]]) -> None:
     """Tasks of the embedded queue, one a row; then, what went wrong with those that failed."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("task", "status", "age", "seconds"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=40)
-    for task in tasks:
-        status = str(task["status"])
-        progress = task.get("progress") or {}
-        percent = f" {progress['fraction']:.0%}" if status == "processing" and progress else ""
-        table.add_row(
-            shown(task["id"]),
-            shown(f"{status}{percent}", STATUS_STYLES.get(status, "")),
-            _age(task["created_at"]),
-            f"{task['seconds']:g}",
-            shown(task["prompt"]),
+    rows = [_task_cells(task) for task in tasks]
+    for number, title in enumerate(("task", "status", "age", "seconds")):
+        # Never shortened: ids are copied from here. A narrow terminal shows less of the prompt instead.
+        table.add_column(
+            title, no_wrap=True, min_width=max(cell_len(cell) for cell in (title, *(row[number].plain for row in rows)))
         )
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=40)
+    for row in rows:
+        table.add_row(*row)
     show(table)
     for task in tasks:
         if task["error_message"]:
             out.print(shown(f"{task['id']}  ").append_text(shown(task["error_message"], "red")))
+
+
+def _task_cells(task: dict[str, Any]) -> tuple[Text, ...]:
+    status = str(task["status"])
+    progress = task.get("progress") or {}
+    percent = f" {progress['fraction']:.0%}" if status == "processing" and progress else ""
+    return (
+        shown(task["id"]),
+        shown(f"{status}{percent}", STATUS_STYLES.get(status, "")),
+        shown(_age(task["created_at"])),
+        shown(f"{task['seconds']:g}"),
+        shown(task["prompt"]),
+    )
 
 
 def _age(created_at: str) -> str:

@@ -101,10 +101,10 @@ async def test_something_that_is_no_queue():
 @pytest.mark.parametrize(
     "storage,verdict,says",
     [
-        ("http://127.0.0.1:54321", "ok", "photos and videos at 127.0.0.1"),  # Supabase beside the app, on a laptop
-        ("http://localhost:54321", "ok", "photos and videos at localhost"),
+        ("http://127.0.0.1:54321", "ok", "its storage is 127.0.0.1"),  # Supabase beside the app, on a laptop
+        ("http://localhost:54321", "ok", "its storage is localhost"),
         ("http://10.0.0.1:54321", "FAIL", "I2V_ALLOW_PRIVATE_ADDRESSES"),
-        (None, "ok", "with the first task"),
+        (None, "ok", "cannot be checked without a task"),
     ],
 )
 async def test_a_storage_where_this_worker_may_not_go(storage, verdict, says):

@@ -25,11 +25,11 @@ ORDERS = re.compile(
 """What no line may hold; a terminal's own colours begin with ESC [."""
 
 
-def on_a_terminal(program):
+def on_a_terminal(program, columns=300):
     """What a program that uses `terminal` shows, on a terminal; and with its output in a file."""
     command = [sys.executable, "-c", f"from inference import logs, terminal\n{program}"]
     main, end = pty.openpty()
-    environment = os.environ | {"COLUMNS": "300", "TERM": "xterm"}
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"}
     with subprocess.Popen(command, stdout=end, stderr=end, env=environment) as running:
         os.close(end)
         said = b""
@@ -117,6 +117,24 @@ def test_nothing_a_stranger_wrote_is_obeyed(program):
     said = on_a_terminal(program)
     assert not [line for line in said.replace("\r", "").split("\n") if ORDERS.search(line)]
     assert "[bold]휴가[/b] [/]👨" in said  # a log's line has the rest of the family escaped
+
+
+def test_a_narrow_terminal_shows_whole_ids():
+    """They are copied from the table; what does not fit is the rest of a prompt."""
+    task = {
+        "id": "01a224bb-2aad-78f7-b746-7aa16abb865d",
+        "status": "processing",
+        "progress": {"fraction": 0.55},
+        "prompt": "a slow dolly-in over the garden",
+        "error_message": None,
+        "seconds": 5,
+        "created_at": datetime.now(UTC).isoformat(),
+    }
+    said = on_a_terminal(f"terminal.show_tasks([{task!r}])", columns=80)
+    head, row = re.sub("\x1b\\[[0-9;]*m", "", said).splitlines()
+    assert head.split() == ["task", "status", "age", "seconds", "prompt"]
+    assert row.split()[:3] == [task["id"], "processing", "55%"]
+    assert re.search(r" 5 +a slow.*…$", row.rstrip())
 
 
 def test_a_program_reads_results_as_they_are():

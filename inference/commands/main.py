@@ -198,7 +198,9 @@ def submit(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Wait, and save the mp4 here.")] = None,
     url: Url = None,
     *,
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until the videos are done.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Wait until the videos are done. Ctrl-C ends the wait, not the tasks.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks."""
@@ -260,7 +262,10 @@ def tasks(
     cancel: Annotated[str | None, typer.Option(metavar="ID", help="Cancel this task.")] = None,
     retry: Annotated[str | None, typer.Option(metavar="ID", help="Put this failed or cancelled task back.")] = None,
     delete: Annotated[
-        str | None, typer.Option(metavar="ID", help="Delete this task and its video, with the last one its photo, too.")
+        str | None,
+        typer.Option(
+            metavar="ID", help="Delete this task and its video; its photo, too, once no other task was made of it."
+        ),
     ] = None,
     url: Url = None,
     *,
@@ -268,16 +273,18 @@ def tasks(
     verbose: Verbose = False,
 ) -> None:
     """The tasks of an embedded queue, newest first."""
+    if sum(item_id is not None for item_id in (cancel, retry, delete)) > 1:
+        raise SettingsError("--cancel, --retry and --delete exclude each other: give one of them")
     settings = _client_settings(url, verbose=verbose)
 
     async def main() -> None:
         async with _client(settings) as client:
-            if delete:
+            if delete is not None:
                 await client.delete(delete)
                 terminal.say("Deleted.")
                 return
-            if cancel or retry:
-                changed = await (client.cancel(cancel) if cancel else client.retry(retry or ""))
+            if cancel is not None or retry is not None:
+                changed = await (client.cancel(cancel) if cancel is not None else client.retry(retry or ""))
                 shown = [changed]
             else:
                 shown = await client.tasks(status=status, limit=limit)

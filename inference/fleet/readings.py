@@ -3,8 +3,9 @@
 Kept in records that outlive every container. Nothing here decides who owns a task: a reading that is a little old
 costs a minute, never a clip. Times are wall-clock seconds, since no two readers share a process.
 
-Containers write at the same time, and records know no compare-and-set. But one of two who `add` the same key is told
-so: what changes is kept under numbers, the next one is added, and whoever was second reads again and adds to that.
+Containers write at the same time, and the records have no compare-and-set. They do have `add`, which fails where the
+key exists already. So every value is kept in numbered versions: a writer reads the newest one and adds the next number.
+Where another writer has added that number first, it reads again and tries the number after that.
 """
 
 import json
@@ -27,8 +28,8 @@ FAULTS = 3
 DECISIONS_KEPT = 20
 
 NUMBERS_KEPT = 50
-"""The oldest are removed. A writer adds to what it read milliseconds ago, so one that others overtook so often between
-the two finds its number taken, not free again."""
+"""Versions that are kept of a value; older ones are removed. A slow writer has to find its number taken, and not
+removed and free again: that would take so many others between its read and its `add`, which are milliseconds apart."""
 
 
 class PoolRecord(Value):
@@ -138,7 +139,7 @@ class Board:
         return _read(await self._change(name, changed))
 
     async def _change(self, key: str, change: Callable[[str | None], str]) -> str:
-        """Writes what `change` makes of what is there, whoever else writes; it may be asked several times."""
+        """Replaces a value by what `change` makes of it, also while others write; `change` may be called repeatedly."""
         while True:
             number, text = await self._newest(key)
             if (changed := change(text)) == text:
@@ -149,11 +150,11 @@ class Board:
                 return changed
 
     async def _newest(self, key: str) -> tuple[int, str | None]:
-        """The last of the numbers and what is there; 0 and None where nothing is."""
+        """The newest version's number and text; 0 and None where there is none."""
         said = await self._get(f"{key}/newest") or ""
         number = int(said) if said.isdecimal() else 0
         text = await self._get(f"{key}/{number}") if number else None
-        while (later := await self._get(f"{key}/{number + 1}")) is not None:  # added, and not yet said to be the newest
+        while (later := await self._get(f"{key}/{number + 1}")) is not None:  # added, but `newest` does not name it yet
             number, text = number + 1, later
         return number, text
 
@@ -167,7 +168,7 @@ class Board:
 def _read(text: str | None) -> PoolRecord:
     try:
         return PoolRecord.model_validate_json(text) if text else PoolRecord()
-    except ValidationError:  # of another version: it is measured anew
+    except ValidationError:  # written by another version of this code: measure anew
         return PoolRecord()
 
 

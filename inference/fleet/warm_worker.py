@@ -161,7 +161,7 @@ class Host:
                 while lease is not None or (lease := await self._next(call)) is not None:
                     outcome = await self._run(lease)
                     call.outcomes.append(outcome)
-                    if outcome.worker_should is not None:  # the next task would end just so
+                    if outcome.worker_should is not None:  # the next task would end the same way
                         return
                     lease = None
         finally:

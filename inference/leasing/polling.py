@@ -193,7 +193,7 @@ class Worker:
                 await self._stopping.wait()
 
     def _wait(self, why: str) -> None:
-        """Takes no more tasks for a while. What several held when the outage began counts once."""
+        """Takes no more tasks for a while. Several tasks that went back in the same outage count once."""
         if self._pause is not None:
             return
         pause_s = random.uniform(0.75, 1.25) * min(MAX_OUTAGE_PAUSE_S, OUTAGE_PAUSE_S * 2.0 ** min(self._outages, 10))

@@ -46,15 +46,15 @@ POLL_S = 0.05
 MAX_IDLE = 2
 """Children kept for the next call, some 50 MB each: as many as there are leases, or photos taken in, at once."""
 
-# How a process dies of its own doing. Of anything else it was killed.
+# Signals by which a process ends through its own fault. By any other it was killed from outside.
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 
 
 def apart(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a module's function run in a child process, with arguments and result pickled.
 
-    Its paths go by position. It raises InvalidPhoto and MachineFault as told above, besides its own. `inspect.unwrap`
-    has it as it was.
+    Pass paths as positional arguments: only those are made absolute. It raises InvalidPhoto and MachineFault as told
+    above, besides its own errors. `inspect.unwrap` gives the function that runs in this process.
     """
 
     @functools.wraps(function)
@@ -132,13 +132,13 @@ class _Child:
 
 
 class _Children:
-    """Those that wait for a call and those that work on one; as many as there are calls at once."""
+    """The child processes: those that wait for a call, and those that work on one."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begins without any; after a fork, where two processes would read each other's answers."""
+        """Starts without any. Also after a fork: parent and child would read each other's answers."""
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._busy: set[_Child] = set()

@@ -37,7 +37,8 @@ COPY_TAGGED = (
 """Bytes as they are, but for the tags: limited range, and BT.709, which is 1 in all three tables of H.264 (annex E)."""
 
 EVERY_FRAME = ("-fps_mode", "passthrough", "-enc_time_base", "demux")
-"""Frames keep their own times. By its default rate ffmpeg drops those that lie closer together than the mean."""
+"""Every frame keeps its own time. By default ffmpeg makes the rate constant, and drops frames that are closer together
+than the average."""
 
 SHRINK_SHARES = (0.92, 0.6, 0.3)
 """Of a limit on size, what the encoder is told to aim at: it misses by a few percent, and by more where a clip is

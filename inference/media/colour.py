@@ -84,7 +84,7 @@ Claim: TypeAlias = ColourSpace | bytes
 """What a file says of its colours: a space, or a whole ICC profile."""
 
 UNSPECIFIED = 2
-"""Of the code points below. Where only one of the two is, it is taken for sRGB's."""
+"""The code point for `unspecified` in both tables below. Where only one of the two is, sRGB's value stands in."""
 
 # ITU-T H.273, table 2: the primaries that pictures use.
 PRIMARIES: dict[int, Primaries] = {
@@ -125,7 +125,7 @@ def srgb(image: Image.Image, claims: Iterable[Claim]) -> Image.Image:
     """The picture in sRGB, mode RGB or RGBA, from mode L, LA, RGB, RGBA or CMYK.
 
     `claims` are what the file says, the weightiest first: the first that can be followed is. A profile that cannot be
-    read or is for other pixels (RGB in a grey photo, as editors leave it) is as good as none.
+    read or is for other pixels (RGB in a grey photo, as editors leave it) is ignored.
     """
     has_alpha = image.mode in {"LA", "RGBA"}
     bare = image.convert(image.mode[:-1]) if has_alpha else image

@@ -19,8 +19,9 @@ MAX_SEGMENTS = 4096
 END = b"\xff\xd9"
 
 FILLERS = (b"\x55" * 256, b"\xaa" * 256, b"\x6d\xb6\xdb" * 85)
-"""Put where the rest of a scan may be missing, for which a decoder would otherwise take zeros. A decoder that still
-needs data makes other pixels of one of them: of several, since the codes of a file can make the same of two."""
+"""Bytes that are put where the rest of a scan may be missing. A decoder that still needs data makes different pixels of
+different fillers; without one it would take zeros. There are several because a file's Huffman codes may happen to make
+the same pixels of two of them."""
 
 # In coded data 0xFF is followed by 0x00, or is a restart marker; before a marker it may be repeated.
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")

@@ -25,7 +25,7 @@ MAX_UNPACKED_BYTES = 16 << 20
 """Of a profile or a text. Profiles of printers have 3 MB."""
 
 PIXELS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
-"""All that the decoder gets, and tRNS: it takes an animation for its first picture then, which is wanted."""
+"""The only chunks that the decoder gets, besides tRNS. Without its animation chunks an APNG is its first picture."""
 
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 """Keywords of texts that may say how a photo is turned: ImageMagick's, and XMP's own."""

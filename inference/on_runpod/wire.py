@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, Ty
 
 from inference.errors import InvalidRequest, InvalidTask, one_line
 from inference.task import (
+    MAX_DURATION_S,
     MAX_PROMPT_CHARS,
     QUEUE_FPS,
     DurationS,
@@ -139,7 +140,6 @@ SYNONYMS = {"image_url": "photo_url", "image_base64": "photo_base64", "duration"
 OF_THE_PRESET = "the endpoint's preset decides"
 OF_THE_PHOTO = "the video has the photo's shape, and the size that the endpoint's I2V_WAN_AREA allows"
 MEANT = {
-    "frame_num": "a whole number of frames, 24 a second and one more",
     "length": "a number of frames elsewhere: say how many seconds",
     "num_frames": "say how many seconds",
     "fps": OF_THE_PRESET,
@@ -163,7 +163,7 @@ def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
     the job does not say, `lease_s` how long a renewal lasts.
     """
     if not isinstance(payload, Mapping):
-        raise InvalidRequest(f"input: has to be an object with {KINDS}")
+        raise InvalidRequest(f"input: has to be an object with one of {KINDS}")
     given, theirs = _in_our_words(payload)
     asked = [name for name in ("task", "drain", "photo_url", "photo_base64") if name in given]
     if len(asked) != 1:
@@ -197,8 +197,11 @@ def _in_our_words(payload: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def _translated(name: str, value: Any) -> tuple[str, Any]:
     if name == "image":
         return ("photo_url" if str(value)[:8].lower().startswith(("http://", "https://")) else "photo_base64"), value
-    if name == "frame_num" and type(value) is int:
-        return "seconds", (value - 1) / QUEUE_FPS  # as a queue counts: 24 x seconds + 1
+    if name == "frame_num":  # as a queue counts: 24 x seconds + 1
+        most = int(MAX_DURATION_S * QUEUE_FPS) + 1
+        if type(value) is not int or not 1 < value <= most:
+            raise InvalidRequest(f"frame_num: has to be a whole number from 2 to {most}: 24 for each second, and one")
+        return "seconds", (value - 1) / QUEUE_FPS
     return SYNONYMS.get(name, name), value
 
 

@@ -201,7 +201,7 @@ class Endpoint:
                     said = await render(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
         except I2VError as error:
             log.warning("job_failed", job_id=job.get("id"), error=str(error))
-            # An address, or a queue that is not set, is of the job that asked for it: others can be done here.
+            # A refused address or a missing queue setting concerns only the job that needs it: others can be done here.
             said, is_fault = _failed(error), error.hand_back and not error.stops_worker
         except Exception as error:
             log.exception("unexpected_error", job_id=job.get("id"))
@@ -283,7 +283,7 @@ def _origins(bucket: Bucket | None) -> list[str]:
 def _failed(error: Exception) -> dict[str, Any]:
     if not isinstance(error, I2VError):
         return failure(f"internal error: {type(error).__name__}: {error}", retryable=True)
-    # Of an address that has run out, another try finds the same: only its caller can sign a new one. Nor does it help
-    # where the settings are at fault, which are those of every worker here.
+    # Another try does not help with a URL that has expired, which only the caller can sign anew, nor with wrong
+    # settings, which all workers of this endpoint share.
     may_pass = (error.retryable or error.hand_back) and not (isinstance(error, UrlExpired) or error.stops_worker)
     return failure(str(error), retryable=may_pass)

@@ -63,7 +63,8 @@ LEASE_SEQ = "lease_seq"
 """The one extra that is used: it goes back with every write (see `_fence`). All others are ignored."""
 
 CONFIRM_SHARE = 1 / 20
-"""Of a lease, at most, that a beat pauses before it asks again: a beat itself may take a fifth (`keeper.py`)."""
+"""The share of a lease that a heartbeat may pause at most before it asks again. With the pause it may take a fifth of
+the lease (`keeper.py`)."""
 
 MAX_MESSAGE_CHARS = 1000
 """Of an error reported to the queue, or of a payload in the log."""
@@ -150,7 +151,7 @@ class LifeIsShortQueue:
             self._data_of_known_call(answer)
 
     async def check_storage(self) -> str | None:
-        """As TaskQueue.check_storage: where the presigned URL of an upload leads, for a task that cannot exist.
+        """As TaskQueue.check_storage, learned from an upload URL for a task that cannot exist; nothing is sent there.
 
         None where the queue signs none without a task.
         """
@@ -316,8 +317,9 @@ class LifeIsShortQueue:
     async def _tell_missing_from_away(self, lease: Lease, unsigned: Answer) -> None:
         """The real server answers 500 where the photo is missing, and where its storage does not work.
 
-        Photos are signed where there is one, uploads where there is nothing: a path that nobody ever used shows which
-        it is. Signing leaves no trace. Raises ObjectUnsigned, StorageAway, LeaseLost.
+        It signs a download only where the photo exists, and an upload only where nothing does. So an upload to a path
+        that nobody ever used is signed unless the storage does not work. Signing leaves no trace there.
+        Raises ObjectUnsigned, StorageAway, LeaseLost.
         """
         path, said = lease.task.photo_storage_path, f"presign: {unsigned.status} {unsigned.error}"
         try:

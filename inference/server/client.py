@@ -24,7 +24,7 @@ MAX_UNANSWERED = 60
 """Questions in a row without an answer, about a minute: a server that is started again is back by then."""
 
 SUBMIT_PAUSES_S = (1.0, 2.0, 4.0)
-"""Before each repetition of a request for videos whose answer was lost: its key sees to it that none is made twice."""
+"""Pauses before a submission whose answer was lost is sent again; its Idempotency-Key keeps it from counting twice."""
 
 MAX_VIDEO_BYTES = 10_000_000_000
 """Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
@@ -62,13 +62,18 @@ class QueueClient:
     async def submit(
         self, photo: Path, prompt: str = "", *, seconds: float = 5, count: int = 1, group: str | None = None
     ) -> list[dict[str, Any]]:
-        """Uploads a photo and asks for `count` videos of it; returns the new tasks. Repeats itself, safely."""
+        """Uploads a photo and asks for `count` videos of it; returns the new tasks.
+
+        A request whose answer was lost is sent again, under the same Idempotency-Key.
+        """
+        _require_unicode("prompt", prompt)
+        _require_unicode("group", group or "")
         form = {"prompt": prompt, "seconds": str(seconds), "count": str(count)} | ({"group": group} if group else {})
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         for pause_s in (*SUBMIT_PAUSES_S, None):
             try:
                 with photo.open("rb") as file:
-                    files = {"photo": (photo.name, file)}
+                    files = {"photo": (photo.name.encode("utf-8", "replace").decode(), file)}
                     data = await self._ask("POST", "tasks", data=form, files=files, headers=headers)
             except OSError as error:
                 raise QueueRefused(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
@@ -121,7 +126,7 @@ class QueueClient:
         return task
 
     async def delete(self, item_id: str) -> None:
-        """Deletes a task and its video, and its photo with the last task of it."""
+        """Deletes a task and its video; its photo too, once no other task uses it."""
         await self._ask("DELETE", _path(item_id))
 
     async def save_video(self, item_id: str, path: Path) -> Path:
@@ -133,15 +138,21 @@ class QueueClient:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DiskFull(f"{path.parent}: {(error.strerror or 'cannot be made').lower()}") from None
-        await self._storage.download(task["video_url"], path)
+        try:
+            await self._storage.download(task["video_url"], path)
+        except DiskFull:
+            raise DiskFull(f"{path} cannot be written: there is no room left on this machine's disk") from None
         return path
 
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
         try:
             response = await self._client.request(method, path, **options)
         except FOREIGN as error:
-            unavailable = _Unreachable if isinstance(error, httpx.ConnectError) else QueueUnavailable
-            raise unavailable(f"no queue answers at {self._client.base_url}: {reason_of(error)}") from None
+            why = f"no queue answers at {self._client.base_url}: {reason_of(error)}"
+            if isinstance(error, httpx.ConnectError):
+                hint = "start one with `i2v up`, or say where it is with VERCEL_API_URL or --url"
+                raise _Unreachable(f"{why}; {hint}") from None
+            raise QueueUnavailable(why) from None
         try:
             answer = response.json()
         except (ValueError, RecursionError):
@@ -163,5 +174,15 @@ class QueueClient:
 
 
 def _path(item_id: str) -> str:
-    """Ids come from command lines: whatever is typed stays one part of the path."""
-    return f"tasks/{quote(item_id, safe='')}"
+    """Ids come from command lines: whatever is typed stays one part of the path. Raises ItemMissing."""
+    if not item_id:
+        raise ItemMissing("the id of the task is empty")
+    return f"tasks/{quote(item_id, safe='', errors='replace')}"
+
+
+def _require_unicode(name: str, text: str) -> None:
+    """A command line may hold any bytes; those that are no UTF-8 cannot be sent as text. Raises QueueRefused."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise QueueRefused(f"{name}: not valid UTF-8 text") from None

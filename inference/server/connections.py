@@ -25,12 +25,12 @@ WANTED_FILES = 4096
 """Files that this process asks to be allowed; 1024 is what many systems allow unasked."""
 
 OTHER_FILES = 400
-"""Files that are not connections: the database's (40 connections with up to three each), and several goes of BACKLOG,
-for what asyncio accepts is counted here only a few goes later."""
+"""Files that are kept free for other things: the database's (40 connections with up to three files each), and several
+times BACKLOG, since asyncio accepts connections faster than they are counted here."""
 
 UNSENT_BYTES = 128 * 1024
-"""Of an answer that the kernel keeps beside what is on its way. By itself it keeps megabytes, and asks for more only
-when a third of them is gone: somebody who reads slowly would seem to read nothing."""
+"""How much of an answer the kernel buffers besides what is on its way. Its default is megabytes, of which a third has
+to be read before it takes more: a client that reads slowly would seem to read nothing."""
 
 FILES_EACH = 2
 """A connection, and the object it sends or receives."""
@@ -130,7 +130,8 @@ class Connection(H11Protocol):
 
     def _time_is_up(self) -> None:
         reads = self.transport.get_write_buffer_size() < self._unread_bytes
-        # Not told when the application goes on reading: until then no byte can come, whatever the client sends.
+        # While the application has paused reading, no byte can arrive, whatever the client sends. Nobody tells this
+        # class when it resumes, so the client gets another full time limit.
         cannot_send = not self._waits_for_a_request() and self.flow.read_paused
         if reads or cannot_send:
             self._set_timer()

@@ -132,9 +132,10 @@ def add_items(
     objects: ObjectStore,
     config: ServerConfig,
 ) -> list[Item]:
-    """Asks for videos of a stored photo. Where that fails, or was done by the same request before, the photo goes.
+    """Asks for videos of a stored photo.
 
-    Unless it has a row: a failure may be no more than the database's answer that was lost.
+    Where that fails, or the same request was answered before, the photo is removed, unless a row names it: the failure
+    may be that the rows were written and only the database's answer was lost.
     """
     try:
         items = store.add(photo, wanted, once)

@@ -25,7 +25,7 @@ KEY_S = 24 * 3600
 """How long an Idempotency-Key is remembered, at least: nobody repeats a request for longer."""
 
 PAGE = 100
-"""So much is done between two moments in which the server may stop."""
+"""Rows or objects that are handled between two moments in which the server may stop."""
 
 DAY_S = 24 * 3600
 
@@ -51,8 +51,9 @@ def sweep(store: Store, objects: ObjectStore, config: ServerConfig, *, stale_s: 
         there = {it.path for it in page if objects.exists(it.path)}
         for it in page:
             if it.is_over or it.path in there:
-                removed = store.removal.discard(it.path, objects.remove, stale_s, keep_s)
-                there -= set() if removed else {it.path}
+                is_removed = store.removal.discard(it.path, objects.remove, stale_s, keep_s)
+                if not is_removed:
+                    there.discard(it.path)
         yield len(there)
     yield objects.clear_incoming()
 

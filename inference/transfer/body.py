@@ -65,9 +65,9 @@ async def beginning(response: httpx.Response, limit_bytes: int) -> bytes:
 
 
 def bounded(limit_bytes: int) -> Callable[[httpx.Response], Awaitable[None]]:
-    """A response hook for clients of httpx: its user sees the `beginning` of the body, and every status.
+    """A response hook for clients of httpx that puts the `beginning` of the body in the body's place.
 
-    What is cut or compressed is no JSON any more, so it is told from an answer by whoever parses it.
+    The status stays. What was cut or compressed is not valid JSON, so whoever parses it notices.
     """
 
     async def bound(response: httpx.Response) -> None:

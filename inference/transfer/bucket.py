@@ -42,7 +42,7 @@ class Bucket:
     def endpoint(self) -> str:
         """What paths of objects are appended to, and signed with: Supabase's ends in `/storage/v1/s3`.
 
-        A path that is the bucket and nothing else is how R2's dashboard shows an endpoint; the bucket follows anyway.
+        R2's dashboard shows endpoints with the bucket as their path. That path is dropped: boto3 appends the bucket.
         """
         path = httpx.URL(self.endpoint_url).raw_path.partition(b"?")[0].decode("ascii").rstrip("/")
         return self.origin + ("" if path == f"/{self.name}" else path)

@@ -28,8 +28,8 @@ that are here already; TLS session tickets also make it readable, once, and carr
 MAX_PORT = 65_535
 
 MAX_EARLY_BYTES = 64 * 1024
-"""Of an answer are kept while its request is still being sent, as much as is read of a refusal. More of it stays with
-whoever sent it: one that never ends must not fill memory for as long as an upload lasts."""
+"""How much of an answer is kept while its request is still being sent: as much as is ever read of a refusal. The rest
+is not read from the connection, so an answer without end cannot fill memory during a long upload."""
 
 NOT_FOR_US = (
     ipaddress.IPv4Network("192.0.0.0/24"),  # IETF assignments; Oracle Cloud metadata at .192; Python calls it global

@@ -22,7 +22,7 @@ EARLIEST_S = 1e9
 
 
 SENT_HEADERS = {"host", "content-type", "content-length"}
-"""Headers of an upload that a signature may cover: only of these can a signer know what we send."""
+"""Headers of an upload that a signature may cover: only of these can whoever signs know the values."""
 
 UNSIGNED = "UNSIGNED-PAYLOAD"
 """What signers for S3 put in the place of a body's digest when they do not know the body."""

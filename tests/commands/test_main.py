@@ -207,6 +207,8 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("work --once --url http://127.0.0.1:1", {"TEMP_DIR": "/proc/temp"}, "TEMP_DIR"),
         ("submit photo.jpg -v --url http://127.0.0.1:1", {"WORKER_API_KEY": KEY}, "no queue answers at"),
         ("submit photo.jpg -n 2 -o out.mp4", {}, "--output takes one video"),
+        ("tasks --delete A --cancel B", {}, "--cancel, --retry and --delete exclude each other"),
+        ("tasks --delete=", {}, "the id of the task is empty"),
         ("serve --host 0.0.0.0", {}, "WORKER_API_KEY is not set"),
         ("serve", {"I2V_DATA_DIR": "/proc/data"}, "I2V_DATA_DIR"),
         ("serve", {"HEARTBEAT_INTERVAL": "600"}, "HEARTBEAT_INTERVAL (600 s) has to be at most half"),

@@ -1,11 +1,24 @@
 """What apps do with the embedded queue, against the real one on loopback; each refusal is an error with its name."""
 
+import os
+
+import anyio
+import anyio.to_thread
 import httpx
 import pytest
 
-from inference.errors import ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, StorageError, WrongState
+from inference.errors import (
+    DiskFull,
+    ItemMissing,
+    QueueAuthError,
+    QueueRefused,
+    QueueUnavailable,
+    StorageError,
+    WrongState,
+)
 from inference.server.client import QueueClient
 from tests.server.harness import KEY, config, jpeg, running_server
+from tests.support.disk import small_disk
 from tests.support.proxy import Proxy, Record
 
 pytestmark = pytest.mark.anyio
@@ -68,8 +81,49 @@ async def test_each_refusal_has_its_error(url, photo, tmp_path):
             with pytest.raises(QueueAuthError, match="WORKER_API_KEY"):
                 await client.tasks()
     async with QueueClient("http://127.0.0.1:1", KEY) as client:
-        with pytest.raises(QueueUnavailable, match=r"no queue answers at http://127\.0\.0\.1:1"):
+        with pytest.raises(
+            QueueUnavailable, match=r"no queue answers at http://127\.0\.0\.1:1.*start one with `i2v up`"
+        ):
             await client.tasks()
+
+
+def complete(url, item_id, video):
+    """Does what a worker does for a task that waits, with these bytes as its video."""
+    headers, fence = {"Authorization": f"Worker {KEY}"}, {"worker_id": "w"}
+    with httpx.Client(base_url=url, headers=headers) as worker:
+
+        def ask(route, **body):
+            return worker.post(f"/api/worker/{route}", json=body).raise_for_status().json()["data"]
+
+        ask("next-task", **fence, item_id=item_id)
+        slot = ask("presign", operation="upload", video_item_id=item_id)
+        worker.put(slot["url"], content=video, headers={"Content-Type": "video/mp4"}).raise_for_status()
+        path = slot["storage_path"]
+        ask("report", **fence, item_id=item_id, status="completed", video_storage_path=path)
+
+
+async def test_bytes_that_are_no_text(url, photo):
+    """A command line may hold any: a prompt of them is refused by name, a file may be called so, no task is."""
+    no_text = os.fsdecode(b"\x9b\xff")
+    renamed = photo.rename(photo.with_name(f"{no_text}.jpg"))
+    async with QueueClient(url, KEY) as client:
+        for field in ("prompt", "group"):
+            with pytest.raises(QueueRefused, match=f"{field}: not valid UTF-8"):
+                await client.submit(renamed, **{field: no_text})
+        assert len(await client.submit(renamed)) == 1
+        with pytest.raises(ItemMissing):
+            await client.delete(no_text)
+
+
+async def test_a_full_disk_is_told_with_the_file(url, photo, tmp_path):
+    """The name that the person gave, not the address the video came from."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        async with QueueClient(url, KEY) as client:
+            [task] = await client.submit(photo)
+            await anyio.to_thread.run_sync(complete, url, task["id"], bytes(200_000))
+            with pytest.raises(DiskFull, match=r"disk/out\.mp4 cannot be written: there is no room left"):
+                await client.save_video(task["id"], disk / "out.mp4")
+            assert list(disk.iterdir()) == []
 
 
 async def test_ids_cannot_leave_their_place_in_the_url(url):

@@ -70,7 +70,7 @@ class Model:
         return min(self.ratios, key=distance)
 
     def ratio_for(self, configured: str | None, width: int, height: int) -> str:
-        """The configured size; where this model does not make it, as for a photo: a setting fails no task."""
+        """The configured size; where this model does not make it, the nearest to the photo's: no task fails for it."""
         return configured if configured in self.ratios else self.nearest_ratio(width, height)
 
     def refuse(self, request: GenerationRequest) -> None:

@@ -46,8 +46,8 @@ CANCEL_LIMIT_S = 10.0
 """For telling Runway to stop: a process that is told to stop itself has not much longer."""
 
 CREATION_RETRIES = 3
-"""Where Runway refuses for now (429, 502, 503, 504) or is not reached, as far apart as polls: its documents' number.
-More would cure neither a daily cap nor an outage."""
+"""How often an order is sent again that Runway refuses for now (429, 502, 503, 504) or that does not reach it, with the
+pause of a poll before each. Its documentation names this number; more would outlast no daily cap and no outage."""
 
 LOOKS_FOR_THE_MISSING = 3
 """A task that is not found so often in a row is gone; once may be a replica that has not heard of it yet."""
@@ -70,7 +70,8 @@ class Order:
     @property
     def digest(self) -> str:
         """The name of the request in the books."""
-        # Silent and without is how requests were named before there was a choice: those are gone on with.
+        # Only what was chosen counts: orders without sound and negative prompt keep the digest that earlier versions
+        # gave them, so that those already paid for are found again.
         chosen = {"audio": self.audio, "negative_prompt": self.negative_prompt}
         return digest(
             model=self.model.name,
@@ -100,7 +101,7 @@ class Order:
         if self.seed is not None:
             body["seed"] = self.seed
         if self.model.sound_credits_per_s is not None:
-            body["audio"] = self.audio  # said either way: sound is bought by who says nothing
+            body["audio"] = self.audio  # always sent: without it Runway adds sound, and bills it
         if self.negative_prompt:
             body["negativePrompt"] = self.negative_prompt
         return body
@@ -126,7 +127,7 @@ class PaidTask:
         self._purchase: Purchase = job.purchase or Ledger(MemoryRecords()).purchase("one-off", "nobody")
         self._is_new = True
         self._has_succeeded = False
-        self.is_unheard = False  # the last look at it found nobody who could tell how it is
+        self.is_unheard = False  # when its state was last asked for, no usable answer came
         self.id = ""  # empty: nothing was paid for yet
         self.cost_usd = order.cost_usd  # then as Runway estimates, then as it charged
 

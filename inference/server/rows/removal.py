@@ -33,7 +33,8 @@ ENDED_BEFORE = Statement(
 
 LOCK_PHOTO_OF = Statement(
     "lock_photo_of",
-    "Keeps others from deleting items of the same photo meanwhile: of two, each would leave the photo to the other.",
+    "Keeps others from deleting items of the same photo meanwhile: two at once would each see the other's item, and "
+    "both leave the photo.",
     select(photos.c.id)
     .where(photos.c.id == select(items.c.photo_id).where(items.c.id == bindparam("item_id")).scalar_subquery())
     .with_for_update(),
@@ -140,7 +141,8 @@ UNNAME = {
         .values(
             path=bindparam("path"),
             item_id=bindparam("item_id", type_=Text),
-            # The URL that a video came by may hold still. A photo has none, and is no longer awaited.
+            # The URL that a video was uploaded to may still be valid, so it could be stored once more. A photo has no
+            # such URL, and no row is on its way any more: it may be swept at once.
             recorded_at=case((cast(bindparam("item_id"), Text).is_(None), ZERO), else_=Clock()),
         )
         .on_conflict_do_nothing(),
@@ -162,12 +164,14 @@ nobodys: list[Any] = [
         # A photo is in place for a moment before its row is.
         unnamed_objects.c.recorded_at <= now - bindparam("stale_s", type_=Double),  # fence
     ),
-    # Whoever holds the item may still report the video; and who waits for a worker may have one that returns.
+    # Whoever holds the item may still report the video; and an item that waits may be leased by a worker that has
+    # stored one of it before.
     ~exists().where(_of_record, ~ended),  # fence
     ~exists().where(_of_record, items.c.video_storage_path == unnamed_objects.c.path),  # fence
 ]
-"""No row names the object, and no live lease can come to."""
+"""No row names the object, and no lease that is alive can make one do so."""
 
+# Nothing can store the object any more: photos have no upload URL, and that of a video has expired.
 _is_over = or_(
     unnamed_objects.c.item_id.is_(None),
     unnamed_objects.c.recorded_at < now - bindparam("keep_s", type_=Double),

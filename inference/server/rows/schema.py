@@ -167,6 +167,6 @@ _partial_index("video_items_leases", "leased_until", where=text("status = 'proce
 # What people list, which is in the order of the ids. There is no index of all items by created_at: while most of
 # them wait PostgreSQL would lease along that one, and walk past ever more ended items when they no longer do.
 Index("video_items_of_group", video_items.c.group_id, video_items.c.id)
-# What a photo is needed for, and what goes with a group.
+# Deleting asks which items are left of a photo, and which photos a group has.
 Index("video_items_of_photo", video_items.c.photo_id, video_items.c.id)
 Index("photos_of_group", photos.c.group_id)
