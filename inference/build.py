@@ -19,7 +19,7 @@ from inference.engines.runway.models import model_for
 from inference.engines.turns import Seat
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
-from inference.errors import DiskFull, InvalidRequest, SettingsError
+from inference.errors import InvalidRequest, SettingsError, write_error
 from inference.leasing.polling import Worker
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
@@ -166,7 +166,7 @@ def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
 
 
 def build_weights(preset: Preset, weights_dir: Path) -> None:
-    """Makes the weights of a preset that is built here and not there yet. Raises SettingsError, DiskFull."""
+    """Makes the weights of a preset that is built here and not there yet. Raises SettingsError, MachineFault."""
     if not preset.built_here or weights.folder_of(weights_dir, preset.repositories[0]).is_dir():
         return
     with needing_extra("wan", "the Wan engine"):
@@ -174,7 +174,8 @@ def build_weights(preset: Preset, weights_dir: Path) -> None:
     try:
         tiny.build(preset.name, weights_dir)
     except OSError as error:
-        raise DiskFull(f"I2V_WEIGHTS_DIR: {weights_dir} cannot be written: {error.strerror or error}") from None
+        told = f"I2V_WEIGHTS_DIR: {weights_dir} cannot be written: {error.strerror or error}"
+        raise write_error(error, told) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +325,7 @@ def build_worker(
 
 
 def build_server_config(settings: Settings) -> "ServerConfig":
-    """What the embedded queue server is told. Makes its folder. Raises SettingsError, DiskFull."""
+    """What the embedded queue server is told. Makes its folder. Raises SettingsError, MachineFault."""
     with needing_extra("server", "the queue server"):
         from inference.server.config import ServerConfig  # noqa: PLC0415
     data_dir = settings.data_dir.absolute()
@@ -332,7 +333,7 @@ def build_server_config(settings: Settings) -> "ServerConfig":
         private.make_folder(data_dir, "queue.db*", "signing.key", "objects")
         signing_secret = _signing_secret(data_dir / "signing.key")
     except OSError as error:
-        raise DiskFull(f"I2V_DATA_DIR: {data_dir} cannot be written: {error.strerror}") from None
+        raise write_error(error, f"I2V_DATA_DIR: {data_dir} cannot be written: {error.strerror}") from None
     database_url = (
         settings.database_url.get_secret_value() if settings.database_url else f"sqlite:///{data_dir}/queue.db"
     )

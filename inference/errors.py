@@ -12,51 +12,60 @@
     │   ├── NotHolder            the writer does not hold the item's lease
     │   └── WrongState           the item is not in a state that allows it
     ├── QueueError
-    │   ├── QueueUnavailable  R  network, 429, a gateway's 5xx; it may have been carried out all the same
-    │   │   └── QueueFailed   R  the queue itself answered 5xx: it is there, and did not do it
-    │   ├── QueueRefused         the queue calls our request wrong (400)
-    │   └── QueueAuthError   HS  the queue does not accept the key, or does not let us near it (401)
+    │   ├── QueueUnavailable  R  network, 429, a gateway's 5xx; the request may have been carried out all the same
+    │   │   ├── QueueUnreached R nobody listens at the queue's address, so nothing was sent
+    │   │   └── QueueFailed   R  the queue itself answered 5xx: it is reachable, and did not do what was asked
+    │   ├── QueueRefused         the queue rejects our request as malformed (400)
+    │   └── QueueAuthError   HS  the queue rejects the key, or something in front of the queue rejects us (401)
     ├── StorageError
     │   ├── StorageUnavailable R network, 429, 5xx; an upload may have been stored all the same
-    │   │   ├── StorageUnreached R nobody was met at its address: no name, no route, no TLS
-    │   │   └── StorageAway RHO  the queue's storage does not work: nothing is presigned, or nobody is met there
+    │   │   ├── StorageUnreached R no connection to the storage's host: DNS, routing or TLS failed
+    │   │   └── StorageAway RHO  the queue's storage is down: the queue cannot presign, or the host cannot be reached
     │   ├── UrlExpired        R  presign again
-    │   ├── ObjectExists         something is at that path already and was not overwritten
+    │   ├── ObjectExists         an object is at that path already and was not overwritten
     │   ├── ObjectMissing     T  no such object
-    │   │   ├── ObjectUnsigned RT the queue presigns others, and not this one
+    │   │   ├── ObjectUnsigned RT the queue presigns other paths, but not this one
     │   │   └── ObjectEmpty  RT  an object of 0 bytes
     │   ├── ObjectTooLarge    T  over a byte limit, ours or the storage's
-    │   ├── StorageRefused       any other refusal: signature, media type
-    │   │   └── UrlMalformed  T  a URL that nobody can follow: another scheme, no such port
-    │   └── AddressRefused   HS  the URL leads where this worker's settings do not let it go
+    │   ├── StorageRefused       any other refusal
+    │   │   ├── UrlMalformed  T  a URL that no client can connect to: wrong scheme, no such port
+    │   │   ├── BadSignature     a token that the embedded server did not sign, or signed for another use
+    │   │   ├── WrongMediaType   the embedded server does not store this media type
+    │   │   └── LengthMissing    an upload to the embedded server that does not declare its length
+    │   └── AddressRefused   HS  the URL leads to an address that this worker's settings do not allow
     ├── MediaError
     │   ├── InvalidPhoto      T  not a photo we can use; says why
     │   └── EncodeFailed         ffmpeg ended badly
     ├── MachineFault          H  no memory, no ffmpeg, a process killed from outside
-    │   ├── DiskFull          H  no room for temporary files
+    │   ├── DiskFull          H  no room left on the disk
+    │   ├── NotWritable       H  a path that cannot be written at all: permissions, a read-only or failing disk
     │   └── RecordsUnavailable H the ledger cannot be read or written; nothing is paid for without it
     └── EngineError
         ├── InvalidRequest    T  outside what the engine can do; names the field
         │   └── ContentRefused T a provider's moderation refused photo or prompt; asking again can cost the account
         ├── EngineFailed      R  this attempt failed
         ├── EngineHung           no end within the hard limit of an attempt
-        ├── PaymentInDoubt       a paid call was sent and its answer lost: it is not sent again unasked
-        ├── ProviderUnavailable HO a provider sheds load or answers nothing, however often it was asked
+        ├── PaymentInDoubt       a paid call was sent and its answer lost: a person decides whether to pay again
+        ├── JobInDoubt           a job was sent to a platform and the answer lost: a GPU may be working on it
+        ├── ProviderUnavailable HO a provider is overloaded or unreachable, also after several tries
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
             ├── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
             └── AccountError  HO a provider does not accept the key, or will not work for it now
                 └── BudgetSpent HO our own limit for the day is reached
 
-R  another try here can help (`retryable`); the other marks say what follows when all tries are spent.
+R  trying again on this machine can help (`retryable`); the other marks say what follows once all tries have failed.
 H  the task is not at fault: hand the lease back instead of failing the task (`hand_back`).
-S  this machine's settings are, so the next task would end the same way: take no more of them (`stops_worker`).
-O  somebody else has an outage: take no more tasks for a while, and longer each time (`is_outage`).
-T  the task is at fault, on any machine (`task_at_fault`). Without it the next task may fail here just so.
+S  this machine's settings are at fault, and every task would end the same way: stop the worker (`stops_worker`).
+O  another service has an outage: take no tasks for a while, and longer each time (`is_outage`).
+T  the task is at fault, on any machine (`task_at_fault`). Without this mark the next task may fail here as well.
 
-Adapters map every foreign exception to one of these at their edge; nothing above them catches foreign types.
+Adapters map every foreign exception to one of these at their edge; nothing above them catches foreign types. Every
+subclass of I2VError is defined here. Exceptions outside the tree (`Unanswered`, `OutOfRoom` and a few private ones) are
+caught by the modules that use them and never reach a caller of theirs.
 Messages are one line, say what to do where something can be done, and never hold a credential.
 """
 
+import errno
 import unicodedata
 from typing import ClassVar
 
@@ -79,7 +88,7 @@ class SettingsError(I2VError):
 
 
 class NoTask(I2VError):
-    """Somebody asked for a task by hand, and there is none that can be taken now."""
+    """A person asked to run a task, and none can be leased now."""
 
 
 class PoolUnavailable(I2VError):
@@ -89,7 +98,8 @@ class PoolUnavailable(I2VError):
 class LeaseLost(I2VError):
     """The lease is not ours any more. Nothing may be uploaded or reported for it.
 
-    `confirmed`: the queue said so. Otherwise it could not be renewed in time, and may still be nobody else's.
+    `confirmed`: the queue said so. Otherwise the lease could not be renewed in time, and no other worker may have the
+    task yet.
     """
 
     def __init__(self, message: str, *, confirmed: bool = True) -> None:
@@ -115,7 +125,7 @@ class InvalidTask(I2VError):
 
 
 class Refusal(I2VError):
-    """A store of ours does not accept a write; nothing was changed."""
+    """One of our own stores rejects a write; nothing was changed."""
 
 
 class ItemMissing(Refusal):
@@ -135,7 +145,7 @@ class QueueError(I2VError):
 
 
 class QueueUnavailable(QueueError):
-    """The queue gave no answer of its own, or says to come later: network trouble, 429, a 5xx of a gateway before it.
+    """The queue did not answer, or asks us to come later: network trouble, 429, a 5xx of a gateway in front of it.
 
     Whether the request was carried out is unknown.
     """
@@ -143,19 +153,23 @@ class QueueUnavailable(QueueError):
     retryable = True
 
 
-class QueueFailed(QueueUnavailable):
-    """The queue itself answered 5xx: it is there, and did not do what was asked.
+class QueueUnreached(QueueUnavailable):
+    """Nobody listens at the queue's address, so the request was not sent."""
 
-    While it answers heartbeats, that may be about this one task, so it is tried a few times and not for minutes.
+
+class QueueFailed(QueueUnavailable):
+    """The queue itself answered 5xx: it is reachable, and did not do what was asked.
+
+    If it still answers heartbeats, the failure may concern this one task, so the call is repeated only a few times.
     """
 
 
 class QueueRefused(QueueError):
-    """The queue calls our request malformed (400), or answered outside its contract."""
+    """The queue rejects our request as malformed (400), or its answer breaks the API's contract."""
 
 
 class QueueAuthError(QueueError):
-    """The queue does not accept the key, or something before it lets nobody through (401)."""
+    """The queue, or a protection layer in front of it, does not accept our credentials (401)."""
 
     hand_back = True
     stops_worker = True
@@ -172,14 +186,14 @@ class StorageUnavailable(StorageError):
 
 
 class StorageUnreached(StorageUnavailable):
-    """No connection came about with whoever an address belongs to: it is away, or this machine has no way to it."""
+    """No connection to the storage's host: it is down, or this machine has no route to it."""
 
 
 class StorageAway(StorageUnavailable):
-    """The queue's storage does not work, or not from here: no task would fare better.
+    """The queue's storage is down, or cannot be reached from this machine: other tasks would fail as well.
 
-    The queue can presign neither what should be there nor a path where nothing can be, or nobody is met where its URLs
-    lead.
+    Either the queue can presign neither an object that should exist nor a path that is certainly free, or the host of
+    its presigned URLs cannot be reached.
     """
 
     hand_back = True
@@ -187,13 +201,13 @@ class StorageAway(StorageUnavailable):
 
 
 class UrlExpired(StorageError):
-    """The presigned URL is past its time; ask for a new one."""
+    """The presigned URL has expired; ask for a new one."""
 
     retryable = True
 
 
 class ObjectExists(StorageError):
-    """Something is stored at that path already, and was not overwritten."""
+    """An object is stored at that path already, and was not overwritten."""
 
 
 class ObjectMissing(StorageError):
@@ -203,7 +217,7 @@ class ObjectMissing(StorageError):
 
 
 class ObjectUnsigned(ObjectMissing):
-    """The queue presigns other paths, and not this one. It does not say why; most likely nothing is there."""
+    """The queue presigns other paths, but not this one. It does not say why; most likely the object is missing."""
 
     retryable = True
 
@@ -221,17 +235,29 @@ class ObjectTooLarge(StorageError):
 
 
 class StorageRefused(StorageError):
-    """The storage refused for a reason that repeating cannot cure."""
+    """The storage refused for a reason that a retry cannot change."""
 
 
 class UrlMalformed(StorageRefused):
-    """The URL, or the one a redirect leads to, is none that anybody can connect to: another scheme, no such port."""
+    """No client can connect to the URL, or to the one it redirects to: wrong scheme, no such port."""
 
     task_at_fault = True
 
 
+class BadSignature(StorageRefused):
+    """A token that the embedded server did not sign, or signed for another operation or path."""
+
+
+class WrongMediaType(StorageRefused):
+    """The embedded server does not store objects of this media type."""
+
+
+class LengthMissing(StorageRefused):
+    """An upload whose size is unknown before its body is read, because it has no Content-Length."""
+
+
 class AddressRefused(StorageError):
-    """The URL, or a redirect of it, leads to an address that this worker's settings do not let it visit."""
+    """The URL, or its redirect, leads to an address that this worker's settings do not allow."""
 
     hand_back = True
     stops_worker = True
@@ -242,7 +268,7 @@ class MediaError(I2VError):
 
 
 class InvalidPhoto(MediaError):
-    """Not a photo we can use."""
+    """The photo cannot be read, or is not one we can use."""
 
     task_at_fault = True
 
@@ -252,17 +278,21 @@ class EncodeFailed(MediaError):
 
 
 class MachineFault(I2VError):
-    """This machine cannot do it now; another could."""
+    """This machine cannot do the work now; another machine could."""
 
     hand_back = True
 
 
 class DiskFull(MachineFault):
-    """No room left for temporary files on this machine."""
+    """No room left on this machine's disk, or too little for the work to begin."""
+
+
+class NotWritable(MachineFault):
+    """A file or folder cannot be written, whatever room there is: permissions, a read-only or failing disk."""
 
 
 class RecordsUnavailable(MachineFault):
-    """The ledger cannot be read or written here. Nothing is paid for without it."""
+    """The ledger cannot be read or written. Nothing is paid for without it."""
 
 
 class EngineError(I2VError):
@@ -276,11 +306,11 @@ class InvalidRequest(EngineError):
 
 
 class ContentRefused(InvalidRequest):
-    """A provider's moderation refused the photo or the prompt. Billed in full; repeats suspend the account."""
+    """A provider's moderation refused the photo or the prompt. It bills in full, and suspends accounts that repeat."""
 
 
 class EngineFailed(EngineError):
-    """This attempt failed; another may not."""
+    """This attempt failed; another one may succeed."""
 
     retryable = True
 
@@ -293,10 +323,14 @@ class PaymentInDoubt(EngineError):
     """A paid call was sent, and whether it was carried out is unknown. A person decides whether to pay again."""
 
 
-class ProviderUnavailable(EngineError):
-    """A provider sheds load or cannot be reached, and was asked more than once.
+class JobInDoubt(EngineError):
+    """A job was sent to a platform, and whether it was accepted is unknown. Sent again, it might run twice."""
 
-    Nothing was billed, or what was paid for goes on there: whoever gets the task next goes on with it.
+
+class ProviderUnavailable(EngineError):
+    """A provider is overloaded or unreachable, also after several tries.
+
+    Either nothing was billed, or the paid generation continues at the provider and the task's next holder fetches it.
     """
 
     hand_back = True
@@ -314,37 +348,46 @@ class WeightsError(EngineLost):
 
 
 class AccountError(EngineLost):
-    """A provider does not accept our key, has no credits of ours, or has had enough of us for today."""
+    """A provider does not accept our key, our credits are used up, or a rate limit or daily cap is reached."""
 
     is_outage = True
 
 
 class BudgetSpent(AccountError):
-    """What may be spent in one day is spent, or the rest is too little for this task."""
+    """The daily budget is spent, or what is left of it is too little for this task."""
+
+
+NO_ROOM_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the operating system says when there is no room: a full disk, a quota, a limit on the size of a file."""
+
+
+def write_error(error: OSError, message: str) -> DiskFull | NotWritable:
+    """`message` as DiskFull where the operating system says that there is no room, else as NotWritable."""
+    return (DiskFull if error.errno in NO_ROOM_ERRNOS else NotWritable)(message)
 
 
 NOT_LEGIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories of characters that steer a terminal or mislead its reader: control codes, such as escapes (Cc);
-format characters, such as marks that turn the direction of reading (Cf); lone surrogates, which cannot be encoded
-(Cs); line and paragraph separators (Zl, Zp)."""
+"""Unicode categories of characters that control a terminal or mislead its reader: control codes such as escapes (Cc);
+format characters such as those that reverse the reading direction (Cf); lone surrogates, which cannot be encoded (Cs);
+line and paragraph separators (Zl, Zp)."""
 
 JOINERS = {"\u200c", "\u200d"}
-"""Format characters that stay all the same: Persian words and emoji of families are put together with them."""
+"""Format characters that are kept: Persian words and emoji of families are composed with them."""
 
 
 def is_legible(character: str) -> bool:
-    """Whether a character of a stranger's text may be shown as it is."""
+    """Whether a character of untrusted text may be shown as it is."""
     return character in JOINERS or unicodedata.category(character) not in NOT_LEGIBLE
 
 
 def legible(text: str) -> str:
-    """Text of strangers as terminals and logs may show it: each character that is not legible becomes �."""
+    """Untrusted text made safe for terminals and logs: each character that is not legible becomes �."""
     return "".join(character if is_legible(character) else "\ufffd" for character in text)
 
 
 def one_line(text: str, limit: int) -> str:
-    """`text` as a message holds it: one line of at most `limit` characters, all legible.
+    """`text` as one line of at most `limit` legible characters, as error messages hold it.
 
-    PostgreSQL takes neither NUL nor lone surrogates, and a terminal takes escapes for orders.
+    PostgreSQL stores neither NUL nor lone surrogates, and a terminal obeys escape sequences.
     """
     return " ".join("".join(character if is_legible(character) else " " for character in text).split())[:limit]

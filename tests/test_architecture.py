@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from inference import errors
+
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "inference").rglob("*.py"))
 
@@ -84,6 +86,16 @@ def test_heavy_packages_are_imported_in_one_place(path):
     for name in imports(path):
         home = FOREIGN.get(name.split(".")[0])
         assert home is None or relative(path).startswith(home), f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_every_error_is_in_the_tree(path):
+    """Subclasses of I2VError are defined in errors.py alone, where all of them are drawn."""
+    tree = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and relative(path) != "inference/errors.py":
+            bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+            assert not bases & tree, f"{relative(path)}: {node.name} belongs in inference/errors.py"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

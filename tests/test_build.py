@@ -15,7 +15,7 @@ from inference.build import (
     refuse,
 )
 from inference.engines.preview import PreviewEngine
-from inference.errors import DiskFull, InvalidRequest, SettingsError
+from inference.errors import InvalidRequest, NotWritable, SettingsError
 from inference.leasing.scratch import scratch_folder
 from inference.settings import Settings
 from inference.task import GenerationRequest
@@ -62,7 +62,7 @@ def test_a_file_without_a_secret_is_refused(tmp_path, content):
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     """By the name of its setting."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskFull, match="I2V_DATA_DIR"):
+    with pytest.raises(NotWritable, match="I2V_DATA_DIR"):
         build_server_config(Settings.isolated(data_dir=tmp_path / "file" / "data"))
     queue = MemoryQueue(MemoryStore())
     with pytest.raises(SettingsError, match="TEMP_DIR"):

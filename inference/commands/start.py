@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from inference import logs
-from inference.errors import DiskFull, SettingsError
+from inference.errors import SettingsError, write_error
 from inference.settings import Settings
 
 Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
@@ -42,8 +42,8 @@ def check_mp4(output: Path) -> None:
 
 
 def temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A folder for the length of a block. Raises DiskFull."""
+    """A folder for the length of a block. Raises DiskFull, NotWritable."""
     try:
         return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
-        raise DiskFull(f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None
+        raise write_error(error, f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None

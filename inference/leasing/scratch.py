@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from inference.errors import DiskFull
+from inference.errors import DiskFull, write_error
 
 if sys.platform != "win32":
     import fcntl
@@ -16,14 +16,15 @@ if sys.platform != "win32":
 PREFIX = "i2v-lease-"
 
 MIN_FREE_BYTES = 200_000_000
-"""Less is not worth beginning with: a photo of 50 MB and a clip of 60 s have to fit, and others write there too."""
+"""Work begins only with this much room: a photo of 50 MB and a clip of 60 s have to fit, and other processes write to
+the same disk."""
 
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterator[Path]:
-    """A folder for one lease. Raises DiskFull where none can be made; `keep` leaves it for a look.
+    """A folder for one lease, removed afterwards unless `keep`. Raises DiskFull, NotWritable where none can be made.
 
-    Its owner holds a lock on it for as long as it lives, which is how `sweep` knows the folders of the dead.
+    The process holds a lock on the folder for as long as it lives, so `sweep` can tell which folders are left over.
     """
     lock = None
     try:
@@ -32,7 +33,7 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
             raise DiskFull(
                 f"only {free_bytes / 1e6:.0f} MB are free for temporary files; free some, or set TEMP_DIR elsewhere"
             )
-        # Under another name until it is locked, or a sweep could take it for one that is left over.
+        # The folder gets its final name only once it is locked, or a sweep could take it for a left-over one.
         new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
         folder = new.with_name(new.name.removeprefix("."))
         lock = _lock(new)
@@ -40,7 +41,8 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
     except OSError as error:
         if lock is not None:
             os.close(lock)
-        raise DiskFull(f"no temporary folder can be made: {error.strerror}; set TEMP_DIR to another place") from None
+        told = f"no temporary folder can be made: {error.strerror}; set TEMP_DIR to another place"
+        raise write_error(error, told) from None
     try:
         yield folder
     finally:
@@ -51,18 +53,19 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
 
 
 def put(path: Path, data: bytes) -> None:
-    """Writes a temporary file. Raises DiskFull."""
+    """Writes a temporary file. Raises DiskFull, NotWritable."""
     try:
         path.write_bytes(data)
     except OSError as error:
-        raise DiskFull(f"{len(data) / 1e6:.1f} MB cannot be written to {path.parent}: {error.strerror}") from None
+        told = f"{len(data) / 1e6:.1f} MB cannot be written to {path.parent}: {error.strerror}"
+        raise write_error(error, told) from None
 
 
 def sweep(parent: Path | None = None) -> int:
     """Removes the folders that killed processes left in `parent`; returns how many."""
     removed = 0
-    for folder in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):  # not those still being made
-        with suppress(OSError):  # somebody else's, or gone by now
+    for folder in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):  # folders still being made begin with a dot
+        with suppress(OSError):  # the folder belongs to another user, or was removed meanwhile
             lock = _lock(folder)
             if lock is None:
                 continue
@@ -73,9 +76,9 @@ def sweep(parent: Path | None = None) -> int:
 
 
 def _lock(folder: Path) -> int | None:
-    """Locks a folder for as long as the descriptor is open; None where somebody else has."""
+    """Locks a folder for as long as the returned descriptor is open; None where another process holds the lock."""
     if sys.platform == "win32":
-        return None  # no such locks: what killed processes leave stays until the system clears it
+        return None  # Windows has no such locks: left-over folders stay until the system clears them
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,6 @@
 Both block; callers put them on a thread. The ffmpeg binary is the one imageio-ffmpeg ships (it has no ffprobe).
 """
 
-import errno
 import re
 import secrets
 import signal
@@ -22,7 +21,7 @@ import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from inference.errors import DiskFull, EncodeFailed, MachineFault, MediaError, one_line
+from inference.errors import NO_ROOM_ERRNOS, DiskFull, EncodeFailed, MachineFault, MediaError, one_line
 from inference.task import Video
 
 CRF = 18
@@ -58,9 +57,8 @@ STOPPED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 STOPPED_CODE = 255
 NO_MEMORY = "Cannot allocate memory"
 
-# What the operating system says when there is no room: the disk, a quota, a limit on file size.
 NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
-NO_ROOM_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""NO_ROOM_ERRNOS in words, as ffmpeg passes them on."""
 
 
 class VideoWriter:

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ValidationError
 
 from inference.errors import (
     AddressRefused,
-    DiskFull,
     EngineError,
     EngineFailed,
     MachineFault,
@@ -25,6 +24,7 @@ from inference.errors import (
     StorageError,
     StorageUnavailable,
     one_line,
+    write_error,
 )
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import put
@@ -118,7 +118,7 @@ async def saved(
         try:
             path.replace(output)
         except OSError as error:
-            raise DiskFull(f"{output} cannot be written: {error.strerror}") from None
+            raise write_error(error, f"{output} cannot be written: {error.strerror}") from None
     except (StorageUnavailable, AddressRefused, MachineFault, anyio.get_cancelled_exc_class()):
         say(f"Job {job_id} was made. {kept(job_id, again)}")  # it is paid for, and a setting or time can help
         raise
@@ -129,7 +129,7 @@ async def saved(
 
 
 async def _fetch(settings: Settings, made: _Made, path: Path) -> None:
-    """The mp4 of an answer. Raises EngineError, StorageError, DiskFull."""
+    """The mp4 of an answer. Raises EngineError, StorageError, MachineFault."""
     if made.base64 is None:
         storage = Storage(
             trusted_origins=[settings.bucket_url] if settings.bucket_url else [],  # the operator's own

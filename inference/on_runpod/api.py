@@ -15,7 +15,7 @@ import structlog
 import tenacity
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from inference.errors import AccountError, EngineError, EngineFailed, InvalidRequest, PaymentInDoubt, one_line
+from inference.errors import AccountError, EngineError, EngineFailed, InvalidRequest, JobInDoubt, one_line
 from inference.progress.tracker import Progress, Sink
 from inference.transfer import json_api
 from inference.transfer.json_api import MAX_SAID_CHARS, JsonApi, Unanswered
@@ -206,7 +206,7 @@ class RunPodApi(JsonApi[_Answer]):
         the job, be it waiting, running or done, counted from now (github.com/runpod/docs/pull/525, which corrects
         "maximum queue time"): less than the wait and the work together would lose what is being made.
 
-        Also raises PaymentInDoubt where the answer was lost: a GPU may be at work on it, and asking again could start
+        Also raises JobInDoubt where the answer was lost: a GPU may be at work on it, and asking again could start
         a second one. What certainly was not carried out is sent again.
         """
         policy = {
@@ -356,8 +356,8 @@ async def _repeated(operation: Callable[[], Awaitable[T]]) -> T:
     return await tries(operation)
 
 
-def _in_doubt(why: str) -> PaymentInDoubt:
-    return PaymentInDoubt(f"whether the job was taken is not known ({why})")
+def _in_doubt(why: str) -> JobInDoubt:
+    return JobInDoubt(f"whether the job was taken is not known ({why})")
 
 
 def _milliseconds(seconds: float, least_s: float) -> int:

@@ -6,11 +6,7 @@ from typing import TypeVar
 import anyio
 import anyio.lowlevel
 
-from inference.errors import (
-    EngineError,
-    PaymentInDoubt,
-    PoolUnavailable,
-)
+from inference.errors import EngineError, JobInDoubt, PoolUnavailable
 from inference.fleet.containers import Live, Sized
 from inference.fleet.shape import INPUTS, Shape
 from inference.on_runpod.api import RunPodApi
@@ -68,7 +64,7 @@ class RunPodContainers:
     async def _ask(self, call: Awaitable[T]) -> T:
         try:
             return await call
-        except PaymentInDoubt as error:
+        except JobInDoubt as error:
             raise PoolUnavailable(f"{error}; its lease was handed back, and a worker that has it finds out") from None
         except EngineError as error:
             raise PoolUnavailable(str(error)) from None

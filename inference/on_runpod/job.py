@@ -15,7 +15,7 @@ import anyio.lowlevel
 import anyio.to_thread
 from pydantic import ValidationError
 
-from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, PaymentInDoubt
+from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, JobInDoubt
 from inference.fleet import shape
 from inference.media import photo as photos
 from inference.on_runpod.answer import KEPT, KEPT_S, Again, Say, kept
@@ -103,8 +103,8 @@ async def invoked(
             try:
                 with sending:  # what is sent is heard of, or nobody could cancel it
                     job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
-            except PaymentInDoubt as error:
-                raise PaymentInDoubt(
+            except JobInDoubt as error:
+                raise JobInDoubt(
                     f"{error}: look at the endpoint's requests at console.runpod.io before it is sent again, or a GPU "
                     "may be paid for twice"
                 ) from None

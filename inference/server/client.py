@@ -8,7 +8,19 @@ from urllib.parse import quote
 import anyio
 import httpx
 
-from inference.errors import DiskFull, ItemMissing, QueueAuthError, QueueRefused, QueueUnavailable, WrongState
+from inference.errors import (
+    DiskFull,
+    InvalidPhoto,
+    InvalidRequest,
+    ItemMissing,
+    NotWritable,
+    QueueAuthError,
+    QueueRefused,
+    QueueUnavailable,
+    QueueUnreached,
+    WrongState,
+    write_error,
+)
 from inference.progress.tracker import Progress, Sink
 from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
@@ -28,10 +40,6 @@ SUBMIT_PAUSES_S = (1.0, 2.0, 4.0)
 
 MAX_VIDEO_BYTES = 10_000_000_000
 """Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
-
-
-class _Unreachable(QueueUnavailable):
-    """Nobody listens there, so nothing was sent."""
 
 
 class QueueClient:
@@ -64,7 +72,8 @@ class QueueClient:
     ) -> list[dict[str, Any]]:
         """Uploads a photo and asks for `count` videos of it; returns the new tasks.
 
-        A request whose answer was lost is sent again, under the same Idempotency-Key.
+        A request whose answer was lost is sent again, under the same Idempotency-Key. Also raises InvalidPhoto for a
+        file that cannot be read, InvalidRequest for text that cannot be sent.
         """
         _require_unicode("prompt", prompt)
         _require_unicode("group", group or "")
@@ -76,9 +85,9 @@ class QueueClient:
                     files = {"photo": (photo.name.encode("utf-8", "replace").decode(), file)}
                     data = await self._ask("POST", "tasks", data=form, files=files, headers=headers)
             except OSError as error:
-                raise QueueRefused(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
+                raise InvalidPhoto(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
             except QueueUnavailable as error:
-                if pause_s is None or isinstance(error, _Unreachable):
+                if pause_s is None or isinstance(error, QueueUnreached):
                     raise
                 await anyio.sleep(pause_s)
             else:
@@ -130,18 +139,20 @@ class QueueClient:
         await self._ask("DELETE", _path(item_id))
 
     async def save_video(self, item_id: str, path: Path) -> Path:
-        """Downloads the video of a completed task. Also raises StorageError, DiskFull."""
+        """Downloads the video of a completed task. Also raises StorageError, DiskFull, NotWritable."""
         task = await self.task(item_id)
         if not task.get("video_url"):
             raise WrongState(f"task {item_id} is {task['status']} and has no video")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DiskFull(f"{path.parent}: {(error.strerror or 'cannot be made').lower()}") from None
+            raise write_error(error, f"{path.parent}: {(error.strerror or 'cannot be made').lower()}") from None
         try:
             await self._storage.download(task["video_url"], path)
         except DiskFull:
             raise DiskFull(f"{path} cannot be written: there is no room left on this machine's disk") from None
+        except NotWritable:
+            raise NotWritable(f"{path} cannot be written: the disk is read-only or failing") from None
         return path
 
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
@@ -151,7 +162,7 @@ class QueueClient:
             why = f"no queue answers at {self._client.base_url}: {reason_of(error)}"
             if isinstance(error, httpx.ConnectError):
                 hint = "start one with `i2v up`, or say where it is with VERCEL_API_URL or --url"
-                raise _Unreachable(f"{why}; {hint}") from None
+                raise QueueUnreached(f"{why}; {hint}") from None
             raise QueueUnavailable(why) from None
         try:
             answer = response.json()
@@ -181,8 +192,8 @@ def _path(item_id: str) -> str:
 
 
 def _require_unicode(name: str, text: str) -> None:
-    """A command line may hold any bytes; those that are no UTF-8 cannot be sent as text. Raises QueueRefused."""
+    """Command-line arguments may hold bytes that are not UTF-8; these cannot be sent. Raises InvalidRequest."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise QueueRefused(f"{name}: not valid UTF-8 text") from None
+        raise InvalidRequest(f"{name}: not valid UTF-8 text") from None

@@ -17,6 +17,7 @@ from typing import IO, Literal
 
 from inference import private
 from inference.errors import (
+    BadSignature,
     DiskFull,
     I2VError,
     ObjectExists,
@@ -43,10 +44,6 @@ PLACING_TRIES = 3
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@=+-]{0,199}")
 """A path's part, as storage paths of the contract are made. Names that begin with a dot are ours."""
-
-
-class BadSignature(StorageRefused):
-    """A token that this server did not sign, or signed for something else."""
 
 
 class Signer:

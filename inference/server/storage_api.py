@@ -14,18 +14,21 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
 from inference.errors import (
+    BadSignature,
     DiskFull,
+    LengthMissing,
     ObjectExists,
     ObjectMissing,
     ObjectTooLarge,
     StorageError,
     StorageRefused,
     UrlExpired,
+    WrongMediaType,
 )
 from inference.server import objects
 from inference.server.answers import EarlyAnswer, Failure
 from inference.server.config import ServerConfig
-from inference.server.objects import BadSignature, ObjectStore, Operation, Signer
+from inference.server.objects import ObjectStore, Operation, Signer
 
 DOWNLOAD_PREFIX = "/storage/v1/object/sign/"
 UPLOAD_PREFIX = "/storage/v1/object/upload/sign/"
@@ -51,14 +54,6 @@ class StorageFailure(BaseModel):
     error: str
     message: str
     code: str
-
-
-class WrongMediaType(StorageRefused):
-    """Not the media type that belongs there."""
-
-
-class LengthMissing(StorageRefused):
-    """A chunked upload could not be measured before it is read."""
 
 
 # The first that fits: (error, statusCode, error, code).

@@ -15,7 +15,7 @@ import anyio
 import httpx
 
 from inference.errors import (
-    DiskFull,
+    NO_ROOM_ERRNOS,
     I2VError,
     ObjectExists,
     ObjectMissing,
@@ -27,13 +27,16 @@ from inference.errors import (
     UrlExpired,
     UrlMalformed,
     one_line,
+    write_error,
 )
 from inference.transfer.body import compression
 
 MAX_REASON_CHARS = 200
 MIN_SECRET_CHARS = 4  # shorter parts of a query are flags, and taking them out would garble words
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # not the task's fault
+DISK_ERRNOS = NO_ROOM_ERRNOS | {errno.EROFS, errno.EIO}
+"""Operating system errors that are the fault of this machine's disk, and not of the task."""
+
 
 # What storages call their refusals: Supabase (github.com/supabase/storage, internal/errors/codes.ts) and S3
 # (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), R2 and GCS after it. They outrank the HTTP status,
@@ -153,8 +156,8 @@ def refusal(response: httpx.Response, page: bytes, url: str) -> StorageError:
 def mapped(error: Exception, url: str) -> I2VError:
     """The error of ours that one of FOREIGN stands for."""
     where, what = redact(url), _scrub(f"{type(error).__name__} {error}", url)
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return DiskFull(f"cannot keep {where} here: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+        return write_error(error, f"cannot keep {where} here: {error.strerror}")
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol | UnicodeError):
         return UrlMalformed(f"{where}: {what}")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):

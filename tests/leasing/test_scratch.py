@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from inference.errors import DiskFull
+from inference.errors import DiskFull, NotWritable
 from inference.leasing.scratch import scratch_folder, sweep
 
 
@@ -54,8 +54,8 @@ def test_other_folders_are_left_alone(tmp_path):
 
 
 def test_no_folder_is_the_machines_fault(tmp_path):
-    """A full or missing disk hands the task back."""
-    with pytest.raises(DiskFull, match="TEMP_DIR"), scratch_folder(tmp_path / "absent"):
+    """A folder that cannot be written hands the task back."""
+    with pytest.raises(NotWritable, match="TEMP_DIR"), scratch_folder(tmp_path / "absent"):
         pass
 
 

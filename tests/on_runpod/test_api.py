@@ -6,7 +6,7 @@ import anyio
 import httpx
 import pytest
 
-from inference.errors import AccountError, EngineFailed, InvalidRequest, PaymentInDoubt, PoolUnavailable
+from inference.errors import AccountError, EngineFailed, InvalidRequest, JobInDoubt, PoolUnavailable
 from inference.fleet import shape
 from inference.fleet.containers import Live
 from inference.on_modal import deployment
@@ -133,7 +133,7 @@ async def test_limits_are_what_runpod_takes():
 async def test_a_job_whose_answer_is_lost_is_not_sent_again(lost):
     """It may be running: a second one would be paid for, too."""
     script = Script(lost, TAKEN)
-    with pytest.raises(PaymentInDoubt, match="whether the job was taken is not known"):
+    with pytest.raises(JobInDoubt, match="whether the job was taken is not known"):
         await run(script)
     assert len(script.requests) == 1
 
@@ -142,7 +142,7 @@ async def test_a_job_whose_answer_is_lost_is_not_sent_again(lost):
 async def test_an_answer_that_never_comes_is_a_lost_one():
     """After two minutes."""
     script = Script(TAKEN, takes_s=10_000)
-    with pytest.raises(PaymentInDoubt):
+    with pytest.raises(JobInDoubt):
         await run(script)
     assert anyio.current_time() <= 121
 
@@ -195,7 +195,7 @@ async def test_no_foreign_exception_comes_out(foreign):
     """Whatever httpx, anyio and the system raise."""
     error = foreign.__new__(foreign)
     Exception.__init__(error, "strange")
-    with pytest.raises((EngineFailed, PaymentInDoubt)):
+    with pytest.raises((EngineFailed, JobInDoubt)):
         await run(Script(error))
     async with Script(error).api() as api:
         with pytest.raises(EngineFailed):

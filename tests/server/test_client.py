@@ -9,6 +9,8 @@ import pytest
 
 from inference.errors import (
     DiskFull,
+    InvalidPhoto,
+    InvalidRequest,
     ItemMissing,
     QueueAuthError,
     QueueRefused,
@@ -71,7 +73,7 @@ async def test_each_refusal_has_its_error(url, photo, tmp_path):
             await client.task("nobody")
         with pytest.raises(QueueRefused, match="seconds"):
             await client.submit(photo, seconds=1000)
-        with pytest.raises(QueueRefused, match=r"gone\.jpg"):
+        with pytest.raises(InvalidPhoto, match=r"gone\.jpg"):
             await client.submit(tmp_path / "gone.jpg")
         (tmp_path / "text.jpg").write_text("not a photo")
         with pytest.raises(QueueRefused, match="photo"):
@@ -108,7 +110,7 @@ async def test_bytes_that_are_no_text(url, photo):
     renamed = photo.rename(photo.with_name(f"{no_text}.jpg"))
     async with QueueClient(url, KEY) as client:
         for field in ("prompt", "group"):
-            with pytest.raises(QueueRefused, match=f"{field}: not valid UTF-8"):
+            with pytest.raises(InvalidRequest, match=f"{field}: not valid UTF-8"):
                 await client.submit(renamed, **{field: no_text})
         assert len(await client.submit(renamed)) == 1
         with pytest.raises(ItemMissing):

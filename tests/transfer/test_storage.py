@@ -25,6 +25,7 @@ from inference.errors import (
     AddressRefused,
     DiskFull,
     I2VError,
+    NotWritable,
     ObjectEmpty,
     ObjectExists,
     ObjectMissing,
@@ -693,6 +694,7 @@ async def test_no_exception_of_httpx_escapes(tmp_path, kind):
     [
         (OSError(errno.ENOSPC, "full"), DiskFull),
         (OSError(errno.EDQUOT, "quota"), DiskFull),
+        (OSError(errno.EROFS, "read-only"), NotWritable),
         (PermissionError(errno.EACCES, "denied"), StorageRefused),
         (TimeoutError(), StorageUnavailable),
         (ConnectionResetError(), StorageUnavailable),

@@ -8,7 +8,6 @@
 Nothing here imports torch: an engine calls `require` and `read_ahead` before it does.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Field, ValidationError
 
 from inference.engines.wan.presets import Component, Lora, Preset, Repository
-from inference.errors import DiskFull, WeightsError, one_line
+from inference.errors import NO_ROOM_ERRNOS, DiskFull, WeightsError, one_line
 from inference.progress.tracker import FileProgress, Step
 
 LOCK = "weights.lock.json"
@@ -37,7 +36,6 @@ READ_AHEAD_SHARE = 0.75
 """Of the memory that is available: what is read beyond it pushes out what was read before."""
 MEMINFO = Path("/proc/meminfo")
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CHUNK_BYTES = 1024 * 1024  # per read, where content is hashed
 MAX_MESSAGE_CHARS = 500
 
@@ -299,7 +297,7 @@ def mapped(weights_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in NO_ROOM_ERRNOS:
             raise DiskFull(
                 f"no room is left in {weights_dir}: free some and run the same command again, it continues where it "
                 "stopped"
