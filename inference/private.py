@@ -1,6 +1,7 @@
-"""Files and folders that nobody else on this machine may read: photos of families, payments, keys that sign, logs.
+"""Files and folders that only this user may read: photos of families, payments, signing keys, logs.
 
-Whatever the umask says. What an earlier version left open is closed, where it is this user's and surely ours.
+The permissions do not depend on the umask. Files that an earlier version left readable are closed, where they belong to
+this user and are certainly ours.
 """
 
 import os
@@ -15,8 +16,8 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 def make_folder(path: Path, *ours: str) -> None:
     """Makes a folder for this user alone. Raises OSError.
 
-    One that is there is closed if nothing lies in it but `ours` (patterns of names): somebody may have named a folder
-    that holds other things, too, and that others have to read.
+    An existing folder is closed only if it holds nothing but files that match the patterns `ours`: a person may have
+    named a folder that also holds other things, which other users have to read.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if ours and all(any(fnmatch(name, pattern) for pattern in ours) for name in os.listdir(path)):  # noqa: PTH208 - names
@@ -24,14 +25,14 @@ def make_folder(path: Path, *ours: str) -> None:
 
 
 def make_file(path: Path) -> None:
-    """Makes an empty file for this user alone, or closes the one that is there. Raises OSError."""
+    """Makes an empty file for this user alone, or closes an existing one. Raises OSError."""
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600))
     close(path)
 
 
 def close(path: Path) -> None:
-    """Takes all rights of others away. Links, what belongs to others, and folders that all share stay as they are."""
-    if sys.platform == "win32":  # where rights are no bits, and a user's folders are private by themselves
+    """Removes the permissions of other users. Links, other users' files and shared folders stay as they are."""
+    if sys.platform == "win32":  # Windows has no permission bits, and a user's folders are private by default
         return
     try:
         status = path.lstat()

@@ -1,7 +1,7 @@
-"""The values that travel: what a queue hands out, what an engine is asked for, what comes of it.
+"""The values that travel: what a queue hands out, what an engine is asked for, what the result is.
 
-All are frozen, JSON-safe (`model_dump_json`, `model_validate_json`) and do no I/O: a Lease goes from the cron
-to a container as it is. Durations are seconds; an engine turns them into its own frames.
+All are frozen, JSON-safe (`model_dump_json`, `model_validate_json`) and do no I/O, so that a Lease can be sent from the
+scheduled dispatcher to a container. Durations are seconds; an engine turns them into its own frames.
 """
 
 import re
@@ -18,17 +18,17 @@ QUEUE_FPS = 24
 """Frames per second in which queues count `frame_num`, whatever the engine's own rate (Life-is-Short API)."""
 
 DEFAULT_FRAME_NUM = 121
-"""What a queue means by no `frame_num`: five seconds (Life-is-Short API)."""
+"""What a task without `frame_num` stands for: five seconds (Life-is-Short API)."""
 
 MIN_DURATION_S = 0.5
-"""Shorter than anybody asks for."""
+"""The shortest clip that is accepted."""
 
 MAX_DURATION_S = 60.0
-"""A longer clip than any engine makes; bounds memory and money before an engine applies its own limit."""
+"""Longer than any engine can make. It bounds memory and cost before an engine applies its own limit."""
 
 MAX_PROMPT_CHARS = 4000
-"""Of what people may ask for: far above what any text encoder reads (UMT5 in Wan2.2: 512 tokens). Queues of others
-hand out longer ones, of which an engine is given the beginning."""
+"""The longest prompt that our own interfaces accept: far above what any text encoder reads (UMT5 in Wan2.2: 512
+tokens). Foreign queues may hand out longer prompts; an engine gets the beginning of those."""
 
 
 class Value(BaseModel):
@@ -44,35 +44,35 @@ identifier: TypeAdapter[str] = TypeAdapter(Identifier)
 
 
 def _relative(path: str) -> str:
-    """A path that stays where the storage keeps it."""
+    """Refuses paths that could lead out of the storage's folder."""
     if not path or path.startswith("/") or ".." in path.split("/") or "\\" in path or not path.isprintable():
         raise ValueError("must be a relative path without `..`, backslashes or control characters")
     return path
 
 
 StoragePath = Annotated[str, Field(max_length=1024), AfterValidator(_relative)]
-"""Where a queue's storage keeps a photo or a video, as somebody else says: checked before it is believed."""
+"""Where a queue's storage keeps a photo or a video. The path comes from outside, so it is validated."""
 
 
 class Task(Value):
     """One photo to turn into one video."""
 
     item_id: Identifier  # the video item: one row of the queue
-    group_id: str | None = None  # the set of photos it was uploaded with; a queue may know none
+    group_id: str | None = None  # the set of photos it was uploaded with; not every queue has groups
     photo_id: str | None = None
-    prompt: str = ""  # may be empty: the engine has a default move
+    prompt: str = ""  # may be empty: the engine has a default
     photo_storage_path: str  # where the queue's storage keeps the photo; relative, no `..`
     duration_s: DurationS
-    names_duration: bool = True  # False: `duration_s` is what the queue means by naming none
+    names_duration: bool = True  # False: the queue named none, and `duration_s` is its default
     provider: str | None = None  # the queue's hint: wan_local, gen4_turbo, veo3.1, … (`providers.py`)
-    extras: dict[str, Any] = {}  # fields of the wire this version does not know, kept as they came
+    extras: dict[str, Any] = {}  # fields that this version does not know, kept unchanged
 
 
 class _QueuedTask(BaseModel):
-    """A task as queues write it; JSON types are taken as they are, never converted.
+    """A task as queues write it; JSON types are never converted.
 
-    What no video depends on may be missing: the real Life-is-Short server has rows without a group, and prompts of any
-    length.
+    Fields that no video depends on may be missing: the real Life-is-Short server has rows without a group, and prompts
+    of any length.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -84,11 +84,11 @@ class _QueuedTask(BaseModel):
     photo_storage_path: StoragePath
     frame_num: Annotated[int, Field(ge=2, le=int(MAX_DURATION_S * QUEUE_FPS) + 1)] | None = None  # 24 x seconds + 1
     inference_provider: str | None = None
-    leased_until: object = None  # the server's clock: never compared, so not kept
+    leased_until: object = None  # a time on the server's clock, which is never compared with ours
 
 
 def parse_task(payload: object) -> Task:
-    """A task as queues write it, in our own words. Unknown fields go to `extras` as they are.
+    """Turns a task as queues write it into a Task. Unknown fields go to `extras` unchanged.
 
     Raises InvalidTask naming every wrong field, with the item_id where the payload has a usable one.
     """
@@ -115,15 +115,16 @@ def parse_task(payload: object) -> Task:
 
 
 def duration_s(frame_num: int | None) -> float:
-    """Seconds that a queue means by `frame_num`."""
+    """The duration that `frame_num` stands for in a queue."""
     return ((DEFAULT_FRAME_NUM if frame_num is None else frame_num) - 1) / QUEUE_FPS
 
 
 class Lease(Value):
-    """A task and the right to work on it for a while.
+    """A task and the right to work on it for a limited time.
 
-    `worker_id` is unique to the lease, so it is also the fencing token: every write carries it. The deadline is
-    not here: it is monotonic time of whoever runs the lease, counted from before its last renewal was sent.
+    `worker_id` is unique to the lease and serves as the fencing token: every write carries it. The deadline is not part
+    of the value: the process that runs the lease keeps it on its own monotonic clock, counted from the moment before
+    the last renewal was sent.
     """
 
     task: Task
@@ -142,17 +143,17 @@ class GenerationRequest(Value):
     prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] = ""
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
     duration_s: DurationS
-    names_duration: bool = True  # False: nobody asked for just this length, and an engine may have its own
+    names_duration: bool = True  # False: this length is only a default, and an engine may use its own
     max_area_px: Annotated[int, Field(ge=64 * 64, le=3840 * 2160)] | None = None  # width x height of the video
     steps: Annotated[int, Field(ge=1, le=200)] | None = None
     guidance: Annotated[float, Field(ge=0, le=50)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    last_photo: Path | None = None  # what the video ends on, where the engine can do that
-    provider: str | None = None  # the queue's hint at a provider's model; engines of ours have their own
+    last_photo: Path | None = None  # the last frame of the video, where the engine supports one
+    provider: str | None = None  # the queue's hint at a provider's model; our own engines ignore it
 
     @classmethod
     def from_task(cls, task: Task) -> Self:
-        """The request a task stands for; everything it does not say is the engine's choice."""
+        """The request that a task stands for; what the task does not name is left to the engine."""
         return cls(
             prompt=task.prompt[:MAX_PROMPT_CHARS],
             duration_s=task.duration_s,
@@ -171,9 +172,9 @@ class Video(Value):
     frames: int
     size_bytes: int
     seed: int | None = None
-    cost_usd: float | None = None  # what a provider takes for it, where it is paid by the clip
-    as_it_came: str | None = None  # why a clip that was paid for is not cut or encoded as asked; None where it is
-    external_ids: dict[str, str] = {}  # ids at a paid provider, by the name the queue's report knows them under
+    cost_usd: float | None = None  # what a provider charges for it, where clips are paid one by one
+    as_it_came: str | None = None  # why a paid clip was left uncut or not re-encoded; None where all was done
+    external_ids: dict[str, str] = {}  # ids at a paid provider, under the names that the queue's report uses
 
     @property
     def duration_s(self) -> float:
@@ -187,8 +188,8 @@ class Outcome(Value):
     completed   the queue accepted the video
     failed      the queue accepted an error message
     cancelled   a person cancelled the task; the lease was given up
-    lease_lost  somebody else has the task, its lease could not be renewed in time, or its end could not be
-                reported; the queue decides what becomes of it
+    lease_lost  another worker has the task, the lease could not be renewed in time, or its end could not be reported;
+                the queue decides who gets the task next
     released    handed back for another worker: shutdown, preemption, a machine that cannot work
     """
 
@@ -197,13 +198,13 @@ class Outcome(Value):
     error: str | None = None  # one line, for people
     video: Video | None = None
     storage_path: str | None = None
-    stage_seconds: dict[str, float] = {}  # where the time went
-    machine_at_fault: bool = False  # or may be: the same may happen to the next task here
-    worker_should: Literal["stop", "wait"] | None = None  # `stop`: settings are wrong; `wait`: a provider has an outage
+    stage_seconds: dict[str, float] = {}  # wall-clock time by stage
+    machine_at_fault: bool = False  # this machine may be at fault, so the next task here may fail as well
+    worker_should: Literal["stop", "wait"] | None = None  # `stop`: wrong settings; `wait`: an outage elsewhere
 
 
 def explain(error: ValidationError, hints: Mapping[str, str] = {}) -> str:
-    """One line from pydantic's error: every field that is wrong, what is wrong with it, and the hint at it, if any."""
+    """Pydantic's error in one line: each wrong field, what is wrong with it, and its hint, if there is one."""
     problems = []
     for problem in error.errors(include_url=False, include_input=False):
         field = ".".join(str(part) for part in problem["loc"]) or "value"
@@ -215,9 +216,9 @@ def explain(error: ValidationError, hints: Mapping[str, str] = {}) -> str:
 
 @contextmanager
 def asked_as(names: Mapping[str, str]) -> Iterator[None]:
-    """What the block finds wrong is told under the names that whoever asked knows: `--seconds` for `duration_s`.
+    """Errors of the block name fields as the caller knows them, such as `--seconds` for `duration_s`.
 
-    Raises InvalidRequest, also for what pydantic refuses.
+    Raises InvalidRequest, also for values that pydantic refuses.
     """
     try:
         yield

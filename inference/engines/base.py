@@ -1,4 +1,4 @@
-"""What every engine is asked for, and what it may ask of its surroundings."""
+"""The interface of every engine, and what an engine may ask of the code that calls it."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ STOP_GRACE_S = 10.0
 
 
 class Job:
-    """What an engine may ask of its surroundings, from any thread."""
+    """How an engine reports progress and learns of cancellation, from any thread."""
 
     def __init__(
         self,
@@ -31,35 +31,35 @@ class Job:
         self._tracker = tracker
         self._check = check
         self._cancelled: I2VError | None = None
-        self.purchase = purchase  # the books of a lease, for engines whose generations are paid one by one
-        self.hung = False  # a thread of the engine did not obey; this process should not generate again
+        self.purchase = purchase  # the lease's entry in the ledger, for engines whose generations are paid one by one
+        self.hung = False  # a thread of the engine did not stop; this process should not generate again
 
     def report(self, stage: str, done: float = 0, total: float = 1) -> None:
-        """Says how far a stage of the engine is: `done` of `total`."""
+        """Reports progress of one stage of the engine: `done` of `total`."""
         if self._tracker:
             self._tracker.update(stage, done, total)
 
     def cancel(self, reason: I2VError) -> None:
-        """Makes every later `raise_if_cancelled` raise `reason`; the first reason stays."""
+        """Makes every later `raise_if_cancelled` raise `reason`; later reasons are ignored."""
         self._cancelled = self._cancelled or reason
 
     @property
     def cancelled_by(self) -> I2VError | None:
-        """Why nobody wants the video any more: the lease is lost, or a person cancelled. None while somebody does.
+        """Why the video is not wanted any more: the lease is lost, or a person cancelled. None while it is wanted.
 
-        A worker that stops cancels the call alone: the task goes on elsewhere.
+        None also while a worker is stopping: that cancels the call, but the task continues on another worker.
         """
         return self._cancelled
 
     def raise_if_cancelled(self) -> None:
-        """To be called at every step and stage boundary. Raises whatever ended the job."""
+        """For engines to call at every step and stage boundary. Raises the reason for which the job was cancelled."""
         if self._cancelled is not None:
             raise self._cancelled
 
     def raise_if_lease_ended(self) -> None:
-        """To be called on the event loop right before money is spent. Raises whatever ended the job, or LeaseLost.
+        """For engines to call on the event loop before they spend money. Raises as `raise_if_cancelled`, LeaseLost.
 
-        A process that was paused finds out here, before anybody could tell it.
+        It also compares clocks: a process that was paused gets here before its heartbeat notices the lost lease.
         """
         self.raise_if_cancelled()
         self._check()
@@ -69,19 +69,19 @@ class Engine(Protocol):
     """Turns one photo into one video."""
 
     name: str
-    stages: Mapping[str, float]  # what it reports to `job`, in order, with each stage's relative duration
+    stages: Mapping[str, float]  # the stages it reports, in order, with their relative durations
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """Makes the video in `folder`, which is the lease's own and is removed afterwards.
+        """Makes the video in `folder`, which belongs to this lease and is removed afterwards.
 
-        One call at a time, unless it says otherwise. A failed or cancelled call leaves the engine as good as new.
+        One call at a time, unless the engine says otherwise. A failed or cancelled call leaves the engine usable.
         Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault, EngineFailed, EngineLost.
         """
         ...
 
 
 async def run_in_thread(job: Job, work: Callable[[], T], *, stop_grace_s: float = STOP_GRACE_S) -> T:
-    """Runs an engine's blocking work beside the event loop and stops it through its job.
+    """Runs an engine's blocking work in a thread, which is stopped through its job.
 
     A thread cannot be killed: when this call is cancelled, the job is cancelled, and the thread has `stop_grace_s`
     to reach its next `raise_if_cancelled`. If it does not, `job.hung` is set and the thread is left behind.

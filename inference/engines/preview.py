@@ -1,7 +1,7 @@
 """The preview engine: a smooth camera move over the still photo. No model, no GPU, and not a generation.
 
-It shows what a queue, a worker and a page do with a real mp4 of the real size within seconds on a laptop. The move
-comes from the prompt (English or Korean), or is a gentle push towards the picture. The file says what it is.
+It lets a laptop try queue, worker and page within seconds, with a real mp4 of the real size. The camera move is chosen
+by the prompt (English or Korean); without one it is a gentle push in. The file's metadata say that it is a preview.
 """
 
 import re
@@ -34,9 +34,9 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class View:
-    """What the camera sees of the frame: 1/zoom of it, somewhere within the room that leaves."""
+    """What the camera sees: 1/zoom of the frame, at a position within the rest."""
 
-    zoom: float = 1.0  # at least 1: never more than the photo has
+    zoom: float = 1.0  # at least 1: the view never leaves the photo
     x: float = 0.0  # -1 the left edge of the photo, 0 the middle, 1 the right edge
     y: float = 0.0  # -1 the top edge, 1 the bottom edge
 
@@ -50,7 +50,7 @@ class Move:
 
     @property
     def closest(self) -> float:
-        """The largest zoom on the way."""
+        """The larger zoom of both views."""
         return max(self.start.zoom, self.end.zoom)
 
     def at(self, progress: float) -> View:
@@ -95,8 +95,8 @@ _AWAY = f"{_ALONG}|pull(?:s|ing)?(?=.(?:back|away))"
 _PAN = "pan(?:s|ned|ning)?|truck(?:s|ed|ing)?|track(?:s|ed|ing)?|camera (?:moves|moving|goes|turns|slides|glides)"
 _TILT = "tilt(?:s|ed|ing)?|crane(?:s|d)?|craning|pan(?:s|ned|ning)?|camera (?:moves|moving|goes|rises|looks)"
 
-# Which words ask for which move. The phrase that comes first in the prompt wins; of two that start together, the
-# upper one: a bare "zoom" says less than "zoom out".
+# Which words ask for which move. The phrase that comes first in the prompt wins; of two that start together, the one
+# listed first wins, so that "zoom out" goes before "zoom".
 WORDS: tuple[tuple[Move, re.Pattern[str]], ...] = tuple(
     (move, re.compile(pattern, re.IGNORECASE))
     for move, pattern in (
@@ -150,7 +150,7 @@ def render(picture: Image.Image, move: Move, size: tuple[int, int], frames: int)
     frame = photos.cover_box(picture.size, size)
     canvas = round(size[0] * move.closest), round(size[1] * move.closest)
     if canvas[0] < frame[2] - frame[0] and canvas[1] < frame[3] - frame[1]:
-        # More pixels than the closest view can show would only slow down every frame.
+        # More pixels than the closest view shows would only make every frame slower.
         picture = picture.resize(canvas, Image.Resampling.LANCZOS, frame, reducing_gap=photos.REDUCING_GAP)
         frame = (0, 0, *canvas)
     for index in range(frames):
@@ -162,11 +162,11 @@ class PreviewEngine:
     """Renders a camera move over the photo on the CPU, framed as Wan2.2 5B would frame it.
 
     24 frames a second and one more than the duration holds, as queues count them: 5 s are 121 frames. The same
-    request gives the same frames. Seed, steps, guidance, the negative prompt and a last photo mean nothing to it.
+    request gives the same frames. Seed, steps, guidance, the negative prompt and a last photo are ignored.
     """
 
     name = "preview"
-    stages: Mapping[str, float] = {"render": 1.0}  # encoding goes on beside it, in ffmpeg
+    stages: Mapping[str, float] = {"render": 1.0}  # ffmpeg encodes at the same time
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
         """Makes `preview.mp4` in `folder`. Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault."""

@@ -1,4 +1,4 @@
-"""The seat at an engine: whose turn it is, how long a turn may take, and whether the engine can still be trusted."""
+"""Turns at an engine: who may use it now, for how long, and whether the engine is still healthy."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,14 +12,14 @@ from inference.task import GenerationRequest, Video
 
 
 class Seat:
-    """Lets `at_once` requests at an engine: a GPU generates for one at a time."""
+    """Lets `at_once` requests use an engine at the same time (a GPU: one); the others wait for their turn."""
 
     def __init__(self, engine: Engine, *, at_once: int = 1, limit_s: float = 1800, strict: bool = False) -> None:
-        """`limit_s`: after which a generation counts as hung. `strict`: nothing generates on a suspect engine."""
+        """`limit_s`: a longer generation counts as hung. `strict`: refuse to generate on a suspect engine."""
         self._engine, self._limit_s, self._strict = engine, limit_s, strict
         self._free = anyio.Semaphore(at_once)
-        self.hung = False  # a thread of the engine did not stop: nothing may generate here any more
-        self.suspect = False  # the engine was lost, hung, or failed in a way nobody foresaw
+        self.hung = False  # a thread of the engine did not stop: this process must not generate again
+        self.suspect = False  # the engine was lost, hung, or raised an unexpected error
 
     @property
     def stages(self) -> Mapping[str, float]:
@@ -28,12 +28,12 @@ class Seat:
 
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[None]:
-        """Waits for a turn, and keeps it for as long as the block runs: for all tries of one request."""
+        """Waits for a turn and holds it for the length of the block, so for all attempts of one request."""
         async with self._free:
             yield
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """One try, by whoever has the turn. Raises as Engine.generate, EngineHung, and EngineLost where it hung."""
+        """One attempt; the caller holds a turn. Raises as Engine.generate, EngineHung, and EngineLost once it hung."""
         if self.hung:
             raise EngineLost("the engine of this worker is stuck")
         if self.suspect and self._strict:
@@ -47,7 +47,7 @@ class Seat:
             self.suspect = self.suspect or isinstance(error, EngineLost) or not isinstance(error, I2VError)
             if isinstance(error, Exception):
                 raise
-            # A panic of a Rust extension, or a SystemExit: neither may take along whoever runs other requests here.
+            # A panic of a Rust extension, or a SystemExit: neither may end the other requests of this process.
             raise EngineLost(f"the engine ended with {type(error).__name__}: {error}") from error
         finally:
             self.hung = self.hung or job.hung

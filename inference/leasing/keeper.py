@@ -1,7 +1,7 @@
-"""Keeping a lease: beats beside the work, the moment when work has to stop, and handing it back.
+"""Keeping a lease alive with heartbeats ("beats") beside the work, and stopping the work when the lease is lost.
 
-Work stops when the lease could not be renewed for two thirds of its length, and only the report may use the last
-third, because the queue itself refuses a report that comes too late.
+Work stops when the lease could not be renewed for two thirds of its length. Only the report may use the last third: the
+queue itself refuses a report that comes too late.
 """
 
 import random
@@ -32,25 +32,25 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 WORK_SHARE = 2 / 3
-"""The share of a lease, since its last renewal was sent, in which work may go on (reliability.md, rule 3)."""
+"""For this share of a lease work may go on after the last successful renewal was sent."""
 
 
 class Keeper:
-    """Keeps one lease renewed beside the work, and ends the work when it cannot be."""
+    """Renews one lease beside the work, and ends the work when the lease cannot be renewed."""
 
     def __init__(self, queue: TaskQueue, lease: Lease, policy: Policy, tracker: ProgressTracker) -> None:
         self._queue, self._lease, self._policy, self._tracker = queue, lease, policy, tracker
         length_s = lease.length_s
-        # Short leases get everything in proportion, so that a few beats can fail before work has to stop.
+        # Intervals shrink with short leases, so that a few beats can fail before work has to stop.
         self._interval_s = min(policy.heartbeat_interval_s, 0.4 * length_s)
         self._second_beat_s = min(policy.second_beat_s, 0.2 * length_s)
         self._timeout_s = min(policy.beat_timeout_s, 0.2 * length_s)
         self._retry_s = min(policy.beat_retry_s, length_s / 30)
         self._renewed_at = anyio.current_time()
-        self.reporting = False  # from then on the report's own answer says whose the task is; beats only keep it
-        self.heard = False  # the queue itself has answered a beat, if only with a 5xx: this machine can reach it
+        self.reporting = False  # the report is being sent: only its answer, and no failed beat, ends the lease
+        self.heard = False  # the queue answered a beat, if only with 5xx: this machine can reach it
         self.ended: I2VError | None = None
-        self._over = False  # the work has ended by itself
+        self._over = False  # the work has returned or raised
         self._released = False
 
     @property
@@ -64,9 +64,9 @@ class Keeper:
         return self._renewed_at + self._lease.length_s * (1 if self.reporting else WORK_SHARE)
 
     def check(self) -> None:
-        """At every boundary: raises LeaseLost or CancelRequested if the lease ended.
+        """Raises LeaseLost or CancelRequested if the lease has ended. Called before every step that has effects.
 
-        Also where no beat has noticed yet: a process that was paused finds out here, before it writes.
+        It compares clocks itself, because a process that was paused reaches this line before its next beat is due.
         """
         if self.ended is None and anyio.current_time() >= self.work_ends_at:
             self.ended = LeaseLost("the lease could not be renewed in time", confirmed=False)
@@ -76,7 +76,7 @@ class Keeper:
     async def first_beat(self) -> None:
         """Confirms the lease before anything is spent on it. Raises LeaseLost, CancelRequested, QueueAuthError.
 
-        Raises MachineFault where the queue does not understand our heartbeats: that says nothing of the task.
+        Raises MachineFault where the queue rejects our heartbeats as malformed, which is not the task's fault.
         """
         while True:
             self.check()
@@ -88,10 +88,10 @@ class Keeper:
                 await anyio.sleep_until(min(anyio.current_time() + self._told_retry_s(error), self.work_ends_at))
 
     async def stage(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """One stage of the work, tried again by cause for as long as the lease lasts.
+        """Runs one stage of the work, with retries that depend on the error, for as long as the lease lasts.
 
-        An answer that the queue cannot do it counts as a try, for it may be about this task, unless beats are answered
-        no better: then the queue has an outage, and is waited for. Raises what `operation` raises, LeaseLost,
+        A 5xx of the queue counts as a failed attempt, because it may concern this task alone. If a beat then fails as
+        well, the queue has an outage, and the stage waits until it is over. Raises what `operation` raises, LeaseLost,
         CancelRequested.
         """
 
@@ -99,25 +99,25 @@ class Keeper:
             try:
                 return await operation()
             except QueueFailed as failure:
-                await self._ask_whether_it_is_away(failure)
+                await self._require_heartbeat_answered(failure)
                 raise
 
         return await repeat(once, self._policy, self.check, answers_count=True)
 
     async def report(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """The report of what was made, tried for as long as the lease lasts. Raises as `stage`."""
+        """Reports the finished work, with retries for as long as the lease lasts. Raises as `stage`."""
         self.reporting = True
         return await repeat(operation, self._policy, self.check)
 
-    async def _ask_whether_it_is_away(self, failure: QueueFailed) -> None:
-        """Raises QueueUnavailable where not even a beat is answered now, LeaseLost, CancelRequested."""
+    async def _require_heartbeat_answered(self, failure: QueueFailed) -> None:
+        """Raises QueueUnavailable if a beat fails as well, LeaseLost, CancelRequested."""
         try:
             await self.beat()
         except QueueUnavailable:
             raise QueueUnavailable(str(failure)) from None
 
     async def guard(self, work: Callable[[], Awaitable[T]], job: Job) -> T:
-        """Runs `work` with beats beside it. Raises what work raises, or LeaseLost or CancelRequested."""
+        """Runs `work` with beats beside it. Raises what `work` raises, or LeaseLost or CancelRequested."""
         result: T
         failure: Exception | None = None
         self._over = False
@@ -131,13 +131,13 @@ class Keeper:
             self._over = True
             tasks.cancel_scope.cancel()
         if self.ended is not None and (scope.cancelled_caught or failure is not None):
-            raise self.ended  # whatever else went wrong, went wrong because of this
+            raise self.ended  # the end of the lease is the cause of any other failure
         if failure is not None:
             raise failure
         return result
 
     async def release(self) -> None:
-        """Hands the lease back as well as can be; if the queue does not hear it, the lease runs out by itself."""
+        """Tries to hand the lease back. If that fails, the lease expires by itself."""
         if self._released:
             return
         self._released = True
@@ -147,8 +147,8 @@ class Keeper:
         try:
             await self._beat_on(scope, job)
         except anyio.get_cancelled_exc_class():
-            # Stopped from outside: nothing will be written any more, so the task need not wait until a thread of
-            # the engine has noticed. A container runtime may leave no time for both.
+            # The worker is being stopped and will write nothing more, so the task is handed back before the engine's
+            # thread has noticed: the platform may kill this process before it has.
             if not self._over:
                 await self.release()
             raise
@@ -163,7 +163,8 @@ class Keeper:
                 wait_s = self._interval_s
             except (LeaseLost, CancelRequested) as error:
                 if self.reporting and self.ended is None:
-                    # A report that landed ends the lease, too: its answer decides, for as long as the lease lasts.
+                    # A report that the queue accepted ends the lease, too, so this refused beat may mean success. The
+                    # report's own answer decides; beats stop until then.
                     wait_s = float("inf")
                     continue
                 self.ended = error
@@ -174,7 +175,7 @@ class Keeper:
                 wait_s = self._told_retry_s(error)
 
     async def beat(self) -> None:
-        """Renews the lease. Raises LeaseLost, CancelRequested, QueueError."""
+        """Renews the lease once. Raises LeaseLost, CancelRequested, QueueError."""
         sent_at = anyio.current_time()
         try:
             with anyio.fail_after(max(0.0, min(self._timeout_s, self.work_ends_at - sent_at))):
@@ -184,7 +185,7 @@ class Keeper:
         except QueueFailed:
             self.heard = True
             raise
-        # Not when the answer came: the queue counts from when it heard us, which was no earlier than this.
+        # Counted from before the request was sent: the queue's own count cannot have started earlier.
         self._renewed_at = max(self._renewed_at, sent_at)
         self.heard = True
 

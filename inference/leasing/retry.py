@@ -1,4 +1,4 @@
-"""Trying again, by cause: how often, how far apart, and what is never tried twice."""
+"""The retry policy: how often each kind of error is retried, and with which pauses."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 PATIENCE_ATTEMPTS = 40
-"""How often one call is put to a queue that does not answer it, about nine minutes. If the queue were really away
-the lease would have ended by then: a call that still fails beside answered heartbeats fails for this task.
+"""How often one call is repeated while the queue does not answer it: about nine minutes. In a real outage the lease
+would have ended by then, so a call that still fails while heartbeats are answered fails because of this task.
 
-Reports get as many where the queue does answer, and says 5xx. Everything is done by then and only the word is missing;
-whoever is given the task next would spend all of it again."""
+Reports are repeated as often where the queue answers 5xx: the work is done by then, and the task's next holder would
+have to pay for all of it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a lease is kept and how often things are tried. Seconds."""
+    """How a lease is kept and how often calls are attempted."""
 
     heartbeat_interval_s: float = 120  # Life-is-Short documents
-    second_beat_s: float = 4  # an overtaking update of the real server can land after the first beat
+    second_beat_s: float = 4  # the real server may lease a task twice; the second beat shows who has it
     beat_timeout_s: float = 15
     beat_retry_s: float = 10
-    attempt_limit_s: float = 1800  # a generation that takes longer is hung
+    attempt_limit_s: float = 1800  # a generation that takes longer counts as hung
     attempts: int = 3  # per stage; Life-is-Short documents
-    retry_wait_s: float = 5  # between them; Life-is-Short documents
-    keep_temp: bool = False  # leave the folder of each lease for a look
+    retry_wait_s: float = 5  # between attempts; Life-is-Short documents
+    keep_temp: bool = False  # keep the folder of each lease for inspection
 
 
 async def repeat(
@@ -42,10 +42,10 @@ async def repeat(
     *,
     answers_count: bool = False,
 ) -> T:
-    """Tries again by cause: a queue that does not answer patiently, everything else that may pass a few times.
+    """Runs `operation` with retries: many while the queue does not answer, a few for all other retryable errors.
 
-    With `answers_count` a queue that answers 5xx is among everything else. `check` stands before each try, so every
-    boundary of a lease and every repetition is one.
+    With `answers_count`, a 5xx of the queue itself is one of the other errors. `check` is called before each attempt
+    and may raise to end the retries.
     """
 
     def is_away(error: BaseException) -> bool:

@@ -1,11 +1,11 @@
 """One lease, from its first heartbeat to its report.
 
-    beat → beside everything from here on: beats (`keeper.py`)
-         → fetch photo → wait for the engine → generate → deliver → complete
+    first heartbeat → fetch photo → wait for the engine → generate → deliver → complete
+                      heartbeats continue beside all of these (`keeper.py`)
     any error → one Outcome, in `_settle`
 
-The order and the limits are reliability.md's: nothing is spent before the queue has confirmed the lease, and every
-try of every stage begins with a look at whether it is still ours.
+Nothing is spent before the queue has confirmed the lease, and every attempt of every stage begins with a check that the
+lease is still ours.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,11 +29,11 @@ from inference.task import GenerationRequest, Lease, Outcome, Video
 log = structlog.get_logger(__name__)
 
 NOTE_S = 10.0
-"""How long the books are waited for when a lease has ended."""
+"""How long a write to the ledger may take after a lease has ended."""
 
 
 class Runner:
-    """Runs leases, several at once, on one engine that generates for `at_once` of them: a GPU for one at a time."""
+    """Runs leases, several at once, on one engine, which generates for `at_once` of them (a GPU: for one)."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Runner:
         ledger: Ledger | None = None,
         at_once: int = 1,
     ) -> None:
-        """`engine`: this runner's own, used by `at_once` leases at a time, or a seat that it shares with others."""
+        """`engine`: one of this runner's own, for `at_once` leases at a time, or one shared with other runners."""
         self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
         limit_s = self._policy.attempt_limit_s
@@ -56,16 +56,16 @@ class Runner:
 
     @property
     def engine_hung(self) -> bool:
-        """A thread of the engine did not stop: nothing may generate here any more."""
+        """Whether a thread of the engine did not stop: this process must not generate again."""
         return self._seat.hung
 
     @property
     def engine_stages(self) -> Mapping[str, float]:
-        """The engine's own stages: the seconds spent in them are what a clip takes."""
+        """The engine's own stages. The time spent in them is the time that a clip takes."""
         return self._seat.stages
 
     async def run(self, lease: Lease) -> Outcome:
-        """Runs one lease to its end. Never raises for what happens to it; when cancelled, hands it back first."""
+        """Runs one lease to its end. Errors become its Outcome; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
         tracker = ProgressTracker(plan(self._seat.stages), self._sink(lease) if self._sink else None)
         purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
@@ -89,7 +89,8 @@ class Runner:
                 "machine_at_fault": outcome.machine_at_fault or job.hung,
             }
         )
-        if outcome.status in ("failed", "cancelled"):  # else it is its successor's by now
+        # After a lost or released lease the reservation belongs to the task's next holder.
+        if outcome.status in ("failed", "cancelled"):
             await self._unreserve(outcome.item_id)
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
         if outcome.video is not None and outcome.video.cost_usd is not None:
@@ -119,7 +120,7 @@ class Runner:
         return await keeper.guard(work, job)
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """One video for somebody who has no task in the queue, in turn with those who have. One try.
+        """One video for a direct request, without a task in the queue. It waits its turn; one attempt.
 
         Raises as Engine.generate, and EngineHung.
         """
@@ -128,26 +129,26 @@ class Runner:
             return await self._seat.generate(request, photo, folder, job)
 
     async def _close_the_books(self, purchase: Purchase, lease: Lease) -> None:
-        """Only now: until the queue has the video, whoever gets the task next goes on with what was paid for."""
+        """Ends the payment. Until the queue has the video, the task's next holder may still need the paid clip."""
         try:
             await purchase.end("delivered")
         except I2VError as error:  # the video is delivered all the same
             log.warning("payment_left_open", item_id=lease.task.item_id, error=str(error))
 
     async def _unreserve(self, item_id: str) -> None:
-        """What a dispatcher set aside for a task that was not paid for is free for others."""
+        """Frees the money that the dispatcher reserved for a task that will not be paid for now."""
         try:
             with anyio.fail_after(NOTE_S):
                 if self._ledger:
                     await self._ledger.unreserve(item_id)
-        except (I2VError, TimeoutError) as error:  # it is free after an hour
+        except (I2VError, TimeoutError) as error:  # the reservation expires after an hour
             log.warning("still_reserved", item_id=item_id, error=str(error))
 
     async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
-        """The one place where an error becomes an outcome, and where the queue is told."""
+        """The one place where an error becomes an outcome and is reported to the queue."""
         item_id = lease.task.item_id
         match error:
-            case LeaseLost():  # where no beat was ever answered, this machine may be one that cannot reach the queue
+            case LeaseLost():  # if no beat was ever answered, this machine may be unable to reach the queue
                 unheard = not (error.confirmed or keeper.heard)
                 return Outcome(status="lease_lost", item_id=item_id, error=str(error), machine_at_fault=unheard)
             case CancelRequested():
@@ -155,7 +156,7 @@ class Runner:
                 return Outcome(status="cancelled", item_id=item_id, error=str(error))
             case I2VError(hand_back=True):
                 await keeper.release()
-                # In an outage no machine is at fault: another one would fare no better, and neither would a new one.
+                # In an outage elsewhere no machine is at fault: any other one would fail as well.
                 worker_should: Literal["stop", "wait"] | None = (
                     "stop" if error.stops_worker else "wait" if error.is_outage else None
                 )
@@ -177,14 +178,14 @@ class Runner:
             await keeper.release()
             return Outcome(status="cancelled", item_id=item_id, error=message)
         except I2VError as unreported:
-            # Not released: whoever got it next would spend as much on it, and nothing would count how often.
+            # Not released: the next holder would spend as much on it, and no failure would be counted.
             lost = isinstance(unreported, LeaseLost)
             told = f"{message} (not reported: {unreported})"
             return Outcome(status="lease_lost", item_id=item_id, error=told, machine_at_fault=not lost)
         return Outcome(status="failed", item_id=item_id, error=message, machine_at_fault=machine_at_fault)
 
     async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
-        """Reports once. A report whose answer was lost is asked about before it is sent again: it may have counted.
+        """Reports a failure once: after a lost answer, a beat shows whether it was counted before it is repeated.
 
         Raises LeaseLost, CancelRequested, QueueError.
         """
@@ -203,6 +204,6 @@ class Runner:
 
         keeper.reporting = True
         while (left_s := keeper.lease_ends_at - anyio.current_time()) > 0:
-            with anyio.move_on_after(left_s):  # asking about it renews the lease, and gives it more time
+            with anyio.move_on_after(left_s):  # each beat renews the lease, which gives the report more time
                 return await repeat(report, self._policy)
         raise LeaseLost("the queue could not be reached before the lease ran out")

@@ -17,11 +17,11 @@ LEASE_LIMIT_S = 30.0
 """How long to wait for the answer to a lease request before giving up on it."""
 
 RELEASE_LIMIT_S = 6.0
-"""How long handing a lease back may take. It runs beside whatever else a stop has to wait for."""
+"""How long handing a lease back may take, while a worker is stopping."""
 
 
 async def hand_back(queue: TaskQueue, lease: Lease, policy: Policy | None = None) -> None:
-    """Gives a lease up as well as can be; if the queue does not hear it, the lease runs out by itself."""
+    """Tries to hand a lease back. If that fails, the lease expires by itself."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
         try:
             await repeat(lambda: queue.release(lease), policy or Policy())
@@ -30,9 +30,9 @@ async def hand_back(queue: TaskQueue, lease: Lease, policy: Policy | None = None
 
 
 async def lease_from(queue: TaskQueue, item_id: str | None = None, *, limit_s: float = LEASE_LIMIT_S) -> Lease | None:
-    """Asks for a task, and hears the answer whatever happens meanwhile. Raises as TaskQueue.lease.
+    """Asks for a task and waits for the answer even when cancelled. Raises as TaskQueue.lease.
 
-    Shielded: a request that is given up half way may still lease a task, which nobody would then work on.
+    The request is shielded because an abandoned one may still lease a task, which nobody would then work on.
     """
     with anyio.CancelScope(shield=True), anyio.move_on_after(limit_s):
         return await (queue.lease() if item_id is None else queue.lease(item_id))

@@ -14,7 +14,7 @@ from inference.settings import Settings
 CRON_FIELDS = 5
 
 
-CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client passes on anything
+CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client does not check the expression
 
 
 def on_modal(settings: Settings) -> Shape:
@@ -27,7 +27,7 @@ def on_modal(settings: Settings) -> Shape:
 
 
 def refuse_deployment(settings: Settings) -> None:
-    """Raises SettingsError for what would only be found out by a container, one line for each problem."""
+    """Raises SettingsError, one line a problem, for mistakes that otherwise only a container would find."""
     problems = []
     fields = settings.modal_cron.split()
     if len(fields) != CRON_FIELDS or not all(CRON_FIELD.fullmatch(each) for each in fields):
@@ -58,6 +58,6 @@ def refuse_deployment(settings: Settings) -> None:
 
 
 def import_engine() -> None:
-    """The imports of the Wan engine, which take longer than all else that needs no GPU."""
-    with suppress(Exception):  # whatever it is, loading the engine meets it again, and tells
+    """Imports the Wan engine, which takes longer than anything else that needs no GPU."""
+    with suppress(Exception):  # loading the engine meets the same error later, and reports it
         import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra

@@ -1,4 +1,4 @@
-"""What can be known of a deployment on Modal before it is made: one line each."""
+"""Checks a deployment on Modal before it is made: one line a check."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def _gpu(settings: Settings) -> Finding:
 
 
 def _account(settings: Settings) -> Finding:
-    """Asks through the command line, so that this package needs nothing of Modal."""
+    """Asks through Modal's command line, so that this package does not import modal."""
     try:
         said = subprocess.run(
             [sys.executable, "-m", "modal", "secret", "list", "--json"],

@@ -1,7 +1,6 @@
-"""What Modal lends a fleet: a dictionary for its records, and functions in containers.
+"""Adapters for Modal's services: `modal.Dict` as Records, and a deployed function as Containers.
 
-Anything with the methods of `modal.Dict` and of a Modal function will do; nothing of Modal is imported. Its errors are
-given, and end here.
+Modal is not imported: callers pass its objects, and its exception types, which are mapped here.
 """
 
 from collections.abc import Awaitable
@@ -18,7 +17,7 @@ MAX_REASON_CHARS = 300
 
 
 class DictRecords:
-    """Records in a platform's dictionary. `modal.Dict` forgets an entry that nobody touched for a week."""
+    """Records in a `modal.Dict`, which drops entries that were not touched for a week."""
 
     def __init__(self, dictionary: Any, errors: Errors) -> None:
         self._dict, self._errors = dictionary, errors
@@ -55,7 +54,7 @@ class DictRecords:
 
 
 class RemoteContainers:
-    """Containers: a deployed function that takes a lease."""
+    """Containers behind a deployed function that takes a lease."""
 
     def __init__(self, function: Any, errors: Errors) -> None:
         self._function, self._errors = function, errors

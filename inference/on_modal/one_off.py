@@ -1,4 +1,4 @@
-"""One run that a person asks for: the next task, a given one, or one photo that no queue knows of."""
+"""One run that a person asks for: the next task, a given task, or a photo without a queue."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -28,9 +28,9 @@ OPTIONS = {"prompt": "--prompt", "duration_s": "--seconds", "seed": "--seed"}
 def asked(
     photo: str, photo_url: str, prompt: str, seconds: float, seed: int | None, *, item_id: str, saves: bool
 ) -> dict[str, Any] | None:
-    """The request of somebody who brings a photo, as JSON; None for a task of the queue, which has its own.
+    """The request for a person's own photo, as JSON; None for a task of the queue, which has its own.
 
-    Raises SettingsError where what was asked for does not go together, InvalidRequest naming the field.
+    Raises SettingsError for options that exclude each other, InvalidRequest naming the field.
     """
     if photo and photo_url:
         raise SettingsError("--photo is a file and --photo-url an address: give one of them")
@@ -47,7 +47,7 @@ def asked(
 
 
 def photo_bytes(path: str) -> bytes:
-    """A photo of this machine. Raises SettingsError."""
+    """A photo file's bytes. Raises SettingsError."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -55,7 +55,7 @@ def photo_bytes(path: str) -> bytes:
 
 
 def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | None) -> None:
-    """Raises SettingsError, InvalidRequest for what an engine would refuse, before a container is started for it."""
+    """Raises SettingsError, InvalidRequest for what the engine would refuse, before a container is started."""
     if is_paid(engine) and settings.runway_key is None:
         raise SettingsError(f"the secret {settings.modal_app} has no RUNWAYML_API_SECRET: nothing can go to Runway")
     if request is not None:
@@ -65,7 +65,7 @@ def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | Non
 
 
 async def fetch(settings: Settings, photo: bytes | str) -> bytes:
-    """A photo's bytes, given or at a URL; known to be one before a GPU is started for it.
+    """A photo's bytes, given or at a URL, verified before a GPU is started.
 
     Raises StorageError, InvalidPhoto, MachineFault.
     """
@@ -82,7 +82,7 @@ async def fetch(settings: Settings, photo: bytes | str) -> bytes:
 
 @asynccontextmanager
 async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
-    """A lease for one run: of a given item, or of the next with no id. Handed back if the block fails.
+    """A lease for one run, on the given item or, for an empty id, on the next. Handed back if the block fails.
 
     Raises NoTask, QueueError, Refusal, InvalidTask.
     """
@@ -92,13 +92,13 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
             raise NoTask(f"{item_id} cannot be taken now: see its status" if item_id else "no task waits")
         try:
             yield lease
-        except BaseException:  # whoever was to run it may never have heard of it
+        except BaseException:  # the container that was to run it may not have received it
             await hand_back(queue, lease)
             raise
 
 
 async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes) -> Any:
-    """The same as a container does, here, with the engine that needs no model."""
+    """Does what a container would do, in this process, with the preview engine."""
     station = Station(settings, MemoryRecords())
     await station.open(DEFAULT.pool, "preview", by_hand=True)
     try:
@@ -111,7 +111,7 @@ async def preview(settings: Settings, lease: Lease | None, request: dict[str, An
 
 
 def lines(answer: list[str] | dict[str, str]) -> list[str]:
-    """What a fleet reported. Raises I2VError where it could not, or refused."""
+    """The lines of a fleet's report. Raises I2VError where it failed or refused."""
     if isinstance(answer, dict):
         raise I2VError(answer["error"])
     return answer

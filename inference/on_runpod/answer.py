@@ -1,7 +1,6 @@
-"""What a job at a RunPod endpoint brought: its answer, read and judged, and the video in it, saved.
+"""The result of a job at a RunPod endpoint: reads and judges its answer, and saves the video in it.
 
-`again` is how to ask for that video later: its caller's command line, by the job's id. `say` has a line for the person
-who waits.
+`again` makes the command line that fetches the video of a job later. `say` prints a line for the person who waits.
 """
 
 import base64
@@ -44,21 +43,21 @@ KEPT_S = 1800.0
 KEPT = f"{KEPT_S / 60:g} minutes"
 
 MAX_VIDEO_BYTES = 1_000_000_000
-"""A minute of 720p at x264's crf 18 is some 20 MB; a bucket holds what it holds."""
+"""A minute of 720p at x264's crf 18 is some 20 MB; a bucket may hold larger files."""
 
 PATIENT = Policy()
-"""How often a video is fetched that is not at hand: it was paid for, and once is not enough."""
+"""Retries for downloading a video: it is paid for, so one attempt is not enough."""
 
 
 class _Made(BaseModel):
-    """Where a video is, in a worker's answer; what else it says of it is read from the video itself."""
+    """Where the video of an answer is. Its properties are read from the file and not from the answer."""
 
     base64: str | None = None
     url: str | None = None
 
 
 class Answer(BaseModel):
-    """What a worker of ours answers (`runpod_wire.answer`), as far as it is needed."""
+    """The fields of a worker's answer (`wire.answer`) that are needed here."""
 
     video: _Made
     seed: int | None = None
@@ -66,12 +65,12 @@ class Answer(BaseModel):
 
 
 def kept(job_id: str, again: Again) -> str:
-    """What to do about a job whose video is not here."""
+    """Tells how to get the video of a job that was not saved."""
     return f"RunPod keeps its answer for {KEPT}: {again(job_id)}"
 
 
 def completed(job: Job) -> Answer:
-    """What came of a job. Raises EngineError, one line that says whether trying again can help."""
+    """The answer of a job that made a video. Raises EngineError, which says whether a retry can help."""
     match job.status:
         case "COMPLETED":
             with suppress(ValidationError):
@@ -94,7 +93,7 @@ def completed(job: Job) -> Answer:
 
 
 def _why_none(output: Any) -> str:
-    """Jobs of a queue's tasks end well without a video in their answers (`runpod_wire.answer_of`)."""
+    """Jobs of a queue's tasks end well without a video in their answers (`wire.answer_of`)."""
     match output:
         case {"item_id": str(item_id), "video": {"storage_path": str(path)}}:
             return f": it made task {item_id} of a queue, whose storage has it at {path}"
@@ -107,7 +106,7 @@ def _why_none(output: Any) -> str:
 async def saved(
     settings: Settings, job_id: str, made: _Made, *, folder: Path, output: Path, again: Again, say: Say
 ) -> Video:
-    """The video of an answer, as it is now at `output`; it comes there whole or not at all, by way of `folder`.
+    """Saves the video of an answer at `output`, which appears whole or not at all; `folder` is for temporary files.
 
     Raises EngineError, StorageError, MediaError, MachineFault.
     """
@@ -120,7 +119,8 @@ async def saved(
         except OSError as error:
             raise write_error(error, f"{output} cannot be written: {error.strerror}") from None
     except (StorageUnavailable, AddressRefused, MachineFault, anyio.get_cancelled_exc_class()):
-        say(f"Job {job_id} was made. {kept(job_id, again)}")  # it is paid for, and a setting or time can help
+        # The video is paid for, and a changed setting or a later attempt can help.
+        say(f"Job {job_id} was made. {kept(job_id, again)}")
         raise
     except (StorageError, MediaError):
         say(f"Job {job_id} was made, but fetching its answer again would bring the same.")
@@ -132,7 +132,7 @@ async def _fetch(settings: Settings, made: _Made, path: Path) -> None:
     """The mp4 of an answer. Raises EngineError, StorageError, MachineFault."""
     if made.base64 is None:
         storage = Storage(
-            trusted_origins=[settings.bucket_url] if settings.bucket_url else [],  # the operator's own
+            trusted_origins=[settings.bucket_url] if settings.bucket_url else [],  # the operator's own bucket
             allow_private=settings.allow_private_addresses,
             max_download_bytes=MAX_VIDEO_BYTES,
         )
@@ -147,7 +147,7 @@ async def _fetch(settings: Settings, made: _Made, path: Path) -> None:
 
 
 def _measured(path: Path) -> Video:
-    """Raises MediaError for what is no video."""
+    """The video with its properties. Raises MediaError where the file is no video."""
     info = probe(path)
     return Video(
         path=path,

@@ -1,7 +1,7 @@
-"""A RunPod serverless endpoint as its callers see it: jobs sent, followed and cancelled, and how its workers are.
+"""A RunPod serverless endpoint as its callers see it: sends, follows and cancels jobs, and reads the endpoint's health.
 
-From docs.runpod.io, RunPod's own Python client 1.12, and experiments against a loopback server. What an answer does
-not say is taken for nothing, and fields and statuses that are not known are passed over: RunPod adds some now and then.
+From docs.runpod.io, RunPod's own Python client 1.12, and experiments against a loopback server. Missing counts are read
+as zero, and unknown fields and statuses are ignored, because RunPod adds some now and then.
 """
 
 import json
@@ -27,63 +27,63 @@ IDLE_TIMEOUT_S = 30.0
 """A connection on which nothing moves for this long is dead."""
 
 ANSWER_LIMIT_S = 120.0
-"""One question, whole: a photo goes out with one, and a video comes back with another."""
+"""For one request, whole. Some carry a photo out or a video back."""
 
 TRIES, MAX_PAUSE_S = 4, 8.0
-"""Of a question that may be asked again, and between them."""
+"""Attempts of a request that may be repeated, and the longest pause between them."""
 
 MAX_ANSWER_BYTES = 32_000_000
 """RunPod takes answers of 20 MB at the most, and one that holds a video comes close to that."""
 
 POLL_S = 1.0
-"""Between looks at a job; RunPod allows 2,000 in ten seconds."""
+"""Between two status requests for a job; RunPod allows 2,000 in ten seconds."""
 
 PATIENCE_S = 300.0
-"""How long looks at a job may stay unanswered. Its result is kept for thirty minutes."""
+"""How long status requests may stay unanswered. RunPod keeps a result for thirty minutes."""
 
 MAX_UNKNOWN = 5
-"""Looks in a row at a job that RunPod does not know: one that was sent a moment ago may not be everywhere yet."""
+"""How often in a row RunPod may not know a job: one sent a moment ago may not have reached all its servers."""
 
 QUIET_S = 20.0
-"""How long a job waits before its caller is told what for, and how old that news gets."""
+"""How long a job waits before its caller is told why, and how often that is updated."""
 
 MIN_EXECUTION_S, MIN_TTL_S, MAX_POLICY_S = 6.0, 10.0, 7 * 86_400.0
-"""What RunPod takes as limits of a job: more than 5 s, from 10 s, and a week at most."""
+"""Limits that RunPod accepts for a job: execution for more than 5 s, a ttl from 10 s on, and a week at most."""
 
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._~-]{1,200}$")]  # part of a URL's path
-Count = Annotated[int, Field(ge=0), BeforeValidator(lambda value: value or 0)]  # null where RunPod does not count
+Count = Annotated[int, Field(ge=0), BeforeValidator(lambda value: value or 0)]  # null where RunPod has no count
 OrNothing = BeforeValidator(lambda value: value or {})
 
 
 class _Told(BaseModel):
-    """What RunPod tells, under its own names."""
+    """A part of an answer, with RunPod's own field names."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
 
 
 class Job(_Told):
-    """One job. A status that is not known is of work in progress."""
+    """One job. An unknown status counts as work in progress."""
 
     id: JobId
     status: str
-    output: Any = None  # of the worker; while it works, the last progress it sent
+    output: Any = None  # the worker's output; while it works, the last progress it sent
     error: Any = None
-    delay_ms: Annotated[float | None, Field(alias="delayTime")] = None  # in the queue
-    execution_ms: Annotated[float | None, Field(alias="executionTime")] = None  # on a worker
+    delay_ms: Annotated[float | None, Field(alias="delayTime")] = None  # time spent in the queue
+    execution_ms: Annotated[float | None, Field(alias="executionTime")] = None  # time spent on a worker
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether its status is final."""
         return self.status in ("COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT")
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no worker has it."""
+        """Whether no worker has taken it yet."""
         return self.status == "IN_QUEUE"
 
     @property
     def progress(self) -> Progress | None:
-        """How far its worker is, where it says so."""
+        """The last progress that its worker reported, if any."""
         try:
             return None if self.has_ended else Progress.model_validate(self.output)
         except ValidationError:
@@ -91,7 +91,7 @@ class Job(_Told):
 
     @property
     def why(self) -> str:
-        """Why it failed, in one line; of an exception that a worker did not catch, its message."""
+        """Why it failed, in one line; for an uncaught exception of the worker, its message."""
         said = self.error
         with suppress(ValueError, TypeError, RecursionError):
             told = json.loads(said)
@@ -115,8 +115,8 @@ class Workers(_Told):
     running: Count = 0
     idle: Count = 0
     ready: Count = 0
-    initializing: Count = 0  # their image is fetched, their handler started
-    throttled: Count = 0  # wanted, and no machine is free
+    initializing: Count = 0  # fetching the image or starting the handler
+    throttled: Count = 0  # wanted, but no machine is free
     unhealthy: Count = 0
 
 
@@ -139,20 +139,20 @@ class Health(_Told):
 
 
 class _Answer(json_api.Answer):
-    """What RunPod, or whatever stands in its place, answered."""
+    """An answer of RunPod, or of a proxy in front of it."""
 
     @staticmethod
     def told(payload: dict[str, Any]) -> str:
-        """Why something was refused, wherever RunPod's gateways put that."""
+        """Why a request was refused, from any of the fields that RunPod's gateways use for it."""
         return next((str(payload[name]) for name in ("error", "detail", "message", "title") if payload.get(name)), "")
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same question can have another answer in a moment."""
+        """Whether the same request may succeed in a moment."""
         return self.status in (408, 429) or self.status >= 500
 
     def error(self, endpoint_id: str) -> EngineError:
-        """What an answer means that is not the wanted one."""
+        """The error that an unsuccessful answer stands for."""
         said = f"RunPod: {self.status} {self.said}".strip()
         match self.status:
             case 401 | 403:
@@ -176,10 +176,10 @@ class _Answer(json_api.Answer):
 class RunPodApi(JsonApi[_Answer]):
     """One endpoint, for the length of a block.
 
-    Questions that change nothing when asked twice are repeated a few times; a job is sent once.
+    Idempotent requests are repeated a few times; a job is sent once.
 
     Raises, from every method but `ask`: AccountError where the key or the endpoint is wrong, EngineFailed where RunPod
-    does not answer or has had enough for now, InvalidRequest.
+    does not answer or limits our rate, InvalidRequest.
     """
 
     def __init__(
@@ -200,14 +200,14 @@ class RunPodApi(JsonApi[_Answer]):
     async def run(
         self, payload: dict[str, Any], *, execution_timeout_s: float, ttl_s: float, webhook: str | None = None
     ) -> str:
-        """Sends a job and returns its id. Its `output` comes from whatever handler the endpoint has.
+        """Sends a job and returns its id.
 
-        `execution_timeout_s`: after which RunPod ends a worker that is still at it. `ttl_s`: after which it forgets
-        the job, be it waiting, running or done, counted from now (github.com/runpod/docs/pull/525, which corrects
-        "maximum queue time"): less than the wait and the work together would lose what is being made.
+        `execution_timeout_s`: after this time RunPod ends a worker that still runs the job. `ttl_s`: after this time,
+        counted from now, RunPod forgets the job, whether waiting, running or done (github.com/runpod/docs/pull/525,
+        which corrects "maximum queue time"). So it has to cover the wait and the work together.
 
-        Also raises JobInDoubt where the answer was lost: a GPU may be at work on it, and asking again could start
-        a second one. What certainly was not carried out is sent again.
+        Also raises JobInDoubt where the answer was lost: a GPU may be working on the job, and sending it again could
+        start a second one. A request that certainly was not carried out is repeated.
         """
         policy = {
             "executionTimeout": _milliseconds(execution_timeout_s, MIN_EXECUTION_S),
@@ -221,7 +221,7 @@ class RunPodApi(JsonApi[_Answer]):
             except Unanswered as error:
                 why = f"no answer of {error}"
                 raise (_in_doubt(why) if error.sent else EngineFailed(f"RunPod: {why}")) from None
-            if answer.may_pass and answer.status != 429:  # a server's, or a proxy's that waited for one
+            if answer.may_pass and answer.status != 429:  # it failed after it may have passed the job on
                 raise _in_doubt(f"{answer.status} {answer.said}")
             if not 200 <= answer.status < 300:
                 raise answer.error(self._endpoint_id)
@@ -233,7 +233,7 @@ class RunPodApi(JsonApi[_Answer]):
         return await _repeated(send)
 
     async def status(self, job_id: str) -> Job | None:
-        """How a job is; None where RunPod does not know it, any more or yet."""
+        """The state of a job; None where RunPod does not know it, yet or any more."""
         return await self._job("GET", f"status/{job_id}")
 
     async def cancel(self, job_id: str) -> Job | None:
@@ -241,7 +241,7 @@ class RunPodApi(JsonApi[_Answer]):
         return await self._job("POST", f"cancel/{job_id}")
 
     async def health(self) -> Health:
-        """How the endpoint is."""
+        """The endpoint's jobs and workers, counted by state."""
         answer = await self._asked("GET", "health")
         if not 200 <= answer.status < 300:
             raise answer.error(self._endpoint_id)
@@ -251,10 +251,10 @@ class RunPodApi(JsonApi[_Answer]):
             raise EngineFailed("RunPod: its answer to /health is not what its documents say") from None
 
     async def until_ended(self, job_id: str, sink: Sink, *, wait_s: float) -> Job:
-        """Follows a job to its end, telling `sink` how far it is. RunPod may be away for a while.
+        """Follows a job to its end and passes its progress to `sink`. Tolerates RunPod not answering for a while.
 
-        Also raises EngineFailed where no worker took it within `wait_s`, and where it is not known any more; it is
-        not cancelled then.
+        Also raises EngineFailed where no worker took the job within `wait_s`, and where RunPod no longer knows it; the
+        job is not cancelled then.
         """
         watch = _Watch(self, sink, wait_s)
         while True:
@@ -275,7 +275,7 @@ class RunPodApi(JsonApi[_Answer]):
             raise EngineFailed("RunPod: its answer about a job is not what its documents say") from None
 
     async def _asked(self, method: str, path: str) -> _Answer:
-        """A question that may be asked again; refusals are answers, too."""
+        """An idempotent request, repeated where that may help; refusals are returned as answers."""
 
         async def ask() -> _Answer:
             try:
@@ -290,7 +290,7 @@ class RunPodApi(JsonApi[_Answer]):
 
 
 class _Watch:
-    """Looks at one job, and what its caller is told of them."""
+    """Polls one job and tells its caller about it."""
 
     def __init__(self, api: RunPodApi, sink: Sink, wait_s: float) -> None:
         self._api, self._sink, self._wait_s = api, sink, wait_s
@@ -300,7 +300,7 @@ class _Watch:
         self._wait = "in queue"
 
     async def look(self, job_id: str) -> Job | None:
-        """One look; None where it was lost. Raises as RunPodApi.until_ended."""
+        """One status request; None where no answer came. Raises as RunPodApi.until_ended."""
         try:
             job = await self._api.status(job_id)
         except EngineFailed as error:
@@ -319,7 +319,8 @@ class _Watch:
         if job is not None and job.is_waiting:
             await self._tell_wait(job_id)
         elif job is not None and not job.has_ended:
-            self._queued_at = self._news_at = self._heard_at  # it can come back to the queue, and waits anew
+            # RunPod may put a job back into its queue, where it waits anew.
+            self._queued_at = self._news_at = self._heard_at
             self._wait = "in queue"
             self._tell_work(job.progress)
         return job
@@ -339,13 +340,13 @@ class _Watch:
 
     def _tell_work(self, progress: Progress | None) -> None:
         progress = progress or Progress(stage="running", done=0, total=1, fraction=self._fraction)
-        if progress.fraction >= self._fraction:  # a worker's snapshots can overtake each other
+        if progress.fraction >= self._fraction:  # progress posts of a worker can overtake each other
             self._fraction = progress.fraction
             self._sink(progress)
 
 
 async def _repeated(operation: Callable[[], Awaitable[T]]) -> T:
-    """Tries again what may pass, with full jitter."""
+    """Retries retryable errors, with full jitter."""
     tries = tenacity.AsyncRetrying(
         sleep=anyio.sleep,
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, EngineError) and error.retryable),

@@ -1,7 +1,7 @@
-"""One job at a RunPod endpoint, for somebody who waits for its video: sent or taken up, followed to its end, given up.
+"""One job at a RunPod endpoint, for a person who waits for its video: sent or resumed, followed, given up.
 
-What that person has to know is said at once (`say`), for it can be the last thing a command does; how far the job is
-goes to the caller's sink.
+Messages for that person go to `say` at once, because each may be the last thing that the command does. Progress goes to
+the caller's sink.
 """
 
 import base64
@@ -26,29 +26,29 @@ from inference.settings import Settings
 from inference.task import GenerationRequest, explain
 
 MAX_SIDE_PX = 1536
-"""Longer side that a photo is made smaller to where it does not fit into a request: even noise fits then, and no clip
-is larger than 1280x720."""
+"""The longer side of a photo that was scaled down to fit into a request. At this size even noise fits, and no clip is
+larger than 1280x720."""
 
 GRACE_S = 5.0
-"""How long the answer to a job that was just sent is waited for by somebody who was interrupted."""
+"""How long an interrupted command waits for the answer to a job that it has just sent."""
 
 CANCEL_S = 10.0
-"""How long cancelling a job may take, and a look at whether it should be."""
+"""How long cancelling a job may take, and how long the status request before it."""
 
 SECOND_LOOK_S = 1.0
-"""Until a job that RunPod does not know is asked for again."""
+"""Pause before a job that RunPod does not know is asked for again."""
 
 
 # Sent
 
 
 def is_url(photo: str) -> bool:
-    """Whether a photo is the worker's to fetch."""
+    """Whether a photo is given as a URL, which the worker fetches."""
     return photo.lower().startswith(("https://", "http://"))
 
 
 async def asked(photo: str, request: GenerationRequest, preset: str | None, say: Say) -> dict[str, Any]:
-    """A job's input, in which a photo is a URL or goes along. Raises InvalidPhoto, InvalidRequest, MachineFault."""
+    """A job's input, with the photo inside or as a URL. Raises InvalidPhoto, InvalidRequest, MachineFault."""
     source = {"photo_url": photo} if is_url(photo) else {"photo_base64": await _encoded(Path(photo), say)}
     try:
         found = DirectInput(
@@ -68,7 +68,7 @@ async def _encoded(photo: Path, say: Say) -> str:
     """A photo as base64, small enough for a request. Raises InvalidPhoto, MachineFault."""
 
     def encoded() -> str:
-        info = photos.verify(photo)  # before a GPU is started for it
+        info = photos.verify(photo)  # before a GPU is started for the job
         try:
             content = photo.read_bytes()
         except OSError as error:
@@ -90,18 +90,18 @@ async def invoked(
 ) -> Job:
     """Sends a job and follows it to its end. Raises as RunPodApi.run and RunPodApi.until_ended.
 
-    One that is given up is cancelled where its caller was interrupted, or where it still waits for a worker. Else
-    (RunPod does not answer, or refuses the key meanwhile) it may be made, or nearly, and is paid for: it goes on.
+    When given up, a job is cancelled if the caller was interrupted, or if it still waits for a worker. Otherwise
+    (RunPod does not answer, or refuses the key meanwhile) it may be almost done and is paid for, so it is left running.
     """
     sink(Progress(stage="send", done=0, total=1, fraction=0))
     limit_s = shape.execution_limit_s(settings)
-    ttl_s = wait_s + limit_s + KEPT_S  # or the answer of one that took its time would be forgotten sooner than we say
+    ttl_s = wait_s + limit_s + KEPT_S  # or the answer of a slow job would be forgotten sooner than we promise
     job_id, sending, answered = None, anyio.CancelScope(shield=True), anyio.Event()
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_hurry, sending, answered, say)
             try:
-                with sending:  # what is sent is heard of, or nobody could cancel it
+                with sending:  # shielded: without the id nobody could cancel the job
                     job_id = await api.run(payload, execution_timeout_s=limit_s, ttl_s=ttl_s)
             except JobInDoubt as error:
                 raise JobInDoubt(
@@ -110,12 +110,12 @@ async def invoked(
                 ) from None
             finally:
                 answered.set()
-        await anyio.lowlevel.checkpoint()  # who was interrupted meanwhile comes no further
-        say(f"  job   {job_id}")  # now: not every end leaves this process a last word
+        await anyio.lowlevel.checkpoint()  # raises if the caller was interrupted meanwhile
+        say(f"  job   {job_id}")  # at once: a process that is killed could not say it later
         return await api.until_ended(str(job_id), sink, wait_s=wait_s)
     except BaseException as error:
         if job_id is None:
-            if not isinstance(error, Exception):  # those say it themselves; a second Ctrl-C gets through the shield
+            if not isinstance(error, Exception):  # an Exception says so itself; a second Ctrl-C gets through the shield
                 say("Whether RunPod took the job is not known: see the endpoint's requests at console.runpod.io.")
         elif isinstance(error, I2VError) and not await _is_waiting(api, job_id):
             say(f"Job {job_id} was not cancelled and may go on. {kept(job_id, again)}")
@@ -125,13 +125,13 @@ async def invoked(
 
 
 async def _hurry(scope: anyio.CancelScope, answered: anyio.Event, say: Say) -> None:
-    """Leaves what is shielded GRACE_S once everything around it is cancelled, unless it has ended before."""
+    """Once the caller is cancelled, gives the shielded request GRACE_S to end."""
     try:
         await answered.wait()
     finally:
         if not answered.is_set():
             scope.deadline = anyio.current_time() + GRACE_S
-            # Silence would invite a second Ctrl-C.
+            # People press Ctrl-C again when nothing seems to happen.
             say(f"Waiting up to {GRACE_S:g} s for RunPod's answer, to cancel the job …")
 
 
@@ -139,7 +139,7 @@ async def _hurry(scope: anyio.CancelScope, answered: anyio.Event, say: Say) -> N
 
 
 async def _is_waiting(api: RunPodApi, job_id: str) -> bool:
-    """Whether RunPod says that no worker has it, so that nothing is lost with it."""
+    """Whether RunPod says that no worker has the job, so that cancelling it loses no work."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S), suppress(I2VError):
         job = await api.status(job_id)
         return job is not None and job.is_waiting
@@ -148,16 +148,16 @@ async def _is_waiting(api: RunPodApi, job_id: str) -> bool:
 
 async def _cancel(api: RunPodApi, job_id: str, again: Again, say: Say) -> None:
     why = f"no answer within {CANCEL_S:g} s"
-    say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could end
+    say(f"Cancelling job {job_id} at RunPod …")  # before anything that a second Ctrl-C could interrupt
     job = None
     try:
         with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_S):
             try:
                 job = await api.cancel(job_id)
-                why = "RunPod does not know it"  # yet: it may not be known everywhere
+                why = "RunPod does not know it"  # yet: the job may not have reached all of its servers
             except I2VError as error:
                 why = str(error)
-    except BaseException:  # a second Ctrl-C gets through the shield; the time limit above does not come here
+    except BaseException:  # a second Ctrl-C gets through the shield; the time limit above does not raise
         say(f"Whether job {job_id} was cancelled is not known: look at console.runpod.io.")
         raise
     if job is not None and job.status == "COMPLETED":  # meanwhile
@@ -169,11 +169,11 @@ async def _cancel(api: RunPodApi, job_id: str, again: Again, say: Say) -> None:
     say(f"Job {job_id} could not be cancelled and may go on ({why}): stop it at console.runpod.io.")
 
 
-# Taken up
+# Resumed
 
 
 async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink, say: Say) -> Job:
-    """Follows a job that was sent before, by whomever, to its end. It is never cancelled here.
+    """Follows a job that was sent earlier to its end. It is never cancelled here.
 
     Raises EngineError where RunPod does not know it, and as RunPodApi.until_ended.
     """
@@ -181,21 +181,21 @@ async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink, 
     job = None
     try:
         job = await _known(api, settings, job_id)
-        # Its wait was limited when it was sent, by whoever sent it.
+        # Its sender decided how long it may wait.
         return job if job.has_ended else await api.until_ended(job_id, sink, wait_s=math.inf)
     except EngineFailed:
         say(f"Job {job_id} was not cancelled: while RunPod has it, the same command may be run again.")
         raise
     except anyio.get_cancelled_exc_class():
-        how = "was left as it is" if job is None else "goes on at RunPod"  # it may have ended, or not exist
+        how = "was left as it is" if job is None else "goes on at RunPod"  # the job may have ended, or not exist
         say(f"Job {job_id} {how}: the same command may be run again.")
         raise
 
 
 async def _known(api: RunPodApi, settings: Settings, job_id: str) -> Job:
-    """Asks twice: an id that a person has at hand is known everywhere by now, or nowhere any more.
+    """The job, asked for twice: a script may have sent it a moment ago, so that not every server knows it yet.
 
-    The second time is for a script that has sent its job a moment ago, which `until_ended` has more patience for.
+    `until_ended` would ask more often, but an id that a person types is known everywhere by now, or nowhere.
     """
     job = await api.status(job_id)
     if job is None:

@@ -1,4 +1,4 @@
-"""Progress for somebody who is told by request: the newest snapshot now and then, and none after the end."""
+"""Posts a job's progress to RunPod: the newest snapshot at intervals, and none after the job has ended."""
 
 from collections.abc import Awaitable, Callable
 
@@ -10,13 +10,13 @@ from inference.progress.tracker import Progress
 log = structlog.get_logger(__name__)
 
 POST_LIMIT_S = 10.0
-"""How long the end of a job waits for a snapshot that is on its way."""
+"""How long the end of a job waits for a post that is under way."""
 
 FIRST_LOOK_S = 0.1
 
 
 class Snapshots:
-    """Posts the newest of what `sink` was given, one at a time: the first at once, then every `interval_s` at most."""
+    """Posts the newest snapshot, one post at a time: the first at once, later ones every `interval_s` at most."""
 
     def __init__(self, post: Callable[[dict[str, object]], Awaitable[None]], *, interval_s: float = 2.0) -> None:
         self._post, self._interval_s = post, interval_s
@@ -28,11 +28,11 @@ class Snapshots:
         self._latest = progress
 
     def finish(self) -> None:
-        """Nothing is begun any more; `run` ends when what is on its way has arrived. Call from the loop."""
+        """Starts no more posts; `run` ends when the one under way has arrived. Call from the event loop."""
         self._over.set()
 
     async def run(self) -> None:
-        """Posts until `finish`. A post that fails is a snapshot less, and no reason to fail a job."""
+        """Posts until `finish`. A post that fails is dropped; it must not fail the job."""
         posted: Progress | None = None
         while not self._over.is_set():
             latest = self._latest

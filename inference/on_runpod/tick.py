@@ -1,5 +1,6 @@
-"""One tick for a RunPod endpoint, whatever schedules it: what became of the jobs before, the dispatcher, and a lock
-so that it is alone here.
+"""One tick of the dispatcher for a RunPod endpoint, run by any scheduler.
+
+It first judges the jobs of earlier ticks, then dispatches. A lock keeps a second tick on this machine from doing both.
 """
 
 import json
@@ -27,13 +28,13 @@ from inference.settings import Settings
 log = structlog.get_logger(__name__)
 
 LOOK_S = 6.0
-"""How long a tick asks what became of the jobs of those before. With the rest (`dispatch.py`) it ends in a minute."""
+"""How long a tick asks about jobs of earlier ticks. With the rest (`dispatch.py`) a tick ends within a minute."""
 
 LOOKS = 8
-"""How many it asks about at once."""
+"""Status requests at the same time."""
 
 JOBS_KEPT = 200
-"""Of which it is asked. An endpoint holds two a worker; one that is pushed out costs a reading."""
+"""How many jobs are remembered; an endpoint holds two per worker. A job that is dropped is not judged, and no more."""
 
 if sys.platform != "win32":
     import fcntl
@@ -47,7 +48,7 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
     """
     shape = on_runpod(settings)
     records = SqliteRecords(settings.ledger_path)
-    board = Board(records, fleet=settings.runpod_endpoint_id)  # of two endpoints each may fail for itself
+    board = Board(records, fleet=settings.runpod_endpoint_id)  # readings are kept apart by endpoint
     jobs = Jobs(api, records, settings.runpod_endpoint_id or "")
     faults = await jobs.judge(board)
     workers = RunPodContainers(
@@ -63,7 +64,8 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
         async with opening.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
             decision = await dispatcher.tick() + failed
     except I2VError as error:
-        error.args = (f"{error}{failed}",)  # they are told once, or never
+        # The failures of earlier jobs are reported only once, so they are added to this error.
+        error.args = (f"{error}{failed}",)
         raise
     if faults or dispatcher.troubles:
         raise PoolUnavailable(decision)
@@ -73,25 +75,25 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
 class Jobs:
     """Jobs that ticks sent, until RunPod says how they ended.
 
-    An endpoint whose workers cannot work (no queue in its settings, the wrong key, weights that do not load) has
-    nobody else to say so: its jobs fail one after the other, and the queue hears nothing. What a container on Modal
-    tells the board by itself is read from them here, and the pool counts as failing, rests, and is tried again.
+    If an endpoint's workers cannot work (no queue in their settings, the wrong key, weights that do not load), its jobs
+    fail one after the other and the queue is told nothing. Containers on Modal write their own readings; here readings
+    are derived from how jobs ended. So a failing pool is noticed, left alone for a while, and tried again.
     """
 
     def __init__(self, api: RunPodApi, records: Records, endpoint_id: str) -> None:
         self._api, self._records, self._key = api, records, f"runpod/{endpoint_id}"
 
     async def add(self, job_id: str) -> None:
-        """A job was sent. Of one that cannot be written down nothing will be known, which does it no harm."""
+        """Remembers a job that was sent. One that cannot be recorded is not judged later, which is harmless."""
         try:
             await self._keep([*await self._known(), job_id])
         except RecordsUnavailable as error:
             log.warning("job_not_followed", job_id=job_id, error=str(error))
 
     async def judge(self, board: Board) -> list[str]:
-        """Tells the board of every job that ended, in the order they were sent; returns why some failed.
+        """Records a reading for every job that has ended, in the order they were sent; returns why some failed.
 
-        Only the endpoint's faults count. Raises RecordsUnavailable.
+        Only failures that the endpoint is to blame for count as such. Raises RecordsUnavailable.
         """
         faults: list[str] = []
         ids = await self._known()
@@ -100,15 +102,15 @@ class Jobs:
 
         async def look(job_id: str) -> None:
             async with limiter:
-                with suppress(EngineError):  # the tick itself meets what is wrong, and tells
+                with suppress(EngineError):  # the tick that follows meets the same error, and reports it
                     found[job_id] = await self._api.status(job_id)
 
         with anyio.move_on_after(LOOK_S):
             async with anyio.create_task_group() as tasks:
                 for job_id in ids:
                     tasks.start_soon(look, job_id)
-        # RunPod forgets its jobs after a while: those are not asked for again. This comes first: what is told twice
-        # counts twice, and what is not told costs a reading.
+        # Jobs that RunPod has forgotten are dropped. The list is saved before the readings are recorded: a crash in
+        # between then loses a reading, where the other order would count a fault twice.
         left = [each for each in ids if each not in found or ((job := found[each]) is not None and not job.has_ended)]
         if left != ids:
             await self._keep(left)
@@ -125,7 +127,7 @@ class Jobs:
     async def _known(self) -> list[str]:
         try:
             return [str(each) for each in json.loads(await self._records.get(self._key) or "[]")]
-        except (ValueError, TypeError):  # of another version
+        except (ValueError, TypeError):  # written by another version
             return []
 
     async def _keep(self, ids: list[str]) -> None:
@@ -133,16 +135,16 @@ class Jobs:
 
 
 def fault(job: Job) -> str | None:
-    """Why the endpoint may be to blame for how a job ended, or had better rest; None where neither is so.
+    """Why no more jobs should be sent to the endpoint for now, judging by one job; None if nothing speaks against it.
 
-    A worker that had the task says in its answer whether it blames itself (`runpod_wire.answer_of`), or somebody's
-    outage; one that did not get so far is to blame.
+    A worker that ran the task says in its answer whether its machine or an outage elsewhere is to blame
+    (`wire.answer_of`). A job that failed before a worker could answer speaks against the endpoint.
     """
     output = job.output if isinstance(job.output, dict) else {}
     match job.status:
         case "FAILED":
             return job.why if _blames(output, unless_said="item_id" not in output) else None
-        case "TIMED_OUT" if job.execution_ms:  # else it never left the queue, which the next tick sees by itself
+        case "TIMED_OUT" if job.execution_ms:  # a job that no worker took is visible in the endpoint's queue length
             return f"its time was over after {job.execution_ms / 1000:.0f} s on a worker, or the worker is gone"
         case "COMPLETED" if not output.get("completed"):
             tasks = output.get("tasks")
@@ -152,12 +154,12 @@ def fault(job: Job) -> str | None:
 
 
 def _blames(said: dict[str, Any], *, unless_said: bool = False) -> bool:
-    """Whether what a worker says of a task speaks against sending more there for now."""
+    """Whether a worker's answer about a task speaks against sending more jobs for now."""
     return said.get("machine_at_fault", unless_said) is True or said.get("worker_should") == "wait"
 
 
 def _clip_s(job: Job) -> float | None:
-    """Seconds that an engine worked on the one clip of a job."""
+    """Seconds that the engine worked on the clip of a job with one clip."""
     timings: Any = job.output.get("timings") if isinstance(job.output, dict) else None
     if not isinstance(timings, dict):
         return None
@@ -167,9 +169,9 @@ def _clip_s(job: Job) -> float | None:
 
 @contextmanager
 def alone(settings: Settings) -> Iterator[bool]:
-    """Whether nobody else on this machine dispatches to the endpoint. Raises RecordsUnavailable.
+    """Whether no other process on this machine dispatches to the endpoint. Raises RecordsUnavailable.
 
-    Two that look at it at the same moment would each fill its free slots; no task is sent twice even then.
+    Two dispatchers at the same moment would each fill the same free slots, though no task is sent twice even then.
     """
     path = settings.ledger_path.with_name(f"dispatch-{settings.runpod_endpoint_id}.lock")
     try:
@@ -185,6 +187,6 @@ def alone(settings: Settings) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 is_alone = False
-            except OSError:  # a file system without locks is as good as another machine
+            except OSError:  # without file locks, the process goes on as one on another machine would
                 pass
         yield is_alone

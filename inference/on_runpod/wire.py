@@ -1,4 +1,4 @@
-"""What people send to the RunPod endpoint and what they get back: the one place where both shapes stand."""
+"""The messages of the RunPod endpoint: what a job's input may hold, and what its answer holds."""
 
 import base64
 import binascii
@@ -29,17 +29,17 @@ from inference.task import (
 from inference.transfer.network import flaw_in
 
 PAYLOAD_BYTES = 10_000_000
-"""The largest body of a `/run` request, and of an answer that is sure to arrive (docs.runpod.io: 10 MB, `/runsync`
-20 MB; a worker is not told by which of them its job came)."""
+"""The largest body of a `/run` request, and the largest answer that certainly arrives (docs.runpod.io: 10 MB, by
+`/runsync` 20 MB; a worker cannot tell which of them its job came by)."""
 
 INLINE_BYTES = (PAYLOAD_BYTES - 100_000) // 4 * 3
-"""The largest mp4 that fits into an answer as base64, beside everything else an answer says."""
+"""The largest mp4 that fits into an answer as base64, beside the other fields."""
 
 INLINE_BITS_PER_S = 5_000_000
-"""Below this rate a video of 720p begins to show it (support.google.com/youtube/answer/1722171: 5 Mbit/s)."""
+"""Below this rate, compression of 720p becomes visible (support.google.com/youtube/answer/1722171: 5 Mbit/s)."""
 
 INLINE_S = INLINE_BYTES * 8 / INLINE_BITS_PER_S
-"""The longest video that an answer has room for, whatever is on the photo: 11.9 s."""
+"""The longest video that fits into an answer, whatever the photo shows: 11.9 s."""
 
 MAX_DRAIN = 1000
 MAX_ERROR_CHARS = 1000
@@ -64,13 +64,13 @@ storage_path: TypeAdapter[str] = TypeAdapter(StoragePath)
 
 
 class _Wire(BaseModel):
-    """JSON types are taken as they are: a number in quotes is a mistake, and so is a field nobody knows."""
+    """JSON types are not converted: a number in quotes is a mistake, and so is an unknown field."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class S3Config(_Wire):
-    """`s3Config`, beside `input`, as RunPod documents it; `region` is ours."""
+    """`s3Config`, beside `input`, as RunPod documents it; `region` is our addition."""
 
     accessId: Annotated[str, Field(min_length=1)]  # noqa: N815 - RunPod's names
     accessSecret: Annotated[SecretStr, Field(min_length=1)]  # noqa: N815
@@ -83,23 +83,23 @@ class DirectInput(_Wire):
     """One photo to one video, without a queue."""
 
     photo_url: HttpUrl | None = None
-    photo_base64: str | None = None  # a data: URL is fine, too
+    photo_base64: str | None = None  # plain, or as a data: URL
     prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)]
     negative_prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARS)] | None = None
     seconds: DurationS = 5.0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    preset: str | None = None  # has to be the one this endpoint runs
+    preset: str | None = None  # if given, has to be the preset that this endpoint runs
     upload_url: HttpUrl | None = None  # a presigned PUT
 
     @property
     def request(self) -> GenerationRequest:
-        """What the engine is asked for."""
+        """The request to the engine."""
         return GenerationRequest(
             prompt=self.prompt, negative_prompt=self.negative_prompt, duration_s=self.seconds, seed=self.seed
         )
 
     def photo_bytes(self, limit_bytes: int) -> bytes:
-        """The photo that came along. Raises InvalidRequest."""
+        """The photo inside the input. Raises InvalidRequest."""
         given = self.photo_base64 or ""
         text = given.partition(",")[2] if given.startswith("data:") else given
         if len(text) // 4 * 3 > limit_bytes:
@@ -111,7 +111,7 @@ class DirectInput(_Wire):
 
 
 class DrainInput(_Wire):
-    """Tasks that this worker leases from the queue itself."""
+    """Asks the worker to lease tasks from the queue itself."""
 
     drain: Annotated[int, Field(ge=1, le=MAX_DRAIN)]
 
@@ -123,7 +123,7 @@ class _TaskInput(_Wire):
 
 
 class TaskInput(BaseModel):
-    """A task that somebody else leased."""
+    """A task that was leased by the sender."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -134,9 +134,9 @@ Input = TaskInput | DrainInput | DirectInput
 
 
 SYNONYMS = {"image_url": "photo_url", "image_base64": "photo_base64", "duration": "seconds"}
-"""What other workers call what means the same here. `image` and `frame_num` mean it, too, said in another way."""
+"""Other workers' names for our fields. `image` and `frame_num` are accepted, too, and converted (`_translated`)."""
 
-# Fields of other workers (wan and ComfyUI templates of RunPod's hub) that mean something else, or nothing here.
+# Fields of other workers (wan and ComfyUI templates of RunPod's hub) that have another meaning here, or none.
 OF_THE_PRESET = "the endpoint's preset decides"
 OF_THE_PHOTO = "the video has the photo's shape, and the size that the endpoint's I2V_WAN_AREA allows"
 MEANT = {
@@ -159,8 +159,8 @@ MEANT = {
 def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
     """What a job's `input` asks for. Raises InvalidRequest naming every wrong field.
 
-    A task comes as a queue hands it out or, with `length_s`, as a Lease of ours. `worker_id` is whose lease it is where
-    the job does not say, `lease_s` how long a renewal lasts.
+    A task comes as a queue hands it out or, with `length_s`, as one of our Lease values. `worker_id` and `lease_s` (how
+    long a renewal lasts) apply where the job does not name them.
     """
     if not isinstance(payload, Mapping):
         raise InvalidRequest(f"input: has to be an object with one of {KINDS}")
@@ -181,7 +181,7 @@ def parse(payload: object, *, worker_id: str, lease_s: float) -> Input:
 
 
 def _in_our_words(payload: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """An input under our own names, and those of its sender. Raises InvalidRequest where they contradict each other."""
+    """An input with our field names, and the sender's names for them. Raises InvalidRequest if two contradict."""
     ours: dict[str, Any] = {}
     theirs: dict[str, str] = {}
     for name, value in payload.items():
@@ -197,7 +197,7 @@ def _in_our_words(payload: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 def _translated(name: str, value: Any) -> tuple[str, Any]:
     if name == "image":
         return ("photo_url" if str(value)[:8].lower().startswith(("http://", "https://")) else "photo_base64"), value
-    if name == "frame_num":  # as a queue counts: 24 x seconds + 1
+    if name == "frame_num":  # as queues count frames: 24 x seconds + 1
         most = int(MAX_DURATION_S * QUEUE_FPS) + 1
         if type(value) is not int or not 1 < value <= most:
             raise InvalidRequest(f"frame_num: has to be a whole number from 2 to {most}: 24 for each second, and one")
@@ -206,7 +206,7 @@ def _translated(name: str, value: Any) -> tuple[str, Any]:
 
 
 def _hint(name: str, kind: type[_Wire]) -> str:
-    """What may have been meant by a field nobody knows."""
+    """The field that may have been meant by an unknown one."""
     if kind is DirectInput and name in MEANT:
         return MEANT[name]
     close = difflib.get_close_matches(name, kind.model_fields, n=1)
@@ -228,7 +228,7 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
 
 
 def parse_s3(payload: object) -> S3Config | None:
-    """What stands beside `input` in a job. Raises InvalidRequest naming every wrong field."""
+    """The `s3Config` of a job. Raises InvalidRequest naming every wrong field."""
     try:
         return None if payload is None else S3Config.model_validate(payload)
     except ValidationError as error:
@@ -236,7 +236,7 @@ def parse_s3(payload: object) -> S3Config | None:
 
 
 def answer(video: Video, timings: Mapping[str, float], **where: str) -> dict[str, Any]:
-    """A video that was made; `where`: its url, base64 or storage_path."""
+    """The answer for a finished video; `where`: its url, base64 or storage_path."""
     facts = video.model_dump(mode="json", include={"width", "height", "fps", "frames", "size_bytes"})
     return {
         "video": {**where, **facts, "seconds": round(video.duration_s, 3)},
@@ -246,17 +246,17 @@ def answer(video: Video, timings: Mapping[str, float], **where: str) -> dict[str
 
 
 def answer_of(outcome: Outcome) -> dict[str, Any]:
-    """How a task of the queue ended; the queue knows already. Another try is of whoever it hands the task to."""
+    """The answer for a task of the queue, which was told already; a retry is up to the queue."""
     whose: dict[str, Any] = {"item_id": outcome.item_id, "status": outcome.status}
     if outcome.video is not None:
         return answer(outcome.video, outcome.stage_seconds, storage_path=outcome.storage_path or "") | whose
     may_pass = outcome.status == "released" or (outcome.status == "failed" and outcome.machine_at_fault)
     whose["machine_at_fault"] = outcome.machine_at_fault
     if outcome.worker_should is not None:
-        whose["worker_should"] = outcome.worker_should  # `wait`: somebody else has an outage
+        whose["worker_should"] = outcome.worker_should  # `wait`: an outage elsewhere
     return failure(outcome.error or outcome.status, retryable=may_pass) | whose
 
 
 def failure(message: str, *, retryable: bool) -> dict[str, Any]:
-    """No video. RunPod takes `error` for the job's error, and the rest for its output."""
+    """The answer without a video. RunPod takes `error` as the job's error, and the rest as its output."""
     return {"error": one_line(message, MAX_ERROR_CHARS), "retryable": retryable}

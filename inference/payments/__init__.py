@@ -1,1 +1,1 @@
-"""One payment a task, and where records of it are kept."""
+"""The ledger that keeps each task from being paid for twice, and the stores for its records."""

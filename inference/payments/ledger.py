@@ -1,20 +1,20 @@
-"""What was paid for: one payment for each task, whatever is lost on the way.
+"""The ledger of paid generations: one payment for each task, even if processes die or answers are lost.
 
-A provider that takes no idempotency key would take our money twice for a request that is sent twice. So every paid
-call leaves two marks in records that outlive the process: the intent before it is sent, and the provider's id as soon
-as it is known. Whoever gets the task next finds them and goes on with what was paid for.
+A provider without idempotency keys charges twice for a request that is sent twice. So every paid call is recorded twice
+in a store that outlives the process: as an intent before it is sent, and with the provider's id as soon as that is
+known. The task's next holder finds these records and continues with what was already paid for.
 
     reserved ──▶ intended ──▶ created ──▶ delivered      the queue accepted the video
-                    │            ├──────▶ failed         the provider made none
+                    │            ├──────▶ failed         the provider made no video
                     │            ├──────▶ cancelled      we told the provider to stop
                     │            └──────▶ superseded     the task was put back with another request
                     ├──▶ (nothing was sent: forgotten)
-                    └──▶ in doubt: still `intended`, and whoever wrote it is gone
+                    └──▶ in doubt: still `intended`, and the process that wrote it is gone
 
-Keys: `payment/ITEM/N` is the N-th payment of an item, `reserved/ITEM` money set aside by a dispatcher for a task on its
-way to where it will be spent. Nobody may pay while an item's last payment is intended or created; after that its next
-number goes to whoever adds it first, and nobody else ever writes over it by mistake: a process that was paused in the
-middle of a payment and wakes up late finds its own record, not its successor's.
+Keys: `payment/ITEM/N` is the N-th payment of an item; `reserved/ITEM` is money that a dispatcher set aside for a task
+that it sent to a paid engine. While an item's last payment is intended or created, nobody may pay for the item. After
+that, the first process to add the next number may pay. A process that was paused in the middle of a payment therefore
+finds its own record when it wakes up, and never overwrites its successor's.
 """
 
 import hashlib
@@ -36,22 +36,22 @@ from inference.task import Value
 log = structlog.get_logger(__name__)
 
 CREATION_S = 90.0
-"""Longer than a provider is waited for: an intent without an id that is older was left by somebody who is gone."""
+"""Longer than any call to a provider: an older intent without an id was left by a process that is gone."""
 
 FOLLOWED_S = 3600.0
-"""How long somebody may be waiting for a clip that is being made: as long as RUNWAY_TIMEOUT can be."""
+"""How long a holder may wait for a clip that is being made: the maximum of RUNWAY_TIMEOUT."""
 
 RESERVED_S = 3600.0
-"""How long money stays set aside for a task that was sent off and never heard of again."""
+"""How long money stays reserved for a task that was sent to a worker and was not heard of since."""
 
 KEPT_S = 7 * 86_400.0
-"""How long ended payments stay in the books; `modal.Dict` forgets by itself after as long."""
+"""How long ended payments are kept; `modal.Dict` drops its entries after the same time."""
 
 PAUSE_S = 2.0
-"""Between looks at the intent of somebody else, who may be paying at this moment."""
+"""Between looks at the intent of another process, which may be paying at this moment."""
 
 UNDO_LIMIT_S = 10.0
-"""For taking back an intent while the caller is being stopped."""
+"""Time limit for removing an intent while the caller is being stopped."""
 
 HALF_A_CENT = 0.005
 """Sums of prices are compared with this slack."""
@@ -65,87 +65,88 @@ class Payment(Value):
 
     item_id: str
     number: int = 0  # counts the payments of the item
-    request: str  # digest of what was asked for: another prompt is another generation
+    request: str  # digest of the request: another prompt is another generation
     model: str
-    holder: str  # worker_id of the lease that follows it
-    at: float  # seconds since 1970 when it was intended: the day on whose budget it counts
+    holder: str  # worker_id of the lease that waits for it
+    at: float  # seconds since 1970 when it was intended; decides on which day's budget it counts
     followed_at: float | None = None  # when its holder began to wait for the clip
     cost_usd: Annotated[float, Field(ge=0)]  # estimated by us, then by the provider, then what it charged
     status: Literal["intended", "created"] | Ending = "intended"
-    ended_at: float | None = None  # on the clock of whoever ended it
-    is_doubtful: bool = False  # an intent whose answer is known to be lost: nobody need wait for it
-    external_id: str | None = None  # the provider's name for it, once it answered
-    failures: tuple[str, ...] = ()  # codes with which the provider failed this request of the item, until now
+    ended_at: float | None = None  # on the clock of the process that ended it
+    is_doubtful: bool = False  # the answer to this intent is known to be lost, so no process waits for it
+    external_id: str | None = None  # the provider's id, once it answered
+    failures: tuple[str, ...] = ()  # failure codes of the provider for this request so far
     replays: int = 0  # how often this request was allowed to be paid for again, because an answer was lost
 
     @property
     def is_open(self) -> bool:
-        """Whether something may still come of it: nobody may pay for the item again."""
+        """Whether a video may still come of it, so that nobody may pay for the item again."""
         return self.status in ("intended", "created")
 
     @property
     def in_flight_until(self) -> float | None:
-        """Until when somebody may be waiting for the answer or the clip, in seconds since 1970; None: nobody is."""
+        """Until when a process may be waiting for the answer or the clip, in seconds since 1970; None: none is."""
         if self.status == "created":
             return (self.at if self.followed_at is None else self.followed_at) + FOLLOWED_S
         return self.at + CREATION_S if self.status == "intended" and not self.is_doubtful else None
 
     def standing(self, now: float) -> Standing:
-        """What is to be told of it, at `now` in seconds since 1970.
+        """How the payment stands at `now`, in seconds since 1970, for people.
 
-        An intent is being paid for as long as its answer may come, and in doubt from then on, or once its answer is
-        known to be lost. In doubt is what a person has to look into.
+        An intent is "being paid" while its answer may still come. After that, or once its answer is known to be lost,
+        it is "in doubt", which a person has to settle.
         """
         if self.status == "intended":
             return "being paid" if now <= (self.in_flight_until or 0) else "in doubt"
-        return "forgotten" if self.status == "in_doubt" else self.status  # by a person, or by I2V_RUNWAY_REPLAY
+        # A person, or I2V_RUNWAY_REPLAY, ended the doubt.
+        return "forgotten" if self.status == "in_doubt" else self.status
 
     @property
     def key(self) -> str:
-        """Where the records keep it."""
+        """Its key in the records."""
         return f"payment/{self.item_id}/{self.number}"
 
 
 def digest(**request: Any) -> str:
-    """A short name for what a provider is asked for: the same arguments, the same name."""
+    """A short digest of a request to a provider: equal arguments have equal digests."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Ledger:
-    """The books of all payments, and the limit for one day (UTC)."""
+    """All payments, and the budget for one day (UTC)."""
 
     def __init__(
         self, records: Records, *, budget_usd: float = float("inf"), clock: Callable[[], float] = time.time
     ) -> None:
         self._records, self._budget_usd, self._clock = records, budget_usd, clock
-        self._lock = anyio.Lock()  # within one process looking at the budget and spending from it are one step
+        self._lock = anyio.Lock()  # makes checking the budget and spending from it one step within this process
 
     def now(self) -> float:
         """Seconds since 1970."""
         return self._clock()
 
     def purchase(self, item_id: str, holder: str) -> "Purchase":
-        """The books as the holder of one lease sees them."""
+        """The ledger as the holder of one lease uses it."""
         return Purchase(self, item_id, holder)
 
     async def payments(self) -> list[Payment]:
-        """Every payment in the books, oldest first, open ones included. Raises RecordsUnavailable."""
+        """Every payment, oldest first, open ones included. Raises RecordsUnavailable."""
         return _payments(await self._records.all())
 
     async def spent_usd(self) -> float:
-        """Dollars of today's payments, and of money set aside. Raises RecordsUnavailable."""
+        """Dollars of today's payments and reservations. Raises RecordsUnavailable."""
         return self._spent_usd(await self._records.all())
 
     async def reserve(self, item_id: str, cost_usd: float) -> None:
-        """Sets money aside for a task that is sent to where it will be paid for. Raises RecordsUnavailable."""
+        """Sets money aside for a task that is sent to a paid engine. Raises RecordsUnavailable."""
         await self._records.put(f"reserved/{item_id}", json.dumps({"cost_usd": cost_usd, "at": self._clock()}))
 
     async def unreserve(self, item_id: str) -> None:
-        """The task was paid for, or never will be. Raises RecordsUnavailable."""
+        """Frees what was reserved: the task was paid for, or never will be. Raises RecordsUnavailable."""
         await self._records.remove(f"reserved/{item_id}")
 
     async def forgettable(self, item_id: str) -> Payment:
-        """The open payment of an item that a person may let be made again.
+        """The open payment of an item that a person may write off, so that the item is paid for again.
 
         Raises ItemMissing for an item without payments, WrongState where nothing is open or something may be in flight,
         RecordsUnavailable.
@@ -164,16 +165,16 @@ class Ledger:
         return payment
 
     async def forget(self, item_id: str) -> Payment:
-        """A person's decision on a payment in doubt; returns it as it was. Raises as `forgettable`.
+        """Writes off a payment in doubt, as a person decided; returns it as it was. Raises as `forgettable`.
 
-        What may have been paid stays in the books, and the item may be paid for again.
+        Its cost stays in the ledger, and the item may be paid for again.
         """
         payment = await self.forgettable(item_id)
         await self.write(payment, status="in_doubt")
         return payment
 
     async def prune(self) -> None:
-        """Drops ended payments of more than a week ago, as `modal.Dict` does by itself. Raises RecordsUnavailable."""
+        """Removes ended payments that are older than KEPT_S, for stores that do not. Raises RecordsUnavailable."""
         for payment in await self.payments():
             if not payment.is_open and self._clock() - payment.at > KEPT_S:
                 await self._records.remove(payment.key)
@@ -184,29 +185,30 @@ class Ledger:
         return max(own, key=lambda payment: payment.number, default=None)
 
     async def is_paid_for(self, item_id: str) -> bool:
-        """Whether a clip is being made, or waits to be fetched. Raises RecordsUnavailable."""
+        """Whether a paid clip is being made or waits to be fetched. Raises RecordsUnavailable."""
         latest = await self.latest(item_id)
         return latest is not None and latest.status == "created"
 
     async def read(self, key: str) -> Payment | None:
-        """One payment as the books have it now. Raises RecordsUnavailable."""
+        """One payment as it is recorded now. Raises RecordsUnavailable."""
         text = await self._records.get(key)
         return None if text is None else _read(key, text)
 
     async def begin(self, payment: Payment) -> Payment | None:
-        """Writes an intent and returns it, dated; None where somebody else has written one of that number before.
+        """Writes an intent and returns it, dated; None where another process has taken that number.
 
-        Raises BudgetSpent, RecordsUnavailable; nothing was written then that allows a payment.
+        Raises BudgetSpent, RecordsUnavailable; the caller must not pay then.
         """
         async with self._lock:
             payment = payment.model_copy(update={"at": self._clock()})
             self._check_budget(await self._records.all(), payment)
             try:
                 is_first = await self._records.add(payment.key, payment.model_dump_json())
-                # A client of the records that asks again when an answer is lost is told No by its own first try.
+                # `add` may have succeeded although its answer was lost, and was then repeated by the client of the
+                # store, which was told that the key exists. If the record is our own, we were first.
                 if not is_first and await self.read(payment.key) != payment:
                     return None
-                # Others may have spent the same dollars at the same moment; of those, the later one sees both.
+                # Two processes may pass the check above at once. The later one sees both intents here, and gives up.
                 self._check_budget(await self._records.all(), payment)
                 await self.unreserve(payment.item_id)
             except BaseException:
@@ -215,23 +217,23 @@ class Ledger:
             return payment
 
     async def write(self, payment: Payment, **update: Any) -> Payment:
-        """Writes what has become known of a payment, and returns it. Raises RecordsUnavailable."""
+        """Writes a payment with changes, and returns it. Raises RecordsUnavailable."""
         payment = payment.model_copy(update=update)
         await self._records.put(payment.key, payment.model_dump_json())
         return payment
 
     async def discard(self, payment: Payment) -> None:
-        """Forgets an intent that certainly was not paid for. Raises RecordsUnavailable."""
+        """Removes an intent that certainly was not paid for. Raises RecordsUnavailable."""
         await self._records.remove(payment.key)
 
     async def _undo(self, payment: Payment) -> None:
-        """Forgets an intent that nothing will come of, if it was written; else it would be in doubt for ever."""
+        """Removes an intent whose call will not be sent, or it would stay in doubt for ever."""
         with anyio.CancelScope(shield=True), anyio.move_on_after(UNDO_LIMIT_S), suppress(RecordsUnavailable):
             if await self.read(payment.key) == payment:
                 await self.discard(payment)
 
     def _check_budget(self, kept: dict[str, str], payment: Payment) -> None:
-        own = {payment.key, f"reserved/{payment.item_id}"}  # what was set aside was set aside for this
+        own = {payment.key, f"reserved/{payment.item_id}"}  # the reservation is for this very payment
         spent = self._spent_usd({key: text for key, text in kept.items() if key not in own})
         if spent + payment.cost_usd > self._budget_usd + HALF_A_CENT:
             raise BudgetSpent(
@@ -253,9 +255,9 @@ class Ledger:
 
 
 class Purchase:
-    """One item's paid generation, as the holder of its lease sees it: resume, or intend → created → ended.
+    """The paid generation of one item, for the holder of its lease: `resume`, or `intend` → `created` → `end`.
 
-    Every method raises RecordsUnavailable, and then what it was about may have been written or not.
+    Every method raises RecordsUnavailable; the change may have been recorded all the same.
     """
 
     def __init__(self, ledger: Ledger, item_id: str, holder: str) -> None:
@@ -268,15 +270,15 @@ class Purchase:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Codes with which the provider failed this request until now, under whatever lease; known after `resume`."""
+        """The provider's failure codes for this request so far, under any lease; known after `resume`."""
         return self._failures
 
     async def resume(self, request: str, *, replays: int = 0) -> Payment | None:
-        """The created payment to go on with, now followed by us; None where a new one may be made.
+        """The created payment to continue with, which is ours from now on; None where a new payment may be made.
 
-        An intent without an id is waited for while somebody else may be paying at this moment; after that it is in
-        doubt, and allowed to be paid for again only `replays` times. Raises PaymentInDoubt, and LeaseLost where it was
-        delivered or cancelled under another lease since this one began.
+        While another process may be paying at this moment, its intent is waited for. After that the intent is in doubt,
+        and the request may be paid for again only `replays` times. Raises PaymentInDoubt, and LeaseLost where the item
+        was delivered or cancelled under another lease since this one began.
         """
         waited_until = anyio.current_time() + CREATION_S
         while True:
@@ -292,7 +294,7 @@ class Purchase:
                 last.status in ("delivered", "cancelled")
                 and last.holder != self._holder
                 and (last.ended_at or 0) > self._since
-            ):  # a queue that is not atomic handed the task to two at once, and we were the slow one
+            ):  # the queue leased the task twice, and the other holder was faster
                 raise LeaseLost(f"{last.holder} has {last.status} it meanwhile", confirmed=False)
             self._failures = () if last.status == "delivered" else last.failures
             self._replays = last.replays
@@ -302,8 +304,8 @@ class Purchase:
                 return self._payment
             if last.status != "intended":
                 return None
-            # Our own, whose call has returned without an answer. Not that of another process under the same lease:
-            # it may have been told to stop a moment ago, and be waiting for its answer.
+            # Our own intent is in doubt at once, since its call has returned without an answer. That of another process
+            # under the same lease is not: the process may be stopping, and still be waiting for its answer.
             mine = self._payment is not None and self._payment.key == last.key
             if mine or last.is_doubtful or anyio.current_time() >= waited_until:
                 break
@@ -317,11 +319,12 @@ class Purchase:
             )
         log.warning("payment_replayed", item_id=self._item_id, cost_usd=last.cost_usd)
         self._replays = last.replays + 1
-        await self._ledger.write(last, status="in_doubt", replays=self._replays)  # counted, even if we end here
+        # Recorded before the order is sent again, so that the replay counts even if this process dies now.
+        await self._ledger.write(last, status="in_doubt", replays=self._replays)
         return None
 
     async def intend(self, request: str, *, model: str, cost_usd: float) -> bool:
-        """Before the paid call is sent, after `resume`. False where somebody else came first: `resume` again.
+        """Records the intent, after `resume` and before the paid call. False if another was first: `resume` again.
 
         Raises BudgetSpent.
         """
@@ -340,9 +343,9 @@ class Purchase:
         return self._payment is not None
 
     async def created(self, external_id: str, cost_usd: float | None = None) -> None:
-        """The provider answered. `cost_usd` is its own price, where it told one.
+        """Records the provider's id. `cost_usd` is the provider's own price, if it named one.
 
-        Keeps both even where RecordsUnavailable is raised: called again, it writes them again.
+        After RecordsUnavailable this object still has both, so a later call writes them again.
         """
         mine = self._mine()
         cost_usd = mine.cost_usd if cost_usd is None else cost_usd
@@ -351,18 +354,18 @@ class Purchase:
         found = await self._ledger.read(mine.key)
         if found is None or (found.is_open and found.holder == self._holder):
             await self._ledger.write(self._payment)
-        else:  # we were given up on meanwhile, or taken over; the id and the price belong into the books all the same
+        else:  # another process has written the payment off or taken it over; id and price are recorded all the same
             await self._ledger.write(found, external_id=external_id, cost_usd=cost_usd)
 
     async def withdraw(self) -> None:
-        """The paid call was certainly not carried out."""
+        """Removes the intent: the paid call was certainly not carried out."""
         payment, self._payment = self._mine(), None
         if payment.status != "intended":
             raise RuntimeError("what was created cannot be withdrawn")
         await self._ledger.discard(payment)
 
     async def end(self, ending: Ending, failure: str | None = None, *, cost_usd: float | None = None) -> None:
-        """Nothing more will come of it. Harmless where nothing is open, or somebody else follows it now."""
+        """Records how the payment ended. Does nothing if none is open, or if another lease has taken it over."""
         payment, self._payment = self._payment, None
         if failure is not None:
             self._failures = (*self._failures, failure)
@@ -373,7 +376,7 @@ class Purchase:
             )
 
     async def is_ours(self) -> bool:
-        """Whether nobody else has taken over what we paid for."""
+        """Whether no other lease has taken over what we paid for."""
         return self._payment is not None and await self._follows(self._payment)
 
     async def _follows(self, payment: Payment) -> bool:

@@ -1,7 +1,7 @@
-"""A few small records that outlive the process that wrote them.
+"""Small records that outlive the process that wrote them.
 
-What a ledger or a dispatcher has to remember is kilobytes, and the only thing it asks of its store is that two
-writers cannot both be first. `modal.Dict` is such a store, and so are a SQLite file on any box and a dict in tests.
+A ledger or a dispatcher remembers kilobytes, and needs only one guarantee of its store: of two writers that add the
+same key, one is told that it was first. `modal.Dict`, a SQLite file and, in tests, a dict give that guarantee.
 """
 
 import sqlite3
@@ -18,7 +18,7 @@ from inference.errors import RecordsUnavailable
 T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 10.0
-"""How long one process waits for another's write: writes here take milliseconds."""
+"""How long one process waits for another's write. Writes take milliseconds."""
 
 SCHEMA = "CREATE TABLE IF NOT EXISTS records (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 
@@ -26,23 +26,23 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS records (key TEXT PRIMARY KEY, value TEXT N
 class Records(Protocol):
     """Text by key. Every call is one atomic step.
 
-    Raises RecordsUnavailable, from any method; a write may have been kept all the same.
+    Raises RecordsUnavailable, from any method; a write may have been carried out all the same.
     """
 
     async def add(self, key: str, value: str) -> bool:
-        """Writes unless the key is there already; says whether it wrote. One of two who race is told False."""
+        """Writes unless the key exists; returns whether it wrote. Of two callers that race, one gets False."""
         ...
 
     async def get(self, key: str) -> str | None:
-        """What was written last, or None."""
+        """The value written last, or None."""
         ...
 
     async def put(self, key: str, value: str) -> None:
-        """Writes, whatever was there."""
+        """Writes, also over an existing value."""
         ...
 
     async def remove(self, key: str) -> None:
-        """Forgets the key, if it is there."""
+        """Removes the key, if it exists."""
         ...
 
     async def all(self) -> dict[str, str]:
@@ -51,7 +51,7 @@ class Records(Protocol):
 
 
 class MemoryRecords:
-    """Records for as long as the process lives: a one-off without a queue, and tests."""
+    """Records that end with the process: for single runs without a queue, and for tests."""
 
     def __init__(self, kept: Mapping[str, str] | None = None) -> None:
         self._kept = dict(kept or {})
@@ -86,7 +86,7 @@ class MemoryRecords:
 
 
 class SqliteRecords:
-    """Records in a file that several processes may share."""
+    """Records in a file, which several processes may share."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -116,15 +116,15 @@ class SqliteRecords:
         return await self._run(lambda connection: dict(connection.execute("SELECT key, value FROM records").fetchall()))
 
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """One transaction in a connection of its own: nothing to share between threads, nothing to close later."""
+        """One transaction on a connection of its own, so that threads share none and none has to be closed later."""
 
         def transaction() -> T:
             try:
                 private.make_folder(self._path.parent, f"{self._path.name}*", "dispatch-*.lock")
-                private.make_file(self._path)  # SQLite gives the files beside it the same rights
+                private.make_file(self._path)  # SQLite gives its journal files the same permissions
                 connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
                 try:
-                    connection.execute("PRAGMA synchronous = FULL")  # an intent that a power cut undoes was none
+                    connection.execute("PRAGMA synchronous = FULL")  # an intent has to survive a power cut
                     connection.execute(SCHEMA)
                     return work(connection)
                 finally:
@@ -132,5 +132,5 @@ class SqliteRecords:
             except (OSError, sqlite3.Error) as error:
                 raise RecordsUnavailable(f"{self._path} cannot be used: {error}") from None
 
-        # Shielded by not being abandoned: a write that was begun is finished before a cancellation is felt.
+        # Not abandoned on cancellation: a write that has begun is finished first.
         return await anyio.to_thread.run_sync(transaction)

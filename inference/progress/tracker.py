@@ -13,12 +13,12 @@ DELIVERY_STAGES: Mapping[str, float] = {"download": 2, "wait": 0, "generate": 90
 
 
 class Progress(Value):
-    """A full snapshot, never a difference: whoever missed the last one lost nothing."""
+    """A complete snapshot and not a difference, so that missing one loses nothing."""
 
     stage: str
-    done: float  # of `total`, in whatever the stage counts
+    done: float  # of `total`, in units of the stage
     total: float
-    fraction: float  # of the whole job, 0..1; below 1 until the queue accepted the end
+    fraction: float  # of the whole job, 0..1; below 1 until the queue accepted the report
 
 
 Sink = Callable[[Progress], None]
@@ -32,15 +32,15 @@ class FileProgress:
 
     repository: str
     path: str  # in its repository
-    size_bytes: int  # as published; in a check, of what lies here
-    number: int  # of this file, from 1
+    size_bytes: int  # as published; during a check, as it is on disk
+    number: int  # position of this file in the call, from 1
     count: int  # of the files of this call
     step: Step = "download"
     done_bytes: int = 0
 
 
 def both(one: Sink, other: Sink) -> Sink:
-    """A sink that is two."""
+    """A sink that passes each snapshot on to both."""
 
     def sink(progress: Progress) -> None:
         one(progress)
@@ -50,7 +50,7 @@ def both(one: Sink, other: Sink) -> Sink:
 
 
 def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
-    """The stages of one lease with an engine's own in the place of `generate`, scaled to its share."""
+    """Stages of one lease with their weights; the engine's own stages replace `generate` and share its weight."""
     scale = DELIVERY_STAGES["generate"] / sum(engine_stages.values())
     stages: dict[str, float] = {}
     for stage, weight in DELIVERY_STAGES.items():
@@ -62,13 +62,13 @@ def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
 
 
 class ProgressTracker:
-    """Turns (stage, done, total) into snapshots whose fraction never falls and reaches 1 only by `finish`.
+    """Turns (stage, done, total) into snapshots whose fraction never falls and reaches 1 only through `finish`.
 
-    Stages it was not told of count time but move nothing. Safe to call from any thread; the sink is called in
-    the caller's thread.
+    A stage that is not among `stages` counts time but does not move the fraction. Safe to call from any thread; the
+    sink is called in the caller's thread.
     """
 
-    CEILING = 0.99  # what is not accepted is not finished
+    CEILING = 0.99  # the rest is for `finish`, when the queue has accepted the report
 
     def __init__(self, stages: Mapping[str, float], sink: Sink | None = None) -> None:
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class ProgressTracker:
         self.latest: Progress | None = None
 
     def update(self, stage: str, done: float = 0, total: float = 1) -> None:
-        """Says that `stage` is `done` of `total`; naming another stage ends the one before."""
+        """Reports `done` of `total` for a stage; naming another stage ends the one before."""
         with self._lock:
             self._count_time()
             last = self.latest.fraction if self.latest else 0.0
@@ -97,7 +97,7 @@ class ProgressTracker:
             self._sink(snapshot)
 
     def finish(self) -> None:
-        """The end was accepted: 100 %."""
+        """The queue accepted the report: 100 %."""
         with self._lock:
             self._count_time()
             self.latest = Progress(stage="done", done=1, total=1, fraction=1.0)

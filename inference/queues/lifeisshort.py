@@ -1,7 +1,7 @@
 """The Life-is-Short worker API: a Next.js application that owns the queue and presigns its storage.
 
-Its wire, and where the real server differs from its documents, is told beside each call. Every method is one try;
-the only repetition is what this dialect needs to tell its answers apart.
+Each method describes its protocol and where the real server differs from its documentation. Every method is one
+attempt; a call is repeated only where one answer is ambiguous and a second one settles its meaning.
 """
 
 import math
@@ -60,16 +60,16 @@ from inference.transfer.storage_errors import FOREIGN, reason_of
 logger = structlog.get_logger(__name__)
 
 LEASE_SEQ = "lease_seq"
-"""The one extra that is used: it goes back with every write (see `_fence`). All others are ignored."""
+"""The one extra field that is used: every write sends it back (see `_fence`)."""
 
 CONFIRM_SHARE = 1 / 20
-"""The share of a lease that a heartbeat may pause at most before it asks again. With the pause it may take a fifth of
-the lease (`keeper.py`)."""
+"""The longest pause before a heartbeat is repeated, as a share of the lease. `keeper.py` allows a heartbeat, this pause
+included, a fifth of the lease."""
 
 MAX_MESSAGE_CHARS = 1000
-"""Of an error reported to the queue, or of a payload in the log."""
+"""Limit for an error message reported to the queue, and for a payload in the log."""
 
-# Supabase's words for a path that is taken; a Next.js server passes them on with whatever status.
+# What Supabase says of a path that is taken. The Next.js server passes the text on, with varying status codes.
 TAKEN = re.compile("already exists|duplicate", re.IGNORECASE)
 
 ONLY_THE_NEXT = (
@@ -87,7 +87,7 @@ class LifeIsShortQueue:
     """
 
     CONFIRM_AFTER_S: ClassVar[float] = 2.5
-    """The real server answers a beat with 404 both for a lost lease and for a database hiccup: ask once more."""
+    """Pause before a heartbeat answered 404 is repeated: the real server says 404 for a database hiccup, too."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class LifeIsShortQueue:
         bypass: str | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`bypass`: the secret of Vercel's Deployment Protection, sent with every call where it is given."""
+        """`bypass`: the bypass secret of Vercel's Deployment Protection; if given, every call sends it."""
         self._worker_id = worker_id
         self._storage = storage
         self._filter = {} if worker_type is None else {"worker_type": worker_type}  # older deployments do not know it
@@ -123,7 +123,8 @@ class LifeIsShortQueue:
             raise SettingsError(f"WORKER_ID: {explain(error)}") from None
         if not (lease_s >= 2 and 2 <= extension_s <= 86_400):
             raise SettingsError("LEASE_DURATION: leases and their extensions last from 2 s to a day")
-        # A server that never spoke of cancelling may refuse fields it does not know, so ours wait for that.
+        # Progress is our extension, and other servers may refuse unknown fields. A server that reports
+        # `cancel_requested` has the extension; until one does, no progress is sent.
         self._speaks_progress = False
         self._tells_backlog = True
         self._was_there = False  # the worker API has answered at this address
@@ -144,16 +145,16 @@ class LifeIsShortQueue:
         await self._client.aclose()
 
     async def check(self) -> None:
-        """As TaskQueue.check: a beat for a task that cannot exist."""
+        """As TaskQueue.check: sends a heartbeat for a task that cannot exist."""
         body = {"item_id": str(uuid.uuid4()), "worker_id": f"{self._worker_id}.check", "extend_seconds": 1}
         answer = await self._ask("heartbeat", body)
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
 
     async def check_storage(self) -> str | None:
-        """As TaskQueue.check_storage, learned from an upload URL for a task that cannot exist; nothing is sent there.
+        """As TaskQueue.check_storage, from an upload URL for a task that cannot exist; nothing is uploaded.
 
-        None where the queue signs none without a task.
+        None where the queue presigns nothing for such a task.
         """
         body = {"operation": "upload", "video_item_id": str(uuid.uuid4()), "file_extension": "mp4"}
         answer = await self._ask("presign", body)
@@ -164,7 +165,7 @@ class LifeIsShortQueue:
         return httpx.URL(url).host
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
-        """As TaskQueue.lease. The server may hand one task to two callers: beat before spending anything on it."""
+        """As TaskQueue.lease. The real server may lease a task twice: send a heartbeat before spending anything."""
         worker_id = f"{self._worker_id}.{_token()}"
         body = {"worker_id": worker_id, "lease_duration_seconds": math.ceil(self._lease_s), **self._filter}
         if item_id is not None:
@@ -190,7 +191,7 @@ class LifeIsShortQueue:
         return Lease(task=task, worker_id=worker_id, length_s=self._extension_s)
 
     async def backlog(self) -> int | None:
-        """As TaskQueue.backlog: an extension of the embedded server. Where it is not known, it is asked for once."""
+        """As TaskQueue.backlog: an extension of the embedded server. A server without it is asked only once."""
         if self._tells_backlog:
             answer = await self._ask("backlog", self._filter)
             if answer.status not in (404, 405):
@@ -203,7 +204,7 @@ class LifeIsShortQueue:
         said = {}
         if progress is not None and self._speaks_progress:
             said["progress"] = {"stage": progress.stage, "fraction": progress.fraction}
-        # Rounded up: the server must not believe in a shorter lease than its holder does.
+        # Rounded up: the lease must not be shorter for the server than for its holder.
         data = await self._renew(lease, math.ceil(lease.length_s), **said)
         if isinstance(data, dict) and "cancel_requested" in data:
             self._speaks_progress = True
@@ -211,7 +212,7 @@ class LifeIsShortQueue:
                 raise CancelRequested(f"task {lease.task.item_id}: cancelled by a person")
 
     async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
-        """As TaskQueue.fetch_photo. A URL that has expired, or leads to nothing, is presigned again, once."""
+        """As TaskQueue.fetch_photo. If the URL has expired or its object is missing, it is presigned again, once."""
         path = folder / f"photo{_suffix(lease.task.photo_storage_path)}"
         url = await self._presign_download(lease)
         with _reaching_storage():
@@ -225,12 +226,13 @@ class LifeIsShortQueue:
     async def deliver(self, lease: Lease, video: Video) -> str:
         """As TaskQueue.deliver.
 
-        What lies at `videos/{item_id}.mp4` already may be of an earlier prompt, so it is neither reported nor
-        overwritten: the video goes beside it, under this lease's token. If that is taken too, an earlier try of
-        this lease was stored and its answer lost; a cut one leaves no object, but which video it was is unknown.
+        An object that exists at `videos/{item_id}.mp4` may be the video of an earlier prompt, so it is neither reported
+        nor overwritten: the video is stored beside it, under this lease's token. If that path is taken as well, an
+        earlier attempt of this lease was stored and its answer lost; since it is unknown which video it was, a third,
+        unique path is used.
 
-        The real server answers 500 for a path that is taken, without the reason. So the next path is asked for at
-        once, and only where none is signed is it the server that failed.
+        The real server answers 500 for a path that is taken, without the reason. So the next path is tried at once, and
+        only if none can be presigned has the server failed.
         """
         for extension in ("mp4", f"{lease.token}.mp4"):
             try:
@@ -245,7 +247,7 @@ class LifeIsShortQueue:
         await self._report(lease, {"status": "completed", "video_storage_path": storage_path, **ids})
 
     async def fail(self, lease: Lease, message: str) -> None:
-        """As TaskQueue.fail. Every one that lands adds to the task's retry_count."""
+        """As TaskQueue.fail. Each report that the server accepts increments the task's retry_count."""
         await self._report(lease, {"status": "failed", "error_message": _bounded(message) or "no reason given"})
 
     async def release(self, lease: Lease) -> None:
@@ -253,7 +255,7 @@ class LifeIsShortQueue:
         await self._renew(lease, RELEASE_S)
 
     async def _renew(self, lease: Lease, extend_s: int, **said: Any) -> Any:
-        """The answer to a heartbeat. Asks twice before it believes that the lease is lost. Raises LeaseLost."""
+        """Sends a heartbeat and returns its answer. A 404 has to be confirmed by a second one. Raises LeaseLost."""
         body = {**_fence(lease), "extend_seconds": extend_s, **said}
         answer = await self._ask("heartbeat", body)
         if answer.refused_with(404):
@@ -262,7 +264,7 @@ class LifeIsShortQueue:
         return self._data_of_own_lease(answer, lease)
 
     async def _report(self, lease: Lease, said: Mapping[str, Any]) -> None:
-        """Reports an end, and once more where a 404 was not meant. Raises LeaseLost, CancelRequested."""
+        """Reports an end, and again if a 404 was a hiccup of the server. Raises LeaseLost, CancelRequested."""
         body = {**_fence(lease), **said}
         answer = await self._ask("report", body)
         if answer.refused_with(404):
@@ -273,19 +275,19 @@ class LifeIsShortQueue:
         self._data_of_own_lease(answer, lease)
 
     async def _believe_heartbeats(self, lease: Lease) -> None:
-        """Asks whether the lease is lost: any route of the real server says 404 where its database only hiccuped.
+        """After a 404 that may be a database hiccup, which every route of the real server reports as 404.
 
-        Raises LeaseLost where it is, CancelRequested.
+        Raises LeaseLost if heartbeats confirm that the lease is lost, CancelRequested.
         """
         await self.heartbeat(lease)
 
     async def _insist(self, item_id: str, payload: object, worker_id: str) -> None:
-        """The real server knows no `item_id` and hands out the next task: that one goes back. Raises QueueRefused."""
+        """Hands back a task that was not asked for: the real server ignores `item_id`. Raises QueueRefused."""
         other = payload.get("item_id") if isinstance(payload, Mapping) else None
         if not isinstance(other, str) or other == item_id:
             return
         body = {"item_id": other, "worker_id": worker_id, "extend_seconds": 1}
-        for pause_s in (0, self.CONFIRM_AFTER_S):  # as for a beat: the first 404 may be a hiccup
+        for pause_s in (0, self.CONFIRM_AFTER_S):  # as for a heartbeat, the first 404 may be a hiccup
             await anyio.sleep(pause_s)
             try:
                 (await self._ask("heartbeat", body)).data()
@@ -299,14 +301,14 @@ class LifeIsShortQueue:
         try:
             (await self._ask("report", body)).data()
         except I2VError as error:
-            # Its lease lapses, and whoever gets it next tries again.
+            # Its lease expires, and its next holder reports it again.
             logger.warning("malformed task could not be reported", item_id=item_id, problem=str(error))
 
     async def _presign_download(self, lease: Lease) -> str:
         path = lease.task.photo_storage_path
         answer = await self._ask("presign", {"operation": "download", "storage_path": path})
-        # Supabase signs only what exists. Whatever status its "Object not found" is passed on with, it stays true; but
-        # the API's own 404 may be a hiccup of its database, as everywhere.
+        # Supabase presigns only objects that exist, and its "Object not found" means so whatever the status code. A 404
+        # of the API itself may also be a hiccup of its database; ObjectUnsigned is retryable for that reason.
         is_missing = answer.status in (200, 404) or "not found" in answer.error.lower()
         if answer.success is False and answer.status != 401 and is_missing:
             raise ObjectUnsigned(f"{path}: the photo is gone from storage ({answer.error})")
@@ -315,10 +317,10 @@ class LifeIsShortQueue:
         return answer.data_as(SignedDownload).url
 
     async def _tell_missing_from_away(self, lease: Lease, unsigned: Answer) -> None:
-        """The real server answers 500 where the photo is missing, and where its storage does not work.
+        """The real server answers 500 both for a missing photo and for a storage that is down.
 
-        It signs a download only where the photo exists, and an upload only where nothing does. So an upload to a path
-        that nobody ever used is signed unless the storage does not work. Signing leaves no trace there.
+        It presigns a download only if the photo exists, and an upload only if the path is free. So asking for an upload
+        to a fresh path tells the cases apart: it fails only if the storage is down. Presigning stores nothing.
         Raises ObjectUnsigned, StorageAway, LeaseLost.
         """
         path, said = lease.task.photo_storage_path, f"presign: {unsigned.status} {unsigned.error}"
@@ -332,7 +334,7 @@ class LifeIsShortQueue:
         body = {"operation": "upload", "video_item_id": lease.task.item_id, "file_extension": extension}
         answer = await self._ask("presign", body)
         if answer.success is False and TAKEN.search(answer.error):
-            # Supabase signs no upload to a path that is taken, unless told to overwrite.
+            # Supabase presigns no upload to a path that is taken, unless told to overwrite.
             raise ObjectExists(f"presign: {answer.status} {answer.error}")
         if answer.refused_with(404):
             await self._believe_heartbeats(lease)
@@ -348,7 +350,7 @@ class LifeIsShortQueue:
                 except UrlExpired:
                     signed = await self._presign_upload(lease, extension)
                     await self._storage.upload(signed.url, path)
-        except ObjectMissing as error:  # of a place to put things that is no fault of the task
+        except ObjectMissing as error:  # an upload that meets a missing bucket or folder is not the fault of the task
             raise StorageUnavailable(f"nothing can be stored there: {error}") from None
         return signed.storage_path
 
@@ -358,17 +360,17 @@ class LifeIsShortQueue:
         return answer.data()
 
     def _data_of_known_call(self, answer: Answer) -> Any:
-        """As `data`, for calls that exist wherever the worker API does."""
-        if answer.status == 404 and self._was_there:  # a deployment that changes hands; whoever waits loses no clip
+        """As `Answer.data`, for calls that every deployment of the worker API has, so never a plain 404."""
+        if answer.status == 404 and self._was_there:  # the app is being redeployed; waiting loses no clip
             raise QueueUnavailable(f"{answer.call}: 404 {answer.error}: the worker API was there before")
         if answer.status == 404:
             raise QueueRefused(f"{answer.call}: 404: no worker API at this URL: {self._client.base_url}")
         return answer.data()
 
     async def _ask(self, call: str, body: Mapping[str, Any]) -> Answer:
-        """Raises QueueUnavailable where there was no answer; whether the call was carried out is unknown then."""
+        """One call. Raises QueueUnavailable where no answer came; whether it was carried out is unknown then."""
         try:
-            with anyio.fail_after(self._request_timeout_s):  # httpx's own limit is per read
+            with anyio.fail_after(self._request_timeout_s):  # the timeout of httpx is per read
                 response = await self._client.post(call, json=body)
         except FOREIGN as error:
             raise QueueUnavailable(f"{call}: {self._client.base_url.host}: {self._clean(reason_of(error))}") from None
@@ -402,7 +404,7 @@ class LifeIsShortQueue:
 
 @contextmanager
 def _reaching_storage() -> Iterator[None]:
-    """Where nobody is met at the storage's address, the next task would fare no better. Raises StorageAway."""
+    """If the storage's host cannot be reached, every other task would fail as well. Raises StorageAway."""
     try:
         yield
     except StorageUnreached as error:
@@ -410,7 +412,7 @@ def _reaching_storage() -> Iterator[None]:
 
 
 def _fit_for_a_header(name: str, secret: str | None) -> str:
-    """A secret as a header holds it; empty for none. Raises SettingsError."""
+    """A secret made ready for an HTTP header; empty for None. Raises SettingsError."""
     text = (secret or "").strip()
     if not text.isascii() or not text.isprintable():
         raise SettingsError(f"{name}: must be printable ASCII")
@@ -422,12 +424,12 @@ def _token() -> str:
 
 
 def _unique_extension(lease: Lease) -> str:
-    """Of a path that nobody has used, earlier tries of this lease included."""
+    """The end of a path that is certainly free, also of earlier attempts of this lease."""
     return f"{lease.token}-{secrets.token_hex(2)}.mp4"
 
 
 def _fence(lease: Lease) -> dict[str, Any]:
-    """What every write about a lease carries; `lease_seq` only where the server hands it out."""
+    """The fencing fields of every write; `lease_seq` is among them where the server hands it out."""
     fence: dict[str, Any] = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
     lease_seq = lease.task.extras.get(LEASE_SEQ)
     if isinstance(lease_seq, int) and not isinstance(lease_seq, bool):
@@ -436,7 +438,7 @@ def _fence(lease: Lease) -> dict[str, Any]:
 
 
 def _suffix(path: str) -> str:
-    """The photo's extension, for people: what it is, its bytes say."""
+    """The photo's extension, for people who look at the folder; the format is detected from the bytes."""
     suffix = PurePosixPath(path).suffix.lower()
     return suffix if re.fullmatch(r"\.[a-z0-9]{1,5}", suffix) else ""
 

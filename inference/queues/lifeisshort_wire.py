@@ -1,4 +1,4 @@
-"""The shapes of the Life-is-Short worker API, and the one place where they are validated."""
+"""Messages of the Life-is-Short worker API, validated in this one place."""
 
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ BYPASS_SETTING = "VERCEL_AUTOMATION_BYPASS_SECRET"
 """vercel.com/docs/deployment-protection/methods-to-bypass-deployment-protection/protection-bypass-automation"""
 
 PROTECTION_MARK = b"_vercel_sso_nonce"
-"""In the page that Vercel's Deployment Protection answers with, 401 to every call (seen before the real app)."""
+"""Found in the 401 page that Vercel's Deployment Protection answers every call with, in front of the real app."""
 
 
 class Backlog(BaseModel):
@@ -24,39 +24,39 @@ class Backlog(BaseModel):
 
 
 class SignedDownload(BaseModel):
-    """`data` of a presign answer; when the URL expires only its own server knows."""
+    """`data` of a presign answer. It does not say when the URL expires."""
 
     url: Annotated[str, Field(min_length=1)]
 
 
 class SignedUpload(SignedDownload):
-    """The same for an upload, with the path the server chose: the one to report."""
+    """The same for an upload, with the path that the server chose, which has to be reported."""
 
     storage_path: StoragePath
 
 
 class Answer(NamedTuple):
-    """One answer of the API, or of whatever stands in its place."""
+    """One answer of the API, or of a proxy or gateway in front of it."""
 
     call: str
     status: int
     is_json: bool
-    success: bool | None  # None: not the API's envelope, so it was not the API that answered
+    success: bool | None  # None: the body is not the API's envelope, so something else answered
     payload: Any
     error: str
     is_protected: bool = False  # Vercel's Deployment Protection answered instead of the app
 
     def refused_with(self, *statuses: int) -> bool:
-        """Whether the API itself, not a proxy in front of it, refused with one of these."""
+        """Whether the API itself, and not a proxy in front of it, refused with one of these statuses."""
         return self.success is False and self.status in statuses
 
     @property
     def has_failed(self) -> bool:
-        """Whether the API itself, not a gateway in front of it, says that it could not do it."""
+        """Whether the API itself, and not a gateway in front of it, answered 5xx."""
         return self.success is False and self.status >= 500
 
     def data(self) -> Any:
-        """What was asked for. Raises QueueAuthError, QueueFailed, QueueUnavailable, QueueRefused."""
+        """`data` of a successful answer. Raises QueueAuthError, QueueFailed, QueueUnavailable, QueueRefused."""
         said = f"{self.call}: {self.status} {self.error}".rstrip()
         if self.is_protected:
             raise QueueAuthError(
@@ -80,7 +80,7 @@ class Answer(NamedTuple):
         raise QueueRefused(said)
 
     def data_as(self, model: type[M]) -> M:
-        """What was asked for, in its shape. Raises as `data`, and QueueRefused for another shape."""
+        """`data` of a successful answer, validated. Raises as `data`, and QueueRefused where it does not fit."""
         try:
             return model.model_validate(self.data())
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Runway's API as an engine: photos are prepared for it, clips fetched from it; `runway_paid.py` has what lies between.
+"""Runway's API as an engine: prepares photos and fetches clips; `paid.py` orders and pays.
 
 photo → upright JPEG without metadata → a task, paid for once → download → cut to length and tidied
 """
@@ -42,29 +42,29 @@ log = structlog.get_logger(__name__)
 BASE_URL = "https://api.dev.runwayml.com"
 
 DOWNLOAD_TRIES = 3
-"""URLs of clips expire, and asking for the task again makes new ones."""
+"""URLs of clips expire; each further download asks Runway for a new one."""
 
 MAX_VIDEO_BYTES = 500_000_000
 """Ten seconds of 1080p are some 20 MB."""
 
 PHOTO_SIDE_PX = 4096
-"""More than twice what any model makes of it; Runway takes less than 8000."""
+"""More than twice the size of any clip; Runway accepts less than 8000."""
 
 PHOTO_WIDEST = 2.0
-"""Longer side over shorter: Runway refuses more, and cuts what it takes to the clip's own shape."""
+"""Longer side over shorter. Runway refuses wider photos, and crops all others to the clip's shape."""
 
 DEFAULT_PROMPT = "Subtle, natural motion. The camera pushes in slowly and steadily."
-"""For a model that does not go without one."""
+"""For a model that requires a prompt."""
 
 
 class RunwayEngine:
-    """Generates at Runway, as many at once as are asked for; what the account's tier does not allow waits there.
+    """Generates at Runway, any number of clips at once; Runway queues what exceeds the account's tier.
 
-    A length that the model does not make is ordered longer and cut. The model picks the size: `max_area_px` means
-    nothing to it. `audio`: buy sound of models that make any. `default_duration_s`: of clips of requests that name no
-    length; None: what their queue means by that. `replays` is how often a request whose answer was lost is paid for
-    again without asking; `transport` takes the network's place, guards included: for tests. Raises SettingsError for a
-    model that is not known, and for a size that it does not make.
+    If the model does not offer a length, a longer clip is ordered and cut. The model decides the size, so `max_area_px`
+    is ignored. `audio`: buy sound, where the model makes any. `default_duration_s`: the length of clips whose request
+    names none; None: the queue's default. `replays`: how often a request whose answer was lost is paid for again
+    without asking a person. `transport` replaces the network and its guards, for tests. Raises SettingsError for an
+    unknown model, and for a size that it does not offer.
     """
 
     name = "runway"
@@ -95,11 +95,11 @@ class RunwayEngine:
         self._told: set[str] = set()
 
     def refuse(self, request: GenerationRequest) -> None:
-        """Raises InvalidRequest for what the model cannot do, naming the field. Costs nothing."""
+        """Raises InvalidRequest, naming the field, for what the model cannot do. Sends nothing."""
         model_for(request.provider, self._model).refuse(request)
 
     async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """Makes `runway.mp4` in `folder`, or goes on with what the job's books say was paid for.
+        """Makes `runway.mp4` in `folder`, or continues with what was paid for already, according to the ledger.
 
         Raises InvalidRequest, ContentRefused, InvalidPhoto, EngineFailed, EngineHung, PaymentInDoubt,
         ProviderUnavailable, AccountError, BudgetSpent, StorageError, MediaError, MachineFault.
@@ -128,7 +128,7 @@ class RunwayEngine:
     ) -> Video:
         job.report("prepare")
         if not await anyio.Path(folder).is_dir():
-            raise MachineFault(f"there is no folder {folder.name} to work in")  # found out before anything is paid
+            raise MachineFault(f"there is no folder {folder.name} to work in")  # checked before anything is paid
         order = await anyio.to_thread.run_sync(self._order, request, photo)
         job.raise_if_cancelled()
 
@@ -151,7 +151,7 @@ class RunwayEngine:
             with anyio.move_on_after(self._timeout_s):
                 await paid.pay()
                 task = await paid.succeeded()
-            if task is not None:  # paid for: fetching it has limits of its own
+            if task is not None:  # paid for; fetching has time limits of its own
                 job.report("fetch")
                 video = await _fetch(storage, paid, task, folder, order.model.cut_s(request.duration_s))
                 job.report("fetch", 1)
@@ -161,7 +161,7 @@ class RunwayEngine:
             raise
         if not paid.id:
             raise ProviderUnavailable(f"it took no order within the {self._timeout_s:g} s of RUNWAY_TIMEOUT")
-        if paid.is_unheard:  # it goes on there all the same, and is fetched when Runway answers again
+        if paid.is_unheard:  # the task continues at Runway, and is fetched once Runway answers again
             await paid.let_go()
             raise ProviderUnavailable(f"it did not say how task {paid.id} is, which is paid for")
         await paid.stop()
@@ -174,7 +174,7 @@ class RunwayEngine:
             self._told.add(request.provider)
             log.warning("model_gone", asked_for=request.provider, used=model.name)
         info = photos.measure(photo)
-        # Always encoded anew: a camera writes where it was into the file, and colours of its own.
+        # Always encoded anew: cameras write their position and their own colour profile into the file.
         picture = photos.jpeg(photo, max_side_px=PHOTO_SIDE_PX, widest=PHOTO_WIDEST)
         try:
             photo_digest = hashlib.sha256(photo.read_bytes()).hexdigest()
@@ -194,7 +194,7 @@ class RunwayEngine:
 
 
 async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Path, cut_s: float | None) -> Video:
-    """Downloads a clip and makes it what was asked for. The payment stays open until the queue has the video."""
+    """Downloads a clip and cuts it to length. The payment stays open until the queue has the video."""
     raw, path = anyio.Path(folder / ".runway.mp4"), anyio.Path(folder / "runway.mp4")
     try:
         await _download(storage, paid, task, Path(raw))
@@ -221,9 +221,9 @@ async def _fetch(storage: Storage, paid: PaidTask, task: RunwayTask, folder: Pat
 
 
 def _tidied(raw: Path, path: Path, cut_s: float | None) -> tuple[VideoInfo, str | None]:
-    """Makes a clip what was asked for, or says why it is as it came: its money is spent either way. Blocks.
+    """Cuts and normalises a clip. If that fails, keeps the clip as it is and returns why: it is paid for. Blocks.
 
-    Raises MediaError where it is no video, MachineFault, DiskFull.
+    Raises MediaError where it is no video, MachineFault.
     """
     try:
         return tidy(raw, path, length_s=cut_s), None
@@ -235,7 +235,7 @@ def _tidied(raw: Path, path: Path, cut_s: float | None) -> tuple[VideoInfo, str 
 
 
 async def _download(storage: Storage, paid: PaidTask, task: RunwayTask, path: Path) -> None:
-    """Raises StorageError, EngineFailed, ProviderUnavailable, DiskFull."""
+    """Downloads the clip of a task. Raises StorageError, EngineFailed, ProviderUnavailable, MachineFault."""
     for tries_left in reversed(range(DOWNLOAD_TRIES)):
         try:
             await storage.download(task.output[0], path)
@@ -249,7 +249,7 @@ async def _download(storage: Storage, paid: PaidTask, task: RunwayTask, path: Pa
                 raise EngineFailed(f"task {task.id} was paid for, and its clip is gone: {error}") from None
             if not tries_left:
                 raise
-            await paid.pause()  # what is new may not be everywhere yet, and giving up means to pay again
+            await paid.pause()  # a new clip may not be on every server yet, and giving up would mean paying again
         else:
             return
         found = await paid.look()

@@ -1,10 +1,10 @@
-"""One task at Runway that is paid for once: ordered, found again, waited for, or told to stop.
+"""One task at Runway that is paid for once: ordered or resumed, followed to its end, or stopped.
 
-    look into the books ── something was paid for already ──┐
-      └─ intent → POST → id, written down at once ──────────┴→ poll until it has succeeded, or ended otherwise
+    read the ledger ── a task was paid for already ───┐
+      └─ intent → POST → id, recorded at once ────────┴→ poll until the task has ended
 
-An order is sent only after its intent was written, and sent again only where it certainly was not carried out. What
-may have been carried out stays in the books as an intent: `Purchase.resume` says what that means.
+An order is sent only after its intent was recorded, and repeated only if it certainly was not carried out. An order
+that may have been carried out stays in the ledger as an intent, which `Purchase.resume` deals with.
 """
 
 import random
@@ -37,41 +37,41 @@ from inference.transfer.json_api import Unanswered
 log = structlog.get_logger(__name__)
 
 CREATION_LIMIT_S = 60.0
-"""For one order, photo included: shorter than `ledger.CREATION_S`, after which others take it for lost."""
+"""For one order, photo included. Shorter than `ledger.CREATION_S`, after which other processes take it for lost."""
 
 RECORD_LIMIT_S = 15.0
-"""For writing down what was paid for, whatever happens to the caller meanwhile."""
+"""For recording what was paid for, also while the caller is being cancelled."""
 
 CANCEL_LIMIT_S = 10.0
-"""For telling Runway to stop: a process that is told to stop itself has not much longer."""
+"""For cancelling a task at Runway: a process that is being stopped has not much longer."""
 
 CREATION_RETRIES = 3
-"""How often an order is sent again that Runway refuses for now (429, 502, 503, 504) or that does not reach it, with the
-pause of a poll before each. Its documentation names this number; more would outlast no daily cap and no outage."""
+"""How often an order is repeated that did not reach Runway or was refused for now (429, 502, 503, 504), each after the
+pause of a poll. The number is from Runway's documentation; more would not outlast a daily cap or an outage either."""
 
 LOOKS_FOR_THE_MISSING = 3
-"""A task that is not found so often in a row is gone; once may be a replica that has not heard of it yet."""
+"""A task that is not found this often in a row is gone. A single 404 may come from a replica that lags behind."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is paid for."""
+    """What is ordered from Runway."""
 
     model: Model
     seconds: int
     ratio: str
     prompt: str  # empty: none is sent
     seed: int | None
-    photo: bytes  # a JPEG: upright, sRGB, without what a camera wrote into it
-    photo_digest: str  # of the file it came from
+    photo: bytes  # a JPEG: upright, sRGB, without metadata
+    photo_digest: str  # of the original file
     audio: bool = False  # where the model makes sound
     negative_prompt: str = ""  # empty: none is sent
 
     @property
     def digest(self) -> str:
-        """The name of the request in the books."""
-        # Only what was chosen counts: orders without sound and negative prompt keep the digest that earlier versions
-        # gave them, so that those already paid for are found again.
+        """Identifies the request in the ledger."""
+        # Options that are off are left out, so that such orders have the digest that earlier versions gave them, and
+        # what those versions paid for is found again.
         chosen = {"audio": self.audio, "negative_prompt": self.negative_prompt}
         return digest(
             model=self.model.name,
@@ -85,11 +85,11 @@ class Order:
 
     @property
     def cost_usd(self) -> float:
-        """What it may cost, at most."""
+        """The most that it can cost."""
         return self.seconds * self.model.usd_per_s(audio=self.audio)
 
     def body(self, photo_uri: str) -> dict[str, object]:
-        """The order on the wire. Runway refuses keys that it does not know, and an empty prompt."""
+        """The body of the order. Runway refuses unknown keys and an empty prompt."""
         body: dict[str, object] = {
             "model": self.model.name,
             "promptImage": photo_uri,
@@ -101,14 +101,14 @@ class Order:
         if self.seed is not None:
             body["seed"] = self.seed
         if self.model.sound_credits_per_s is not None:
-            body["audio"] = self.audio  # always sent: without it Runway adds sound, and bills it
+            body["audio"] = self.audio  # always sent, because the default is to add sound and bill it
         if self.negative_prompt:
             body["negativePrompt"] = self.negative_prompt
         return body
 
 
 class PaidTask:
-    """What one lease has paid for, or took over. `put_photo` brings the photo to where an order can name it."""
+    """The task that one lease paid for or took over. `put_photo` makes the photo available and returns its URI."""
 
     def __init__(
         self,
@@ -122,20 +122,20 @@ class PaidTask:
     ) -> None:
         self._api, self._job, self._order, self._put_photo = api, job, order, put_photo
         self._poll_interval_s, self._replays = poll_interval_s, replays
-        # Without books nobody could ever go on with what was paid for.
+        # Without a ledger no later run could continue with what was paid for.
         self._is_kept = job.purchase is not None
         self._purchase: Purchase = job.purchase or Ledger(MemoryRecords()).purchase("one-off", "nobody")
         self._is_new = True
         self._has_succeeded = False
         self.is_unheard = False  # when its state was last asked for, no usable answer came
-        self.id = ""  # empty: nothing was paid for yet
-        self.cost_usd = order.cost_usd  # then as Runway estimates, then as it charged
+        self.id = ""  # empty: nothing was ordered yet
+        self.cost_usd = order.cost_usd  # replaced by Runway's estimate, then by what it charged
 
     async def pay(self) -> None:
-        """Sees to it that there is a task which is ours.
+        """Resumes the task that was paid for, or orders one.
 
-        What is refused for now is asked again, each time under an intent of its own: none of them is ever older than
-        one order takes, which is how others tell that nobody waits for its answer any more.
+        An order that was refused for now is repeated under a new intent. So no intent is ever older than one order can
+        take, from which other processes conclude that nobody waits for its answer any more.
         Raises PaymentInDoubt, BudgetSpent, EngineError.
         """
         photo_uri = ""
@@ -157,13 +157,13 @@ class PaidTask:
                     return
             except _AnswerLost as lost:
                 log.error("runway_answer_lost", why=str(lost))  # noqa: TRY400
-                continue  # the books say what that means
+                continue  # `resume` decides what that means
             except _MayPass as refused:
                 if not retries_left:
                     raise refused.error from None
                 retries_left -= 1
                 log.warning("runway_refused", error=str(refused.error), retries_left=retries_left)
-            await self.pause()  # refused for now, or somebody else's intent was first
+            await self.pause()  # refused for now, or another process's intent was first
 
     async def _photo_uri(self) -> str:
         try:
@@ -186,7 +186,7 @@ class PaidTask:
                 if found.status in (401, 403):
                     raise found.error()
                 if missed >= LOOKS_FOR_THE_MISSING:
-                    # Deleted there, or of another account: no clip will come of it, so another may be paid for.
+                    # Deleted, or of another account: this task will yield no clip, so another one may be paid for.
                     await self.ended("failed", GONE)
                     raise EngineFailed(f"task {self.id} was paid for and is gone ({found.status} {found.said})")
             elif found is not None:
@@ -198,7 +198,7 @@ class PaidTask:
                     self._job.report("generate", min(max(found.progress, 0.0), 1.0))
 
     async def look(self) -> RunwayTask | Answer | None:
-        """How the task is; None where nobody answered. Trouble on the way passes, or the time runs out."""
+        """The state of the task; None where no answer came. The caller polls on until its time limit."""
         try:
             found = await self._api.task(self.id)
         except Unanswered as error:
@@ -211,13 +211,13 @@ class PaidTask:
         return found
 
     async def ended(self, ending: Ending, failure: str | None = None, *, cost: Cost | None = None) -> None:
-        """Nothing more will come of it."""
+        """Records how the task ended."""
         cost_usd = None if cost is None else cost.credits * USD_PER_CREDIT
         with _told("payment_left_open", self.id), anyio.fail_after(RECORD_LIMIT_S):
             await self._purchase.end(ending, failure, cost_usd=cost_usd)
 
     async def let_go(self) -> None:
-        """Nobody here wants the video any more; who else might want it decides what becomes of the task."""
+        """Called when this worker gives the video up. Stops the task unless its next holder may still want it."""
         reason = self._job.cancelled_by
         is_left_to_others = reason is None or (isinstance(reason, LeaseLost) and not reason.confirmed)
         if is_left_to_others and self._is_kept:
@@ -226,7 +226,7 @@ class PaidTask:
             await self.stop()
 
     async def stop(self) -> None:
-        """Tells Runway to stop what is ours. What has succeeded is paid for, and stays for whoever asks again."""
+        """Cancels the task if it is ours. One that has succeeded is paid for, and is left for the next holder."""
         if not self.id or self._has_succeeded:
             return
         with anyio.CancelScope(shield=True), anyio.move_on_after(CANCEL_LIMIT_S):
@@ -240,16 +240,16 @@ class PaidTask:
             if answer.status < 300 or answer.status == 404:
                 await self.ended("cancelled")
                 log.info("runway_stopped", runway_task_id=self.id)
-            else:  # it stays open, and whoever gets the task next goes on with it
+            else:  # the payment stays open, and the task's next holder continues with it
                 log.warning("runway_not_stopped", runway_task_id=self.id, error=f"{answer.status} {answer.said}")
 
     async def _create(self, body: dict[str, object]) -> None:
-        """Sends the order that was intended, once.
+        """Sends the order whose intent was recorded, once.
 
         Raises _AnswerLost where it may have been carried out. Raises EngineError, or _MayPass, where it certainly was
-        not; the intent is out of the books then.
+        not; its intent was removed then.
         """
-        # Shielded: an order that is given up half way is paid for all the same, and its id would be lost.
+        # Shielded: an order that is abandoned half way may be paid for all the same, and its id would be lost.
         with anyio.CancelScope(shield=True):
             try:
                 answer = await self._api.ask("POST", "image_to_video", body, limit_s=CREATION_LIMIT_S)
@@ -270,12 +270,12 @@ class PaidTask:
             await self._record()
 
     async def _refused(self, error: EngineError, *, may_pass: bool) -> NoReturn:
-        """Takes the intent out of the books, and raises what the refusal means."""
+        """Removes the intent, and raises what the refusal means."""
         is_withdrawn = False
         with _told("payment_left_in_doubt", "none"), anyio.fail_after(RECORD_LIMIT_S):
             await self._purchase.withdraw()
             is_withdrawn = True
-        if may_pass and is_withdrawn:  # what could not be taken out would be in the way of the next intent
+        if may_pass and is_withdrawn:  # an intent that could not be removed would block the next one
             raise _MayPass(error)
         raise error
 
@@ -300,7 +300,7 @@ class PaidTask:
             await self._purchase.created(self.id, self.cost_usd)
 
     async def pause(self) -> None:
-        """As long as Runway asks for between two questions, with jitter."""
+        """The pause that Runway asks for between two requests, with jitter."""
         await anyio.sleep(self._poll_interval_s * random.uniform(1, 1.3))
 
 
@@ -309,7 +309,7 @@ class _AnswerLost(Exception):
 
 
 class _MayPass(Exception):
-    """Runway refused for now: nothing is billed, and nothing of it is in the books."""
+    """Runway refused for now. Nothing was billed, and the intent was removed."""
 
     def __init__(self, error: EngineError) -> None:
         super().__init__(str(error))
@@ -318,7 +318,7 @@ class _MayPass(Exception):
 
 @contextmanager
 def _told(event: str, task_id: str) -> Iterator[None]:
-    """A line in the log where the books cannot be reached. The money is spent by then, so the work goes on."""
+    """Logs that the ledger cannot be reached and lets the work go on, since the money is spent already."""
     try:
         yield
     except (RecordsUnavailable, TimeoutError) as error:

@@ -1,4 +1,4 @@
-"""Runway's API on the wire: its shapes, and what each refusal and silence means. Knows nothing of ledgers.
+"""Runway's HTTP API: its messages, and what each refusal or missing answer means. Knows nothing of payments.
 
 From the official Python SDK 5.24, its documentation, and experiments with that SDK against a loopback server.
 """
@@ -21,24 +21,24 @@ from inference.transfer import json_api
 from inference.transfer.json_api import MAX_SAID_CHARS, JsonApi, Unanswered
 
 VERSION = "2024-11-06"
-"""Of the API; every request names it."""
+"""The version of the API, which every request names."""
 
 ANSWER_LIMIT_S = 30.0
-"""One question, whole."""
+"""For one request, whole."""
 
 DATA_URI_BYTES = 5 * 1024 * 1024
-"""A photo in a request has to stay below this, encoded; a larger one is uploaded first."""
+"""The limit for a photo inside a request, encoded. A larger one is uploaded first."""
 
 OVERLOADED = (502, 503, 504)
-"""The API sheds load (502, 503), or could not satisfy the request in time (504); its documentation has all three asked
-again, so a request that is answered with one of them was not carried out. No other 5xx says such a thing."""
+"""The API is overloaded (502, 503) or did not finish in time (504). Its documentation says to repeat the request after
+all three, so it was not carried out. No other 5xx implies that."""
 
 # Failure codes by dotted segment (docs.dev.runwayml.com/errors/task-failures).
 SAFETY = ("SAFETY",)
 BAD_INPUT = (("ASSET", "INVALID"), ("THIRD_PARTY", "INPUT_VALIDATION"))
 BAD_OUTPUT = ("INTERNAL", "BAD_OUTPUT")
 GONE = "GONE"
-"""Ours, for a task that Runway does not know any more."""
+"""Our own code, for a task that Runway no longer knows."""
 
 
 class Cost(BaseModel):
@@ -58,19 +58,19 @@ class Created(BaseModel):
 
 
 class RunwayTask(BaseModel):
-    """A task as Runway tells it. Statuses that are not known are of work in progress."""
+    """A task as Runway describes it. An unknown status counts as work in progress."""
 
     id: TaskId
     status: str
     progress: float | None = None  # 0..1, while RUNNING
-    output: list[str] = []  # URLs for a day or two; asking again makes new ones
+    output: list[str] = []  # URLs that hold for a day or two; each request makes new ones
     failure: str | None = None
     failureCode: str | None = None  # noqa: N815
-    cost: Cost | None = None  # final, once it ended
+    cost: Cost | None = None  # final once the task has ended
 
 
 class Upload(BaseModel):
-    """Where to put a file, and what it is called afterwards."""
+    """Where to upload a file, and the URI that names it afterwards."""
 
     uploadUrl: str  # noqa: N815
     fields: dict[str, str]
@@ -84,11 +84,11 @@ class Organization(BaseModel):
 
 
 class Answer(json_api.Answer):
-    """What Runway, or whatever stands in its place, answered."""
+    """An answer of Runway, or of a proxy in front of it."""
 
     @staticmethod
     def told(payload: dict[str, Any]) -> str:
-        """`error`, and which fields the API found wrong: what it says of a value may hold the photo, so only where."""
+        """`error`, and the names of wrong fields. Their values are left out: one of them may be the photo."""
         told = [str(payload.get("error") or payload.get("message") or "")]
         issues = payload.get("issues")
         for issue in issues if isinstance(issues, list) else []:
@@ -100,16 +100,16 @@ class Answer(json_api.Answer):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether it certainly was not carried out. A crash (500) and a timeout of a proxy (408) say no such thing."""
+        """Whether the request certainly was not carried out; a crash (500) or a proxy's timeout (408) leave it open."""
         return (300 <= self.status < 500 and self.status != 408) or self.status in OVERLOADED
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request may be taken in a few seconds."""
+        """Whether the same request may be accepted in a few seconds."""
         return self.status == 429 or self.status in OVERLOADED
 
     def error(self) -> EngineError:
-        """What an answer means that is not the one hoped for."""
+        """The error that an unsuccessful answer stands for."""
         said = f"{self.status} {self.said}".strip()
         if self.status == 402 or (self.status in (400, 403) and "credits" in self.said.lower()):
             return AccountError(f"{said}: add credits to the account at dev.runwayml.com")
@@ -125,7 +125,7 @@ class Answer(json_api.Answer):
 
 
 def failed(code: str, why: str, before: tuple[str, ...]) -> EngineError:
-    """What a task that ended FAILED means, and whether asking again can help; `before` are codes of earlier tries."""
+    """The error for a task that ended FAILED; `before` are the failure codes of earlier attempts."""
     said = one_line(f"{code or 'no code'}: {why}", MAX_SAID_CHARS)
     if _has(code, SAFETY):
         return ContentRefused(f"its moderation refused the photo or the prompt ({said})")
@@ -137,7 +137,7 @@ def failed(code: str, why: str, before: tuple[str, ...]) -> EngineError:
 
 
 def refused_before(failures: tuple[str, ...]) -> EngineError | None:
-    """Why this very request must not be made again, if it failed for good before."""
+    """The error for a request that must not be repeated because it failed permanently before; else None."""
     for code in failures:
         if _has(code, SAFETY) or any(_has(code, parts) for parts in BAD_INPUT):
             return failed(code, "as it did before", ())
@@ -150,14 +150,14 @@ def _has(code: str, parts: tuple[str, ...]) -> bool:
 
 
 class RunwayApi(JsonApi[Answer]):
-    """One connection for the length of a block. Every call is one try and raises Unanswered where no answer came."""
+    """One connection for the length of a block. Every call is one attempt; Unanswered is raised if no answer came."""
 
     def __init__(self, key: str, base_url: str, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         super().__init__(Answer, f"{base_url.rstrip('/')}/v1/", key, limit_s=ANSWER_LIMIT_S, transport=transport)
         self._client.headers["X-Runway-Version"] = VERSION
 
     async def task(self, task_id: str) -> RunwayTask | Answer:
-        """How a task is, or the answer that does not tell."""
+        """The state of a task, or an answer that does not contain it."""
         answer = await self.ask("GET", f"tasks/{task_id}")
         try:
             return RunwayTask.model_validate(answer.payload) if answer.status == 200 else answer
@@ -165,7 +165,7 @@ class RunwayApi(JsonApi[Answer]):
             return answer
 
     async def organization(self) -> Organization:
-        """Whose key it is. Raises EngineError."""
+        """The account behind the key. Raises EngineError."""
         try:
             answer = await self.ask("GET", "organization")
             if answer.status != 200:
@@ -176,7 +176,7 @@ class RunwayApi(JsonApi[Answer]):
             raise ProviderUnavailable(f"no answer of the Runway API: {said}") from None
 
     async def upload_slot(self) -> Upload:
-        """A place for one JPEG, for a day. Raises EngineError."""
+        """A place to upload one JPEG to, which is kept for a day. Raises EngineError."""
         try:
             answer = await self.ask("POST", "uploads", {"filename": "photo.jpg", "type": "ephemeral"})
             if not 200 <= answer.status < 300:
