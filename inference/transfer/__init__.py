@@ -1,1 +1,1 @@
-"""Bytes over the network: presigned GET and PUT, which addresses may be visited, S3, JSON APIs."""
+"""Bytes over the network: presigned GET and PUT, the address guard, S3, JSON APIs."""

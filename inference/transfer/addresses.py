@@ -1,4 +1,4 @@
-"""Addresses that this machine's settings name."""
+"""The address of the worker API, from settings."""
 
 import httpx
 

@@ -1,7 +1,7 @@
-"""The bodies of answers: as they came over the wire, and never more of them than was wanted.
+"""Bodies of responses, read with a limit and never decompressed.
 
-Whoever answers may send without end, and 1.6 KB of brotli, or of gzip twice, unfold into gigabytes inside httpx. Hence
-nothing here is decompressed: every request asks for `identity`, and what comes compressed all the same is not read.
+A server may send without end, and 1.6 KB of brotli, or of gzip applied twice, unfold into gigabytes inside httpx. So
+every request asks for `identity`, and a body that is compressed all the same is not read.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,25 +12,25 @@ import anyio
 import httpx
 
 IDENTITY = {"Accept-Encoding": "identity"}
-"""Asks for bytes as they are; only then can a length be compared with what arrives."""
+"""Asks for an uncompressed body, whose length can be compared with what arrives."""
 
 MAX_JSON_BYTES = 8_000_000
-"""Of an answer that holds no file. The longest is a page of tasks with the longest prompts, which has half of that."""
+"""For a response without a file. The longest, a page of tasks with the longest prompts, has half of that."""
 
 COMPRESSIONS = {"gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "dcb", "dcz"}
-"""Content codings that change bytes (iana.org/assignments/http-parameters). Storages hand back whatever an object was
-stored with: `aws-chunked`, `base64`, `UTF-8`, `binary` and `none` were all seen above bytes that were intact."""
+"""Content codings that change bytes (iana.org/assignments/http-parameters). Storages return whatever
+an object was stored with: `aws-chunked`, `base64`, `UTF-8`, `binary` and `none` were all seen with intact bytes."""
 
 
 def compression(response: httpx.Response) -> str | None:
-    """The first coding that a body has to be decompressed by; None where its bytes are as they should be."""
+    """The first coding of a compressed body; None if the body is not compressed."""
     named = (each.strip().lower() for each in response.headers.get("Content-Encoding", "").split(","))
     return next((each for each in named if each in COMPRESSIONS), None)
 
 
 @asynccontextmanager
 async def arriving(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body as it came over the wire, to be left at any point.
+    """The body as it arrives, which may be left unread at any point.
 
     httpx nests generators, and closing the outer one leaves the others to the garbage collector, of which trio
     complains. Closing the connection first makes the innermost fail, and with it all of them end.
@@ -52,7 +52,7 @@ async def _relay(stream: httpx.AsyncByteStream) -> AsyncIterator[bytes]:
 
 
 async def beginning(response: httpx.Response, limit_bytes: int) -> bytes:
-    """At most so many bytes of the body; none of one that is compressed."""
+    """At most `limit_bytes` of the body; nothing of a compressed one."""
     if compression(response):
         return b""
     read = bytearray()
@@ -65,9 +65,9 @@ async def beginning(response: httpx.Response, limit_bytes: int) -> bytes:
 
 
 def bounded(limit_bytes: int) -> Callable[[httpx.Response], Awaitable[None]]:
-    """A response hook for clients of httpx that puts the `beginning` of the body in the body's place.
+    """A response hook for clients of httpx that replaces the body by its `beginning`.
 
-    The status stays. What was cut or compressed is not valid JSON, so whoever parses it notices.
+    The status is kept. A truncated or compressed body is not valid JSON, so parsing it fails.
     """
 
     async def bound(response: httpx.Response) -> None:

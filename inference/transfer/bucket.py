@@ -1,4 +1,4 @@
-"""An S3-compatible bucket that videos of direct invocations go to.
+"""An S3-compatible bucket for the videos of direct requests.
 
 Only URLs are signed here, with no request made: bytes travel as for every other presigned URL, through `storage`.
 """
@@ -12,21 +12,21 @@ import httpx
 from inference.errors import SettingsError
 
 UPLOAD_S = 86_400
-"""How long the address of an upload is good. It is signed before the GPU is touched, and used when the video is there,
-with other jobs and other tries before it: a day is how long RunPod keeps a job, unless told otherwise (its ttl)."""
+"""How long an upload URL holds. It is signed before the GPU is used, and needed when the video is made, after other
+jobs and retries. A day is how long RunPod keeps a job unless told otherwise (its ttl)."""
 
 DOWNLOAD_S = 7 * 86_400
-"""How long the address in an answer is good: as long as SigV4 allows."""
+"""How long the URL in an answer holds: the maximum of SigV4."""
 
 DEFAULT_REGION = "us-east-1"
-"""What storages with no regions of their own (MinIO, R2, Spaces) take."""
+"""Accepted by storages without regions (MinIO, R2, Spaces)."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """One bucket, and a key that may write there."""
+    """One bucket, with a key that may write to it."""
 
-    endpoint_url: str  # of the storage, https://s3.eu-central-1.amazonaws.com; one with the bucket in it is fine
+    endpoint_url: str  # https://s3.eu-central-1.amazonaws.com; may name the bucket, too
     name: str
     key_id: str
     secret: str = field(repr=False)
@@ -40,7 +40,7 @@ class Bucket:
 
     @property
     def endpoint(self) -> str:
-        """What paths of objects are appended to, and signed with: Supabase's ends in `/storage/v1/s3`.
+        """The base of signed URLs, to which paths of objects are appended. Supabase's ends in `/storage/v1/s3`.
 
         R2's dashboard shows endpoints with the bucket as their path. That path is dropped: boto3 appends the bucket.
         """
@@ -48,11 +48,11 @@ class Bucket:
         return self.origin + ("" if path == f"/{self.name}" else path)
 
     def upload_url(self, key: str, *, content_type: str) -> str:
-        """Where to PUT an object of this type. Raises SettingsError."""
+        """A presigned PUT for an object of this type. Raises SettingsError."""
         return self._signed("put_object", key, UPLOAD_S, ContentType=content_type)
 
     def download_url(self, key: str) -> str:
-        """Where to GET it, for a week. Raises SettingsError."""
+        """A presigned GET that holds for a week. Raises SettingsError."""
         return self._signed("get_object", key, DOWNLOAD_S)
 
     def _signed(self, operation: str, key: str, expires_s: int, **parameters: Any) -> str:
@@ -69,7 +69,7 @@ class Bucket:
                 aws_access_key_id=self.key_id,
                 aws_secret_access_key=self.secret,
                 region_name=self.region or _region_of(self.origin),
-                # In the path every storage takes the bucket; as a host, only those with a certificate for it.
+                # Every storage accepts the bucket in the path; in the host name only those with a certificate for it.
                 config=botocore.config.Config(signature_version="s3v4", s3={"addressing_style": "path"}),
             )
             return str(
@@ -82,6 +82,6 @@ class Bucket:
 
 
 def _region_of(origin: str) -> str:
-    """eu-central-1 of https://s3.eu-central-1.amazonaws.com, and of the like of other providers."""
+    """`eu-central-1` of https://s3.eu-central-1.amazonaws.com, and of similar names at other providers."""
     found = re.search(r"(?://|\.)s3[.-](?:dualstack\.)?([a-z0-9-]+)\.[^/.]+\.", origin)
     return found[1] if found else DEFAULT_REGION

@@ -1,4 +1,4 @@
-"""A JSON API behind a key, as its clients share it: one question is asked once. What an answer means, they know."""
+"""The base of clients for JSON APIs with a key. A call is one request; what an answer means is up to the client."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_SAID_CHARS = 300
 
 # Raised while a connection is made, and only then (httpcore: connect_tcp, start_tls, CONNECT to a proxy): no byte of
-# the request itself was sent. After any other failure it may have been carried out.
+# the request was sent. After any other failure the request may have been carried out.
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
 @dataclass(frozen=True)
 class Answer(ABC):
-    """What an API, or whatever stands in its place, answered; refusals are answers, too."""
+    """An answer of an API, or of a proxy in front of it. Refusals are answers, too."""
 
     status: int
-    payload: Any  # None where it was no JSON
-    said: str  # for people: one line, without the key
+    payload: Any  # None where the body is not JSON
+    said: str  # the reason for people: one line, without the key
 
     @staticmethod
     @abstractmethod
     def told(payload: dict[str, Any]) -> str:
-        """Why, from wherever this API puts it; empty where `payload` does not say."""
+        """The reason in `payload`, from the fields that this API uses; empty where there is none."""
 
 
 A = TypeVar("A", bound=Answer)
@@ -45,11 +45,11 @@ class Unanswered(Exception):
 
 
 class JsonApi(Generic[A]):
-    """One API for the length of a block. Every question is one try.
+    """A connection to one API for the length of a block. Every call is one request.
 
-    `answer`: the kind of its answers. `limit_s`: for one question, whole, unless `ask` is told another. `idle_s`: a
-    connection on which nothing moves for this long is dead; None: only the whole counts. `max_answer_bytes`: what is
-    larger is read no further and then no JSON.
+    `answer`: the class of its answers. `limit_s`: for one whole request, unless `ask` is given another. `idle_s`: a
+    connection on which nothing moves for this long is dead; None: only `limit_s` counts. `max_answer_bytes`: a longer
+    answer is truncated, and then is not JSON.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class JsonApi(Generic[A]):
             base_url=base_url,
             headers={"Authorization": f"Bearer {key}", **IDENTITY},
             event_hooks={"response": [bounded(max_answer_bytes)]},
-            timeout=httpx.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),  # per read; `ask` bounds the whole
-            # A new connection for each request: one that was closed meanwhile would fail after it was written to.
+            timeout=httpx.Timeout(idle_s, connect=CONNECT_TIMEOUT_S),  # per read; `ask` limits the whole request
+            # A new connection for each request: an idle one may be closed, which shows only after the request was sent.
             limits=httpx.Limits(max_keepalive_connections=0),
-            trust_env=base_url.startswith("https:"),  # a proxy would look for this machine's own port elsewhere
+            trust_env=base_url.startswith("https:"),  # plain http leads to this machine, where a proxy cannot reach it
             transport=transport,
         )
 

@@ -1,7 +1,7 @@
-"""The network as presigned URLs may use it: public addresses only, and no early answer lost.
+"""The network for presigned URLs: connects to public addresses only, and does not lose early answers.
 
-Both are done where connections are made, below httpx, so that no redirect, odd spelling of a host or second
-look-up of a name goes around them.
+Both are done below httpx, where connections are made, so that no redirect, odd spelling of a host or second DNS look-up
+can bypass them.
 """
 
 import ipaddress
@@ -37,13 +37,13 @@ NOT_FOR_US = (
     # (https://learn.microsoft.com/azure/virtual-network/what-is-ip-address-168-63-129-16)
     ipaddress.IPv4Network("168.63.129.16/32"),
 )
-GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IANA hands out for the internet
-TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))  # Teredo, 6to4: hide an IPv4
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all addresses that IANA allocates for the internet
+TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))  # Teredo, 6to4: contain an IPv4
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052; how an IPv6-only network reaches IPv4
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet: not loopback, private, link-local, metadata or multicast."""
+    """Whether an address is on the public internet: not loopback, private, link-local, metadata or multicast."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -56,7 +56,7 @@ def is_public(address: str) -> bool:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a host name or address of a URL is this machine's own, so that nothing travels."""
+    """Whether the host of a URL is this machine, so that nothing is sent over a network."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -64,7 +64,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def flaw_in(url: httpx.URL) -> str | None:
-    """Why nobody can connect to an address; None where somebody might."""
+    """Why no client can connect to a URL; None where one might."""
     if url.scheme not in ("http", "https") or not url.host:
         return "neither http nor https"
     if url.port is not None and not 0 < url.port <= MAX_PORT:
@@ -101,9 +101,9 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses only, or to a (host, port) the operator named; None stands for every port.
+    """Connects only to public addresses, or to a (host, port) that the operator named; None stands for every port.
 
-    Every name of this machine is one host there: an app at `localhost` has its storage at `127.0.0.1`.
+    All names of this machine count as one host: an app at `localhost` has its storage at `127.0.0.1`.
 
     A name is resolved once, every address of it is checked, and the connection goes to an address that was
     checked: a name server that answers differently the next time (DNS rebinding) gains nothing.
@@ -142,7 +142,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         raise failure or httpcore.ConnectError("the host has no address")
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
-        """Where a host may be reached now. Raises AddressRefused, httpcore.ConnectError where it has no address."""
+        """The addresses of a host. Raises AddressRefused, httpcore.ConnectError where it has none."""
         try:
             addresses = await self._resolve(host, port)
         except (OSError, UnicodeError) as error:
@@ -172,7 +172,7 @@ class DuplexStream(httpcore.AsyncNetworkStream):
         self._heard = anyio.Event()
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
-        """What came while writing, then what comes."""
+        """Returns what arrived during a write first, then reads on."""
         if self._early:
             return self._early.popleft()
         return await self._stream.read(max_bytes, timeout)
@@ -203,7 +203,7 @@ class DuplexStream(httpcore.AsyncNetworkStream):
             raise failure
 
     async def _listen(self) -> None:
-        with suppress(Exception):  # whoever writes or reads next finds out for themselves
+        with suppress(Exception):  # the next read or write meets the same error
             while room := MAX_EARLY_BYTES - sum(map(len, self._early)):
                 if not (data := await self._stream.read(room)):
                     break

@@ -1,7 +1,7 @@
 """Presigned GET, PUT and forms: photos in, videos out.
 
-The URLs carry credentials in their query, and part of them is chosen by whoever fills the queue. Hence every
-error and log holds host and path only, connections go through `inference.transfer.network`, and bytes are bounded.
+The URLs carry credentials in their query, and strangers who submit tasks may choose some of them. So errors and logs
+hold host and path only, connections go through `inference.transfer.network`, and sizes are limited.
 
 Requests go straight to a transport. httpx's client is left out on purpose: it logs whole URLs at INFO, keeps
 cookies, and reads the bodies of redirects to their end.
@@ -38,25 +38,25 @@ T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 30.0
-"""A transfer that moves no byte for this long is dead."""
+"""A transfer that moves no byte for this long has failed."""
 TRANSFER_LIMIT_S = 600.0
-"""One transfer, whole: a peer that sends a byte now and then must not hold a lease for ever."""
+"""For one whole transfer: a peer that sends a byte now and then must not block a lease for ever."""
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 1024 * 1024
-"""Per write and per thread hop: below 1 MiB the hops show in the throughput, above it hardly."""
-MAX_REFUSAL_BYTES = 64 * 1024  # of an error page are read
+"""Per write and switch of threads: below 1 MiB the switches reduce the throughput."""
+MAX_REFUSAL_BYTES = 64 * 1024  # how much of an error page is read
 PAGES = {"text/html", "text/xml", "application/xml", "application/json", "application/problem+json"}
-"""Media types of error pages; no photo comes as one."""
+"""Media types of error pages, which photos never have."""
 
 
 class Storage:
-    """Fetches and stores objects by presigned URL. Every call is one try.
+    """Fetches and stores objects by presigned URL. Every call is one attempt.
 
-    `trusted_origins` (`https://minio.lan:9000`) are the operator's own and may be at any address, and so is every port
-    of the hosts in `trusted_hosts` (`http://localhost:3000`); all other URLs must lead to public addresses unless
-    `allow_private`. `transport` takes the network's place, guard included: for tests.
+    `trusted_origins` (`https://minio.lan:9000`) belong to the operator and may have any address, and so may every port
+    of the hosts in `trusted_hosts` (`http://localhost:3000`). All other URLs must lead to public addresses, unless
+    `allow_private`. `transport` replaces the network and its guard, for tests.
 
-    Raises SettingsError where one that is trusted is not a URL.
+    Raises SettingsError for a trusted origin or host that is not a URL.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Storage:
         await self._transport.aclose()
 
     async def check(self, url: str) -> None:
-        """Looks whether a URL leads where a worker may go, and sends nothing there.
+        """Checks that a worker may connect to a URL, without connecting.
 
         Raises AddressRefused, UrlMalformed, StorageUnavailable where its host cannot be found.
         """
@@ -96,7 +96,7 @@ class Storage:
             raise StorageUnavailable(f"{redact(url)}: {error}") from None
 
     async def download(self, url: str, path: Path) -> int:
-        """Fetches an object into `path`, which appears when it is whole; returns its size in bytes.
+        """Fetches an object into `path`, which appears only when complete; returns its size in bytes.
 
         Raises AddressRefused, UrlExpired, ObjectMissing, ObjectEmpty, ObjectTooLarge, StorageUnavailable,
         StorageRefused, DiskFull.
@@ -104,7 +104,7 @@ class Storage:
         return await _map_errors(url, self._download(url, path))
 
     async def upload(self, url: str, path: Path, *, content_type: str = "video/mp4") -> None:
-        """Stores a file. After StorageUnavailable it may be stored all the same.
+        """Stores a file. After StorageUnavailable it may have been stored all the same.
 
         Raises AddressRefused, UrlExpired, ObjectExists, ObjectMissing, ObjectTooLarge, StorageUnavailable,
         StorageRefused, DiskFull.
@@ -165,8 +165,8 @@ class Storage:
                 raise StorageRefused(f"{path.name}: nothing to upload, the file is empty")
             headers = {
                 "Content-Type": content_type,
-                "Content-Length": str(size_bytes),  # a chunked body bypasses Supabase's limit, and S3 takes none
-                "Connection": "close",  # else Supabase answers a large duplicate and never reads the rest
+                "Content-Length": str(size_bytes),  # chunked bodies bypass Supabase's limit, and S3 refuses them
+                "Connection": "close",  # otherwise Supabase refuses a large duplicate without reading the rest
             }
             await self._send("PUT", url, headers, _FileBody(file))
 
@@ -180,7 +180,7 @@ class Storage:
             request = _request(method, url, headers | upload_headers(url), content)
             async with self._answer(request) as response:
                 page = await beginning(response, MAX_REFUSAL_BYTES)
-            # Only these ask for the same once more, as AWS does until the name of a new bucket is known everywhere.
+            # Only these ask for the same request again, as AWS does until a new bucket is known everywhere.
             if response.status_code not in (307, 308) or not response.has_redirect_location:
                 return _accept(response, page, url)
             elsewhere = request.url.join(response.headers["Location"])
@@ -203,9 +203,9 @@ class Storage:
 
 
 class _FileBody(httpx.AsyncByteStream):
-    """An open file, whole each time it is sent.
+    """An open file, sent from its beginning each time.
 
-    Not a generator: one that is left half-way needs closing, this does not.
+    It is not a generator, since a generator that is left half-way has to be closed.
     """
 
     def __init__(self, file: anyio.AsyncFile[bytes]) -> None:
@@ -228,7 +228,7 @@ class _FileBody(httpx.AsyncByteStream):
 def _request(
     method: str, url: str, headers: Mapping[str, str] = {}, content: httpx.AsyncByteStream | None = None
 ) -> httpx.Request:
-    # Given as `stream`, which httpx passes on as it is; `content` it would wrap into a generator.
+    # As `stream`, which httpx passes on unchanged; `content` would be wrapped into a generator.
     parsed = httpx.URL(url)
     return httpx.Request(
         method,
@@ -246,7 +246,7 @@ def _request(
 
 
 def _accept(response: httpx.Response, page: bytes, url: str) -> None:
-    """Raises StorageError where an upload was not taken, whatever the status says."""
+    """Raises StorageError where an upload was not accepted, also if the status says otherwise."""
     if not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400:
         raise refusal(response, page, url)
 
@@ -287,4 +287,4 @@ async def _map_errors(url: str, work: Awaitable[T]) -> T:
         raise
     except FOREIGN as error:
         failure = mapped(error, url)
-    raise failure  # outside of the handler: a foreign error as its context might show the query
+    raise failure  # outside of the handler: a foreign error in its context might show the query

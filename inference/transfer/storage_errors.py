@@ -1,6 +1,6 @@
-"""What went wrong at a storage: its refusals, and every foreign exception on the way, as errors of ours.
+"""Maps a storage's refusals, and the exceptions of httpx, anyio and the system, to our errors.
 
-Nothing that comes out of here holds the query, userinfo or fragment of a URL: they are credentials.
+No message made here holds the query, userinfo or fragment of a URL, because they may be credentials.
 """
 
 import errno
@@ -32,17 +32,17 @@ from inference.errors import (
 from inference.transfer.body import compression
 
 MAX_REASON_CHARS = 200
-MIN_SECRET_CHARS = 4  # shorter parts of a query are flags, and taking them out would garble words
+MIN_SECRET_CHARS = 4  # shorter parts of a query are flags; replacing them would garble the text
 
 DISK_ERRNOS = NO_ROOM_ERRNOS | {errno.EROFS, errno.EIO}
 """Operating system errors that are the fault of this machine's disk, and not of the task."""
 
 
-# What storages call their refusals: Supabase (github.com/supabase/storage, internal/errors/codes.ts) and S3
-# (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), R2 and GCS after it. They outrank the HTTP status,
+# Error codes of storages: Supabase (github.com/supabase/storage, internal/errors/codes.ts) and S3
+# (docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html), which R2 and GCS follow. They precede the HTTP status,
 # which Supabase sets to 400 for nearly all of them.
 ERROR_OF_CODE: dict[str, type[StorageError]] = {
-    "InvalidJWT": UrlExpired,  # also when expired
+    "InvalidJWT": UrlExpired,  # also for an expired token
     "ExpiredToken": UrlExpired,
     "ExpiredRequest": UrlExpired,
     "KeyAlreadyExists": ObjectExists,
@@ -86,14 +86,14 @@ FOREIGN = (
     OSError,
     UnicodeError,
 )
-"""All that httpx, anyio and the operating system raise here."""
+"""The exceptions that httpx, anyio and the operating system raise during a transfer."""
 
 QUOTES_WHAT_WAS_SENT = (httpx.LocalProtocolError, httpx.InvalidURL, UnicodeError)
-"""Foreign exceptions whose words repeat part of a request: `Illegal header value b'Bearer …'`."""
+"""Foreign exceptions whose message repeats part of the request: `Illegal header value b'Bearer …'`."""
 
 
 def reason_of(error: Exception) -> str:
-    """What a foreign exception says; only its name where it could say a key."""
+    """The message of a foreign exception; only its name where the message could contain a key."""
     said = "" if isinstance(error, QUOTES_WHAT_WAS_SENT) else str(error)
     return said or type(error).__name__
 
@@ -105,12 +105,12 @@ def redact(url: str) -> str:
 
 
 def media_type(response: httpx.Response) -> str:
-    """`text/html` of `Text/HTML; charset=utf-8`; empty where the answer has none."""
+    """`text/html` of `Text/HTML; charset=utf-8`; empty where the response has no media type."""
     return str(response.headers.get("Content-Type", "")).split(";")[0].strip().lower()
 
 
 class Said(NamedTuple):
-    """What an answer says about itself, in its status or, where it has one, its error body."""
+    """What a response says about itself, in its error body or else in its status."""
 
     status: int
     codes: tuple[str, ...]
@@ -118,13 +118,13 @@ class Said(NamedTuple):
 
 
 def said_by(response: httpx.Response, page: bytes) -> Said:
-    """Reads Supabase's JSON and S3's XML; of anything else only the HTTP status is known."""
+    """Reads Supabase's JSON and S3's XML; from anything else only the HTTP status."""
     text = page.decode("utf-8", "replace")
     fields: Any = None
     with suppress(ValueError, RecursionError):
         fields = json.loads(text)
     if not isinstance(fields, dict):
-        # Two expressions instead of an XML parser: nothing to bomb.
+        # Two expressions instead of an XML parser, which entity expansion could attack.
         code = re.search(r"<Code>([^<]{1,80})</Code>", text)
         message = re.search(r"<Message>([^<]{1,1000})</Message>", text)
         return Said(response.status_code, (code[1],) if code else (), message[1] if message else response.reason_phrase)
@@ -137,7 +137,7 @@ def said_by(response: httpx.Response, page: bytes) -> Said:
 
 
 def refusal(response: httpx.Response, page: bytes, url: str) -> StorageError:
-    """The error an unwelcome answer stands for: by its code, else its words, else its status."""
+    """The error that an unsuccessful response stands for: by its code, else its message, else its status."""
     said = said_by(response, page)
     kind = next((ERROR_OF_CODE[code] for code in said.codes if code in ERROR_OF_CODE), None)
     if kind is None and said.status in (400, 401, 403) and "expired" in said.message.lower():
@@ -154,7 +154,7 @@ def refusal(response: httpx.Response, page: bytes, url: str) -> StorageError:
 
 
 def mapped(error: Exception, url: str) -> I2VError:
-    """The error of ours that one of FOREIGN stands for."""
+    """Our error for one of FOREIGN."""
     where, what = redact(url), _scrub(f"{type(error).__name__} {error}", url)
     if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         return write_error(error, f"cannot keep {where} here: {error.strerror}")
@@ -168,7 +168,7 @@ def mapped(error: Exception, url: str) -> I2VError:
 
 
 def _scrub(text: str, url: str) -> str:
-    """`text` without anything of the URL's query: servers like to repeat the URL they did not understand."""
+    """`text` without any part of the URL's query: servers often repeat a URL that they did not understand."""
     for secret in re.split("[&=?#]", url.partition("?")[2]):
         if len(secret) >= MIN_SECRET_CHARS:
             text = text.replace(secret, "…").replace(unquote(secret), "…")

@@ -1,11 +1,11 @@
-"""What a presigned URL says of itself: no clip is made for a place that cannot take it, or not any more.
+"""What a presigned URL says about itself, so that no clip is made for a URL that is unusable or will expire.
 
     S3, R2, MinIO, Google   X-Amz-Date and X-Amz-Expires, or X-Goog-…   Signature Version 4
     older S3, Alibaba       Expires, in seconds since the epoch         Signature Version 2
     Azure                   se, in ISO 8601, and sig                    shared access signature
     Supabase                token, a JWT with `exp`                     RFC 7519
 
-Nothing here knows whether a signature is right: only who signed can tell.
+Signatures are not checked: only the signer can do that.
 """
 
 import base64
@@ -18,23 +18,23 @@ from datetime import UTC, datetime, timedelta
 import httpx
 
 EARLIEST_S = 1e9
-"""Of 2001: what is less is no moment at which a URL ends."""
+"""The year 2001. A smaller number is not the time at which a URL expires."""
 
 
 SENT_HEADERS = {"host", "content-type", "content-length"}
-"""Headers of an upload that a signature may cover: only of these can whoever signs know the values."""
+"""Headers of an upload that a signature may cover: the signer cannot know the values of others."""
 
 UNSIGNED = "UNSIGNED-PAYLOAD"
-"""What signers for S3 put in the place of a body's digest when they do not know the body."""
+"""S3's replacement for the digest of a body that the signer does not know."""
 
 CHECKSUM = re.compile(r"x-amz-checksum-(?:crc32|crc32c|crc64nvme|sha1|sha256)")
-"""Of S3 (docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html)."""
+"""Checksum headers of S3 (docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html)."""
 
 
 def ends_at(url: str) -> datetime | None:
-    """The moment, in UTC, from which the URL is refused; None where it does not say, or not in words we know."""
+    """The time, in UTC, from which the URL is refused; None where it does not say so in a format above."""
     query = _query(url)
-    # A caller's own text: numbers beyond any calendar, dates that are none, tokens of something else.
+    # Callers may send anything: numbers beyond any calendar, invalid dates, tokens of another kind.
     with suppress(LookupError, ValueError, TypeError, OverflowError, OSError, RecursionError):
         for signer in ("amz", "goog"):
             if f"x-{signer}-expires" in query:
@@ -52,9 +52,9 @@ def ends_at(url: str) -> datetime | None:
 
 
 def flaw(url: str) -> str | None:
-    """Why a clip that is not made yet cannot be stored there, whenever it is tried; None where nothing speaks against.
+    """Why no clip can ever be stored at an upload URL; None where none of the known reasons applies.
 
-    What was signed has to arrive as it was signed, so it cannot be mended here.
+    Such a URL cannot be repaired here, because a request has to be sent as it was signed.
     """
     query = _query(url)
     for signer in ("amz", "goog"):
@@ -70,7 +70,7 @@ def flaw(url: str) -> str | None:
 
 
 def upload_headers(url: str) -> dict[str, str]:
-    """What this storage wants to be sent beside a file."""
+    """Headers that the storage requires for an upload."""
     # https://learn.microsoft.com/rest/api/storageservices/put-blob: without it the answer is 400.
     return {"x-ms-blob-type": "BlockBlob"} if _is_of_azure(_query(url)) else {}
 
@@ -84,5 +84,5 @@ def _is_of_azure(query: Mapping[str, str]) -> bool:
 
 
 def _moment(seconds: float) -> datetime | None:
-    # Some servers mean a duration by `expires`, and `true` is a number to Python.
+    # For some servers `expires` is a duration, and to Python `true` is a number.
     return datetime.fromtimestamp(seconds, UTC) if seconds >= EARLIEST_S else None
