@@ -1,11 +1,11 @@
-"""Work on what strangers sent, done in child processes that can be killed.
+"""Processing of untrusted files, in child processes that can be killed.
 
 A small photo can keep a decoder busy for hours, crash it, or ask for all memory, and a thread inside a decoder cannot
 be stopped. A function marked `apart` therefore runs in a child process: it blocks its caller as before, and returns
 and raises the same things, but
 
 - more than CPU_LIMIT_S of processor time, or a crash of the decoder, is InvalidPhoto: the photo is at fault. Processor
-  time is counted rather than the clock's, so that a busy machine does not condemn anybody's photo;
+  time is counted and not wall-clock time, so that a good photo is not refused because the machine is busy;
 - no answer for WALL_LIMIT_S, no memory, or a child killed from outside is MachineFault: another machine may read it;
 - where the caller is a thread of anyio's and its call is cancelled, the child is killed at once.
 
@@ -38,28 +38,28 @@ CPU_LIMIT_S = 20.0
 """Processor time of one call. The slowest honest photos, 100 megapixels as PNG or progressive JPEG, take 3 to 5 s."""
 
 WALL_LIMIT_S = 60.0
-"""For what CPU_LIMIT_S does not see: a disk that hangs, a process that is paused, a third of a core."""
+"""For delays that use no processor time: a disk that hangs, a paused process, too small a share of a core."""
 
 POLL_S = 0.05
 """How often a waiting caller looks whether it was cancelled. An answer wakes it at once."""
 
 MAX_IDLE = 2
-"""Children kept for the next call, some 50 MB each: as many as there are leases, or photos taken in, at once."""
+"""Idle children that are kept for the next call, some 50 MB each: as many as photos are processed at once."""
 
-# Signals by which a process ends through its own fault. By any other it was killed from outside.
+# Signals that mean that a process has crashed. Any other signal was sent from outside.
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 
 
 def apart(function: Callable[P, T]) -> Callable[P, T]:
     """Makes a module's function run in a child process, with arguments and result pickled.
 
-    Pass paths as positional arguments: only those are made absolute. It raises InvalidPhoto and MachineFault as told
-    above, besides its own errors. `inspect.unwrap` gives the function that runs in this process.
+    Pass paths as positional arguments: only those are made absolute. It raises InvalidPhoto and MachineFault as
+    described above, besides its own errors. `inspect.unwrap` gives the function that runs in this process.
     """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        # A child stays in the folder it was started in; its parent may not.
+        # The parent may change its working directory; a child keeps the one it was started in.
         absolute = [value.absolute() if isinstance(value, Path) else value for value in args]
         answer: T = _children.call(call, absolute, kwargs)
         return answer
@@ -77,7 +77,7 @@ class _Child:
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
-        # As multiprocessing would start it, but without importing the parent's main module, which may load a model.
+        # Unlike multiprocessing, this does not import the parent's main module, which may load a model.
         program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
         with theirs:
             try:
@@ -111,17 +111,17 @@ class _Child:
         return answer
 
     def interrupt(self) -> None:
-        """Ends it under a caller in another thread, who hears of it."""
+        """Kills the child during a call of another thread, which raises."""
         self._process.kill()  # does nothing to one that has ended
 
     def kill(self) -> None:
-        """Ends it, whatever it does, and leaves nothing of it."""
+        """Kills the child and releases everything that belongs to it."""
         self._process.kill()
         self._process.wait()
         self._pipe.close()
 
     def _end(self, cpu_limit_s: float) -> InvalidPhoto | MachineFault:
-        """Why it ended in the middle of a call."""
+        """The error for a child that ended during a call."""
         code = self._process.wait()
         if -code == signal.SIGPROF:
             return InvalidPhoto(f"the photo takes more than {cpu_limit_s:g} s of processor time to decode")
@@ -132,13 +132,13 @@ class _Child:
 
 
 class _Children:
-    """The child processes: those that wait for a call, and those that work on one."""
+    """The child processes, idle and busy."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Starts without any. Also after a fork: parent and child would read each other's answers."""
+        """Begins with no children. Also called after a fork, or both processes would read each other's answers."""
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._busy: set[_Child] = set()
@@ -183,14 +183,14 @@ class _Children:
 
 def serve(fd: int) -> None:
     """What a child does: answers calls on this descriptor until the other side closes it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no photo in a core dump
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # photos must not end up in core dumps
     with Connection(fd) as pipe:
         while True:
             try:
                 cpu_limit_s, (function, args, kwargs) = pipe.recv()
             except (EOFError, ConnectionError):
                 return
-            # Its signal kills this process wherever it is, also where nobody waits for the answer any more.
+            # The timer's signal kills this process, also when its parent no longer waits.
             signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
             try:
                 answer = True, inspect.unwrap(function)(*args, **kwargs)
@@ -203,7 +203,7 @@ def serve(fd: int) -> None:
 def _raise_if_cancelled() -> None:
     try:
         anyio.from_thread.check_cancelled()
-    except RuntimeError:  # not in a thread of anyio's: nobody can cancel this call
+    except RuntimeError:  # not a thread of anyio, so the call cannot be cancelled
         return
 
 

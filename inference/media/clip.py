@@ -1,4 +1,4 @@
-"""Clips of others, made like ours: cut, converted, shrunk. Everything here blocks; callers put it on a thread."""
+"""Cuts, converts and shrinks clips made elsewhere. Everything here blocks; callers run it in a thread."""
 
 import secrets
 import subprocess
@@ -23,10 +23,10 @@ from inference.media.video import (
 )
 
 HD_WIDTH, SD_HEIGHT = 1280, 576
-"""From this width on, and above this height, players take a clip that does not say its matrix for BT.709."""
+"""From this width on, and above this height, players assume BT.709 for a clip without a matrix tag."""
 
 RECODE_TIMEOUT_S = 120.0
-"""For ten seconds of 1080p, the longest that is encoded again: eight seconds in practice."""
+"""The longest clip that is encoded again, ten seconds of 1080p, takes eight seconds in practice."""
 
 COPY_TAGGED = (
     "-c",
@@ -34,25 +34,25 @@ COPY_TAGGED = (
     "-bsf:v",
     "h264_metadata=video_full_range_flag=0:colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1",
 )
-"""Bytes as they are, but for the tags: limited range, and BT.709, which is 1 in all three tables of H.264 (annex E)."""
+"""Changes only the tags: limited range, and BT.709, which is 1 in all three tables of H.264 (annex E)."""
 
 EVERY_FRAME = ("-fps_mode", "passthrough", "-enc_time_base", "demux")
 """Every frame keeps its own time. By default ffmpeg makes the rate constant, and drops frames that are closer together
 than the average."""
 
 SHRINK_SHARES = (0.92, 0.6, 0.3)
-"""Of a limit on size, what the encoder is told to aim at: it misses by a few percent, and by more where a clip is
-short or all noise."""
+"""Shares of a size limit that the encoder is given as its target, one after the other: it misses the target by a few
+percent, and by more for a clip that is short or noisy."""
 
 
 def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoInfo:
-    """Moves an mp4 of somebody else's to `target` as a VideoWriter would have written it, cut to `length_s`.
+    """Moves a foreign mp4 to `target` in the format that VideoWriter writes, cut to `length_s`.
 
-    A cut is exact: the frames that lie in that time, the last one by half at least, whatever their rate.
+    A cut is exact at any frame rate: it keeps the frames that lie within that time by half at least.
 
-    Bytes stay as they are where they can: what has the right pixels and tags and its index at the front is only moved,
-    and where nothing but tags or the index is wrong no picture is encoded again. Sound stays.
-    Raises MediaError where it is no video, EncodeFailed, MachineFault, DiskFull; then `source` is as it was.
+    As little as possible is changed: a clip with the right pixels, tags and an index at the front is only moved, and if
+    only tags or the index are wrong, no picture is encoded again. Sound stays.
+    Raises MediaError where it is no video, EncodeFailed, MachineFault; `source` is unchanged then.
     """
     info = probe(source)
     frames = info.frames if length_s is None else _frames_within(info, length_s)
@@ -79,9 +79,9 @@ def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoI
 
 
 def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
-    """Encodes an mp4 again so that it is no larger than `max_bytes`, as little worse as that allows; nothing is cut.
+    """Encodes an mp4 again, uncut and with the best quality that fits into `max_bytes`.
 
-    Raises MediaError where it is no video, EncodeFailed where it does not get small enough, MachineFault, DiskFull.
+    Raises MediaError where it is no video, EncodeFailed where it does not get small enough, MachineFault.
     """
     info = probe(source)
     partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
@@ -101,7 +101,7 @@ def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
 
 
 def _has_our_pixels(info: VideoInfo) -> bool:
-    """Whether the pictures of a clip are H.264, yuv420p, limited range and BT.709, said or not."""
+    """Whether the pictures of a clip are H.264, yuv420p, limited range and BT.709, tagged so or not."""
     is_bt709 = {info.color_primaries, info.color_trc} <= {"bt709", "unknown"} and _matrix(info) == "bt709"
     return (info.codec, info.pix_fmt) == ("h264", "yuv420p") and info.color_range != "pc" and is_bt709
 
@@ -112,7 +112,7 @@ def _is_tagged(info: VideoInfo) -> bool:
 
 
 def _matrix(info: VideoInfo) -> str:
-    """The matrix of a clip; of one that does not say, what players take it for by its size (mpv: `csputils.c`)."""
+    """The matrix of a clip; without a tag, the one that players assume for its size (mpv: `csputils.c`)."""
     if info.color_space != "unknown":
         return info.color_space
     return "bt709" if info.width >= HD_WIDTH or info.height > SD_HEIGHT else "smpte170m"
@@ -132,13 +132,13 @@ def _frames_within(info: VideoInfo, length_s: float) -> int:
 
 
 def _cut(info: VideoInfo, frames: int) -> tuple[str, str]:
-    """Ends picture and sound in the middle of the last frame that stays, lest rounding lets one more in."""
+    """Ends picture and sound in the middle of the last frame to keep, so that rounding cannot add a frame."""
     end_s = info.starts_s[frames] if frames < info.frames else info.duration_s
     return "-t", f"{(info.starts_s[frames - 1] + end_s) / 2:.6f}"
 
 
 def _written(path: Path) -> VideoInfo:
-    """What ffmpeg wrote. Raises EncodeFailed where it is no video."""
+    """Probes what ffmpeg wrote. Raises EncodeFailed where it is no video."""
     try:
         return probe(path)
     except MediaError as error:

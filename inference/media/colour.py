@@ -1,7 +1,8 @@
-"""What colours a photo's numbers stand for, where the file says so: as a profile, or in a few code points.
+"""Colour spaces of photos, which files name by an ICC profile or by code points, and their conversion to sRGB.
 
-A colour space that is said without a profile becomes one here, so that one library (LittleCMS, in Pillow) converts
-everything. HDR is shown as an SDR screen would: up to 203 nits, the white of a page in ITU-R BT.2408, and white above.
+A colour space that is named without a profile is turned into one, so that one library (LittleCMS, in Pillow) does all
+conversions. HDR is clipped as on an SDR screen: everything above 203 nits, the diffuse white of ITU-R BT.2408, is
+white.
 """
 
 import io
@@ -25,7 +26,7 @@ Curve: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
 """From signals to light, both from 0 to 1."""
 
 CURVE_POINTS = 4096
-"""Of a curve in a profile: PQ is steep, and its last 42 % are all white."""
+"""Points of a curve in a profile. PQ needs many: it is steep, and its last 42 % are all white."""
 
 SDR_WHITE_NITS = 203.0
 """ITU-R BT.2408, 2.2: diffuse white in PQ, and in HLG on a screen of 1,000 nits."""
@@ -70,7 +71,7 @@ class ColourSpace:
 
     primaries: Primaries
     curve: Curve
-    is_full_range: bool = True  # else black is 16/255 and white 235/255
+    is_full_range: bool = True  # False: black is 16/255 and white 235/255
 
 
 D65 = (0.3127, 0.3290)
@@ -81,10 +82,10 @@ ADOBE_RGB = ColourSpace(((0.64, 0.33), (0.21, 0.71), (0.15, 0.06), D65), Gamma(5
 """Adobe RGB (1998) Color Image Encoding, 4.3."""
 
 Claim: TypeAlias = ColourSpace | bytes
-"""What a file says of its colours: a space, or a whole ICC profile."""
+"""A statement of a file about its colours: a space, or a whole ICC profile."""
 
 UNSPECIFIED = 2
-"""The code point for `unspecified` in both tables below. Where only one of the two is, sRGB's value stands in."""
+"""The code point `unspecified` in both tables below. If only one of a pair is unspecified, sRGB's value is used."""
 
 # ITU-T H.273, table 2: the primaries that pictures use.
 PRIMARIES: dict[int, Primaries] = {
@@ -101,8 +102,8 @@ PRIMARIES: dict[int, Primaries] = {
     22: ((0.630, 0.340), (0.295, 0.605), (0.155, 0.077), D65),
 }
 
-# The same, table 3. The curves of cameras (1, 6, 7, 14, 15: BT.709 and its kin) are shown with that of sRGB: what made
-# the picture looked right on a screen, and browsers show it so.
+# The same, table 3. Camera curves (1, 6, 7, 14, 15: BT.709 and similar) are replaced by the curve of sRGB, as browsers
+# do: pictures with these curves were adjusted to look right on a screen.
 CURVES: dict[int, Curve] = {
     **dict.fromkeys((1, UNSPECIFIED, 6, 7, 13, 14, 15), _srgb_curve),
     4: Gamma(2.2),
@@ -115,7 +116,7 @@ CURVES: dict[int, Curve] = {
 
 
 def by_code_points(primaries: int, transfer: int, *, is_full_range: bool = True) -> ColourSpace | None:
-    """The space that these numbers of ITU-T H.273 name; None where they name none that is known here."""
+    """The colour space for code points of ITU-T H.273; None for unknown ones."""
     if primaries not in PRIMARIES or transfer not in CURVES or primaries == transfer == UNSPECIFIED:
         return None
     return ColourSpace(PRIMARIES[primaries], CURVES[transfer], is_full_range)
@@ -124,8 +125,8 @@ def by_code_points(primaries: int, transfer: int, *, is_full_range: bool = True)
 def srgb(image: Image.Image, claims: Iterable[Claim]) -> Image.Image:
     """The picture in sRGB, mode RGB or RGBA, from mode L, LA, RGB, RGBA or CMYK.
 
-    `claims` are what the file says, the weightiest first: the first that can be followed is. A profile that cannot be
-    read or is for other pixels (RGB in a grey photo, as editors leave it) is ignored.
+    `claims` are the file's statements in order of precedence; the first usable one is applied. A profile that is
+    damaged or made for other pixels (editors leave RGB profiles in grey photos) is ignored.
     """
     has_alpha = image.mode in {"LA", "RGBA"}
     bare = image.convert(image.mode[:-1]) if has_alpha else image
@@ -191,7 +192,7 @@ def _colorants(primaries: Primaries) -> npt.NDArray[np.float64]:
     adapted: npt.NDArray[np.float64] = (
         np.linalg.inv(BRADFORD) @ np.diag(BRADFORD @ D50 / (BRADFORD @ white)) @ BRADFORD @ columns
     )
-    if not np.all(np.abs(adapted) < 8):  # numbers of a profile hold more, no colour does
+    if not np.all(np.abs(adapted) < 8):  # larger values fit into a profile, but no colour has them
         raise ValueError(f"{primaries} span no colour space")
     return adapted
 

@@ -1,4 +1,4 @@
-"""What a JPEG holds between its markers, found without decoding: how many scans, and whether anything is missing.
+"""Counts the scans of a JPEG and finds missing data, without decoding it.
 
 A progressive JPEG is decoded once per scan, each time in full: 500 scans of a 266 KB file take 37 s of a core.
 Markers and segments are those of ITU-T T.81, Annex B.
@@ -10,25 +10,24 @@ from dataclasses import dataclass, field
 from inference.errors import InvalidPhoto
 
 MAX_SCANS = 200
-"""Ten are usual, and encoders that search for the smallest file end at a few dozen. Each is another pass over all
-pixels: 200 of them over 100 megapixels take 15 s of a core."""
+"""Ten are usual, and encoders that optimise for size use a few dozen. Each scan is another pass over all pixels: 200 of
+them over 100 megapixels take 15 s of a core."""
 
 MAX_SEGMENTS = 4096
-"""Tables, comments and what cameras add. A profile comes in up to 255 of them, and each may be 64 KB."""
+"""Segments hold tables, comments and metadata. A profile alone may take 255 of them, of 64 KB each."""
 
 END = b"\xff\xd9"
 
 FILLERS = (b"\x55" * 256, b"\xaa" * 256, b"\x6d\xb6\xdb" * 85)
-"""Bytes that are put where the rest of a scan may be missing. A decoder that still needs data makes different pixels of
-different fillers; without one it would take zeros. There are several because a file's Huffman codes may happen to make
-the same pixels of two of them."""
+"""Bytes that are put where the rest of a scan may be missing. If a decoder still needs data there, different fillers
+give different pixels. Several are tried, because for some Huffman codes two fillers may decode to the same pixels."""
 
 # In coded data 0xFF is followed by 0x00, or is a restart marker; before a marker it may be repeated.
 MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 EOI, SOS = 0xD9, 0xDA
 SEQUENTIAL, PROGRESSIVE = {0xC0, 0xC1, 0xC9}, {0xC2, 0xCA}
-FIRST_SEGMENT = 0xC0  # codes below stand alone, and so does the start marker
+FIRST_SEGMENT = 0xC0  # markers below have no segment, and neither has the start marker
 SOI = 0xD8
 
 
@@ -61,7 +60,7 @@ class Scans:
 
 
 def count(content: bytes) -> Scans:
-    """Walks over the markers of a JPEG file's first picture. What makes no sense is left to the decoder to refuse.
+    """Reads the markers of a JPEG file's first picture. Malformed files are left to the decoder to refuse.
 
     Raises InvalidPhoto where decoding would be too much work.
     """

@@ -1,9 +1,9 @@
 """Photos: read with care, oriented, in sRGB, and framed for a video.
 
-A photo comes from a stranger's phone: it may be cut short, a bomb, sideways, transparent, 16-bit or Display P3.
-Everything here blocks (callers put it on a thread), refuses with InvalidPhoto, one line for people, and raises
-MachineFault where the trouble is this machine's and another could read the same photo. What touches a photo's bytes
-runs in a process that can be killed: see media.apart for its limits, and for what cancelling does.
+A photo is untrusted: it may be truncated, a decompression bomb, sideways, transparent, 16-bit or Display P3. Everything
+here blocks (callers run it in a thread). It raises InvalidPhoto with one line for people, and MachineFault where this
+machine is at fault and another could read the photo. Code that reads a photo's bytes runs in a child process that can
+be killed; media.apart has its limits, and what cancelling does.
 
     measure    its size, from the header alone
     verify     the same, and that every byte decodes
@@ -33,7 +33,7 @@ MAX_PIXELS = 100_000_000
 """More than the largest phone sensor in ordinary use (48 and 64 MP); decoded, 300 MB."""
 
 MIN_SIDE_PX = 16
-"""Below this there is nothing to animate: icons and tracking pixels."""
+"""Smaller pictures are icons and tracking pixels."""
 
 MAX_ASPECT_RATIO = 4.0
 """Longer side over shorter. Beyond it lie whole panoramas and strips, which no video model was trained on; up to it,
@@ -76,7 +76,7 @@ def measure(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
 def verify(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
     """Reads the whole file and checks that it decodes. Raises InvalidPhoto, MachineFault.
 
-    A JPEG is decoded at an eighth of its size: that still reads every byte of its scans, so one cut short shows.
+    A JPEG is decoded at an eighth of its size, which still reads every byte of its scans and finds a truncated file.
     """
     with _opened(path, max_pixels) as photo:
         info = _info(photo)
@@ -122,7 +122,7 @@ def fit(width: int, height: int, *, max_area_px: int, multiple: int) -> tuple[in
 def cover_box(photo: tuple[int, int], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest centred box (left, top, right, bottom) of the photo, in its pixels, that has the shape of `size`."""
     scale = min(photo[0] / size[0], photo[1] / size[1])  # photo pixels per output pixel
-    # Rounding must not leave the photo by a hair: Pillow refuses such a box.
+    # Rounding may exceed the photo by a tiny amount, and Pillow refuses such a box.
     left, top = max((photo[0] - size[0] * scale) / 2, 0.0), max((photo[1] - size[1] * scale) / 2, 0.0)
     return left, top, min(left + size[0] * scale, photo[0]), min(top + size[1] * scale, photo[1])
 
@@ -188,7 +188,7 @@ def _picture(path: Path, cover: tuple[int, int] | None, max_pixels: int) -> Imag
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[PhotoFile]:
-    """A photo with its header read and judged. What its body does to Pillow is mapped here too."""
+    """A photo whose header was read and checked. Errors of Pillow in the block are mapped, too."""
     with refusing():
         photo = read(path)
         _judge(photo.image, max_pixels)

@@ -1,7 +1,7 @@
-"""A photo's file: which format it is, what is known before its pixels are decoded, and its pixels as they were stored.
+"""A photo's file: its format, its metadata, and its pixels as they were stored.
 
-What would be too much work to decode is refused first, by what its format counts work in: scans, segments, chunks.
-Where a format gives no such number (HEIC, WebP) the limits of media.apart are all there is.
+Files that would take too much work to decode are refused first, by counting scans, segments or chunks. For formats
+without such numbers (HEIC, WebP) only the limits of media.apart apply.
 """
 
 import errno
@@ -22,7 +22,7 @@ from inference.media.png_chunks import Png
 # HEVC still images and sequences (ISO/IEC 23008-12, B.4). `mif1` alone may also mean AVIF.
 HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"}
 
-# Why the system would not read a file that may be all right: it ran out of something, a disk fails, our rights.
+# Errors that say nothing about the file: resources ran out, the disk fails, permissions are missing.
 MACHINE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EACCES}
 
 DAMAGED = "the photo is damaged or cut short: it does not decode"
@@ -34,11 +34,11 @@ EXIF_IFD, INTEROPERABILITY_IFD = 0x8769, 0xA005
 
 @dataclass
 class PhotoFile:
-    """A photo whose header was read. What its methods raise is mapped by `refusing`."""
+    """A photo whose header was read. Exceptions of its methods are mapped by `refusing`."""
 
     image: ImageFile.ImageFile  # not yet decoded
     png: Png | None = None
-    twins: tuple[ImageFile.ImageFile, ...] = ()  # the same JPEG with other bytes where its end is missing
+    twins: tuple[ImageFile.ImageFile, ...] = ()  # the same JPEG with other filler bytes in place of its missing end
 
     @property
     def orientation(self) -> int:
@@ -53,13 +53,13 @@ class PhotoFile:
 
     @property
     def claims(self) -> Iterator[Claim]:
-        """What it says of its colours, the weightiest first."""
+        """Its statements about its colours, in order of precedence."""
         if self.png is not None:
             yield from self.png.claims
         profile = self.image.info.get("icc_profile")
         if profile:
             yield profile
-        nclx = self.image.info.get("nclx_profile")  # of HEIC; pixels come in its full range already
+        nclx = self.image.info.get("nclx_profile")  # of HEIC; pillow-heif has expanded the range already
         if nclx:
             space = colour.by_code_points(nclx["color_primaries"], nclx["transfer_characteristics"])
             if space is not None:
@@ -68,10 +68,10 @@ class PhotoFile:
             yield colour.ADOBE_RGB
 
     def draft(self, width: int, height: int) -> None:
-        """Lets the JPEG decoder scale down to what still covers this size.
+        """Lets the JPEG decoder scale down to a size that still covers this one.
 
-        Not HEIC's: its draft shows an embedded thumbnail in place of the photo. Nor a JPEG whose end is missing: what
-        is missing may not show in a smaller picture.
+        Not for HEIC, where a draft is an embedded thumbnail. Not for a JPEG whose end is missing, because a smaller
+        picture may not show what is missing.
         """
         if isinstance(self.image, JpegImagePlugin.JpegImageFile) and not self.twins:
             self.image.draft(None, (width, height))
@@ -105,7 +105,7 @@ class PhotoFile:
 
     @property
     def _says_adobe_rgb(self) -> bool:
-        """As cameras do without a profile: DCF 2.0's R03, or a 2 that EXIF does not know."""
+        """Whether EXIF names Adobe RGB, as cameras do without a profile: DCF 2.0's R03, or colour space 2."""
         try:
             exif = self.image.getexif()
             index = exif.get_ifd(INTEROPERABILITY_IFD).get(INTEROPERABILITY_INDEX)
@@ -116,10 +116,10 @@ class PhotoFile:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Maps whatever Pillow and the codecs below it raise on a bad file.
+    """Maps whatever Pillow and its codecs raise on a bad file.
 
-    There is no list of what that is: OSError, SyntaxError, ValueError, struct.error, EOFError, zlib.error, KeyError,
-    IndexError, OverflowError and RuntimeError have all been seen.
+    Any exception is mapped, because there is no complete list: OSError, SyntaxError, ValueError, struct.error,
+    EOFError, zlib.error, KeyError, IndexError, OverflowError and RuntimeError have all been seen.
     """
     try:
         yield
@@ -134,7 +134,7 @@ def refusing() -> Iterator[None]:
 
 
 def read(path: Path) -> PhotoFile:
-    """The photo with its own reader, chosen by its first bytes whatever the file is called.
+    """Opens a photo with the reader for its first bytes; the file's name does not matter.
 
     The readers are called directly: Image.open would add a bomb check of its own with a process-wide limit, and
     warn about multi-picture JPEGs (most phones write them) whose first picture is all that is wanted.
@@ -164,10 +164,10 @@ def read(path: Path) -> PhotoFile:
 
 
 def _jpeg(content: bytes) -> PhotoFile:
-    """One whose end marker alone is missing is whole.
+    """A JPEG. If only its end marker is missing, it is complete.
 
-    Whether the last scan is, too, shows when it is decoded again with different bytes after it: a decoder that has all
-    it needs never looks at them.
+    Whether data are missing, too, is found by decoding it again with different filler bytes at the end: a decoder that
+    has all data never reads them.
     """
     scans = jpeg_scans.count(content)
     if scans.has_end or not scans.say_everything:

@@ -1,7 +1,7 @@
-"""What a PNG holds besides its pixels, read with bounds; and the chunks that its pixels need, for the decoder.
+"""Reads the metadata of a PNG, with limits, and passes only the chunks of its pixels on to the decoder.
 
-Ancillary chunks must not cost a whole photo: one with a wrong checksum is dropped, as libpng does, and text and
-profiles are unpacked only as far as is of use. Chunks are those of the PNG specification, third edition.
+A damaged ancillary chunk must not make a photo unusable: one with a wrong checksum is dropped, as libpng does, and text
+and profiles are unpacked only up to a limit. Chunks are those of the PNG specification, third edition.
 """
 
 import io
@@ -22,16 +22,16 @@ MAX_CHUNKS = 100_000
 """A photo of 100 megapixels in libpng's chunks of 8 KB has some 30,000; each costs the decoder 5 µs."""
 
 MAX_UNPACKED_BYTES = 16 << 20
-"""Of a profile or a text. Profiles of printers have 3 MB."""
+"""The limit for an unpacked profile or text. Profiles of printers have 3 MB."""
 
 PIXELS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
-"""The only chunks that the decoder gets, besides tRNS. Without its animation chunks an APNG is its first picture."""
+"""The only chunks passed on to the decoder, besides tRNS. Without animation chunks an APNG is its first picture."""
 
 EXIF_TEXT, XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
-"""Keywords of texts that may say how a photo is turned: ImageMagick's, and XMP's own."""
+"""Keywords of texts that may hold the orientation: ImageMagick's, and XMP's own."""
 
 SRGB_GAMMA = 45455
-"""What writers of sRGB say beside its primaries (11.3.2.5), though no power curve is sRGB's."""
+"""The gAMA value that stands for sRGB (11.3.2.5), although sRGB is not a power curve."""
 
 SIXTEEN_BITS = 16  # a depth
 GREY, COLOUR, PALETTE, GREY_WITH_ALPHA = 0, 2, 3, 4  # colour types
@@ -46,29 +46,29 @@ class Png:
     content: bytes  # a file of the pixels alone
     exif: bytes = b""
     xmp: bytes = b""
-    claims: list[Claim] = field(default_factory=list)  # what it says of its colours, the weightiest first
+    claims: list[Claim] = field(default_factory=list)  # statements about its colours, in order of precedence
     depth: int = 8  # bits of a sample, or of an index
     colour_type: int = COLOUR
-    transparent: tuple[int, ...] = ()  # the one grey or colour that is, in samples of `depth` bits
+    transparent: tuple[int, ...] = ()  # the one transparent grey or colour, in samples of `depth` bits
 
     @property
     def is_grey(self) -> bool:
         return self.colour_type in {GREY, GREY_WITH_ALPHA}
 
     def open(self) -> PngImagePlugin.PngImageFile:
-        """The picture, not yet decoded, with what is told about it where Pillow looks for it."""
+        """The picture, not yet decoded, with its metadata where Pillow expects them."""
         image = PngImagePlugin.PngImageFile(io.BytesIO(self.content))
         image.info["exif"] = self.exif
         if self.xmp:
             image.info["xmp"] = self.xmp
         if self.transparent and self.colour_type == GREY and self.depth in {2, 4}:
-            # Pillow widens the samples and forgets this one.
+            # Pillow scales the samples to 8 bits, but not the transparent value.
             image.info["transparency"] = self.transparent[0] * 255 // (2**self.depth - 1)
         return image
 
 
 def parse(content: bytes) -> Png:
-    """Takes a PNG apart. What does not make sense is left to the decoder to refuse.
+    """Reads a PNG's chunks. Malformed files are left to the decoder to refuse.
 
     Raises InvalidPhoto where decoding would be too much work.
     """
@@ -107,7 +107,7 @@ def parse(content: bytes) -> Png:
 
 def with_alpha(image: Image.Image, png: Png) -> Image.Image:
     """A decoded picture of 16 bits a sample with one transparent colour, as mode RGBA."""
-    # Pillow keeps the high byte of each sample. Told that the low ones come first, it keeps those instead.
+    # Pillow keeps the high byte of each sample. With the byte order swapped it keeps the low bytes instead.
     low = PngImagePlugin.PngImageFile(io.BytesIO(png.content))
     low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
     low.load()
@@ -145,7 +145,7 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _claims(chunks: dict[bytes, bytes]) -> Iterator[Claim]:
-    """In the order of the specification (4.3)."""
+    """Statements about colours, in the precedence of the specification (4.3)."""
     cicp = chunks.get(b"cICP", b"")
     if len(cicp) == 4 and cicp[2] == 0:  # the matrix of RGB: a PNG can hold no other
         space = colour.by_code_points(cicp[0], cicp[1], is_full_range=bool(cicp[3]))
@@ -171,13 +171,13 @@ def _claims(chunks: dict[bytes, bytes]) -> Iterator[Claim]:
 
 
 def _numbers(body: bytes, count: int) -> tuple[int, ...]:
-    """Four bytes each; nothing unless there are as many and none is 0."""
+    """`count` integers of four bytes; none if the length differs or one of them is 0."""
     numbers = struct.unpack(f">{count}I", body) if len(body) == 4 * count else ()
     return numbers if all(numbers) else ()
 
 
 def _text(kind: bytes, rest: bytes) -> bytes:
-    """What a text chunk says after its keyword (11.3.3); nothing where that cannot be read."""
+    """The text after a chunk's keyword (11.3.3); empty where it cannot be read."""
     if kind == b"tEXt":
         return rest
     if kind == b"zTXt":
@@ -188,7 +188,7 @@ def _text(kind: bytes, rest: bytes) -> bytes:
 
 
 def _unpacked(body: bytes) -> bytes:
-    """Nothing where it is damaged or too long."""
+    """Decompresses; empty where the data are damaged or too long."""
     unpacking = zlib.decompressobj()
     try:
         text = unpacking.decompress(body, MAX_UNPACKED_BYTES)

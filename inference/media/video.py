@@ -1,6 +1,6 @@
-"""Videos: frames stream into ffmpeg one at a time, and a finished file says what it is.
+"""Writes videos by streaming frames into ffmpeg, and probes finished files.
 
-Both block; callers put them on a thread. The ffmpeg binary is the one imageio-ffmpeg ships (it has no ffprobe).
+Both block; callers run them in a thread. The ffmpeg binary is the one imageio-ffmpeg ships (it has no ffprobe).
 """
 
 import re
@@ -38,7 +38,7 @@ TO_BT709 = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd
 the scaler's own is BT.601's. Primaries and transfer stay: those of ordinary video differ by a few levels."""
 
 TAG_BT709 = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-"""Says so in the file. Given as output options, primaries and transfer are lost on the way (ffmpeg 9.0)."""
+"""Writes these tags. As output options, primaries and transfer would be lost on the way (ffmpeg 9.0)."""
 
 FINISH_TIMEOUT_S = 120.0
 """For x264's lookahead (40 frames) and the second pass that moves the index to the front; seconds in practice."""
@@ -51,8 +51,8 @@ STDERR_LINES = 20
 
 MAX_REASON_CHARS = 500
 
-# Ends that others put to ffmpeg: the kernel out of memory, a shutdown. Of SIGTERM and SIGINT it makes a silent 255.
-# A crash (SIGSEGV, SIGABRT) is its own, and may happen again with the same frames on any machine.
+# Signals sent to ffmpeg from outside, by the kernel out of memory or a shutdown. On SIGTERM and SIGINT it exits with
+# 255 and no message. A crash (SIGSEGV, SIGABRT) may happen again with the same frames on any machine.
 STOPPED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 STOPPED_CODE = 255
 NO_MEMORY = "Cannot allocate memory"
@@ -107,13 +107,13 @@ class VideoWriter:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                # Our own session: the terminal's Ctrl-C is for us to act on. Should this process be killed, the
-                # pipe closes with it, and ffmpeg comes to its end by itself.
+                # A session of its own, so that the terminal's Ctrl-C does not reach ffmpeg. If this process is
+                # killed, the pipe closes, and ffmpeg ends by itself.
                 start_new_session=True,
             )
         except (OSError, RuntimeError) as error:
             raise no_start(error) from error
-        # Read beside the writing: a full stderr pipe would stop ffmpeg, and that would stop us.
+        # Read in a thread: a full stderr pipe would block ffmpeg, which would block the writing.
         self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
         return self
@@ -141,7 +141,7 @@ class VideoWriter:
             self._clean_up()
 
     def video(self, *, seed: int | None = None) -> Video:
-        """What was written, once the block has ended."""
+        """The finished video, after the block has ended."""
         return Video(
             path=self.path,
             width=self.width,
@@ -176,7 +176,7 @@ class VideoWriter:
             raise from_os(error) from error
 
     def _failure(self) -> EncodeFailed | MachineFault:
-        """Why ffmpeg ended before its time."""
+        """The error for an ffmpeg that ended early."""
         with suppress(OSError):
             self._stdin.close()
         try:
@@ -234,7 +234,7 @@ class VideoInfo:
 
 def probe(path: Path) -> VideoInfo:
     """Reads an mp4's packets, without decoding them. Raises MediaError, and MachineFault as VideoWriter does."""
-    # The file may be a stranger's: a playlist under the name of an mp4 must not send ffmpeg anywhere.
+    # The file is untrusted: a playlist named .mp4 must not make ffmpeg open URLs.
     options = ["-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]
     options += ["-i", f"file:{path.absolute()}", "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
     try:
@@ -291,7 +291,7 @@ def _colour(notes: str) -> dict[str, str]:
         elif note.count("/") == 2:
             found["color_space"], found["color_primaries"], found["color_trc"] = note.split("/")
         elif note and note != "progressive" and "first" not in note and "coded" not in note:
-            found["color_space"] = found["color_primaries"] = found["color_trc"] = note  # one word for all three
+            found["color_space"] = found["color_primaries"] = found["color_trc"] = note  # one name for all three
     return found
 
 
@@ -311,7 +311,7 @@ def _index_comes_first(path: Path) -> bool:
 
 
 def no_start(error: OSError | RuntimeError) -> MachineFault:
-    """RuntimeError is what imageio-ffmpeg says when it finds no binary."""
+    """The error for an ffmpeg that did not start. imageio-ffmpeg raises RuntimeError when it finds no binary."""
     return MachineFault(one_line(f"ffmpeg did not start: {error}", MAX_REASON_CHARS))
 
 
@@ -330,7 +330,7 @@ def judge(code: int, said: deque[str]) -> EncodeFailed | MachineFault:
         return _stopped(code)
     if code < 0:
         return EncodeFailed(f"ffmpeg crashed: {signal.Signals(-code).name}")
-    # Without the address of a part of ffmpeg before what it says: [libx264 @ 0x55…]
+    # Without the prefix of ffmpeg's component: [libx264 @ 0x55…]
     reason = re.sub(r"^\[[^]]*\] *", "", said[0].strip()) if said else "it did not say why"
     return EncodeFailed(one_line(f"ffmpeg ended with {code}: {reason}", MAX_REASON_CHARS))
 

@@ -1,1 +1,1 @@
-"""The embedded queue: the documented worker API over a store and a folder, for trying, developing and testing."""
+"""The embedded queue: the documented worker API over a database and a folder, for trials, development and tests."""

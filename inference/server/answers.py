@@ -30,18 +30,18 @@ log = structlog.get_logger(__name__)
 D = TypeVar("D")
 
 LINGER_S = 10.0
-"""How long an early answer goes on reading what its client still sends."""
+"""How long the server goes on reading from a client after an early answer."""
 
 
 class Answer(BaseModel, Generic[D]):
-    """It worked."""
+    """A successful answer."""
 
     success: Literal[True] = True
     data: D
 
 
 class Failure(BaseModel):
-    """It did not, and why."""
+    """A failure, with its reason."""
 
     success: Literal[False] = False
     error: str
@@ -60,12 +60,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The failures a route documents; any may fail with 500, or be refused to a web page with 403."""
+    """The failures that a route documents. Any route may answer 500, and 403 to a web page."""
     return {status: ERRORS[status] for status in sorted({*statuses, 403, 413, 500})}
 
 
 def failure(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An answer that says what went wrong."""
+    """An error answer in the shape of the API."""
     return JSONResponse(Failure(error=error).model_dump(), status, headers)
 
 
@@ -81,7 +81,7 @@ STATUSES: Sequence[tuple[type[I2VError], int]] = (
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the app an answer of that shape."""
+    """Turns every error of the app into a Failure."""
 
     @app.exception_handler(I2VError)
     async def ours(request: Request, error: I2VError) -> JSONResponse:
@@ -107,7 +107,7 @@ def install(app: FastAPI) -> None:
 
 
 def _allowed(request: Request) -> str:
-    """Every method of a path: Starlette names those of the first route alone."""
+    """Every method of a path, for the Allow header: Starlette names those of the first route only."""
     described: dict[str, Any] = request.app.openapi()["paths"]
     methods = {
         method.upper()
@@ -119,7 +119,7 @@ def _allowed(request: Request) -> str:
 
 
 def _problem(problem: dict[str, Any]) -> str:
-    """One line on one wrong field. JSON errors have a position in place of a field."""
+    """One line about one wrong field. JSON syntax errors have a position in place of a field."""
     if problem["type"] == "json_invalid":
         return "body: not JSON"
     where = ".".join(str(part) for part in problem["loc"][1:]) or "body"
@@ -130,8 +130,8 @@ def _problem(problem: dict[str, Any]) -> str:
 class EarlyAnswer(JSONResponse):
     """An answer to a request whose body was not read.
 
-    Closing a connection while its client still sends resets it, and the client may lose the answer. So the answer
-    is sent, and what comes is read and dropped for a while.
+    Closing a connection while its client still sends resets it, and the client may lose the answer. So after the answer
+    the server reads and discards the rest for a while.
     """
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:

@@ -33,13 +33,13 @@ Photos wait here to become short videos. Programs add them under `/api/tasks`; w
 
 KEY = HTTPBearer(
     scheme_name="key",
-    auto_error=False,  # the guard asks for it, before the body is read
+    auto_error=False,  # Guard checks the key, before the body is read
     description="`Authorization: Bearer KEY`, or `Authorization: Worker KEY` as the contract spells it.",
 )
 
 
 class Health(BaseModel):
-    """What works."""
+    """The parts of the server that work."""
 
     database: str
     storage: str
@@ -61,7 +61,7 @@ def create_app(config: ServerConfig) -> FastAPI:
             tasks.start_soon(keep_tidy, store, objects, config)
             yield
             tasks.cancel_scope.cancel()
-        apart.stop()  # a thread that waits for a photo to be decoded would keep the process from ending
+        apart.stop()  # a thread that waits for a decoder would keep the process from ending
         await anyio.to_thread.run_sync(store.close)
 
     app = FastAPI(
@@ -69,9 +69,9 @@ def create_app(config: ServerConfig) -> FastAPI:
         version=version("serverless-i2v"),
         description=DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # theirs load scripts from elsewhere
+        docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
-        strict_content_type=False,  # the contract's workers send JSON, and not all of them say so
+        strict_content_type=False,  # not all workers send a media type with their JSON
     )
     answers.install(app)
     key = [Security(KEY)] if config.api_key else []
@@ -91,10 +91,10 @@ def create_app(config: ServerConfig) -> FastAPI:
 def _health_routes(store: Store, objects: ObjectStore) -> APIRouter:
     routes = APIRouter(tags=["health"])
 
-    @routes.head("/healthz", include_in_schema=False)  # as monitors ask
+    @routes.head("/healthz", include_in_schema=False)  # monitors send HEAD
     @routes.get("/healthz", responses=answers.errors(503), response_model=Answer[Health])
     def healthz() -> object:
-        """Whether rows and objects can be written. Needs no key and tells no secret."""
+        """Whether rows and objects can be written. Needs no key and reveals no secret."""
         try:
             store.check()
             objects.check()
@@ -106,7 +106,7 @@ def _health_routes(store: Store, objects: ObjectStore) -> APIRouter:
 
 
 def _describe(app: FastAPI) -> None:
-    """Takes FastAPI's own 422 out of the description: malformed requests are answered 400 here."""
+    """Removes FastAPI's 422 from the OpenAPI description: malformed requests are answered 400 here."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:

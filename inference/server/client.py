@@ -30,16 +30,16 @@ from inference.transfer.storage_errors import FOREIGN, reason_of
 TIMEOUT_S = 30.0
 
 POLL_S = 1.0
-"""Between questions after a task that is waited for."""
+"""Between two requests for a task that is waited for."""
 
 MAX_UNANSWERED = 60
-"""Questions in a row without an answer, about a minute: a server that is started again is back by then."""
+"""Requests in a row without an answer, about a minute, which is enough for a restart of the server."""
 
 SUBMIT_PAUSES_S = (1.0, 2.0, 4.0)
 """Pauses before a submission whose answer was lost is sent again; its Idempotency-Key keeps it from counting twice."""
 
 MAX_VIDEO_BYTES = 10_000_000_000
-"""Whatever limit the operator gave the queue for uploads, a video in it can be fetched."""
+"""Far above any upload limit that an operator may set, so that every stored video can be fetched."""
 
 
 class QueueClient:
@@ -57,7 +57,7 @@ class QueueClient:
             timeout=TIMEOUT_S,
             trust_env=may_be_proxied(base),
         )
-        # The operator's own queue, asked by the operator.
+        # The operator is a client of their own queue, which may be at a private address.
         self._storage = Storage(allow_private=True, max_download_bytes=MAX_VIDEO_BYTES)
 
     async def __aenter__(self) -> Self:
@@ -107,7 +107,7 @@ class QueueClient:
         return task
 
     async def until_ended(self, item_id: str, sink: Sink) -> dict[str, Any]:
-        """Follows a task to its end, telling `sink` how far it is. A queue that is away for a while is waited for."""
+        """Follows a task to its end and passes its progress to `sink`. Tolerates short outages of the queue."""
         unanswered = 0
         while True:
             try:
@@ -185,7 +185,7 @@ class QueueClient:
 
 
 def _path(item_id: str) -> str:
-    """Ids come from command lines: whatever is typed stays one part of the path. Raises ItemMissing."""
+    """The path of a task. Ids come from command lines, so they are quoted to one segment. Raises ItemMissing."""
     if not item_id:
         raise ItemMissing("the id of the task is empty")
     return f"tasks/{quote(item_id, safe='', errors='replace')}"

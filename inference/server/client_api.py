@@ -1,4 +1,4 @@
-"""What people do with tasks: follow, cancel, retry and delete them; how tasks come to be is in `submit_api`."""
+"""Routes for people: follow, cancel, retry and delete tasks. `submit_api` creates them."""
 
 from typing import Annotated
 
@@ -37,7 +37,7 @@ class TaskView(BaseModel):
     error_message: str | None
     photo_storage_path: str
     video_storage_path: str | None
-    video_url: str | None = None  # of one completed task that was asked for by its id
+    video_url: str | None = None  # only for a completed task that was asked for by its id
     runway_task_id: str | None
     veo_operation_id: str | None
     created_at: str
@@ -52,7 +52,7 @@ class TaskPage(BaseModel):
 
 
 class Deleted(BaseModel):
-    """What is gone, with its photos and videos."""
+    """What was deleted, with its photos and videos."""
 
     tasks: int
 

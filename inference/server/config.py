@@ -1,4 +1,4 @@
-"""What the embedded queue is told by whoever starts it."""
+"""The configuration of the embedded queue."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ class ServerConfig:
     database_url: str = field(repr=False)  # sqlite:///file, or postgresql://user:password@…
     storage_dir: Path  # photos and videos; made if absent
     api_key: str | None = field(default=None, repr=False)  # None: loopback only, and no web page may call
-    # Signs storage URLs. Random unless given: then the URLs handed out do not outlive the process.
+    # Signs storage URLs. By default it is random, so that URLs become invalid when the process ends.
     signing_secret: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
-    public_url: str | None = None  # what workers reach this server under; None: whatever they called it
+    public_url: str | None = None  # the URL that workers reach this server by; None: the Host of their request
     url_lifetime_s: int = 3600
     max_upload_bytes: int = 1024 * MIB  # one video
     max_photo_bytes: int = 50 * MIB
-    retention_days: float | None = None  # tasks that ended longer ago go, with photos and videos; None: none do
+    retention_days: float | None = None  # tasks that ended longer ago are deleted with their files; None: none are
     bucket: str = "group-photos"

@@ -1,9 +1,9 @@
-"""How long a connection waits for its client, and how many connections there may be.
+"""Time limits for slow clients, and a limit on the number of connections.
 
-uvicorn waits for ever for the rest of a request and takes any number of connections, so that a thousand half
-requests of one stranger use up the files this process may open, and nobody else is answered. Here a client that
-owes the server something (a whole header, more of a body, reading its answer) has a time limit for it, and where
-there is no room for another connection, the one whose client has owed something for longest is closed.
+uvicorn waits for ever for the rest of a request and accepts any number of connections, so a thousand incomplete
+requests of one stranger use up the files that this process may open, and other clients get no answer. Here a client has
+a time limit for its next step (completing the header, sending more of the body, reading the answer). If there is no
+room for another connection, the one whose client has been idle for longest is closed.
 """
 
 import asyncio
@@ -19,34 +19,34 @@ import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 64
-"""Connections that the kernel holds until they are accepted; asyncio accepts as many in one go."""
+"""Connections that the kernel queues until they are accepted; asyncio accepts as many at once."""
 
 WANTED_FILES = 4096
-"""Files that this process asks to be allowed; 1024 is what many systems allow unasked."""
+"""The limit of open files that this process asks the system for; many systems allow 1024 by default."""
 
 OTHER_FILES = 400
 """Files that are kept free for other things: the database's (40 connections with up to three files each), and several
 times BACKLOG, since asyncio accepts connections faster than they are counted here."""
 
 UNSENT_BYTES = 128 * 1024
-"""How much of an answer the kernel buffers besides what is on its way. Its default is megabytes, of which a third has
-to be read before it takes more: a client that reads slowly would seem to read nothing."""
+"""How much of an answer the kernel buffers. By default it buffers megabytes, and accepts more only when a third of them
+was read, so that a client that reads slowly would seem to read nothing."""
 
 FILES_EACH = 2
-"""A connection, and the object it sends or receives."""
+"""Files that a connection needs: its socket, and the object that it sends or receives."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long clients are waited for, and how many at once."""
+    """Time limits for clients, and how many are served at once."""
 
     header_s: float = 10.0
-    """From the connection, or the end of the answer before, to the last line of the header."""
+    """From the connection, or the end of the previous answer, to the last line of the header."""
 
     stalled_s: float = 60.0
-    """Without a byte of a request's body, or without one of an answer being read."""
+    """Without a byte of the request's body arriving, or of the answer being read."""
 
     connections: int = 1000
     """Fewer where the system allows fewer files."""
@@ -54,20 +54,20 @@ class Patience:
 
 @dataclass(slots=True)
 class Crowd:
-    """The connections of one server whose clients owe it something, the one that has for longest first."""
+    """The connections of one server that wait for their clients, the longest wait first."""
 
     patience: Patience
     owing: dict["Connection", None] = field(default_factory=dict)
 
 
 class Connection(H11Protocol):
-    """uvicorn's, with limits. From its first moment on its client owes it a request."""
+    """uvicorn's connection with time limits. It waits for its client from the start, for a request."""
 
     def __init__(self, *, crowd: Crowd, **given: Any) -> None:
         super().__init__(**given)
         self._crowd = crowd
         self._timer: asyncio.TimerHandle | None = None
-        self._unread_bytes = 0  # of answers, when the timer was set
+        self._unread_bytes = 0  # bytes of answers that were unread when the timer was set
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -79,7 +79,7 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         was_waiting = self._waits_for_a_request()
         super().data_received(data)
-        if not (was_waiting and self._waits_for_a_request()):  # a header that drips in gains no time
+        if not (was_waiting and self._waits_for_a_request()):  # a header in small pieces gains no time
             self._set_timer()
 
     def on_response_complete(self) -> None:
@@ -99,12 +99,12 @@ class Connection(H11Protocol):
         self._stop_timer()
 
     def abort(self) -> None:
-        """Ends the connection, whatever it is in the middle of. The application hears that its client left."""
+        """Closes the connection at once. The application is told that its client has left."""
         self._stop_timer()
         self.transport.abort()
 
     def _limit_s(self) -> float | None:
-        """How long the client may take for what it owes now; None where it is the server's turn."""
+        """The time limit for the client's next step; None while the server is working."""
         if self.transport.get_write_buffer_size():
             return self._crowd.patience.stalled_s
         if self._waits_for_a_request():
@@ -140,7 +140,7 @@ class Connection(H11Protocol):
 
 
 def affordable(wanted: int) -> int:
-    """How many of the wanted connections this process can have open; asks the system for more files if need be."""
+    """How many of the wanted connections this process can have open; raises its limit of open files if needed."""
     allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed < WANTED_FILES:
         allowed = WANTED_FILES if most == resource.RLIM_INFINITY else min(WANTED_FILES, most)

@@ -1,7 +1,7 @@
-"""The page that describes the API, whole from this server, and what browsers may do with any of its answers.
+"""The page that describes the API, and the security headers of every answer.
 
-Swagger UI comes with the package fastapi-offline: scripts of another site could be changed there, and would run beside
-whatever key is typed into the page. That it cannot be framed keeps others from having it clicked unseen.
+Swagger UI is served from this server, by the package fastapi-offline: a script from another site could read the key
+that is typed into the page. Framing is forbidden against clickjacking.
 """
 
 from fastapi import FastAPI
@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Relative addresses: the server may stand behind a proxy, under a path that it does not know.
+# Relative addresses: the server may be behind a proxy, under a path that it does not know.
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -33,12 +33,12 @@ START = """SwaggerUIBundle({url: "openapi.json", dom_id: "#ui", deepLinking: tru
 """
 
 HEADERS = {
-    # Swagger UI has its icons in its style sheet, and sets styles of elements.
+    # Swagger UI has its icons as data: URLs in its style sheet, and sets inline styles.
     "content-security-policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",  # addresses of photos and videos are signed: who has one may see what is there
+    "referrer-policy": "no-referrer",  # URLs of photos and videos are signed: whoever has one may see the file
 }
 
 

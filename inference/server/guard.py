@@ -1,4 +1,4 @@
-"""Who gets in, and how much they may send: settled before a byte of the body is read."""
+"""Checks the key and the size of a request before any of its body is read."""
 
 import hmac
 from ipaddress import ip_address
@@ -17,17 +17,17 @@ MAX_JSON_BYTES = 5 * MIB
 (vercel.com/docs/functions/limitations)."""
 
 FORM_OVERHEAD_BYTES = MIB
-"""What a form may add to its photo."""
+"""The size that a form may have beyond its photo."""
 
 POLICY_VIOLATION = 1008
 """A close code of websockets (RFC 6455, 7.4.1)."""
 
 
 class Guard:
-    """Asks for the key where there is one; where there is none, lets in only programs of this machine.
+    """Requires the key where one is set; without a key, admits only programs on this machine.
 
-    A web page can make a browser call loopback, from another site (it says so in Origin) or under a name of its
-    own that resolves there (it shows in Host). Programs do neither.
+    A web page can make a browser call loopback, either across origins, which shows in the Origin header, or through a
+    domain of its own that resolves to loopback, which shows in the Host header. Programs do neither.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
@@ -44,7 +44,7 @@ class Guard:
             if self._refusal(headers, needs_key=True) is None:
                 await self._app(scope, receive, send)
             else:
-                await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # before it is open: a 403
+                await send({"type": "websocket.close", "code": POLICY_VIOLATION})  # becomes a 403
             return
         limit = self._limit(scope)
         refusal = self._refusal(headers, needs_key=scope["path"].startswith("/api/"))
@@ -64,7 +64,7 @@ class Guard:
 
     def _limit(self, scope: Scope) -> int | None:
         if scope["path"].startswith(UPLOAD_PREFIX):
-            return None  # has its own limit, and its own way to say so
+            return None  # storage routes have a limit and an error format of their own
         if scope["path"] == "/api/tasks":
             return self._config.max_photo_bytes + FORM_OVERHEAD_BYTES
         return MAX_JSON_BYTES
@@ -83,7 +83,7 @@ def _not_the_key(headers: Headers, key: str) -> tuple[int, str] | None:
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() not in ("worker", "bearer"):
         return 401, "the key is missing: Authorization: Worker KEY"
-    # Bytes: comparing text fails on what is not ASCII. Starlette reads headers as Latin-1.
+    # As bytes, since compare_digest refuses text that is not ASCII. Starlette decodes headers as Latin-1.
     if not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
         return 401, "the key is wrong"
     return None
@@ -112,7 +112,7 @@ def _length(headers: Headers) -> int:
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
-    """For bodies that do not say how long they are."""
+    """Counts the bytes of a body that declares no length."""
     received = 0
 
     async def counted() -> Message:

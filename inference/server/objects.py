@@ -1,4 +1,4 @@
-"""Photos and videos in a folder, and the signatures that let a worker at one of them without a key."""
+"""Photos and videos in a folder, and the signed tokens that give access to one of them without a key."""
 
 import base64
 import fcntl
@@ -30,31 +30,31 @@ from inference.errors import (
 Operation = Literal["download", "upload"]
 
 INCOMING = ".incoming"
-"""The folder, beside the objects, of what is not whole yet: linking into place needs one filesystem."""
+"""The folder of unfinished uploads. It lies beside the objects, because a link needs the same filesystem."""
 
 STALE_S = 24 * 3600
-"""No upload takes that long: what is still in INCOMING was left by a process that was killed."""
+"""No upload takes this long: an older file in INCOMING was left by a process that was killed."""
 
 UNLOCKED_S = 60
-"""What is in INCOMING that long and not locked was left by one as well: whoever writes there has a lock on the file,
-which ends with the process."""
+"""A file in INCOMING that is this old and not locked was left by a killed process, too: a writer locks its file, and
+the lock ends with the process."""
 
 PLACING_TRIES = 3
-"""A folder may be removed, being empty, between its making and the first object in it."""
+"""Another process may remove a new folder, because it is empty, before the first object is linked into it."""
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@=+-]{0,199}")
-"""A path's part, as storage paths of the contract are made. Names that begin with a dot are ours."""
+"""One segment of a storage path. Names that begin with a dot are for internal files."""
 
 
 class Signer:
-    """Makes and checks tokens. Each is for one operation on one path until one moment."""
+    """Makes and checks tokens. Each allows one operation on one path until it expires."""
 
     def __init__(self, secret: str, clock: Callable[[], float] = time.time) -> None:
         self._key = secret.encode()
         self._clock = clock
 
     def sign(self, operation: Operation, path: str, lifetime_s: float) -> str:
-        """A token that holds from now on for `lifetime_s`."""
+        """A token that is valid for `lifetime_s` from now."""
         claims = {"op": operation, "path": path, "exp": int(self._clock() + lifetime_s)}
         payload = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode()
         return f"{payload}.{self._mac(payload)}"
@@ -64,7 +64,7 @@ class Signer:
         payload, dot, mac = token.partition(".")
         if not dot or not payload.isascii():
             raise StorageRefused("the token is malformed")
-        # Bytes: comparing text fails on what is not ASCII, and this is what a stranger sent.
+        # As bytes, since compare_digest refuses text that is not ASCII, and the token may be anything.
         if not hmac.compare_digest(mac.encode("utf-8", "surrogatepass"), self._mac(payload).encode()):
             raise BadSignature("the signature does not match")
         claims = json.loads(base64.urlsafe_b64decode(payload))
@@ -78,21 +78,21 @@ class Signer:
 
 
 class ObjectStore:
-    """Objects as files. Written once, whole, and never over another.
+    """Objects as files, each written once, completely, and never over another one.
 
-    Raises, from any method: DiskFull, StorageUnavailable for any other trouble with the disk.
+    Raises, from any method: DiskFull, StorageUnavailable for other disk errors.
     """
 
     def __init__(self, folder: Path) -> None:
         with _mapped():
             folder.mkdir(parents=True, exist_ok=True)
-            private.close(folder)  # and with it all that is in it
+            private.close(folder)  # which also protects everything inside
             self._folder = folder.resolve()
             self._incoming = self._folder / INCOMING
             self._incoming.mkdir(exist_ok=True)
 
     def check(self) -> None:
-        """Raises where nothing can be written."""
+        """Raises where no object can be written."""
         with self.incoming() as file:
             file.write(b"i2v")
             file.flush()
@@ -112,7 +112,7 @@ class ObjectStore:
             return file is not None and file.is_file()
 
     def names(self, folder: str) -> Iterator[str]:
-        """The objects that lie in a folder, in no order."""
+        """The names of the objects in a folder, in no particular order."""
         with _mapped(), suppress(FileNotFoundError, NotADirectoryError):
             for entry in (self._folder / folder).iterdir():
                 yield f"{folder}/{entry.name}"
@@ -126,12 +126,12 @@ class ObjectStore:
     def incoming(self, suffix: str = "") -> Iterator[IO[bytes]]:
         """A file to write to, gone afterwards unless `place` gave it a name."""
         with _mapped(), NamedTemporaryFile(dir=self._incoming, suffix=suffix) as file:
-            with suppress(OSError):  # some network disks know no locks: what is left there goes after STALE_S
+            with suppress(OSError):  # some network disks have no locks: files there are removed after STALE_S
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
 
     def clear_incoming(self) -> int:
-        """Removes what uploads left that were cut off by a kill, of this process or another. Says how many."""
+        """Removes unfinished uploads of processes that were killed. Returns how many."""
         with _mapped():
             return sum(_is_left(file) and _unlinked(file) for file in self._incoming.iterdir())
 
@@ -150,27 +150,27 @@ class ObjectStore:
             _sync_folder(target.parent)
 
     def remove(self, name: str) -> None:
-        """Takes an object away, durably, if it is there, and its folder with the last one in it."""
+        """Removes an object durably, if it exists, and its folder once that is empty."""
         with _mapped():
             file = self._locate(name)
             if file is None or not _unlinked(file):
                 return
             _sync_folder(file.parent)
             if file.parent != self._folder:
-                with suppress(OSError):  # there are others
+                with suppress(OSError):  # the folder is not empty
                     file.parent.rmdir()
 
     def _locate(self, name: str) -> Path | None:
-        """Where an object of that name belongs, or None where it could lead out of the folder."""
+        """The file for an object of that name; None where the name could lead out of the folder."""
         if len(name) > 1000 or not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
             return None
         file = self._folder / name
-        # A link inside the folder would lead out of it although the name is clean.
+        # A symbolic link inside the folder could lead out of it although the name is valid.
         return file if file.resolve() == file else None
 
 
 def copy(source: IO[bytes], target: IO[bytes]) -> None:
-    """All of `source`, a mebibyte at a time. Raises DiskFull, StorageUnavailable."""
+    """Copies all of `source`, a mebibyte at a time. Raises DiskFull, StorageUnavailable."""
     with _mapped():
         shutil.copyfileobj(source, target, 1024 * 1024)
         target.flush()
@@ -196,7 +196,7 @@ def _link(source: str, target: Path) -> None:
 
 
 def _unlinked(file: Path) -> bool:
-    """Takes a file away; whether it was there."""
+    """Removes a file; returns whether it existed."""
     try:
         file.unlink()
     except FileNotFoundError:
@@ -205,14 +205,14 @@ def _unlinked(file: Path) -> bool:
 
 
 def _is_left(file: Path) -> bool:
-    """Whether nobody writes to a file any more that was to become an object."""
+    """Whether an unfinished upload has no writer any more."""
     try:
-        with file.open("r+b") as left:  # network disks lock only what may be written to
+        with file.open("r+b") as left:  # network disks lock only files that are open for writing
             age_s = time.time() - os.fstat(left.fileno()).st_mtime
             if UNLOCKED_S < age_s <= STALE_S:
                 fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return age_s > UNLOCKED_S
-    except OSError:  # it became an object meanwhile, or is locked, or locks are unknown here
+    except OSError:  # it has become an object, is locked, or the disk has no locks
         return False
 
 

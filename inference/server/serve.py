@@ -1,4 +1,4 @@
-"""The application behind uvicorn, in a task group of whoever starts it."""
+"""Runs the application under uvicorn, in the caller's task group."""
 
 import os
 import socket
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the program it runs in, and says when it accepts connections."""
+    """Leaves signals to the program that it runs in, and tells when it accepts connections."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -50,7 +50,7 @@ async def serve(
     patience: Patience = Patience(),  # noqa: B008 - frozen
     task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves until cancelled, then lets requests under way finish for GRACE_S. On asyncio: uvicorn knows no other.
+    """Serves until cancelled, then gives running requests GRACE_S to finish. On asyncio only, as uvicorn is.
 
     Port 0 takes a free one. Starts with the (host, port) it listens on, once it does: `await tasks.start(serve, …)`.
     Raises SettingsError where it cannot listen, or would be open to strangers; and as `create_app`.
@@ -68,8 +68,8 @@ async def serve(
         server = _Server(
             uvicorn.Config(
                 app,
-                http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # it is called as the class would be
-                ws="none",  # no route speaks it
+                http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # called as the class would be
+                ws="none",  # no route uses websockets
                 backlog=BACKLOG,
                 log_config=None,
                 access_log=False,
@@ -82,7 +82,7 @@ async def serve(
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_stop_when_cancelled, server)
                 tasks.start_soon(_announce, server, listener, task_status)
-                # Not to be cancelled: told to exit, it closes connections and ends the application in order.
+                # Shielded: when told to exit, it closes connections and the application in order.
                 with anyio.CancelScope(shield=True):
                     await server.serve(sockets=[listener])
                 tasks.cancel_scope.cancel()

@@ -1,6 +1,6 @@
-"""Presigned downloads and uploads, shaped as Supabase's storage.
+"""Presigned downloads and uploads, compatible with Supabase's storage.
 
-Its refusals have status 400 on the wire; the truth is in the body, which is not of the queue's shape.
+Its refusals have HTTP status 400; the actual status is in the body, which differs from the bodies of the queue.
 """
 
 from typing import Annotated, Any
@@ -37,12 +37,12 @@ VIDEO_TYPES = ("video/mp4", "video/webm")
 
 log = structlog.get_logger(__name__)
 
-# Without one it is refused as Supabase does, and not as a malformed request of the queue.
+# Optional for FastAPI, so that a missing token is refused as Supabase does and not as a malformed request.
 Token = Annotated[str, Query(description="What presign put there")]
 
 
 class Stored(BaseModel):
-    """An upload that is in place."""
+    """A finished upload."""
 
     Key: str  # bucket/path
 
@@ -56,7 +56,7 @@ class StorageFailure(BaseModel):
     code: str
 
 
-# The first that fits: (error, statusCode, error, code).
+# The first row whose class matches: (our error, then Supabase's statusCode, error and code).
 REFUSALS: tuple[tuple[type[Exception], str, str, str], ...] = (
     (ObjectExists, "409", "Duplicate", "KeyAlreadyExists"),
     (ObjectTooLarge, "413", "Payload too large", "EntityTooLarge"),
@@ -84,7 +84,7 @@ class Presigner:
         self._signer = signer
 
     def url(self, request: Request, operation: Operation, path: str) -> str:
-        """A URL under the public address, else under whatever the caller reached this server by."""
+        """A URL under the public address, or else under the address of the caller's request."""
         base = (self._config.public_url or str(request.base_url)).rstrip("/")
         prefix = DOWNLOAD_PREFIX if operation == "download" else UPLOAD_PREFIX
         key = f"{self._config.bucket}/{path}"
@@ -137,7 +137,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
             await _receive(request, path, store, length)
         except ClientDisconnect:
             log.info("an upload was cut short", path=path)
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client has left and does not read it
         except (StorageError, DiskFull) as error:
             return refusal(error, JSONResponse)
         return JSONResponse(Stored(Key=f"{bucket}/{path}").model_dump())
@@ -146,7 +146,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
 
 
 async def _admit(request: Request, path: str, store: ObjectStore, max_bytes: int) -> int:
-    """Refuses what can be refused before the body is read, else says how long it is. Raises StorageError."""
+    """Refuses what can be refused before the body is read; returns its length in bytes. Raises StorageError."""
     length = _length(request, max_bytes)
     media_type = request.headers.get("content-type", "")
     if path.startswith(VIDEOS) and media_type not in VIDEO_TYPES:

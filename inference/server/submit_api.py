@@ -1,4 +1,4 @@
-"""The way in: a photo becomes tasks."""
+"""The route that turns an uploaded photo into tasks."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from inference.server.wire import Name, Prompt, Provider
 from inference.task import MAX_DURATION_S, MIN_DURATION_S, QUEUE_FPS
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "HEIF": "heic"}
-"""What the storage path of a photo ends with, by what the photo turned out to be."""
+"""The extension of a photo's storage path, by the format that was detected."""
 
 PHOTO_TYPES = {
     "requestBody": {
@@ -36,11 +36,11 @@ PHOTO_TYPES = {
         }
     }
 }
-"""What the description says of the photo beside that it is a file."""
+"""What the OpenAPI description adds about the photo."""
 
 MAX_VIDEOS = 20
 PHOTOS_AT_ONCE = 2
-"""Decoding a photo of the largest size allowed takes some 400 MB, and beats must find a thread meanwhile."""
+"""Decoding the largest photo takes some 400 MB, and threads must remain free for heartbeats."""
 
 
 class Created(BaseModel):
@@ -108,7 +108,7 @@ def store_photo(photo: UploadFile, group: str | None, store: Store, objects: Obj
             info = verify(FilePath(file.name))
         except InvalidPhoto as error:
             raise InvalidPhoto(f"photo: {error}") from None
-        group_id, photo_id = store.group(group) if group else new_id(), new_id()  # a new one is made with its tasks
+        group_id, photo_id = store.group(group) if group else new_id(), new_id()  # a new group is added with its tasks
         path = f"{group_id}/{photo_id}_original.{EXTENSIONS[info.format]}"
         store.removal.expect(path)
         objects.place(file, path)
@@ -134,8 +134,8 @@ def add_items(
 ) -> list[Item]:
     """Asks for videos of a stored photo.
 
-    Where that fails, or the same request was answered before, the photo is removed, unless a row names it: the failure
-    may be that the rows were written and only the database's answer was lost.
+    If that fails, or the same request was answered before, the photo is removed unless a row names it: the rows may
+    have been written although the database's answer was lost.
     """
     try:
         items = store.add(photo, wanted, once)
@@ -148,7 +148,7 @@ def add_items(
 
 
 def fingerprint(photo: UploadFile, asked: tuple[object, ...]) -> str:
-    """Tells one request from another: by its photo, whatever the file is called, and all else that is asked."""
+    """A digest that tells requests apart: by the photo's bytes, not its name, and by everything else asked for."""
     digest = hashlib.file_digest(photo.file, "sha256")  # type: ignore[arg-type]  # a spooled file is one
     photo.file.seek(0)
     digest.update(json.dumps(asked).encode())

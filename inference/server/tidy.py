@@ -1,8 +1,7 @@
-"""Tidying up: what nobody needs any more goes, while the server runs.
+"""Removes what is no longer needed, while the server runs.
 
-Tasks that ended longer ago than they are kept, with their photos and videos; videos that no task came to name, such as
-those of a worker that then lost its lease; bodies of uploads that a kill cut off. Several servers over one database and
-one folder may do so at once.
+That is: tasks past their retention, with photos and videos; videos that no task names, such as those of a worker that
+lost its lease; unfinished uploads of killed processes. Several servers on one database and folder may do so at once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,10 +21,10 @@ PAUSE_S = 300.0
 """Between one round and the next."""
 
 KEY_S = 24 * 3600
-"""How long an Idempotency-Key is remembered, at least: nobody repeats a request for longer."""
+"""How long an Idempotency-Key is remembered at least. No client repeats a request for longer."""
 
 PAGE = 100
-"""Rows or objects that are handled between two moments in which the server may stop."""
+"""Rows or objects per page; the server may stop between two pages."""
 
 DAY_S = 24 * 3600
 
@@ -33,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 
 def sweep(store: Store, objects: ObjectStore, config: ServerConfig, *, stale_s: float = STALE_S) -> Iterator[int]:
-    """One round, a page at a time; yields how much each page took away. `sum(sweep(…))` is all of it.
+    """One round, a page at a time; yields how much each page removed. `sum(sweep(…))` runs it to its end.
 
     `stale_s`: seconds for which a photo without a row may be one that is just being added. Raises QueueUnavailable,
     StorageUnavailable.
@@ -47,7 +46,7 @@ def sweep(store: Store, objects: ObjectStore, config: ServerConfig, *, stale_s: 
     after = ""
     while page := store.removal.nobodys(stale_s, keep_s, after=after, limit=PAGE):
         after = page[-1].path
-        # Most were never stored, or have gone in an earlier round.
+        # Most of these objects were never stored, or were removed in an earlier round.
         there = {it.path for it in page if objects.exists(it.path)}
         for it in page:
             if it.is_over or it.path in there:
@@ -59,7 +58,7 @@ def sweep(store: Store, objects: ObjectStore, config: ServerConfig, *, stale_s: 
 
 
 def adopt(store: Store, objects: ObjectStore) -> Iterator[int]:
-    """Writes down the videos that servers of earlier versions left, which did not; in pages, as `sweep`.
+    """Records videos that servers of earlier versions stored without recording them; in pages, as `sweep`.
 
     Raises QueueUnavailable, StorageUnavailable.
     """
@@ -71,7 +70,7 @@ def adopt(store: Store, objects: ObjectStore) -> Iterator[int]:
 
 
 def discard(paths: Iterable[str], store: Store, objects: ObjectStore, config: ServerConfig) -> None:
-    """Removes objects that have no row any more, or got none. What cannot be removed now goes with a later round."""
+    """Removes objects without a row. Those that cannot be removed now are removed in a later round."""
     for path in paths:
         try:
             store.removal.discard(path, objects.remove, keep_s=config.url_lifetime_s + STALE_S)

@@ -1,8 +1,8 @@
-"""Types of the wire: what a text or a number may be before it comes near a database.
+"""Types of request fields, validated before they reach a database.
 
-The real server reads what JavaScript makes of a body, and workers written for it count on that: numbers arrive as
-strings, with a fraction or as null, names as numbers, paths with a slash before them. What it takes is taken here and
-means the same (measured against the real routes); what says nothing is refused with a clear error.
+The real server is JavaScript and converts types freely, and workers rely on that: numbers arrive as strings, with a
+fraction or as null, names as numbers, paths with a leading slash. Whatever the real server accepts is accepted here
+with the same meaning (measured against its routes); meaningless values are refused with a clear error.
 """
 
 import json
@@ -15,23 +15,23 @@ from inference.task import MAX_PROMPT_CHARS
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 600.0 is 600."""
+    """JSON has only one type of number, so 600.0 is 600."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 MAX_INT = 2**31 - 1
-"""What an integer column of PostgreSQL holds."""
+"""The maximum of an integer column in PostgreSQL."""
 
 LeaseSeq = Annotated[int, Field(strict=True, ge=0, le=MAX_INT), BeforeValidator(_whole)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 
-# PostgreSQL holds no NUL in a text, and names have no use for control characters.
+# PostgreSQL stores no NUL in text, and names need no control characters.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS, pattern=r"^[^\x00]*$")]
 
 
 class ForeignBody(BaseModel):
-    """A body that workers of others send, too: null is the same as nothing."""
+    """A body that foreign workers send, too: null means that the field is absent."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +50,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False), BeforeVa
 
 
 def _number_as_text(value: Any) -> Any:
-    """A number as JavaScript prints it: 7 for 7.0."""
+    """A number as text, as JavaScript prints it: 7 for 7.0."""
     return str(_whole(value)) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -69,21 +69,21 @@ StoragePath = Annotated[
 ]
 
 MAX_ERROR_CHARS = 10_000
-"""Of a longer error message the end is kept: a traceback says last what went wrong."""
+"""Only the end of a longer error message is kept, since a traceback ends with the error."""
 
 
 def _error_text(said: Any) -> str:
     text = said if isinstance(said, str) else json.dumps(said)
-    # PostgreSQL takes neither NUL nor lone surrogates, and a text cut off somewhere may end in one.
+    # PostgreSQL stores neither NUL nor lone surrogates, and truncated text may end with one.
     text = text[-MAX_ERROR_CHARS:].replace("\x00", "\N{REPLACEMENT CHARACTER}")
     return text.encode("utf-8", "replace").decode() or UNKNOWN_ERROR
 
 
 UNKNOWN_ERROR = "Unknown error"
-"""What the real server keeps of a failure without a reason."""
+"""What the real server stores for a failure without a message."""
 
 ErrorText = Annotated[str, BeforeValidator(_error_text)]
-"""Whatever a worker says of its failure, up to a whole stderr."""
+"""A worker's error message, which may be a whole stderr."""
 
 Provider = Literal[
     "wan_local",
@@ -96,7 +96,7 @@ Provider = Literal[
     "runway_gen4_turbo",
     "runway_veo3.1",
 ]
-"""The hints of the contract."""
+"""The provider hints of the API."""
 
 
 def iso(at_s: float) -> str:

@@ -1,4 +1,4 @@
-"""The worker's half of the contract: next-task, heartbeat, presign, report. And ours beside it: backlog."""
+"""The worker API: next-task, heartbeat, presign and report, and our own extension, backlog."""
 
 import re
 from collections.abc import Callable, Coroutine
@@ -29,9 +29,9 @@ from inference.server.wire import (
     iso,
 )
 
-# The real server's words, which never say why (measured against the real routes and the real storage server).
-NO_DOWNLOAD = "Failed to generate download URL"  # there is no such object
-NO_UPLOAD = "Failed to generate upload URL"  # there is one already: the storage signs no upload to a taken path
+# Messages of the real server, which never give the reason (measured against its routes and its storage).
+NO_DOWNLOAD = "Failed to generate download URL"  # the object does not exist
+NO_UPLOAD = "Failed to generate upload URL"  # the path is taken: the storage presigns no upload to it
 NO_VIDEO = "Failed to generate video URL"  # a completed report names a video that is not in storage
 
 

@@ -1,6 +1,6 @@
-"""A TaskQueue in memory: one worker's connection to the oracle, which can be told to misbehave.
+"""A TaskQueue in memory, for tests: one worker's connection to a MemoryStore, with faults that can be injected.
 
-Its faults are those of a network, and of the real Life-is-Short server, which may hand one task out twice.
+The faults are those of a network, and of the real Life-is-Short server, which may lease a task twice.
 """
 
 import secrets
@@ -35,12 +35,12 @@ T = TypeVar("T")
 class Faults:
     """How badly a connection behaves: probabilities per call, and seconds."""
 
-    lose_request: float = 0.0  # never arrives; the caller waits `timeout_s` for nothing
-    lose_reply: float = 0.0  # carried out, but the caller does not learn it
+    lose_request: float = 0.0  # the request never arrives; the caller waits `timeout_s` for nothing
+    lose_reply: float = 0.0  # carried out, but the answer is lost
     answer_500: float = 0.0  # refused without being carried out
     double_lease: float = 0.0  # select and update as two steps with a pause between, as the real server does
     delay_s: float = 0.0  # up to this long each way
-    stall: float = 0.0  # one way takes `timeout_s` longer
+    stall: float = 0.0  # one direction takes `timeout_s` longer
     timeout_s: float = 10.0
     double_lease_pause_s: float = 2.0  # up to this long between select and update
 
@@ -134,12 +134,12 @@ class MemoryQueue:
         if chosen is None:
             return None
         await anyio.sleep(self.random.uniform(0, self.faults.double_lease_pause_s))
-        # The real server would reopen an ended item as well; no worker could keep a promise against that.
+        # The real server would reopen an ended item, too; no worker could guarantee anything against that.
         ended = self.store.get(chosen.id).status not in ("pending", "processing")
         return None if ended else self.store.assign(chosen, worker_id, self.lease_s)
 
     async def _write(self, operation: Callable[[], T]) -> T:
-        """A holder's call: whatever the store refuses, the lease is gone."""
+        """A holder's call: any refusal of the store means that the lease is lost."""
         try:
             return await self._call(operation)
         except Refusal as refusal:

@@ -1,6 +1,6 @@
-"""The oracle: a queue of ours in memory, in the plainest code there is.
+"""A queue in memory, as simple as possible: the reference model of the rules in `queues/item.py`.
 
-It keeps the rules of `item.py`; the SQL store is tested against it, and simulations run on it.
+The SQL store is tested against it, and simulations run on it.
 """
 
 import time
@@ -25,7 +25,7 @@ from inference.queues.item import (
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One write to the store, accepted or not: what a test reads to see that promises were kept."""
+    """One write to the store, accepted or not, for tests to check."""
 
     at_s: float
     verb: str
@@ -41,7 +41,7 @@ class MemoryStore:
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, counts_repeated_failures: bool = False) -> None:
         self._clock = clock
         self._counts_repeated_failures = counts_repeated_failures  # as the real Life-is-Short server does
-        self.items: dict[str, Item] = {}  # in the order they were added, which is the order they are handed out
+        self.items: dict[str, Item] = {}  # in the order they were added, in which they are leased
         self.objects: dict[str, bytes] = {}
         self.log: list[Event] = []
 
@@ -81,7 +81,7 @@ class MemoryStore:
         return self.assign(item, worker_id, lease_s) if item else None
 
     def assign(self, item: Item, worker_id: str, lease_s: float) -> Item:
-        """The update half of a lease. Called late, it overtakes whoever was given the item in between."""
+        """The update step of a lease. Called late, it takes the item from a worker that leased it in between."""
         item = self._find(item.id)
         return self._write(
             "lease",
@@ -121,7 +121,7 @@ class MemoryStore:
         external_ids: dict[str, str] | None = None,
         lease_seq: int | None = None,
     ) -> Item:
-        """The holder's video is in storage. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
+        """Ends an item whose video is stored. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
         item = self._find(item_id)
         repeated = (item.status, item.worker_id, item.video_storage_path)
         if repeated == ("completed", worker_id, video_storage_path):
@@ -142,7 +142,7 @@ class MemoryStore:
         )
 
     def fail(self, item_id: str, worker_id: str, message: str, lease_seq: int | None = None) -> Item:
-        """The holder gives up. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
+        """Records the holder's failure. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
         item = self._find(item_id)
         if (item.status, item.worker_id) == ("failed", worker_id):
             if self._counts_repeated_failures:
@@ -158,7 +158,7 @@ class MemoryStore:
         )
 
     def cancel(self, item_id: str) -> Item:
-        """A person wants no video any more. Asking twice is asking once. Raises ItemMissing, WrongState."""
+        """Cancels an item, or asks its holder to stop. Idempotent. Raises ItemMissing, WrongState."""
         item = self.get(item_id)
         if item.status == "cancelled":
             return item
@@ -169,7 +169,7 @@ class MemoryStore:
         raise WrongState(f"the task is {item.status}: there is nothing to cancel")
 
     def retry(self, item_id: str) -> Item:
-        """A person wants another try at a failed or cancelled item. Raises ItemMissing, WrongState."""
+        """Makes a failed or cancelled item wait again. Raises ItemMissing, WrongState."""
         item = self.get(item_id)
         if item.status not in ("failed", "cancelled"):
             raise WrongState(f"the task is {item.status}: only a failed or cancelled one can be retried")
@@ -215,7 +215,7 @@ class MemoryStore:
         return item
 
     def _waits(self, item: Item, worker_type: WorkerType | None) -> bool:
-        """Whether it may be leased, once what nobody may lease again was swept."""
+        """Whether the item may be leased, after a sweep."""
         waits = item.status == "pending" or self._ran_out(item)
         is_asked_for = worker_type in (None, provider_of(item.inference_provider).worker_type)
         return waits and item.retry_count < MAX_FAILURES and is_asked_for
@@ -224,7 +224,7 @@ class MemoryStore:
         return item.status == "processing" and item.leased_until is not None and item.leased_until <= self._clock()
 
     def _sweep(self) -> None:
-        """Ends the items whose last lease ran out and that nobody may lease again."""
+        """Ends items whose last permitted lease has expired."""
         for item in list(self.items.values()):
             if not self._ran_out(item):
                 continue
@@ -237,7 +237,7 @@ class MemoryStore:
                 self._write("sweep", item, None, status="failed", worker_id=None, leased_until=None, **counted)
 
     def _counted(self, item: Item) -> dict[str, Any]:
-        """What a lease that ran out adds to."""
+        """The counters that an expired lease increments."""
         return {"crash_count": item.crash_count + 1} if item.renewed else {"lost_count": item.lost_count + 1}
 
     def _write(self, verb: str, item: Item, by: str | None, *, accepted: bool = True, **changes: object) -> Item:

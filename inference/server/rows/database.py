@@ -1,11 +1,11 @@
-"""A SQLite file or a PostgreSQL: opened the way leasing needs it, its errors mapped to ours.
+"""A SQLite or PostgreSQL database, configured for leasing, with its errors mapped to ours.
 
-Connections are in autocommit: a single statement is its own transaction, in one round trip. Where a verb takes
-two, `transaction` begins one explicitly; on SQLite as a writer at once, since a transaction that reads first and
-writes later fails as soon as another wrote in between, whatever the timeout.
+Connections are in autocommit: a single statement is its own transaction, in one round trip. Operations with two or more
+statements begin one with `transaction`; on SQLite as a writer from the start, since a transaction that reads first
+fails at its first write if another process has written in between, whatever the timeout.
 
-Between PostgreSQL and this there may be a pooler (pgbouncer, Supabase's port 6543) that gives each transaction
-another connection. So nothing is prepared or set for longer than a transaction.
+A pooler in front of PostgreSQL (pgbouncer, Supabase's port 6543) may give each transaction another connection. So
+nothing is prepared or set for longer than a transaction.
 """
 
 import threading
@@ -28,19 +28,18 @@ from inference.server.rows.schema import LINE_BY_WORKER_TYPE, metadata
 from inference.server.rows.statements import Statement
 
 BUSY_S = 10.0
-"""How long a writer waits for its turn, and a caller for a connection, before it is told to retry."""
+"""How long a writer waits for its turn, and a caller for a connection, before QueueUnavailable is raised."""
 
 EXAMINED_PART = 100
-"""A database file is checked for damage during at most one hundredth of the time."""
+"""Checks for damage take at most one hundredth of the time."""
 
-# Every ORDER BY in a transaction has an index that serves it. While PostgreSQL's statistics do not know of a fresh
-# backlog, it takes the backlog for short, and would read and sort all of it for each lease: 10 ms for 20,000 items,
-# measured.
+# Every ORDER BY in a transaction is served by an index. Until PostgreSQL has statistics about a new backlog it assumes
+# a short one, and would read and sort all of it for each lease: 10 ms for 20,000 items, measured.
 NO_SORTING = "SET LOCAL enable_sort = off"
 
 SCHEMA_LOCK = 0x693276  # "i2v": an advisory lock of PostgreSQL, so that servers starting at once do not collide
 
-# Not by SQLAlchemy's inspector, which passes over SQLite's indexes of expressions.
+# SQLAlchemy's inspector is not used, because it skips SQLite's indexes on expressions.
 INDEX_NAMES = {
     "sqlite": "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'video_items'",
     "postgresql": "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
@@ -54,17 +53,17 @@ Row = dict[str, Any]
 class Database:
     """Runs statements. Safe to use from many threads.
 
-    Raises, from any method: QueueUnavailable where repeating may help, QueueRefused where it cannot.
+    Raises, from any method: QueueUnavailable where a retry may help, QueueRefused where it cannot.
     """
 
     def __init__(self, url: str) -> None:
-        """Opens the database and creates the tables it lacks. Raises SettingsError for what it cannot use."""
+        """Opens the database and creates missing tables. Raises SettingsError for an unusable address or database."""
         self._url = _parse(url)
         self.dialect_name = self._url.get_backend_name()
         self._sqlite = self.dialect_name == "sqlite"
         self._begin = "BEGIN IMMEDIATE" if self._sqlite else f"BEGIN; {NO_SORTING}"
-        # SQLite has one writer at a time, and a process that finds it busy sleeps for milliseconds before it looks
-        # again. Threads of one process take turns here instead, and wake when it is theirs.
+        # SQLite allows one writer at a time, and polls with pauses of milliseconds while another one writes. Threads of
+        # this process take turns here instead, and wake up as soon as it is their turn.
         self._turns = Turns() if self._sqlite else None
         self._engine = _open_sqlite(self._url) if self._sqlite else _open_postgresql(self._url)
         self._compiled: dict[Statement, tuple[str, Mapping[str, Any]]] = {}
@@ -80,14 +79,14 @@ class Database:
             raise
 
     def close(self) -> None:
-        """Gives every connection back."""
+        """Closes every connection."""
         self._engine.dispose()
 
     def examine(self) -> None:
-        """Reads a SQLite file through, past everything that open connections remember of it.
+        """Checks a whole SQLite file for damage, on a new connection that has none of it cached.
 
-        Raises QueueUnavailable where it is damaged. PostgreSQL looks after its own files. Strangers may ask, and it
-        takes 0.25 s for 100,000 items (measured): what was found holds for EXAMINED_PART times as long as that took.
+        Raises QueueUnavailable where it is damaged. PostgreSQL checks its own files. Strangers may trigger this check,
+        which takes 0.25 s for 100,000 items (measured), so its result holds for EXAMINED_PART times as long.
         """
         if not self._sqlite or not self._examining.acquire(blocking=False):
             return
@@ -123,14 +122,14 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator["Transaction"]:
-        """Several statements that happen together or not at all."""
+        """Several statements that are carried out together or not at all."""
         with self._connection() as connection, self._taking_turns():
             connection.execute(self._begin)
             try:
                 yield Transaction(self, connection)
                 connection.execute("COMMIT")
             except BaseException:
-                # The first error is the one to tell. A connection that cannot even roll back is thrown away below.
+                # The first error is the one that matters. A connection that cannot roll back is discarded below.
                 with suppress(self._driver.Error):
                     connection.execute("ROLLBACK")
                 raise
@@ -138,21 +137,21 @@ class Database:
     def _run(self, connection: Any, statement: Statement, parameters: Mapping[str, Any]) -> list[Row]:
         if statement not in self._compiled:
             compiled = statement.sql.compile(dialect=self._engine.dialect)
-            # SQLAlchemy adds a parameter here and there, such as the zero of OFFSET, and knows its value.
+            # SQLAlchemy adds parameters of its own, such as the zero of OFFSET, whose values it knows.
             constants = {name: value for name, value in compiled.params.items() if value is not None}
             self._compiled[statement] = (str(compiled), constants)
         text, own = self._compiled[statement]
         cursor = connection.execute(text, {**own, **parameters})
         names = self._columns.get(statement)
         if names is None:
-            # Read once: psycopg makes an object per column each time it is asked, a sixth of a call's time.
+            # Read once a statement: psycopg makes an object per column each time, which takes a sixth of a call.
             names = self._columns[statement] = tuple(column[0] for column in cursor.description or ())
-        # To the last row: SQLite commits a single statement when it has been read to its end.
+        # All rows are read: SQLite commits a single statement only after its last row.
         return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()] if names else []
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """A connection of the driver's own: what SQLAlchemy does around a call takes longer than these calls."""
+        """A connection of the driver itself: SQLAlchemy's own work per call would take longer than these calls."""
         with self._mapped():
             pooled = self._engine.raw_connection()
             try:
@@ -201,10 +200,10 @@ class Transaction:
 
 
 class Turns:
-    """A lock that is handed over in the order it was asked for.
+    """A fair lock: it is handed over in the order of the requests.
 
-    Python's own goes to whoever grabs it first, mostly the thread that has just let go: with eight writers the
-    slowest claim in a hundred then waited 15 to 30 ms for its turn, handed over it waits for seven others.
+    Python's own lock goes to the fastest thread, mostly the one that has just released it: with eight writers, the
+    slowest hundredth of claims waited for 15 to 30 ms. With a fair lock a claim waits for seven others at most.
     """
 
     def __init__(self, patience_s: float = BUSY_S) -> None:
@@ -236,7 +235,7 @@ class Turns:
             if gate in self._waiting:
                 self._waiting.remove(gate)
                 raise QueueUnavailable("the database is not available, try again: too many writers")
-        # Handed over in the very moment it gave up: it is its turn after all.
+        # The lock was handed over in the moment of the timeout, so it is this thread's turn after all.
 
     def _release(self) -> None:
         with self._mutex:
@@ -247,9 +246,9 @@ class Turns:
 
 
 def _add_columns(connection: Connection) -> None:
-    """Those that tables of an earlier version lack, which have defaults for the rows that are there.
+    """Adds columns that tables of an earlier version lack, with defaults for existing rows.
 
-    Raises SettingsError for tables that only have the names of ours, such as an app's own, and changes nothing.
+    Raises SettingsError, and changes nothing, for foreign tables that happen to have the same names.
     """
     for table in metadata.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table.name)}
@@ -279,7 +278,7 @@ def _update_indexes(connection: Connection) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line, without the statement, its parameters or the address of the database."""
+    """An error in one line, without the statement, its parameters or the address of the database."""
     original = getattr(error, "orig", None) or error
     return str(original).strip().partition("\n")[0] or type(original).__name__
 
@@ -291,7 +290,7 @@ def _parse(url: str) -> URL:
         raise SettingsError("the database URL is malformed: sqlite:///file or postgresql://…") from None
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
-    # What the addresses of poolers say to other clients: here nothing depends on it.
+    # A hint in the addresses of poolers for other clients, which is not needed here.
     parsed = parsed.difference_update_query(["pgbouncer"])
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
         raise SettingsError(f"the database URL begins with {parsed.drivername}: it must be sqlite or postgresql")
@@ -301,7 +300,7 @@ def _parse(url: str) -> URL:
 
 
 def _open_postgresql(url: URL) -> Engine:
-    # No ping before each use: a connection that died fails one call, which is retried, and empties the pool.
+    # No ping before each use: a dead connection fails one call, which is retried, and empties the pool.
     return create_engine(
         url,
         isolation_level="AUTOCOMMIT",
@@ -316,7 +315,7 @@ def _open_sqlite(url: URL) -> Engine:
     file = Path(url.database or "")
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private.make_file(file)  # SQLite gives new files beside it the same rights
+        private.make_file(file)  # SQLite gives its journal files the same permissions
         for suffix in ("-wal", "-shm"):
             private.close(file.with_name(file.name + suffix))
     except OSError as error:
@@ -335,7 +334,7 @@ def _open_sqlite(url: URL) -> Engine:
     def prepare(connection: Any, _record: object) -> None:
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
-        cursor.execute("PRAGMA synchronous = FULL")  # an answer given survives the loss of power
+        cursor.execute("PRAGMA synchronous = FULL")  # what was committed survives a power cut
         cursor.execute("PRAGMA foreign_keys = ON")
         _use_wal(cursor)
         cursor.close()
@@ -344,7 +343,7 @@ def _open_sqlite(url: URL) -> Engine:
 
 
 def _use_wal(cursor: Any) -> None:
-    """Readers beside the writer. The file remembers; making the switch does not wait for others, so this does."""
+    """Switches to write-ahead logging, so that reads and a write run side by side. Retries while the file is busy."""
     give_up_at = time.monotonic() + BUSY_S
     while cursor.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         try:

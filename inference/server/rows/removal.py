@@ -1,10 +1,10 @@
-"""Taking away: tasks, photos and groups that nobody wants any more, and objects that no row names.
+"""Deletes tasks, photos and groups, and finds the objects that no row names any more.
 
-A row goes in one transaction that writes down which objects lose their name with it; what was written down is removed
-from storage afterwards, by whoever comes first, and again if a kill came in between. No object goes that this database
-has not written down: a folder that holds those of another queue as well keeps them.
+A row is deleted in one transaction that also records which objects are left without a row. Recorded objects are removed
+from storage afterwards, by any server, and again if a process was killed in between. An object that this database has
+not recorded is never removed, so another queue may keep its objects in the same folder.
 
-Statements as in `statements.py`, with the rules for their fences.
+Statements as in `statements.py`, with the same rules for their fences.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ ENDED_BEFORE = Statement(
     .limit(bindparam("limit", type_=Integer)),
 )
 
-# Rows are locked in one order, groups before photos before items, so that no two deletions wait for each other.
+# Rows are locked in a fixed order, groups, photos, items, so that two deletions cannot deadlock.
 
 LOCK_PHOTO_OF = Statement(
     "lock_photo_of",
@@ -141,8 +141,8 @@ UNNAME = {
         .values(
             path=bindparam("path"),
             item_id=bindparam("item_id", type_=Text),
-            # The URL that a video was uploaded to may still be valid, so it could be stored once more. A photo has no
-            # such URL, and no row is on its way any more: it may be swept at once.
+            # The upload URL of a video may still be valid, so the video could be stored once more. A photo has no such
+            # URL and its row is gone, so it may be removed at once.
             recorded_at=case((cast(bindparam("item_id"), Text).is_(None), ZERO), else_=Clock()),
         )
         .on_conflict_do_nothing(),
@@ -161,17 +161,17 @@ FORGET_NAMED = Statement(
 nobodys: list[Any] = [
     or_(
         unnamed_objects.c.item_id.is_not(None),
-        # A photo is in place for a moment before its row is.
+        # A photo is stored shortly before its row is written.
         unnamed_objects.c.recorded_at <= now - bindparam("stale_s", type_=Double),  # fence
     ),
-    # Whoever holds the item may still report the video; and an item that waits may be leased by a worker that has
-    # stored one of it before.
+    # The item's holder may still report the video, and a waiting item may be leased again by a worker that has already
+    # stored a video of it.
     ~exists().where(_of_record, ~ended),  # fence
     ~exists().where(_of_record, items.c.video_storage_path == unnamed_objects.c.path),  # fence
 ]
-"""No row names the object, and no lease that is alive can make one do so."""
+"""No row names the object, and no active lease can add such a row."""
 
-# Nothing can store the object any more: photos have no upload URL, and that of a video has expired.
+# Nobody can store the object again: photos have no upload URL, and that of a video has expired.
 _is_over = or_(
     unnamed_objects.c.item_id.is_(None),
     unnamed_objects.c.recorded_at < now - bindparam("keep_s", type_=Double),
@@ -206,21 +206,21 @@ FORGET = Statement(
 
 
 class Gone(NamedTuple):
-    """What was taken away."""
+    """What was deleted."""
 
     items: int
-    paths: list[str]  # of the objects that are nobody's now
+    paths: list[str]  # of the objects that have no row now
 
 
 class Unnamed(NamedTuple):
-    """An object that is nobody's, should it be there."""
+    """An object without a row, which may or may not exist in storage."""
 
     path: str
-    is_over: bool  # nothing can store it any more
+    is_over: bool  # nobody can store it again
 
 
 class Removal:
-    """What is taken away, and the objects that are left to be.
+    """Deletes rows, and keeps the list of objects that have none.
 
     Raises, from any method: QueueUnavailable, QueueRefused.
     """
@@ -231,9 +231,9 @@ class Removal:
     # ------------------------------------------------------------ rows
 
     def delete(self, item_id: str) -> list[str]:
-        """Takes an item away, and its photo if no other item is made of it; says which objects are nobody's now.
+        """Deletes an item, and its photo if no other item uses it; returns the paths of objects without a row.
 
-        Whoever holds the item learns it from their next call. Raises ItemMissing.
+        The item's holder is told at its next call. Raises ItemMissing.
         """
         paths = self._delete(item_id, None)
         if paths is None:
@@ -241,7 +241,7 @@ class Removal:
         return paths
 
     def delete_group(self, group_id: str) -> Gone:
-        """Takes a group away with its photos and items. Raises ItemMissing."""
+        """Deletes a group with its photos and items. Raises ItemMissing."""
         with self._database.transaction() as transaction:
             if not transaction.run(LOCK_GROUP, group_id=group_id):
                 raise ItemMissing(f"no group {group_id}")
@@ -252,9 +252,9 @@ class Removal:
             return Gone(len(of_items), self._unname(transaction, of_items + of_photos))
 
     def delete_ended(self, age_s: float, limit: int) -> int:
-        """Takes up to `limit` items away that ended longer ago; where there is none left, empty groups. Says how many.
+        """Deletes up to `limit` items that ended more than `age_s` ago, then empty groups; returns how many.
 
-        Their objects are left to the next look at what is nobody's.
+        Their objects are found by the next `nobodys`.
         """
         rows = self._database.read(ENDED_BEFORE, age_s=age_s, limit=limit)
         if not rows:
@@ -279,31 +279,31 @@ class Removal:
     # ------------------------------------------------------------ objects
 
     def expect(self, path: str, item_id: str | None = None) -> None:
-        """Writes down, before it can, that an object may come to be: a video of an item, or else a photo."""
+        """Records an object before it can be stored: a video of an item, or else a photo."""
         self._database.write(EXPECT[self._database.dialect_name], path=path, item_id=item_id)
 
     def adopt(self, path: str, item_id: str) -> None:
-        """Writes down an object that is there already, if it is of an item of this database and nothing names it."""
+        """Records an existing object, if it belongs to an item of this database and no row names it."""
         if self._database.read(NOT_WRITTEN_DOWN, path=path, item_id=item_id):
             self.expect(path, item_id)
 
     def forget_named(self) -> None:
-        """Strikes out what rows name by now."""
+        """Drops records of objects that a row names by now."""
         self._database.write(FORGET_NAMED)
 
     def nobodys(self, stale_s: float, keep_s: float, *, after: str = "", limit: int) -> list[Unnamed]:
-        """A page of objects that are nobody's, in the order of their paths, if they are there at all.
+        """A page of objects that no row names, ordered by path. Not all of them exist in storage.
 
-        A photo without a row is somebody's for `stale_s`; a video can come for `keep_s` after its URL was signed.
+        A photo may wait for its row for `stale_s`; a video can be stored for `keep_s` after its URL was signed.
         """
         ages = {"stale_s": stale_s, "keep_s": keep_s}
         rows = self._database.read(NOBODYS, **ages, after=after, limit=limit)
         return [Unnamed(row["path"], bool(row["is_over"])) for row in rows]
 
     def discard(self, path: str, remove: Callable[[str], None], stale_s: float = 0, keep_s: float = 0) -> bool:
-        """Calls `remove` with the path of an object if it is still nobody's, and sees to it that it stays so meanwhile.
+        """Calls `remove` with the path of an object if no row names it, and prevents that one is added meanwhile.
 
-        Says whether it did.
+        Returns whether it did.
         """
         with self._database.transaction() as transaction:
             transaction.run(LOCK_ITEM_OF, path=path)

@@ -1,12 +1,11 @@
 """Every SQL statement of the store, named and described.
 
-Each is built once, compiled once for the database in use, and takes its parameters by name. What must hold for a
-write is in the write's own WHERE: a statement changes its row or it does not, whatever happened since anybody
-looked. Each such condition stands on its own line and is marked `# fence`; a test takes them out one by one and
-must see the suite fail.
+Each is built once, compiled once for the database in use, and takes its parameters by name. The conditions of a write
+are in its own WHERE, so that it does not depend on what was read before. Each such condition has its own line and is
+marked `# fence`; a test removes them one by one and expects the suite to fail each time.
 
-Constants are part of the text and not parameters: PostgreSQL could not prove from a parameter that a partial
-index applies.
+Constants are part of the SQL text and not parameters, because PostgreSQL uses a partial index only if its condition
+follows from the text.
 """
 
 from dataclasses import dataclass
@@ -59,15 +58,15 @@ PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = map(
 ZERO, ONE = constant(0), constant(1)
 FALSE: ColumnElement[bool] = literal_column("FALSE")
 
-# A subquery: read once for the whole statement, where PostgreSQL would read a bare clock anew for every row.
+# A subquery is evaluated once a statement; PostgreSQL would evaluate the bare clock for every row.
 now = select(Clock()).scalar_subquery()
 
-# As text: SQLAlchemy takes the table names away within SQLite's RETURNING, and here two tables have an `id`.
+# As text: within SQLite's RETURNING, SQLAlchemy removes table names, and here two tables have an `id`.
 _photo_storage_path: ColumnElement[str] = literal_column(
     "(SELECT storage_path FROM photos WHERE photos.id = video_items.photo_id)"
 )
 row = (*items.c, _photo_storage_path.label("photo_storage_path"))
-"""What makes an `Item`."""
+"""The columns of an `Item`."""
 
 ran_out = and_(items.c.status == PROCESSING, items.c.leased_until <= now)
 last_lapse = case(
@@ -77,7 +76,7 @@ last_lapse = case(
 
 
 def _lapsed(counts: ColumnElement[bool]) -> dict[str, ColumnElement[Any]]:
-    """What a lease that ran out adds to, where it counts."""
+    """The counters that an expired lease increments, if `counts`."""
     return {
         "crash_count": items.c.crash_count + case((and_(counts, items.c.renewed), ONE), else_=ZERO),
         "lost_count": items.c.lost_count + case((and_(counts, not_(items.c.renewed)), ONE), else_=ZERO),
@@ -108,7 +107,7 @@ ANY_TO_SWEEP = Statement(
 _swept = (
     select(items.c.id)
     .where(*beyond_leasing)
-    .with_for_update(skip_locked=True)  # two sweeps at once share the work and cannot deadlock
+    .with_for_update(skip_locked=True)  # two concurrent sweeps share the work and cannot deadlock
     .cte("swept")
     .prefix_with("MATERIALIZED")
 )
@@ -144,7 +143,7 @@ may_be_leased: list[Any] = [
 
 
 def _line(worker_type: WorkerType | None) -> list[Any]:
-    """What workers of a type may lease. The type is part of the text, so that each has a plan of its own."""
+    """The items that workers of a type may lease. The type is part of the text, so each has its own query plan."""
     return may_be_leased if worker_type is None else [*may_be_leased, schema.worker_type == constant(worker_type)]
 
 
@@ -153,7 +152,7 @@ def _lease(waiting: Select[Any]) -> Update:
         waiting.limit(ONE)
         .with_for_update(skip_locked=True)  # nothing on SQLite, where one connection writes at a time
         .cte("chosen")
-        .prefix_with("MATERIALIZED")  # else PostgreSQL may run it again for a row that changed meanwhile
+        .prefix_with("MATERIALIZED")  # or PostgreSQL may run it again for a row that has changed meanwhile
     )
     return (
         update(items)
@@ -175,14 +174,14 @@ def _lease(waiting: Select[Any]) -> Update:
 
 @cache
 def lease(worker_type: WorkerType | None, *, given: bool, sweep: bool) -> Statement:
-    """Hands an item to a worker: the oldest of the line, or the given one if it stands there.
+    """Leases an item to a worker: the oldest that waits, or the given one if it waits.
 
-    One whose worker went silent counts a crash. With `sweep` both happen in one round trip, for PostgreSQL: SQLite
-    knows no UPDATE within a WITH.
+    An item whose last lease expired counts a crash. With `sweep` the sweep runs in the same statement, to save
+    PostgreSQL a round trip; SQLite has no UPDATE within a WITH.
     """
     waiting = select(items.c.id).where(*_line(worker_type))
     if given:
-        # In no order: for its sake PostgreSQL, which is told not to sort, would walk the line to find the one.
+        # No ORDER BY: with enable_sort off, PostgreSQL would scan the queue's index instead of using the id.
         waiting = waiting.where(items.c.id == bindparam("item_id", type_=Text))
     else:
         waiting = waiting.order_by(items.c.created_at, items.c.id)
@@ -295,7 +294,7 @@ CANCEL = Statement(
     )
     .values(
         status=case((or_(items.c.status == PENDING, items.c.leased_until <= now), CANCELLED), else_=items.c.status),
-        cancel_requested=true(),  # and leased_until as it is: a second look at the clock might not agree
+        cancel_requested=true(),  # leased_until stays: a second reading of the clock could disagree with the first
         updated_at=Clock(),
     )
     .returning(*row),

@@ -1,9 +1,9 @@
-"""The queue's rows in SQL: the verbs of `queues.oracle.MemoryStore`, with its answers and its refusals.
+"""The queue's rows in SQL: the same methods, results and refusals as `testing.memory_store`, its reference model.
 
-Blocking, and safe to use from many threads and processes at once. Every verb is one statement that changes what it
-may or nothing; only when it changed nothing is the row read, to say why.
+Blocking, and safe to use from many threads and processes at once. Every method is one conditional statement; only if it
+changed nothing is the row read, to find out why.
 
-Raises, from any verb: QueueUnavailable where repeating may help (the database is locked, full, unreachable),
+Raises, from any method: QueueUnavailable where a retry may help (the database is locked, full, unreachable),
 QueueRefused for a value the database cannot hold.
 """
 
@@ -51,7 +51,7 @@ class NewPhoto:
 
 @dataclass(frozen=True, slots=True)
 class NewItem:
-    """A video wanted of a photo."""
+    """A requested video of a photo."""
 
     prompt: str = ""
     frame_num: int | None = None
@@ -61,10 +61,10 @@ class NewItem:
 
 @dataclass(frozen=True, slots=True)
 class Once:
-    """A request that makes its tasks once, however often it arrives."""
+    """An idempotent request: it creates its tasks once, however often it arrives."""
 
     key: str  # the client's own, unique to the request
-    fingerprint: str  # of what is asked for: another request under the same key is a mistake
+    fingerprint: str  # digest of the request: another request under the same key is an error
 
 
 class Group(Value):
@@ -77,7 +77,7 @@ class Group(Value):
 
     @property
     def status(self) -> Status:
-        """Pending until anything happened, processing until everything ended, failed if anything failed."""
+        """Pending until an item was leased, processing until all have ended, then failed if any failed."""
         present = {status for status, count in self.counts.items() if count}
         if present <= {"pending"}:
             return "pending"
@@ -93,7 +93,7 @@ class Store:
     """The rows of a queue."""
 
     def __init__(self, url: str) -> None:
-        """Opens the database and creates what it lacks. Raises SettingsError, QueueUnavailable."""
+        """Opens the database and creates missing tables. Raises SettingsError, QueueUnavailable."""
         self._database = Database(url)
         self._sqlite = self._database.dialect_name == "sqlite"
         self.removal = Removal(self._database)
@@ -110,7 +110,7 @@ class Store:
     # ------------------------------------------------------------ people
 
     def group(self, name_or_id: str | None = None) -> str:
-        """The id of a group: a new one, or that of this id or name, which is made if there is none."""
+        """The id of a group: a new one, or the one with this id or name, which is created if it is missing."""
         add_group = statements.ADD_GROUP[self._database.dialect_name]
         if name_or_id is None:
             group_id = new_id()
@@ -125,8 +125,8 @@ class Store:
     def add(self, photo: NewPhoto, items: Sequence[NewItem], once: Once | None = None) -> list[Item]:
         """Adds items that wait for a worker, in order, the photo they are made of, and its group; all of it or nothing.
 
-        The photo's file must be in storage. Where `once` was answered before, adds nothing and returns those items:
-        they are of another photo. Raises WrongState as `made_by`.
+        The photo's file must be in storage. If `once` was answered before, adds nothing and returns the items of then,
+        which have another photo. Raises WrongState as `made_by`.
         """
         with self._database.transaction() as transaction:
             made = self._add(transaction, photo, items, once)
@@ -145,9 +145,9 @@ class Store:
         return [_item(row) for item in items for row in transaction.run(statements.ADD_ITEM, **ids, **asdict(item))]
 
     def made_by(self, once: Once) -> list[Item]:
-        """The items that a request made when it arrived before; none if it did not.
+        """The items that a request created when it first arrived; none if it is new.
 
-        Raises WrongState for another request under the same key, and where all that it made has been deleted.
+        Raises WrongState for another request under the same key, and if all of its items have been deleted.
         """
         for row in self._database.read(statements.FIND_KEY, key=once.key):
             if row["fingerprint"] != once.fingerprint:
@@ -159,7 +159,7 @@ class Store:
         return []
 
     def forget_keys(self, age_s: float) -> None:
-        """Frees the Idempotency-Keys that came longer ago."""
+        """Forgets Idempotency-Keys that are older than `age_s`."""
         self._database.write(statements.FORGET_KEYS, age_s=age_s)
 
     def get(self, item_id: str) -> Item:
@@ -190,7 +190,7 @@ class Store:
         return list(_groups(self._database.read(statement, before=before, limit=limit)))
 
     def cancel(self, item_id: str) -> Item:
-        """A person wants no video any more. Asking twice is asking once. Raises ItemMissing, WrongState."""
+        """Cancels an item, or asks its holder to stop. Idempotent. Raises ItemMissing, WrongState."""
         self._sweep()
         for row in self._database.write(statements.CANCEL, item_id=item_id):
             return _item(row)
@@ -200,7 +200,7 @@ class Store:
         raise WrongState(f"the task is {item.status}: there is nothing to cancel")
 
     def retry(self, item_id: str) -> Item:
-        """A person wants another try at a failed or cancelled item. Raises ItemMissing, WrongState."""
+        """Makes a failed or cancelled item wait again. Raises ItemMissing, WrongState."""
         self._sweep()
         for row in self._database.write(statements.RETRY, item_id=item_id):
             return _item(row)
@@ -215,7 +215,7 @@ class Store:
         """Hands the oldest waiting item, or the given one if it waits, to `worker_id`. Raises ItemMissing."""
         statement = statements.lease(worker_type, given=item_id is not None, sweep=not self._sqlite)
         values = {"worker_id": worker_id, "lease_s": lease_s, "item_id": item_id}
-        with self._database.transaction() as transaction:  # where PostgreSQL sorts nothing
+        with self._database.transaction() as transaction:  # a transaction, in which PostgreSQL does not sort
             leased = transaction.run(statement, **values)
             if self._sqlite:
                 transaction.run(statements.SWEEP)
@@ -260,9 +260,9 @@ class Store:
         external_ids: dict[str, str] | None = None,
         lease_seq: int | None = None,
     ) -> Item:
-        """The holder's video is in storage. Raises ItemMissing, NotHolder (also for an item that was cancelled).
+        """Ends an item whose video is stored. Raises ItemMissing, NotHolder (also for an item that was cancelled).
 
-        Of the external ids, those the documents have columns for are kept: runway_task_id, veo_operation_id.
+        Of the external ids, those with a column are kept: runway_task_id, veo_operation_id.
         """
         holder = {"item_id": item_id, "worker_id": worker_id, "lease_seq": lease_seq}
         ids = {name: (external_ids or {}).get(name) for name in _EXTERNAL_IDS}
@@ -275,7 +275,7 @@ class Store:
         raise _not_held(item, worker_id)
 
     def fail(self, item_id: str, worker_id: str, message: str, lease_seq: int | None = None) -> Item:
-        """The holder gives up. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
+        """Records the holder's failure. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
         holder = {"item_id": item_id, "worker_id": worker_id, "lease_seq": lease_seq}
         for row in self._database.write(statements.FAIL, **holder, message=message):
             return _item(row)
@@ -286,7 +286,7 @@ class Store:
         raise _not_held(item, worker_id)
 
     def require_holder(self, item_id: str, worker_id: str, lease_seq: int | None = None) -> None:
-        """Changes nothing. Raises ItemMissing, and NotHolder where this worker could not write, either."""
+        """Changes nothing. Raises ItemMissing, NotHolder where this worker must not write."""
         item = self._find(item_id)
         if (item.status, item.worker_id) != ("processing", worker_id) or lease_seq not in (None, item.lease_seq):
             raise _not_held(item, worker_id)
