@@ -23,7 +23,7 @@ from inference import build, logs, terminal
 from inference.errors import I2VError, one_line
 from inference.fleet import opening, report, shape
 from inference.on_modal import deployment
-from inference.on_modal import one_off as by_hand
+from inference.on_modal import one_off as one_offs
 from inference.on_modal.container import Station
 from inference.on_modal.lent import DictRecords, RemoteContainers
 from inference.process import told_errors
@@ -153,15 +153,15 @@ async def one_off(engine: EngineName, item_id: str, request: dict[str, Any] | No
     kind: Any = Overflow if engine == "runway" else Wan
     remote = kind(by_hand=True)
     try:
-        by_hand.refuse(settings, engine, request)
+        one_offs.refuse(settings, engine, request)
         if request is not None:
-            found = await by_hand.fetch(settings, photo)
+            found = await one_offs.fetch(settings, photo)
             if engine == "preview":
-                return await by_hand.preview(settings, None, request, found)
+                return await one_offs.preview(settings, None, request, found)
             return await remote.render.remote.aio(request, found)
-        async with by_hand.taken(settings, item_id) as lease:
+        async with one_offs.taken(settings, item_id) as lease:
             if engine == "preview":
-                return await by_hand.preview(settings, lease, None, b"")
+                return await one_offs.preview(settings, lease, None, b"")
             return await remote.run.remote.aio(lease.model_dump(mode="json"), drain=False)
     except (I2VError, *ERRORS) as error:
         return {"error": one_line(str(error), 1000)}
@@ -180,9 +180,9 @@ def process(
     """Takes the next task now, or --item-id; with --photo or --photo-url makes one video, which `-w out.mp4` saves."""
     with told_errors(verbose=False):
         saves = any(argument.startswith(("-w", "--write-result")) for argument in sys.argv)
-        request = by_hand.asked(photo, photo_url, prompt, seconds, seed, item_id=item_id, saves=saves)
-        answer = one_off.remote(engine, item_id, request, by_hand.photo_bytes(photo) if photo else photo_url)
-        return by_hand.tell(answer)
+        request = one_offs.asked(photo, photo_url, prompt, seconds, seed, item_id=item_id, saves=saves)
+        answer = one_off.remote(engine, item_id, request, one_offs.photo_bytes(photo) if photo else photo_url)
+        return one_offs.tell(answer)
 
 
 @app.function(image=slim, timeout=MINUTES, scaledown_window=2, cpu=0.25, memory=512)
@@ -200,5 +200,5 @@ async def look(forget: str) -> list[str] | dict[str, str]:
 def status(forget: str = "") -> None:
     """The pools, the queue, the last ticks, today's money. --forget ITEM lets a payment in doubt be made again."""
     with told_errors(verbose=False):
-        for line in by_hand.lines(look.remote(forget)):
+        for line in one_offs.lines(look.remote(forget)):
             terminal.out.print(line, markup=False)

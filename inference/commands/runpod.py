@@ -17,7 +17,7 @@ from inference.errors import SettingsError
 from inference.on_runpod import answer as runpod_answer
 from inference.on_runpod import job as runpod_job
 from inference.on_runpod import tick as runpod_tick
-from inference.on_runpod.api import Health, Job, JobId, RunPodApi
+from inference.on_runpod.api import Health, JobId, RunPodApi, RunPodJob
 from inference.progress.tracker import Progress, Sink
 from inference.settings import Settings
 from inference.task import GenerationRequest, asked_as
@@ -205,7 +205,10 @@ def _again(output: Path, endpoint: str | None, job_id: str) -> str:
 
 
 async def _bring(
-    settings: Settings, output: Path, again: Callable[[str], str], end: Callable[[RunPodApi, Sink], Awaitable[Job]]
+    settings: Settings,
+    output: Path,
+    again: Callable[[str], str],
+    end: Callable[[RunPodApi, Sink], Awaitable[RunPodJob]],
 ) -> None:
     """Waits for the end of a job, saves its video and says what came of it."""
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.

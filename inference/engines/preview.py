@@ -141,7 +141,9 @@ def window(view: View, frame: tuple[float, float, float, float]) -> tuple[float,
     return max(x, left), max(y, top), min(x + width, right), min(y + height, bottom)
 
 
-def render(picture: Image.Image, move: Move, size: tuple[int, int], frames: int) -> Iterator[npt.NDArray[np.uint8]]:
+def render_move(
+    picture: Image.Image, move: Move, size: tuple[int, int], frames: int
+) -> Iterator[npt.NDArray[np.uint8]]:
     """The frames of a move over a picture, one at a time: uint8 [height, width, 3] for `size` (width, height).
 
     Windows are not rounded to pixels: each frame is resampled from where its window really is, so slow moves do
@@ -188,7 +190,7 @@ class PreviewEngine:
         picture = photos.open_photo(photo, cover=closest)
         frames = round(request.duration_s * FPS) + 1
         with VideoWriter(path, width=size[0], height=size[1], fps=FPS, metadata=METADATA) as writer:
-            for frame in render(picture, move, size, frames):
+            for frame in render_move(picture, move, size, frames):
                 job.raise_if_cancelled()
                 writer.write(frame)
                 job.report("render", writer.frames, frames)

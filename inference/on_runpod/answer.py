@@ -28,7 +28,7 @@ from inference.errors import (
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import put
 from inference.media.video import probe
-from inference.on_runpod.api import Job
+from inference.on_runpod.api import RunPodJob
 from inference.on_runpod.wire import MAX_ERROR_CHARS
 from inference.settings import Settings
 from inference.task import Video
@@ -56,7 +56,7 @@ class _Made(BaseModel):
     url: str | None = None
 
 
-class Answer(BaseModel):
+class WorkerAnswer(BaseModel):
     """The fields of a worker's answer (`wire.answer`) that are needed here."""
 
     video: _Made
@@ -69,12 +69,12 @@ def kept(job_id: str, again: Again) -> str:
     return f"RunPod keeps its answer for {KEPT}: {again(job_id)}"
 
 
-def completed(job: Job) -> Answer:
+def completed(job: RunPodJob) -> WorkerAnswer:
     """The answer of a job that made a video. Raises EngineError, which says whether a retry can help."""
     match job.status:
         case "COMPLETED":
             with suppress(ValidationError):
-                answer = Answer.model_validate(job.output)
+                answer = WorkerAnswer.model_validate(job.output)
                 if answer.video.base64 or answer.video.url:
                     return answer
             raise EngineError(one_line(f"job {job.id} brought no video{_why_none(job.output)}", MAX_ERROR_CHARS))

@@ -61,7 +61,7 @@ class _Told(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, serialize_by_alias=True)
 
 
-class Job(_Told):
+class RunPodJob(_Told):
     """One job. An unknown status counts as work in progress."""
 
     id: JobId
@@ -99,7 +99,7 @@ class Job(_Told):
         return one_line(str(said or ""), MAX_SAID_CHARS) or "RunPod does not say why"
 
 
-class Jobs(_Told):
+class JobCounts(_Told):
     """How many jobs of an endpoint are in which state."""
 
     in_progress: Annotated[Count, Field(alias="inProgress")] = 0
@@ -109,7 +109,7 @@ class Jobs(_Told):
     retried: Count = 0
 
 
-class Workers(_Told):
+class WorkerCounts(_Told):
     """How many workers of an endpoint are in which state."""
 
     running: Count = 0
@@ -123,8 +123,8 @@ class Workers(_Told):
 class Health(_Told):
     """An endpoint at one moment."""
 
-    jobs: Annotated[Jobs, OrNothing] = Jobs()
-    workers: Annotated[Workers, OrNothing] = Workers()
+    jobs: Annotated[JobCounts, OrNothing] = JobCounts()
+    workers: Annotated[WorkerCounts, OrNothing] = WorkerCounts()
 
     @property
     def wait(self) -> str:
@@ -138,7 +138,7 @@ class Health(_Told):
         return f"in queue, no worker is ready: {', '.join(f'{count} {state}' for state, count in counts.items())}"
 
 
-class _Answer(json_api.Answer):
+class _RunPodAnswer(json_api.ApiAnswer):
     """An answer of RunPod, or of a proxy in front of it."""
 
     @staticmethod
@@ -173,7 +173,7 @@ class _Answer(json_api.Answer):
         return EngineFailed(said) if self.may_pass else InvalidRequest(said)
 
 
-class RunPodApi(JsonApi[_Answer]):
+class RunPodApi(JsonApi[_RunPodAnswer]):
     """One endpoint, for the length of a block.
 
     Idempotent requests are repeated a few times; a job is sent once.
@@ -187,7 +187,7 @@ class RunPodApi(JsonApi[_Answer]):
     ) -> None:
         url = f"{base_url.rstrip('/')}/{endpoint_id}/"
         super().__init__(
-            _Answer,
+            _RunPodAnswer,
             url,
             key,
             limit_s=ANSWER_LIMIT_S,
@@ -226,17 +226,17 @@ class RunPodApi(JsonApi[_Answer]):
             if not 200 <= answer.status < 300:
                 raise answer.error(self._endpoint_id)
             try:
-                return Job.model_validate(answer.payload).id
+                return RunPodJob.model_validate(answer.payload).id
             except ValidationError:
                 raise _in_doubt("its answer has no job in it") from None
 
         return await _repeated(send)
 
-    async def status(self, job_id: str) -> Job | None:
+    async def status(self, job_id: str) -> RunPodJob | None:
         """The state of a job; None where RunPod does not know it, yet or any more."""
         return await self._job("GET", f"status/{job_id}")
 
-    async def cancel(self, job_id: str) -> Job | None:
+    async def cancel(self, job_id: str) -> RunPodJob | None:
         """Takes a job out of the queue, or stops its worker; None where RunPod does not know it."""
         return await self._job("POST", f"cancel/{job_id}")
 
@@ -250,7 +250,7 @@ class RunPodApi(JsonApi[_Answer]):
         except ValidationError:
             raise EngineFailed("RunPod: its answer to /health is not what its documents say") from None
 
-    async def until_ended(self, job_id: str, sink: Sink, *, wait_s: float) -> Job:
+    async def until_ended(self, job_id: str, sink: Sink, *, wait_s: float) -> RunPodJob:
         """Follows a job to its end and passes its progress to `sink`. Tolerates RunPod not answering for a while.
 
         Also raises EngineFailed where no worker took the job within `wait_s`, and where RunPod no longer knows it; the
@@ -263,21 +263,21 @@ class RunPodApi(JsonApi[_Answer]):
                 return job
             await anyio.sleep(POLL_S)
 
-    async def _job(self, method: str, path: str) -> Job | None:
+    async def _job(self, method: str, path: str) -> RunPodJob | None:
         answer = await self._asked(method, path)
         if answer.status == 404:
             return None
         if not 200 <= answer.status < 300:
             raise answer.error(self._endpoint_id)
         try:
-            return Job.model_validate(answer.payload)
+            return RunPodJob.model_validate(answer.payload)
         except ValidationError:
             raise EngineFailed("RunPod: its answer about a job is not what its documents say") from None
 
-    async def _asked(self, method: str, path: str) -> _Answer:
+    async def _asked(self, method: str, path: str) -> _RunPodAnswer:
         """An idempotent request, repeated where that may help; refusals are returned as answers."""
 
-        async def ask() -> _Answer:
+        async def ask() -> _RunPodAnswer:
             try:
                 answer = await self.ask(method, path)
             except Unanswered as error:
@@ -299,7 +299,7 @@ class _Watch:
         self._fraction = 0.0
         self._wait = "in queue"
 
-    async def look(self, job_id: str) -> Job | None:
+    async def look(self, job_id: str) -> RunPodJob | None:
         """One status request; None where no answer came. Raises as RunPodApi.until_ended."""
         try:
             job = await self._api.status(job_id)

@@ -19,7 +19,7 @@ from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, 
 from inference.fleet import shape
 from inference.media import photo as photos
 from inference.on_runpod.answer import KEPT, KEPT_S, Again, Say, kept
-from inference.on_runpod.api import Job, RunPodApi
+from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.wire import INLINE_BYTES, DirectInput
 from inference.progress.tracker import Progress, Sink
 from inference.settings import Settings
@@ -87,7 +87,7 @@ async def _encoded(photo: Path, say: Say) -> str:
 
 async def invoked(
     api: RunPodApi, settings: Settings, payload: dict[str, Any], sink: Sink, again: Again, *, say: Say, wait_s: float
-) -> Job:
+) -> RunPodJob:
     """Sends a job and follows it to its end. Raises as RunPodApi.run and RunPodApi.until_ended.
 
     When given up, a job is cancelled if the caller was interrupted, or if it still waits for a worker. Otherwise
@@ -172,7 +172,7 @@ async def _cancel(api: RunPodApi, job_id: str, again: Again, say: Say) -> None:
 # Resumed
 
 
-async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink, say: Say) -> Job:
+async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink, say: Say) -> RunPodJob:
     """Follows a job that was sent earlier to its end. It is never cancelled here.
 
     Raises EngineError where RunPod does not know it, and as RunPodApi.until_ended.
@@ -192,7 +192,7 @@ async def taken_up(api: RunPodApi, settings: Settings, job_id: str, sink: Sink, 
         raise
 
 
-async def _known(api: RunPodApi, settings: Settings, job_id: str) -> Job:
+async def _known(api: RunPodApi, settings: Settings, job_id: str) -> RunPodJob:
     """The job, asked for twice: a script may have sent it a moment ago, so that not every server knows it yet.
 
     `until_ended` would ask more often, but an id that a person types is known everywhere by now, or nowhere.

@@ -18,7 +18,7 @@ from inference.fleet import opening
 from inference.fleet.containers import Containers
 from inference.fleet.readings import Board
 from inference.fleet.shape import execution_limit_s
-from inference.on_runpod.api import Job, RunPodApi
+from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.containers import NoContainers, RunPodContainers, on_runpod
 from inference.payments.records import Records, SqliteRecords
 from inference.progress.tracker import DELIVERY_STAGES
@@ -49,7 +49,7 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
     shape = on_runpod(settings)
     records = SqliteRecords(settings.ledger_path)
     board = Board(records, fleet=settings.runpod_endpoint_id)  # readings are kept apart by endpoint
-    jobs = Jobs(api, records, settings.runpod_endpoint_id or "")
+    jobs = SentJobs(api, records, settings.runpod_endpoint_id or "")
     faults = await jobs.judge(board)
     workers = RunPodContainers(
         api,
@@ -72,7 +72,7 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
     return decision
 
 
-class Jobs:
+class SentJobs:
     """Jobs that ticks sent, until RunPod says how they ended.
 
     If an endpoint's workers cannot work (no queue in their settings, the wrong key, weights that do not load), its jobs
@@ -97,7 +97,7 @@ class Jobs:
         """
         faults: list[str] = []
         ids = await self._known()
-        found: dict[str, Job | None] = {}
+        found: dict[str, RunPodJob | None] = {}
         limiter = anyio.CapacityLimiter(LOOKS)
 
         async def look(job_id: str) -> None:
@@ -134,7 +134,7 @@ class Jobs:
         await self._records.put(self._key, json.dumps(ids[-JOBS_KEPT:]))
 
 
-def fault(job: Job) -> str | None:
+def fault(job: RunPodJob) -> str | None:
     """Why no more jobs should be sent to the endpoint for now, judging by one job; None if nothing speaks against it.
 
     A worker that ran the task says in its answer whether its machine or an outage elsewhere is to blame
@@ -158,7 +158,7 @@ def _blames(said: dict[str, Any], *, unless_said: bool = False) -> bool:
     return said.get("machine_at_fault", unless_said) is True or said.get("worker_should") == "wait"
 
 
-def _clip_s(job: Job) -> float | None:
+def _clip_s(job: RunPodJob) -> float | None:
     """Seconds that the engine worked on the clip of a job with one clip."""
     timings: Any = job.output.get("timings") if isinstance(job.output, dict) else None
     if not isinstance(timings, dict):

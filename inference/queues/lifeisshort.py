@@ -46,8 +46,8 @@ from inference.queues.lifeisshort_wire import (
     BYPASS_HEADER,
     BYPASS_SETTING,
     PROTECTION_MARK,
-    Answer,
     Backlog,
+    QueueAnswer,
     SignedDownload,
     SignedUpload,
 )
@@ -316,7 +316,7 @@ class LifeIsShortQueue:
             await self._tell_missing_from_away(lease, answer)
         return answer.data_as(SignedDownload).url
 
-    async def _tell_missing_from_away(self, lease: Lease, unsigned: Answer) -> None:
+    async def _tell_missing_from_away(self, lease: Lease, unsigned: QueueAnswer) -> None:
         """The real server answers 500 both for a missing photo and for a storage that is down.
 
         It presigns a download only if the photo exists, and an upload only if the path is free. So asking for an upload
@@ -354,20 +354,20 @@ class LifeIsShortQueue:
             raise StorageUnavailable(f"nothing can be stored there: {error}") from None
         return signed.storage_path
 
-    def _data_of_own_lease(self, answer: Answer, lease: Lease) -> Any:
+    def _data_of_own_lease(self, answer: QueueAnswer, lease: Lease) -> Any:
         if answer.refused_with(403, 404):
             raise LeaseLost(f"{answer.call}: {answer.status}: task {lease.task.item_id} is not ours any more")
         return answer.data()
 
-    def _data_of_known_call(self, answer: Answer) -> Any:
-        """As `Answer.data`, for calls that every deployment of the worker API has, so never a plain 404."""
+    def _data_of_known_call(self, answer: QueueAnswer) -> Any:
+        """As `QueueAnswer.data`, for calls that every deployment of the worker API has, so never a plain 404."""
         if answer.status == 404 and self._was_there:  # the app is being redeployed; waiting loses no clip
             raise QueueUnavailable(f"{answer.call}: 404 {answer.error}: the worker API was there before")
         if answer.status == 404:
             raise QueueRefused(f"{answer.call}: 404: no worker API at this URL: {self._client.base_url}")
         return answer.data()
 
-    async def _ask(self, call: str, body: Mapping[str, Any]) -> Answer:
+    async def _ask(self, call: str, body: Mapping[str, Any]) -> QueueAnswer:
         """One call. Raises QueueUnavailable where no answer came; whether it was carried out is unknown then."""
         try:
             with anyio.fail_after(self._request_timeout_s):  # the timeout of httpx is per read
@@ -386,7 +386,7 @@ class LifeIsShortQueue:
         error_text = str(envelope.get("error") or "")
         if response.has_redirect_location:
             error_text = f"redirected to {response.url.join(response.headers['Location']).host}"
-        return Answer(
+        return QueueAnswer(
             call=call,
             status=response.status_code,
             is_json=is_json,

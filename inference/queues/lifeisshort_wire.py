@@ -35,7 +35,7 @@ class SignedUpload(SignedDownload):
     storage_path: StoragePath
 
 
-class Answer(NamedTuple):
+class QueueAnswer(NamedTuple):
     """One answer of the API, or of a proxy or gateway in front of it."""
 
     call: str

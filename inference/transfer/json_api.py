@@ -20,7 +20,7 @@ NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx
 
 
 @dataclass(frozen=True)
-class Answer(ABC):
+class ApiAnswer(ABC):
     """An answer of an API, or of a proxy in front of it. Refusals are answers, too."""
 
     status: int
@@ -33,7 +33,7 @@ class Answer(ABC):
         """The reason in `payload`, from the fields that this API uses; empty where there is none."""
 
 
-A = TypeVar("A", bound=Answer)
+A = TypeVar("A", bound=ApiAnswer)
 
 
 class Unanswered(Exception):

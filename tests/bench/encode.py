@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import imageio_ffmpeg  # noqa: E402
 import numpy as np  # noqa: E402
 
-from inference.engines.preview import ZOOM_IN, render  # noqa: E402
+from inference.engines.preview import ZOOM_IN, render_move  # noqa: E402
 from inference.media.photo import open_photo  # noqa: E402
 from inference.media.video import VideoWriter  # noqa: E402
 
@@ -36,7 +36,7 @@ SIDES = ("VideoWriter", "export_to_video")
 def pixels(count: int) -> Iterator[np.ndarray]:
     """The reference: a zoom over the sample photo, uint8 [704, 1280, 3]."""
     photo = open_photo(ROOT / "inference" / "assets" / "sample.jpg")
-    return render(photo, ZOOM_IN, (WIDTH, HEIGHT), count)
+    return render_move(photo, ZOOM_IN, (WIDTH, HEIGHT), count)
 
 
 def decoded(count: int) -> Iterator[np.ndarray]:

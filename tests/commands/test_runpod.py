@@ -97,7 +97,7 @@ def mp4(tmp_path_factory):
 
 
 @contextmanager
-def by_hand(cloud, *answers):
+def answering(cloud, *answers):
     """A worker in a thread that gives these answers; a callable is given the job's input first."""
 
     def post(job, body):
@@ -222,7 +222,7 @@ def test_help_has_an_example_of_each_command():
 def test_a_video_comes_back_in_the_answer(i2v, home, mp4):
     """It is written whole, described, and what is known of time and money is told."""
     made = answer(mp4, {"load": 1.5, "render": 2.25}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
-    with by_hand(home.cloud, made):
+    with answering(home.cloud, made):
         options = ("-s", "2", "--seed", "7", "--negative", "blur", "--preset", "a14b-fast")
         ran = i2v("invoke", "photo.jpg", "pan left", "-o", "new.mp4", *options)
     assert ran.exit_code == 0, ran.err
@@ -283,7 +283,7 @@ def test_a_video_is_fetched_from_where_it_was_put(i2v, home, mp4):
     """
     with served(mp4.path.read_bytes()) as origin:
         made = answer(mp4, {}, url=f"{origin}/videos/j.mp4?X-Amz-Signature=secret")
-        with by_hand(home.cloud, made):
+        with answering(home.cloud, made):
             where = ("-o", "my [new] clip.mp4", "--endpoint", "ep1")
             refused = i2v("invoke", "photo.jpg", *where, RUNPOD_ENDPOINT_ID="other")
         assert (refused.exit_code, len(refused.errors)) == (1, 1)
@@ -303,7 +303,7 @@ def test_a_video_that_cannot_be_put_where_it_belongs_is_not_lost(i2v, home, mp4)
         (home.folder / "out.mp4").mkdir()
         return answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
 
-    with by_hand(home.cloud, make):
+    with answering(home.cloud, make):
         ran = i2v("invoke", "photo.jpg")
     assert (ran.exit_code, len(ran.errors), "out.mp4 cannot be written" in ran.errors[0]) == (1, 1, True), ran.err
     (home.folder / "out.mp4").rmdir()
@@ -314,7 +314,7 @@ def test_a_video_that_cannot_be_put_where_it_belongs_is_not_lost(i2v, home, mp4)
 def test_a_photo_at_a_url_is_left_to_the_worker(i2v, home, mp4):
     """Nothing is fetched here."""
     made = answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
-    with by_hand(home.cloud, made):
+    with answering(home.cloud, made):
         assert i2v("invoke", "https://photos.example/1.jpg").exit_code == 0
     [job] = home.cloud.jobs.values()
     assert job.input == {"photo_url": "https://photos.example/1.jpg", "prompt": "", "seconds": 5.0}
@@ -330,7 +330,7 @@ def test_a_photo_too_large_for_a_request_is_made_smaller(i2v, home):
         seen.append(Image.open(BytesIO(base64.b64decode(asked["photo_base64"]))).size)
         return failure("seen", retryable=False)
 
-    with by_hand(home.cloud, look):
+    with answering(home.cloud, look):
         ran = i2v("invoke", "large.png")
     assert re.search(r"The photo \(1700x1500, 7\.7 MB\) is larger than a request may be: sent as a JPEG of", ran.err)
     [(width, height)] = seen
@@ -372,7 +372,7 @@ def test_what_cannot_be_asked_for_starts_no_gpu(i2v, home, arguments, exit_code,
 )
 def test_a_job_that_brings_no_video_is_an_error(i2v, home, made, said):
     """One line, that says whether trying again can help; nothing is left behind."""
-    with by_hand(home.cloud, made):
+    with answering(home.cloud, made):
         ran = i2v("invoke", "photo.jpg")
     assert (ran.exit_code, len(ran.errors), said in ran.err) == (1, 1, True), ran.err
     assert "RunPod keeps its answer" not in ran.err, "it would bring the same again"
@@ -401,7 +401,7 @@ def test_an_answer_that_stays_the_same_is_not_advised(i2v, home, mp4, refused, i
         def log_message(self, *_):
             """Nothing on stderr."""
 
-    with serving(Handler) as origin, by_hand(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
+    with serving(Handler) as origin, answering(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
         ran = i2v("invoke", "photo.jpg", BUCKET_ENDPOINT_URL=origin)
     assert (ran.exit_code, len(ran.errors), str(refused[0]) in ran.errors[0]) == (1, 1, True), ran.err
     assert ("RunPod keeps its answer" in ran.err) == is_kept
@@ -414,7 +414,7 @@ def test_a_network_that_is_away_is_told_in_words(i2v, home, mp4):
     made = answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
     for options in ((), ("-v",)):
         home.cloud.faults["status"] += [DOWN] * runpod_api.TRIES
-        with by_hand(home.cloud, made):
+        with answering(home.cloud, made):
             ran = i2v("invoke", "photo.jpg", *options)
         assert ran.exit_code == 0, ran.err
         assert "  at ep1: RunPod does not answer\n" in ran.err
@@ -662,7 +662,7 @@ def test_the_video_of_an_invocation_that_was_killed_is_fetched(i2v, home, mp4):
         until(lambda: home.cloud.asked.count("status") > looks, 20, "somebody looked")
         return answer(mp4, {"load": 1.5}, base64=base64.b64encode(mp4.path.read_bytes()).decode())
 
-    with by_hand(home.cloud, make):
+    with answering(home.cloud, make):
         process = home.start("killed", "invoke", "photo.jpg")
         told = until(lambda: re.search(r"^  job   (\S+)$", process.stderr.read_text(), re.MULTILINE), 30, "its id")
         process.kill()
@@ -719,7 +719,7 @@ def test_who_is_interrupted_while_a_video_comes_hears_where_it_is(home, mp4):
             """Nothing on stderr."""
 
     with serving(Handler) as origin:
-        with by_hand(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
+        with answering(home.cloud, answer(mp4, {}, url=f"{origin}/j.mp4")):
             process = home.start("interrupted", "invoke", "photo.jpg", BUCKET_ENDPOINT_URL=origin)
             assert asked.wait(30)
             process.send(signal.SIGINT)
@@ -747,7 +747,7 @@ def test_an_unknown_job_is_not_waited_for(i2v, home, mp4):
     assert home.cloud.asked == ["status"] * 2
     job_id = home.cloud.run({"prompt": ""})
     home.cloud.faults["status"].append((404, False))
-    with by_hand(home.cloud, answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())):
+    with answering(home.cloud, answer(mp4, {}, base64=base64.b64encode(mp4.path.read_bytes()).decode())):
         assert i2v("fetch", job_id).exit_code == 0
 
 
@@ -805,7 +805,7 @@ def test_a_drain_has_its_videos_elsewhere(i2v, home, mp4):
         (answer_of(failed), "failed: the photo is 3x3 pixels; trying again will not help"),
     ):
         job_id = home.cloud.run({"drain": 2})
-        with by_hand(home.cloud, made):
+        with answering(home.cloud, made):
             ran = i2v("fetch", job_id)
         assert (ran.exit_code, len(ran.errors), said in ran.err) == (1, 1, True), ran.err
         assert not (home.folder / "out.mp4").exists()

@@ -25,7 +25,7 @@ from inference.engines.preview import (
     View,
     choose_move,
     ease,
-    render,
+    render_move,
     window,
 )
 from inference.errors import InvalidRequest
@@ -155,7 +155,7 @@ def test_no_view_leaves_the_photo(move, photo, size, progress):
 def test_no_frame_shows_anything_but_the_photo(name, photo):
     """A white photo gives white frames, edge to edge, larger or smaller than the output: no black bars."""
     white = Image.new("RGB", photo, (255, 255, 255))
-    for frame in render(white, MOVES[name], (96, 64), 9):
+    for frame in render_move(white, MOVES[name], (96, 64), 9):
         assert frame.shape == (64, 96, 3)
         assert frame.min() == 255
 
@@ -173,7 +173,7 @@ def test_motion_is_smooth_to_a_tenth_of_a_pixel(name):
     picture = _blob(photo, at, sigma=6)
     frame = cover_box(photo, size)
     measured, ideal = [], []
-    for index, pixels in enumerate(render(picture, move, size, frames)):
+    for index, pixels in enumerate(render_move(picture, move, size, frames)):
         left, top, right, bottom = window(move.at(index / (frames - 1)), frame)
         ideal.append([(at[0] - left) * size[0] / (right - left), (at[1] - top) * size[1] / (bottom - top)])
         measured.append(_centre(pixels))
@@ -214,7 +214,7 @@ def test_moves_go_where_their_name_says(name, dark_side):
     half = [slice(None), slice(None)]
     half[axis] = slice(0, middle) if dark_side == 0 else slice(middle, None)
     ramp[tuple(half)] = 0
-    first, *_, last = (frame.mean() for frame in render(Image.fromarray(ramp), MOVES[name], (96, 64), 5))
+    first, *_, last = (frame.mean() for frame in render_move(Image.fromarray(ramp), MOVES[name], (96, 64), 5))
     assert last < first - 10
 
 

@@ -11,7 +11,7 @@ from inference.fleet import shape
 from inference.fleet.containers import Live
 from inference.on_modal import deployment
 from inference.on_runpod import containers
-from inference.on_runpod.api import MAX_UNKNOWN, PATIENCE_S, QUIET_S, TRIES, Health, Job, RunPodApi
+from inference.on_runpod.api import MAX_UNKNOWN, PATIENCE_S, QUIET_S, TRIES, Health, RunPodApi, RunPodJob
 from inference.on_runpod.containers import NoContainers, RunPodContainers
 from inference.on_runpod.wire import TaskInput, parse
 from inference.settings import Settings
@@ -255,7 +255,7 @@ async def test_a_job_that_is_not_known_is_none():
 )
 def test_why_a_job_failed_is_one_line(error, why):
     """Of the SDK's own report of an exception, only the message."""
-    assert Job(id="j1", status="FAILED", error=error).why == why
+    assert RunPodJob(id="j1", status="FAILED", error=error).why == why
 
 
 def test_names_are_runpods():

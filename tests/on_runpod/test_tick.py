@@ -9,8 +9,8 @@ import pytest
 from inference.errors import RecordsUnavailable
 from inference.fleet.readings import FAULTS, Board
 from inference.on_runpod import api as runpod_api
-from inference.on_runpod.api import Job, RunPodApi
-from inference.on_runpod.tick import JOBS_KEPT, LOOK_S, Jobs, fault
+from inference.on_runpod.api import RunPodApi, RunPodJob
+from inference.on_runpod.tick import JOBS_KEPT, LOOK_S, SentJobs, fault
 from inference.on_runpod.wire import answer_of, failure
 from inference.on_runpod.worker import STOPPING
 from inference.payments.records import MemoryRecords
@@ -36,12 +36,12 @@ def ended(status, *, error="why", **said):
 def failed(answer, job_id="j"):
     """A job as RunPod tells it whose worker gave an answer with an `error`."""
     said = dict(answer)
-    return Job(id=job_id, status="FAILED", error=said.pop("error"), output=said, execution_ms=900)
+    return RunPodJob(id=job_id, status="FAILED", error=said.pop("error"), output=said, execution_ms=900)
 
 
 def completed(output, job_id="j"):
     """A job that went well."""
-    return Job(id=job_id, status="COMPLETED", output=output, execution_ms=9000)
+    return RunPodJob(id=job_id, status="COMPLETED", output=output, execution_ms=9000)
 
 
 def drained(*outcomes):
@@ -64,11 +64,11 @@ def drained(*outcomes):
         (failed(answer_of(ended("failed"))), None),  # the photo was no photo
         (failed(answer_of(ended("lease_lost"))), None),  # it came too late
         (failed(answer_of(ended("cancelled"))), None),
-        (Job(id="j", status="FAILED", error="exit code 1"), "exit code 1"),
-        (Job(id="j", status="FAILED", error="exit code 1", output="text"), "exit code 1"),
-        (Job(id="j", status="TIMED_OUT", execution_ms=61000), "after 61 s on a worker"),
-        (Job(id="j", status="TIMED_OUT"), None),  # in the queue: there was no worker to blame
-        (Job(id="j", status="CANCELLED"), None),
+        (RunPodJob(id="j", status="FAILED", error="exit code 1"), "exit code 1"),
+        (RunPodJob(id="j", status="FAILED", error="exit code 1", output="text"), "exit code 1"),
+        (RunPodJob(id="j", status="TIMED_OUT", execution_ms=61000), "after 61 s on a worker"),
+        (RunPodJob(id="j", status="TIMED_OUT"), None),  # in the queue: there was no worker to blame
+        (RunPodJob(id="j", status="CANCELLED"), None),
         (completed(answer_of(MADE)), None),
         (completed({"tasks": [], "completed": 0}), None),
         (drained(MADE, ended("released", machine_at_fault=True)), None),
@@ -109,7 +109,7 @@ async def judge(endpoint, records):
     """What the board knows of the pool after a tick's look."""
     board = Board(records)
     async with endpoint.api() as api:
-        await Jobs(api, records, "ep1").judge(board)
+        await SentJobs(api, records, "ep1").judge(board)
     return await board.pool("gpu")
 
 
@@ -117,7 +117,7 @@ async def send(endpoint, records, *ids):
     """A tick that sent jobs."""
     async with endpoint.api() as api:
         for job_id in ids:
-            await Jobs(api, records, "ep1").add(job_id)
+            await SentJobs(api, records, "ep1").add(job_id)
 
 
 async def test_jobs_that_fail_one_after_the_other_are_a_failing_pool():
@@ -125,7 +125,7 @@ async def test_jobs_that_fail_one_after_the_other_are_a_failing_pool():
     endpoint, records = Endpoint(), MemoryRecords()
     ids = [f"j{n}" for n in range(FAULTS)]
     await send(endpoint, records, *ids)
-    endpoint.jobs |= {job_id: Job(id=job_id, status="IN_QUEUE") for job_id in ids}
+    endpoint.jobs |= {job_id: RunPodJob(id=job_id, status="IN_QUEUE") for job_id in ids}
     for n, job_id in enumerate(ids):
         assert (await judge(endpoint, records)).faults == n
         endpoint.jobs[job_id] = failed(failure(f"no weights {n}", retryable=True), job_id)
@@ -166,8 +166,8 @@ async def test_jobs_that_go_on_are_asked_for_again():
     endpoint, records = Endpoint(), MemoryRecords()
     await send(endpoint, records, *(f"old{n}" for n in range(JOBS_KEPT)), "going", "waiting")
     endpoint.jobs |= {
-        "going": Job(id="going", status="IN_PROGRESS"),
-        "waiting": Job(id="waiting", status="IN_QUEUE"),
+        "going": RunPodJob(id="going", status="IN_PROGRESS"),
+        "waiting": RunPodJob(id="waiting", status="IN_QUEUE"),
     }
     assert (await judge(endpoint, records)).faults == 0
     assert len(endpoint.asked) == JOBS_KEPT

@@ -7,7 +7,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
-from inference.transfer.json_api import Answer, JsonApi, Unanswered
+from inference.transfer.json_api import ApiAnswer, JsonApi, Unanswered
 
 KEY = "sk_secret"
 YES = b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"why":"yes"}'
@@ -15,12 +15,12 @@ YES = b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"why":"yes"}'
 pytestmark = pytest.mark.anyio
 
 
-class Why(Answer):
+class Why(ApiAnswer):
     """An API that says why."""
 
     @staticmethod
     def told(payload):
-        """See Answer."""
+        """See ApiAnswer."""
         return str(payload.get("why") or "")
 
 

@@ -21,9 +21,9 @@ from inference.engines.base import Job
 from inference.engines.runway.models import USD_PER_CREDIT, Model
 from inference.engines.runway.wire import (
     GONE,
-    Answer,
     Cost,
     Created,
+    RunwayAnswer,
     RunwayApi,
     RunwayTask,
     failed,
@@ -181,8 +181,8 @@ class PaidTask:
             self._is_new = True
             self._job.raise_if_cancelled()
             found = await self.look()
-            missed = missed + 1 if isinstance(found, Answer) and found.status == 404 else 0
-            if isinstance(found, Answer):
+            missed = missed + 1 if isinstance(found, RunwayAnswer) and found.status == 404 else 0
+            if isinstance(found, RunwayAnswer):
                 if found.status in (401, 403):
                     raise found.error()
                 if missed >= LOOKS_FOR_THE_MISSING:
@@ -197,7 +197,7 @@ class PaidTask:
                 if found.status == "RUNNING" and found.progress is not None:
                     self._job.report("generate", min(max(found.progress, 0.0), 1.0))
 
-    async def look(self) -> RunwayTask | Answer | None:
+    async def look(self) -> RunwayTask | RunwayAnswer | None:
         """The state of the task; None where no answer came. The caller polls on until its time limit."""
         try:
             found = await self._api.task(self.id)
@@ -205,8 +205,8 @@ class PaidTask:
             self.is_unheard = True
             log.warning("runway_unanswered", runway_task_id=self.id, error=str(error))
             return None
-        self.is_unheard = isinstance(found, Answer)
-        if isinstance(found, Answer):
+        self.is_unheard = isinstance(found, RunwayAnswer)
+        if isinstance(found, RunwayAnswer):
             log.warning("runway_unanswered", runway_task_id=self.id, error=f"{found.status} {found.said}")
         return found
 

@@ -83,7 +83,7 @@ class Organization(BaseModel):
     creditBalance: float  # noqa: N815
 
 
-class Answer(json_api.Answer):
+class RunwayAnswer(json_api.ApiAnswer):
     """An answer of Runway, or of a proxy in front of it."""
 
     @staticmethod
@@ -149,14 +149,14 @@ def _has(code: str, parts: tuple[str, ...]) -> bool:
     return any(tuple(segments[at : at + len(parts)]) == parts for at in range(len(segments)))
 
 
-class RunwayApi(JsonApi[Answer]):
+class RunwayApi(JsonApi[RunwayAnswer]):
     """One connection for the length of a block. Every call is one attempt; Unanswered is raised if no answer came."""
 
     def __init__(self, key: str, base_url: str, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        super().__init__(Answer, f"{base_url.rstrip('/')}/v1/", key, limit_s=ANSWER_LIMIT_S, transport=transport)
+        super().__init__(RunwayAnswer, f"{base_url.rstrip('/')}/v1/", key, limit_s=ANSWER_LIMIT_S, transport=transport)
         self._client.headers["X-Runway-Version"] = VERSION
 
-    async def task(self, task_id: str) -> RunwayTask | Answer:
+    async def task(self, task_id: str) -> RunwayTask | RunwayAnswer:
         """The state of a task, or an answer that does not contain it."""
         answer = await self.ask("GET", f"tasks/{task_id}")
         try:

@@ -55,7 +55,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ClipPlan:
     """A request in the model's own terms."""
 
     width: int  # pixels
@@ -198,13 +198,13 @@ class WanEngine:
         log.warning("out_of_memory", error=why, offload=self._models.offload.name.lower(), retried=more)
         return more
 
-    def _too_large(self, error: Exception, plan: Plan) -> EngineFailed:
+    def _too_large(self, error: Exception, plan: ClipPlan) -> EngineFailed:
         return EngineFailed(
             f"{error} at {plan.width}x{plan.height}, {plan.frames} frames, offload "
             f"{self._models.offload.name.lower()}; a smaller I2V_WAN_AREA may fit"
         )
 
-    def _attempt(self, request: GenerationRequest, plan: Plan, photo: Path, path: Path, job: Job) -> Video:
+    def _attempt(self, request: GenerationRequest, plan: ClipPlan, photo: Path, path: Path, job: Job) -> Video:
         """Raises OutOfRoom and errors of our tree, after which the GPU holds the weights and nothing else."""
         try:
             with torch.inference_mode():
@@ -216,7 +216,7 @@ class WanEngine:
                 torch.cuda.empty_cache()
         raise raised
 
-    def _stages(self, request: GenerationRequest, plan: Plan, photo: Path, path: Path, job: Job) -> Video:
+    def _stages(self, request: GenerationRequest, plan: ClipPlan, photo: Path, path: Path, job: Job) -> Video:
         job.report("encode")
         guide = self._guide(request, plan)
         job.raise_if_cancelled()
@@ -226,7 +226,7 @@ class WanEngine:
         latents = self._denoise(plan, guide, condition, generator, job)
         return self._decode(plan, latents, path, job)
 
-    def _plan(self, request: GenerationRequest, photo: Path) -> Plan:
+    def _plan(self, request: GenerationRequest, photo: Path) -> ClipPlan:
         """Raises InvalidRequest, InvalidPhoto."""
         preset = self.preset
         info = photos.measure(photo)
@@ -244,7 +244,7 @@ class WanEngine:
         frames = preset.frames(request.duration_s)
         if frames > preset.trained_frames:
             log.warning("long_clip", frames=frames, trained_frames=preset.trained_frames, expect="drifting colours")
-        return Plan(
+        return ClipPlan(
             width=width,
             height=height,
             frames=frames,
@@ -256,7 +256,7 @@ class WanEngine:
             else None,
         )
 
-    def _guide(self, request: GenerationRequest, plan: Plan) -> Guide:
+    def _guide(self, request: GenerationRequest, plan: ClipPlan) -> Guide:
         models = self._models
 
         def encode(prompt: str) -> torch.Tensor:
@@ -265,7 +265,7 @@ class WanEngine:
         negative = None if plan.negative_prompt is None else encode(plan.negative_prompt)
         return Guide(encode(request.prompt), negative, plan.guidance)
 
-    def _condition(self, request: GenerationRequest, plan: Plan, photo: Path, job: Job) -> torch.Tensor:
+    def _condition(self, request: GenerationRequest, plan: ClipPlan, photo: Path, job: Job) -> torch.Tensor:
         """What the transformer is shown of the photo, fp32, with z the channels of a latent.
 
         5B: [1, z, 1, h, w], the first latent frame. A14B: [1, 4 + z, T, h, w], for each latent frame which of its
@@ -289,7 +289,7 @@ class WanEngine:
         return torch.cat([given, latents], dim=1)
 
     def _denoise(
-        self, plan: Plan, guide: Guide, condition: torch.Tensor, generator: torch.Generator, job: Job
+        self, plan: ClipPlan, guide: Guide, condition: torch.Tensor, generator: torch.Generator, job: Job
     ) -> torch.Tensor:
         """Clean latents [1, z, T, h, w], fp32."""
         models, preset = self._models, self.preset
@@ -324,7 +324,7 @@ class WanEngine:
             latents = torch.cat([condition, latents[:, :, 1:]], dim=2)
         return latents
 
-    def _decode(self, plan: Plan, latents: torch.Tensor, path: Path, job: Job) -> Video:
+    def _decode(self, plan: ClipPlan, latents: torch.Tensor, path: Path, job: Job) -> Video:
         metadata = {"comment": f"{self.preset.label or 'Wan2.2'}, preset {self.preset.name}, seed {plan.seed}"}
 
         def report(written: int) -> None:

@@ -53,7 +53,7 @@ def fetch(
                 f"{repository.name} is for non-commercial use only ({repository.license}): "
                 "if yours is, repeat with --accept-non-commercial"
             )
-    jobs: list[_Job] = []
+    jobs: list[_FileFetch] = []
     with weights.mapped(weights_dir), ExitStack() as stack:
         hub = stack.enter_context(Hub(endpoint or ENDPOINT, token, pauses_s))
         for repository in preset.repositories:
@@ -127,7 +127,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _FileFetch:
     """A file that is to come."""
 
     folder: Path
@@ -181,15 +181,15 @@ class _Job:
         raise weights_error(f"{self.lock.repository}: {self.path} came twice with another content than published")
 
 
-def _jobs(lock: Lock, parts: list[Component | Lora], folder: Path) -> Iterator[_Job]:
+def _jobs(lock: Lock, parts: list[Component | Lora], folder: Path) -> Iterator[_FileFetch]:
     # Indexes last: they are saved again with the size of the shards beside them.
     for path in sorted(lock.files, key=lambda path: (path.endswith(INDEX), path)):
         part = next((part for part in parts if weights.covers(part, path)), None)
         if part and not lock.files[path].is_whole(folder / path):
-            yield _Job(folder, lock, path, as_bf16=isinstance(part, Component) and part.save_as_bf16)
+            yield _FileFetch(folder, lock, path, as_bf16=isinstance(part, Component) and part.save_as_bf16)
 
 
-def _refuse_the_impossible(jobs: list[_Job], weights_dir: Path) -> None:
+def _refuse_the_impossible(jobs: list[_FileFetch], weights_dir: Path) -> None:
     """What would go wrong an hour later. Raises WeightsError, DiskFull."""
     converted = [job.entry.published_bytes for job in jobs if job.as_bf16 and job.path.endswith(TENSORS)]
     if converted and not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
