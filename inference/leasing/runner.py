@@ -23,6 +23,7 @@ from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import scratch_folder
 from inference.payments.ledger import Ledger, Purchase
 from inference.progress.tracker import ProgressTracker, Sink, plan
+from inference.providers import is_known
 from inference.queues.base import TaskQueue
 from inference.task import GenerationRequest, Lease, Outcome, Video
 
@@ -72,6 +73,8 @@ class Runner:
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         job = Job(tracker, purchase, keeper.check)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
+        if not is_known(lease.task.provider):  # somebody hoped for what this version cannot give
+            log.warning("unknown_provider", **bound, provider=lease.task.provider)
         try:
             try:
                 with scratch_folder(self._temp_dir, keep=self._policy.keep_temp) as folder:

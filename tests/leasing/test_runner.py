@@ -7,6 +7,7 @@ from pathlib import Path
 import anyio
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from inference.engines.base import Job, run_in_thread
 from inference.errors import (
@@ -141,6 +142,18 @@ class Scene:
 def scene(photo_bytes, tmp_path):
     """A factory: scenes have to be made inside of virtual time."""
     return lambda **given: Scene(photo_bytes, tmp_path, **given)
+
+
+@pytest.mark.parametrize("hint, told", [("comfyui", ["comfyui"]), ("wan_local", []), (None, [])])
+@virtual_time
+async def test_a_hint_that_is_not_known_is_told(scene, hint, told):
+    """The engine that is there makes the video; whoever hoped for another can find out why."""
+    it = scene()
+    it.store.items[it.item.id] = it.item.model_copy(update={"inference_provider": hint})
+    with capture_logs() as logs:
+        outcome = await it.run()
+    assert outcome.status == "completed"
+    assert [line["provider"] for line in logs if line["event"] == "unknown_provider"] == told
 
 
 @virtual_time

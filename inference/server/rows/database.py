@@ -249,6 +249,8 @@ class Turns:
 def _add_columns(connection: Connection) -> None:
     """Those that tables of an earlier version lack, which have defaults for the rows that are there.
 
+    What that version had beside them stays: a server of it may run beside this one, or be gone back to.
+
     Raises SettingsError for tables that only have the names of ours, such as an app's own, and changes nothing.
     """
     for table in metadata.sorted_tables:
