@@ -69,7 +69,9 @@ async def _render(settings: Settings, request: GenerationRequest, photo: Path, o
                 terminal.say("It goes on at Runway: the same command fetches what was paid for.")
             raise
     terminal.say(f"  {terminal.describe(video)}{_notes(video)}")
-    terminal.say(f"  time  {terminal.times({'load': loaded_s} | tracker.stage_seconds())}")
+    seconds = {"load": loaded_s} | tracker.stage_seconds()
+    seconds.pop("wait", None)  # nobody else uses this engine
+    terminal.say(f"  time  {terminal.times(seconds)}")
     terminal.result(output)
 
 

@@ -93,9 +93,11 @@ class Host:
 
     async def serve(self) -> None:
         """Runs beside the calls until `close`; everything that is held then is handed back first."""
+        await self._executor.serve(self._tell_fault)
+
+    async def _tell_fault(self) -> None:
         if self._fault is not None:
             await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
-        await self._executor.serve()
 
     async def close(self) -> None:
         """Hands back what is held, and ends `serve`, which has to be running or about to."""

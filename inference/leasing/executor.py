@@ -126,10 +126,15 @@ class Executor:
 
     # Life
 
-    async def serve(self) -> None:
-        """Runs beside the calls until `close`; everything that is held then is handed back first."""
+    async def serve(self, first: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Runs beside the calls until `close`; everything that is held then is handed back first.
+
+        `first` is done before any work begins.
+        """
         try:
             async with anyio.create_task_group() as self._group:
+                if first is not None:
+                    await first()
                 self._started.set()
                 await self._closing.wait()
                 self._group.cancel_scope.cancel()  # fence

@@ -65,7 +65,8 @@ class Endpoint:
         self._bucket = bucket_of(settings)
         self._engine: Engine | None = None
         self._opening = asyncio.Lock()
-        self._executor: Executor | None = None
+        self._executor: Executor  # set once it is open
+        self._serving: asyncio.Task[None] | None = None  # since then
         self._leases: set[tuple[str, str]] = set()  # item and holder of every task job that runs
         self._stopping = False
         self._is_closed = False  # it could not be opened, or has ended
@@ -73,7 +74,7 @@ class Endpoint:
     @property
     def broken(self) -> bool:
         """Nothing should be sent here any more: another worker has to take its place."""
-        return self._is_closed or (self._executor is not None and self._executor.broken)
+        return self._is_closed or (self._serving is not None and self._executor.broken)
 
     def load(self) -> None:
         """Loads the engine, before there is a job that waits for it.
@@ -95,8 +96,8 @@ class Endpoint:
         """
         said: dict[str, Any] = {}
         try:
-            executor = await self._opened()
-            await executor.run(lambda: self._work(job, post, executor, said))
+            await self._opened()
+            await self._executor.run(lambda: self._work(job, post, said))
         except Exception as error:  # no job can be answered here
             self._is_closed = True
             log.exception("not_opened", job_id=job.get("id"))
@@ -110,13 +111,13 @@ class Endpoint:
         """Gives running jobs so many seconds, then ends them: tasks are handed back, callers told to ask again."""
         self._stopping = True
         log.info("stopping", grace_s=grace_s)
-        if self._executor is not None:
+        if self._serving is not None:
             await self._executor.stop(grace_s)
 
-    async def _opened(self) -> Executor:
+    async def _opened(self) -> None:
         settings = self._settings
         async with self._opening:
-            if self._executor is None:
+            if self._serving is None:
                 clear_temp(settings)
                 async with AsyncExitStack() as stack:
                     storage = await stack.enter_async_context(open_storage(settings, ()))
@@ -127,52 +128,51 @@ class Endpoint:
                     self._here = Surroundings(settings, seat, storage, self._bucket, own)
                     self._executor = Executor(seat)
                     # In a task of its own, which no job's end cancels; platforms run handlers on asyncio.
-                    self._serving = asyncio.create_task(self._serve(stack.pop_all(), self._executor))
+                    self._serving = asyncio.create_task(self._serve(stack.pop_all()))
             if self._is_closed:
                 raise EngineLost(REPLACED)
-            return self._executor
 
-    async def _serve(self, stack: AsyncExitStack, executor: Executor) -> None:
+    async def _serve(self, stack: AsyncExitStack) -> None:
         try:
             async with stack:
-                await executor.serve()
+                await self._executor.serve()
         finally:
             self._is_closed = True
 
-    async def _work(self, job: Mapping[str, Any], post: Post, executor: Executor, said: dict[str, Any]) -> None:
+    async def _work(self, job: Mapping[str, Any], post: Post, said: dict[str, Any]) -> None:
         """Fills in what is `said`, of a drain also where it is cancelled."""
         snapshots = Snapshots(post)
         async with anyio.create_task_group() as beside:
             beside.start_soon(snapshots.run)
-            await self._answer(job, snapshots.sink, executor, said)
+            await self._answer(job, snapshots.sink, said)
             snapshots.finish()
 
-    async def _answer(self, job: Mapping[str, Any], sink: Sink, executor: Executor, said: dict[str, Any]) -> None:
+    async def _answer(self, job: Mapping[str, Any], sink: Sink, said: dict[str, Any]) -> None:
         """The one place where an error becomes an answer."""
         settings = self._settings
         try:
             asked = parse(job.get("input"), worker_id=settings.worker_id, lease_s=settings.lease_extension_s)
             match asked:
                 case TaskInput():
-                    said |= await self._run(asked.lease, sink, executor)
+                    said |= await self._run(asked.lease, sink)
                 case DrainInput():
-                    await self._drain(asked.drain, sink, executor, said)
+                    await self._drain(asked.drain, sink, said)
                 case DirectInput():
                     self._refuse_unfit()
                     job_id = str(job.get("id") or "video")
                     said |= await render(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
-                    executor.worked()
+                    self._executor.worked()
         except I2VError as error:
             log.warning("job_failed", job_id=job.get("id"), error=str(error))
             said |= _failed(error)
             # An address, or a queue that is not set, is of the job that asked for it: others can be done here.
             if error.hand_back and not error.stops_worker:
-                executor.faulted(str(error))
+                self._executor.faulted(str(error))
         except Exception as error:
             log.exception("unexpected_error", job_id=job.get("id"))
             said |= _failed(error)
 
-    async def _run(self, lease: Lease, sink: Sink, executor: Executor) -> dict[str, Any]:
+    async def _run(self, lease: Lease, sink: Sink) -> dict[str, Any]:
         queue, key = self._asked_queue(), (lease.task.item_id, lease.worker_id)
         if key in self._leases:  # platforms deliver a job again when they are in doubt
             raise InvalidRequest(f"task {lease.task.item_id} is being worked on here under the same lease")
@@ -182,11 +182,11 @@ class Endpoint:
             await hand_back(queue, lease)
             raise
         runner = build_runner(
-            self._settings, queue, executor.seat, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
+            self._settings, queue, self._executor.seat, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
         )
         self._leases.add(key)
         try:
-            outcome = await executor.run_lease(runner, lease)
+            outcome = await self._executor.run_lease(runner, lease)
         finally:
             self._leases.discard(key)
         said = answer_of(outcome)
@@ -194,13 +194,13 @@ class Endpoint:
             said["error"] += "; give the worker_id that it was leased under"
         return said
 
-    async def _drain(self, count: int, sink: Sink, executor: Executor, said: dict[str, Any]) -> None:
+    async def _drain(self, count: int, sink: Sink, said: dict[str, Any]) -> None:
         """Several at a time, so that one generates while the others download or upload."""
         queue = self._asked_queue()
         self._refuse_unfit()
         outcomes: list[Outcome] = []
         settings = self._settings
-        runner = build_runner(settings, queue, executor.seat, sink=lambda lease: logs.stages(lease.task.item_id))
+        runner = build_runner(settings, queue, self._executor.seat, sink=lambda lease: logs.stages(lease.task.item_id))
 
         def ended(outcome: Outcome) -> None:
             outcomes.append(outcome)
@@ -209,7 +209,7 @@ class Endpoint:
         worker = Worker(
             queue,
             runner,
-            executor=executor,
+            executor=self._executor,
             concurrency=settings.concurrency,
             poll_interval_s=settings.poll_interval_s,
             grace_s=settings.shutdown_grace_s,
