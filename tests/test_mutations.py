@@ -24,6 +24,10 @@ PYTEST = (
 SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation/leases.py", "--stop", "--seeds", "400")
 CHECKS = {
     "inference/leasing/keeper.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/leasing/executor.py": [
+        (*PYTEST, "tests/leasing/test_executor.py"),
+        (*PYTEST, "tests/fleet/test_warm_worker.py"),
+    ],
     "inference/leasing/runner.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/leasing/retry.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/engines/turns.py": [(*PYTEST, "tests/leasing/test_runner.py")],
