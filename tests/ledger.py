@@ -186,7 +186,7 @@ class Ledger:
         }
 
     def _check_objects(self) -> None:
-        """No object was written twice, and each is what its one accepted upload sent, unless it was swept as nobody's."""
+        """No object was written twice; each is what its one accepted upload sent, or was swept as nobody's."""
         named = {row.video_storage_path for row in self.rows}
         sent: dict[str, list[str]] = defaultdict(list)
         for upload in self._record.of("upload"):
