@@ -177,6 +177,8 @@ def _jpeg(content: bytes) -> PhotoFile:
     scans = jpeg_scans.count(content)
     if scans.has_end or not scans.say_everything:
         return PhotoFile(JpegImagePlugin.JpegImageFile(io.BytesIO(content)))
+    if scans.count * (1 + len(jpeg_scans.FILLERS)) > jpeg_scans.MAX_SCANS:
+        raise InvalidPhoto(f"the photo is a JPEG of {scans.count} scans without its end: too much work to decode")
     content = content.rstrip(b"\xff")
     image, *twins = (
         JpegImagePlugin.JpegImageFile(io.BytesIO(content + filler + jpeg_scans.END))
