@@ -98,6 +98,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._stop_timer()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: anybody may ask for a websocket, and uvicorn would advise to install what speaks it."""
+
     def abort(self) -> None:
         """Ends the connection, whatever it is in the middle of. The application hears that its client left."""
         self._stop_timer()

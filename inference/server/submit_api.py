@@ -40,7 +40,7 @@ PHOTO_TYPES = {
 
 MAX_VIDEOS = 20
 PHOTOS_AT_ONCE = 2
-"""Decoding a photo of the largest size allowed takes some 400 MB, and beats must find a thread meanwhile."""
+"""Decoding one of 100 megapixels takes half a GB, as WebP three times that; and beats must find a thread meanwhile."""
 
 
 class Created(BaseModel):
