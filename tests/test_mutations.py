@@ -29,6 +29,7 @@ CHECKS = {
         (*PYTEST, "tests/fleet/test_warm_worker.py"),
     ],
     "inference/leasing/runner.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/leasing/taking.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/engines/turns.py": [(*PYTEST, "tests/leasing/test_runner.py")],
     "inference/fleet/dispatch.py": [(*PYTEST, "tests/fleet/test_dispatch.py", "-k", "lease or refused or money")],
     "inference/fleet/warm_worker.py": [(*PYTEST, "tests/fleet/test_warm_worker.py")],
@@ -72,7 +73,7 @@ def weakened() -> list[Mutant]:
         ("inference/engines/turns.py", "async with self._free:", "if True:"),
         ("inference/engines/turns.py", "with anyio.move_on_after(self._limit_s):", "with anyio.move_on_after(1e9):"),
         (
-            "inference/leasing/keeper.py",
+            "inference/leasing/taking.py",
             "with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):",
             "with anyio.move_on_after(RELEASE_LIMIT_S):",
         ),
