@@ -30,6 +30,7 @@ CHECKS = {
     ],
     "inference/leasing/runner.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/leasing/retry.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/leasing/taking.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/engines/turns.py": [(*PYTEST, "tests/leasing/test_runner.py")],
     "inference/fleet/dispatch.py": [(*PYTEST, "tests/fleet/test_dispatch.py", "-k", "lease or refused or money")],
     "inference/fleet/warm_worker.py": [(*PYTEST, "tests/fleet/test_warm_worker.py")],

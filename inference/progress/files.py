@@ -1,0 +1,19 @@
+"""How far the fetching of files is. A module of its own, because the layers of weights depend on it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Step = Literal["download", "verify", "convert"]
+
+
+@dataclass(frozen=True)
+class FileProgress:
+    """How far one file is."""
+
+    repository: str
+    path: str  # in its repository
+    size_bytes: int  # as published; in a check, of what lies here
+    number: int  # of this file, from 1
+    count: int  # of the files of this call
+    step: Step = "download"
+    done_bytes: int = 0
