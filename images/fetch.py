@@ -16,7 +16,7 @@ from inference.engines.wan import fetching
 from inference.engines.wan.hub import ENDPOINT
 from inference.engines.wan.presets import PRESETS
 from inference.errors import I2VError
-from inference.progress.tracker import FileProgress
+from inference.progress.files import FileProgress
 
 log = structlog.get_logger(__name__)
 

@@ -14,6 +14,7 @@
 FROM scratch AS fetcher
 COPY images/fetch.py /
 COPY inference/errors.py inference/task.py /inference/
+COPY inference/progress/files.py /inference/progress/
 COPY inference/engines/wan/bf16.py inference/engines/wan/fetching.py inference/engines/wan/hub.py \
      inference/engines/wan/presets.py inference/engines/wan/weights.py /inference/engines/wan/
 

@@ -95,8 +95,8 @@ def price_usd(settings: Settings, task: Task) -> float | None:
     request = GenerationRequest.from_task(task)
     if not task.names_duration and settings.runway_duration_s is not None:
         request = request.model_copy(update={"duration_s": settings.runway_duration_s})
-    model = model_for(task.provider, settings.runway_model)
     try:
+        model = model_for(task.provider, settings.runway_model)
         model.refuse(request)
         return model.cost_usd(request.duration_s, audio=settings.runway_audio)
     except InvalidRequest:

@@ -14,7 +14,7 @@ MODULES = sorted((ROOT / "inference").rglob("*.py"))
 
 FLOORS = [
     ("errors", "private"),  # every error, drawn as a tree; files for this user alone
-    ("task",),  # the values that travel
+    ("task", "providers"),  # the values that travel; who serves which hint
     ("progress", "media", "transfer", "payments"),  # what any queue or engine may need
     ("queues", "engines"),  # where tasks come from; what makes videos
     ("leasing", "server", "testing"),  # one lease, from first beat to report; the embedded queue; fakes that ship
@@ -42,6 +42,30 @@ FOREIGN = {
     "typer": "inference/commands/",
 }
 """Heavy or optional packages, and the only place that imports each."""
+
+OWN = {
+    # A queue's wire belongs to its adapter, and queues are opened in one place.
+    "inference.queues.lifeisshort": ("inference/queues/", "inference/build.py"),
+    # Engines are built in one place. What else knows one of them looks after what that engine needs: its weights on
+    # disk, its prices, what a platform has to have for it.
+    "inference.engines.wan": (
+        "inference/engines/wan/",
+        "inference/build.py",
+        "inference/doctor.py",
+        "inference/on_modal/deployment.py",
+        "inference/on_modal/doctor.py",
+        "inference/commands/",
+    ),
+    "inference.engines.runway": (
+        "inference/engines/runway/",
+        "inference/build.py",
+        "inference/doctor.py",
+        "inference/on_modal/deployment.py",
+    ),
+    # Nothing prints but commands, and the end of the process that they are. `modal run app.py` is one, too.
+    "inference.terminal": ("inference/commands/", "inference/process.py", "inference/on_modal/one_off.py"),
+}
+"""Modules of ours that few may know, with all beneath them, and who."""
 
 
 def imports(path: Path) -> set[str]:
@@ -96,6 +120,15 @@ def test_every_error_is_in_the_tree(path):
         if isinstance(node, ast.ClassDef) and relative(path) != "inference/errors.py":
             bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
             assert not bases & tree, f"{relative(path)}: {node.name} belongs in inference/errors.py"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_what_belongs_to_few_is_imported_by_few(path):
+    """A new queue, engine or command is a file, and not a change to everything around it."""
+    for name in imports(path):
+        for owned, homes in OWN.items():
+            if name.startswith(owned):
+                assert relative(path).startswith(homes), f"{relative(path)} imports {name}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)

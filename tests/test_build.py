@@ -89,6 +89,14 @@ def test_the_engine_is_the_one_named():
         build_engine(Settings.isolated(engine="runway"))
 
 
+def test_a_size_that_the_model_does_not_make_is_refused_at_the_start():
+    """Before a task is taken, which it would fail."""
+    with pytest.raises(SettingsError, match=r"RUNWAY_DEFAULT_RATIO: gen4_turbo makes 1280:720, .* and not 16:9"):
+        build_engine(Settings.isolated(engine="runway", runway_key="key", runway_ratio="16:9"))
+    of_veo = {"runway_ratio": "1920:1080", "runway_model": "veo3.1"}
+    assert build_engine(Settings.isolated(engine="runway", runway_key="key", **of_veo)).name == "runway"
+
+
 @pytest.mark.parametrize(
     "given, engine",
     [

@@ -24,8 +24,13 @@ PYTEST = (
 SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation/leases.py", "--stop", "--seeds", "400")
 CHECKS = {
     "inference/leasing/keeper.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/leasing/executor.py": [
+        (*PYTEST, "tests/leasing/test_executor.py"),
+        (*PYTEST, "tests/fleet/test_warm_worker.py"),
+    ],
     "inference/leasing/runner.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/leasing/retry.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
+    "inference/leasing/taking.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/engines/turns.py": [(*PYTEST, "tests/leasing/test_runner.py")],
     "inference/fleet/dispatch.py": [(*PYTEST, "tests/fleet/test_dispatch.py", "-k", "lease or refused or money")],
     "inference/fleet/warm_worker.py": [(*PYTEST, "tests/fleet/test_warm_worker.py")],

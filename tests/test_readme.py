@@ -1,6 +1,7 @@
 """The README says what is there. Its marked commands are run by `.ci/run`."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import typer.main
 
 from inference.commands.main import app
 from inference.settings import Settings
+from tests.test_architecture import FLOORS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,17 +28,36 @@ def test_ci_finds_its_commands():
         assert block[1].startswith("python3 -m venv .venv && .venv/bin/pip install")
 
 
-def test_the_tree_has_every_module():
-    """One line per file of the package; for the server, for media and for Wan2.2, one line for all."""
+def entries(folder: Path) -> set[str]:
+    """What git would see in a folder, by name; folders end with a slash. Names that begin with a dot are for tools."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return {name.partition("/")[0] + ("/" if "/" in name else "") for name in listed if not name.startswith(".")}
+
+
+def test_the_tree_is_there():
+    """The first two levels, one line each: what is at the top, and what is in `inference/`."""
     tree = re.search(r"## The tree\n\n```text\n(.+?)```", README, re.DOTALL)[1]
-    told = set(re.findall(r"[\w/]+\.py|\w+/", tree))
+    for_people = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"}  # known by their names
+    assert set(re.findall(r"^([\w./]+)", tree, re.MULTILINE)) == entries(ROOT) - for_people
+    told = re.findall(r"^  ([\w./]+)", tree, re.MULTILINE)
+    assert set(told) == entries(ROOT / "inference") - {"__init__.py", "py.typed"}
+    assert len(told) == len(set(told))
+
+
+def test_the_architecture_page_has_every_module():
+    """On the floors of `test_architecture.py`, in their order; a room and each of its modules has a line of its own."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.search(r"## Rooms.+?```text\n(.+?)```", page, re.DOTALL)[1]
+    floors = [set(re.findall(r"^(\w+)", floor, re.MULTILINE)) for floor in rooms.split("\n\n")]
+    assert floors == [set(floor) for floor in FLOORS]
+    told, room = set(), ""
+    for indent, name in re.findall(r"^( *)([\w./]+)", rooms, re.MULTILINE):
+        room = room if indent else name
+        told.add(f"{room}{name}" if indent else name)
     modules = {path.relative_to(ROOT / "inference").as_posix() for path in (ROOT / "inference").rglob("*.py")}
-    folders = ("server/", "media/", "engines/wan/")
-    expected = {name for name in modules if not name.endswith("__init__.py") and not name.startswith(folders)}
-    assert set(folders) <= {*re.findall(r"^ +([\w/]+/) ", tree, re.MULTILINE)}
-    assert expected <= told
-    others = {"app.py", "runpod_handler.py", *(path.name for path in (ROOT / "images").glob("*.py"))}
-    assert {name for name in told if name.endswith(".py")} <= modules | others
+    assert {name for name in told if name.endswith(".py")} == {it for it in modules if not it.endswith("__init__.py")}
 
 
 @pytest.mark.parametrize("command", re.findall(r"^i2v (\w+)", README, re.MULTILINE))

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from inference.queues.item import duration_s, lane
-from inference.task import GenerationRequest, Lease, Task, explain
+from inference.task import GenerationRequest, Lease, Task, duration_s, explain
 
 TASK = Task(
     item_id="7b0c", group_id="g", photo_id="p", prompt="파도", photo_storage_path="g/p_original.jpg", duration_s=5.0,
@@ -54,14 +53,6 @@ def test_frame_num_counts_frames_at_24_per_second(frame_num):
 def test_no_frame_num_means_five_seconds():
     """No number, or null, means 121 frames."""
     assert duration_s(None) == 5.0
-
-
-@pytest.mark.parametrize(
-    "provider, kind", [(None, "wan"), ("", "wan"), ("wan_local", "wan"), ("veo3.1", "runway"), ("gen4_turbo", "runway")]
-)
-def test_lanes(provider, kind):
-    """No hint, or Wan's own, is Wan's lane; every other provider is Runway's."""
-    assert lane(provider) == kind
 
 
 def test_a_request_takes_only_what_the_task_says():

@@ -1,6 +1,6 @@
 """`i2v render`: one photo through an engine, without a queue."""
 
-import hashlib
+import math
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -13,8 +13,10 @@ from inference import process, terminal
 from inference.build import build_ledger, engine_note, load_engine, refuse
 from inference.commands.start import OPTIONS, Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
 from inference.engines.base import Job
+from inference.engines.turns import Seat
 from inference.errors import I2VError, SettingsError
-from inference.payments.ledger import Purchase, digest
+from inference.leasing.direct import generated, name_of
+from inference.payments.ledger import Purchase
 from inference.progress.tracker import ProgressTracker
 from inference.providers import EngineName, is_paid
 from inference.settings import Settings
@@ -53,24 +55,24 @@ def render(  # noqa: PLR0917 - as many arguments as it has options
 async def _render(settings: Settings, request: GenerationRequest, photo: Path, output: Path) -> None:
     terminal.say(f"The engine is {engine_note(settings)}.")
     started = anyio.current_time()
-    chosen = await load_engine(settings)
+    seat = Seat(await load_engine(settings), limit_s=math.inf)  # a person sees for how long it has been at it
     loaded_s = anyio.current_time() - started
     purchase = await anyio.to_thread.run_sync(_purchase, settings, request, photo)
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.
     with temporary_folder(".i2v-", output.parent) as folder, terminal.bar("rendering") as sink:
-        tracker = ProgressTracker(chosen.stages, sink)
+        tracker = ProgressTracker(seat.stages, sink)
         try:
-            video = await chosen.generate(request, photo, Path(folder), Job(tracker, purchase))
+            async with generated(seat, request, photo, Path(folder), Job(tracker, purchase)) as video:
+                video.path.replace(output)
+                tracker.finish()
         except anyio.get_cancelled_exc_class():
             if purchase is not None and await _is_paid(purchase):
                 terminal.say("It goes on at Runway: the same command fetches what was paid for.")
             raise
-        video.path.replace(output)
-        tracker.finish()
-    if purchase is not None:
-        await purchase.end("delivered")
     terminal.say(f"  {terminal.describe(video)}{_notes(video)}")
-    terminal.say(f"  time  {terminal.times({'load': loaded_s} | tracker.stage_seconds())}")
+    seconds = {"load": loaded_s} | tracker.stage_seconds()
+    seconds.pop("wait", None)  # nobody else uses this engine
+    terminal.say(f"  time  {terminal.times(seconds)}")
     terminal.result(output)
 
 
@@ -79,11 +81,10 @@ def _purchase(settings: Settings, request: GenerationRequest, photo: Path) -> Pu
     if not is_paid(settings.engine):
         return None
     try:
-        photo_digest = hashlib.sha256(photo.read_bytes()).hexdigest()
+        name = f"render-{name_of(request, photo.read_bytes())}"
     except OSError as error:
         raise SettingsError(f"{photo} cannot be read: {error.strerror}") from None
-    asked = request.model_dump(mode="json", exclude_none=True)
-    return build_ledger(settings).purchase(f"render-{digest(photo=photo_digest, **asked)}", secrets.token_hex(6))
+    return build_ledger(settings).purchase(name, secrets.token_hex(6))
 
 
 async def _is_paid(purchase: Purchase) -> bool:

@@ -19,7 +19,12 @@ class Seat:
         self._engine, self._limit_s, self._strict = engine, limit_s, strict
         self._free = anyio.Semaphore(at_once)
         self.hung = False  # a thread of the engine did not stop: this process must not generate again
-        self.suspect = False  # the engine was lost, hung, or raised an unexpected error
+        self._suspect = False  # the engine was lost, hung, or raised an unexpected error
+
+    @property
+    def lost(self) -> bool:
+        """Whether this process must not use the engine again."""
+        return self.hung or (self._strict and self._suspect)
 
     @property
     def stages(self) -> Mapping[str, float]:
@@ -36,7 +41,7 @@ class Seat:
         """One attempt; the caller holds a turn. Raises as Engine.generate, EngineHung, and EngineLost once it hung."""
         if self.hung:
             raise EngineLost("the engine of this worker is stuck")
-        if self.suspect and self._strict:
+        if self.lost:
             raise EngineLost("the engine of this worker failed, and is not trusted any more")
         try:
             with anyio.move_on_after(self._limit_s):
@@ -44,14 +49,14 @@ class Seat:
         except (anyio.get_cancelled_exc_class(), GeneratorExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self.suspect = self.suspect or isinstance(error, EngineLost) or not isinstance(error, I2VError)
+            self._suspect = self._suspect or isinstance(error, EngineLost) or not isinstance(error, I2VError)
             if isinstance(error, Exception):
                 raise
             # A panic of a Rust extension, or a SystemExit: neither may end the other requests of this process.
             raise EngineLost(f"the engine ended with {type(error).__name__}: {error}") from error
         finally:
             self.hung = self.hung or job.hung
-            self.suspect = self.suspect or job.hung
+            self._suspect = self._suspect or job.hung
         raise EngineHung(
             f"the {self._engine.name} engine made no video within {self._limit_s:g} s, which is I2V_ATTEMPT_LIMIT"
         )

@@ -6,7 +6,6 @@ that no pool can take is handed back before the tick ends.
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
@@ -20,11 +19,12 @@ from inference.errors import (
     RecordsUnavailable,
 )
 from inference.fleet.containers import Containers, Live, Sized
-from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, choices, plan
+from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, plan
 from inference.fleet.readings import Board
+from inference.fleet.tick_state import Aside, TickState
 from inference.leasing.taking import hand_back, lease_from
 from inference.payments.ledger import Ledger
-from inference.providers import DEFAULT, PAID, PoolName, WorkerType, is_paid, provider_of
+from inference.providers import DEFAULT, PAID, PoolName, WorkerType, is_paid
 from inference.queues.base import TaskQueue
 from inference.task import Lease, Task
 
@@ -41,8 +41,8 @@ tasks wait; twice as long after each time that it did not."""
 
 MAX_DOUBLINGS = 4
 
-PLAN_S, LEASE_UNTIL_S, TICK_S = 22.0, 26.0, 36.0
-"""Seconds into a tick: looking around has to have ended, the last lease is asked for, everything else is given up.
+PLAN_S, TICK_S = 22.0, 36.0
+"""Seconds into a tick: looking around has to have ended; leasing (until LEASE_UNTIL_S) and sending are given up.
 Handing back (6 s), the money set aside (4 s) and writing down what was done (4 s) come on top: 50 s of a minute."""
 
 CALL_S = 10.0
@@ -107,13 +107,13 @@ class Dispatcher:
         with anyio.move_on_after(NOTE_S), suppress(RecordsUnavailable):
             await self._board.decided(decision)
 
-    async def _look_around(self, began_at: float) -> "_Tick":
+    async def _look_around(self, began_at: float) -> TickState:
         try:
             with anyio.fail_after(PLAN_S):
                 payments = await self._ledger.payments() if self._may_pay else []
                 paid_for = frozenset(payment.item_id for payment in payments if payment.status == "created")
                 plan = await self._plan(len(paid_for))
-                return _Tick(
+                return TickState(
                     plan,
                     self._rules,
                     self._price_usd,
@@ -193,7 +193,7 @@ class Dispatcher:
             total += waiting
         return total
 
-    async def _lease_from(self, queue: TaskQueue, worker_type: WorkerType | None, tick: "_Tick") -> None:
+    async def _lease_from(self, queue: TaskQueue, worker_type: WorkerType | None, tick: TickState) -> None:
         """Takes what fits from one queue until it is dry, everything is full, or time is up."""
         passed = dict.fromkeys(LOOK_AHEAD, 0)
         while tick.has_room(worker_type) and all(passed[each] < LOOK_AHEAD[each] for each in passed):
@@ -215,11 +215,11 @@ class Dispatcher:
             if not await self._place(lease, queue, tick):
                 passed[tick.choices(lease.task)[0]] += 1
 
-    async def _place(self, lease: Lease, queue: TaskQueue, tick: "_Tick") -> bool:
+    async def _place(self, lease: Lease, queue: TaskQueue, tick: TickState) -> bool:
         """Sends a lease to where it can go; whatever happens on the way, it was sent or is put aside."""
         name = tick.choose(lease.task)
         if name is None:
-            tick.aside.append(_Aside(queue, lease))  # fence
+            tick.aside.append(Aside(queue, lease))  # fence
             return False
         price_usd = (tick.price_usd(lease.task) or 0.0) if name == PAID.pool else 0.0
         sent = False
@@ -234,10 +234,10 @@ class Dispatcher:
             tick.close(name, str(error))  # fence
         finally:
             if not sent:  # nobody else knows of this lease
-                tick.aside.append(_Aside(queue, lease, is_reserved=price_usd > 0))  # fence
+                tick.aside.append(Aside(queue, lease, is_reserved=price_usd > 0))  # fence
         return sent
 
-    async def _give_back(self, aside: "_Aside") -> None:
+    async def _give_back(self, aside: Aside) -> None:
         await hand_back(aside.queue, aside.lease)
         if aside.is_reserved:
             with anyio.move_on_after(NOTE_S):
@@ -254,105 +254,3 @@ async def _in_time(call: Awaitable[T]) -> T:
             return await call
     except TimeoutError:
         raise PoolUnavailable(f"no answer within {CALL_S:g} s") from None
-
-
-@dataclass(frozen=True, slots=True)
-class _Aside:
-    """A lease that goes back to its queue when the tick ends."""
-
-    queue: TaskQueue
-    lease: Lease
-    is_reserved: bool = False  # money was set aside for it
-
-
-class _Tick:
-    """What is left of a plan while a tick spends it."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        rules: Rules,
-        price_usd: Callable[[Task], float | None],
-        began_at: float,
-        *,
-        may_pay: bool,
-        paid_for: frozenset[str],
-        troubles: list[str],
-    ) -> None:
-        """`may_pay`: there is a pool that takes money.
-
-        `paid_for`: items whose clip is being made there, or waits there; going on with it costs nothing.
-        """
-        self.plan, self._rules, self._price_usd, self._may_pay, self._paid_for = (
-            plan,
-            rules,
-            price_usd,
-            may_pay,
-            paid_for,
-        )
-        self._left: dict[PoolName, int] = {DEFAULT.pool: plan.gpu, PAID.pool: plan.runway}
-        self._overflow_left, self._budget_usd = plan.overflow, plan.budget_usd
-        self._leases_until = began_at + LEASE_UNTIL_S
-        self.sent = dict.fromkeys(self._left, 0)
-        self.aside: list[_Aside] = []
-        self._closed: set[PoolName] = set()  # pools that did not take what was sent
-        self.troubles = troubles
-        self.malformed = 0
-
-    def has_room(self, worker_type: WorkerType | None) -> bool:
-        """Whether any task that a queue hands out for a worker_type could be sent somewhere; None: any task of all."""
-        if anyio.current_time() >= self._leases_until:
-            return False
-        free, paid = self._is_open(DEFAULT.pool), self._is_open(PAID.pool)
-        if worker_type is None:
-            return free or paid
-        if is_paid(worker_type):
-            return paid if self._may_pay else free
-        return free or (paid and self._overflow_left > 0)
-
-    def choose(self, task: Task) -> PoolName | None:
-        """Where a task can go now."""
-        is_due = provider_of(task.provider).is_paid or task.item_id in self._paid_for  # there, overflow or not
-        for name in self.choices(task):
-            if not self._is_open(name):
-                continue
-            if name != PAID.pool:
-                return name
-            price_usd = self.price_usd(task)
-            if price_usd is None and is_due:
-                return name  # the engine says why not, before anything is paid
-            if price_usd is not None and price_usd <= self._budget_usd and (is_due or self._overflow_left > 0):
-                return name
-        return None
-
-    def choices(self, task: Task) -> tuple[PoolName, ...]:
-        """The pools that may take a task in this fleet, first choice first."""
-        found = choices(task, self._rules, has_runway=self._may_pay)
-        return (PAID.pool, *found) if task.item_id in self._paid_for else found
-
-    def price_usd(self, task: Task) -> float | None:
-        """What sending it to the paid pool may cost from now on; None where it cannot be made there."""
-        return 0.0 if task.item_id in self._paid_for else self._price_usd(task)
-
-    def close(self, name: PoolName, why: str) -> None:
-        """A pool did not take what was sent: it is left alone for the rest of the tick."""
-        self._closed.add(name)
-        self.troubles.append(f"{name}: {why}")
-
-    def count(self, task: Task, name: PoolName, price_usd: float) -> None:
-        """A task was sent."""
-        self.sent[name] += 1
-        self._left[name] -= 1
-        if name == PAID.pool:
-            self._budget_usd -= price_usd
-            self._overflow_left -= not provider_of(task.provider).is_paid
-
-    def trouble(self) -> str:
-        """What a person should know."""
-        parts = [f"handed back {len(self.aside)}"] if self.aside else []
-        parts += [f"{self.malformed} malformed"] if self.malformed else []
-        parts += self.troubles
-        return f"; {'; '.join(parts)}" if parts else ""
-
-    def _is_open(self, name: PoolName) -> bool:
-        return self._left[name] > 0 and name not in self._closed

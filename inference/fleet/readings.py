@@ -15,15 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.payments.records import Records
 from inference.providers import PoolName
 from inference.task import Value
 
 SMOOTHING = 0.3
 """Weight of the newest clip in the running mean of seconds per clip: about the last five count."""
-
-FAULTS = 3
-"""Leases of one pool in a row that its machines failed, not the tasks, until the pool counts as failing."""
 
 DECISIONS_KEPT = 20
 
@@ -74,7 +72,7 @@ class Board:
 
         def change(known: PoolRecord) -> dict[str, Any]:
             faults = known.faults + 1
-            is_failing = certain or faults >= FAULTS
+            is_failing = certain or faults >= MAX_FAULTS_IN_A_ROW
             return {"faults": faults} | ({"failing": why, "failing_at": self._clock()} if is_failing else {})
 
         await self._update(name, change)

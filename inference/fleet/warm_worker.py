@@ -1,21 +1,20 @@
 """A container's side of a fleet: runs the leases it is sent and, while it is warm, takes the next ones itself.
 
-Work runs in tasks of the host, not of the calls that brought it: a platform cancels its calls within milliseconds
-when a container is preempted, and handing a lease back takes longer. Whoever owns the process runs `serve` beside
-the calls, and `close` on the way out.
+Leases run on an `Executor`, in tasks that no call's end cancels. Whoever owns the process runs `serve` beside the
+calls, and `close` on the way out.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 
 from inference.engines.base import Job
+from inference.engines.turns import Seat
 from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
-from inference.fleet.readings import FAULTS, Board
+from inference.fleet.readings import Board
+from inference.leasing.executor import Executor
 from inference.leasing.runner import Runner
 from inference.leasing.taking import hand_back, lease_from
 from inference.providers import PoolName
@@ -54,16 +53,6 @@ class BrokenEngine:
         raise EngineLost(f"the engine could not be loaded: {self._fault}")
 
 
-@dataclass
-class _Call:
-    """One call of the platform: a lease, and what its slot takes from the queue after it."""
-
-    drain_until: float
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    ended: anyio.Event = field(default_factory=anyio.Event)
-    outcomes: list[Outcome] = field(default_factory=list)
-
-
 class Host:
     """Runs what one container is sent, as many leases at once as the platform sends it."""
 
@@ -90,38 +79,33 @@ class Host:
         self._pool, self._queue, self._runner, self._board = pool, queue, runner, board
         self._fault, self._fits, self._is_current = fault, fits, is_current
         self._drain_s, self._linger_s, self._poll_interval_s = drain_s, linger_s, poll_interval_s
-        self._group: TaskGroup | None = None
-        self._started, self._closing = anyio.Event(), anyio.Event()
-        self._closed = anyio.Event()
-        self._working = 0
+        self._executor = Executor(runner.seat)
         self._is_lingering = False
-        self._worked_at = self._dry_at = -float("inf")
-        self._faults = 0
-        self.broken = False  # nothing more should be sent to this container
+        self._dry_at = -float("inf")
 
     @property
-    def stages(self) -> Mapping[str, float]:
-        """What its engine reports, with each stage's relative duration."""
-        return self._runner.engine_stages
+    def broken(self) -> bool:
+        """Nothing more should be sent to this container."""
+        return self._executor.broken
+
+    @property
+    def seat(self) -> Seat:
+        """The engine, for somebody who has no task in the queue. Raises why there is none."""
+        if self._fault is not None:
+            raise self._fault
+        return self._runner.seat
 
     async def serve(self) -> None:
         """Runs beside the calls until `close`; everything that is held then is handed back first."""
-        try:
-            async with anyio.create_task_group() as self._group:
-                if self._fault is not None:
-                    await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
-                self._started.set()
-                await self._closing.wait()
-                self._group.cancel_scope.cancel()  # fence
-        finally:
-            self._closing.set()
-            self._started.set()
-            self._closed.set()
+        await self._executor.serve(self._tell_fault)
+
+    async def _tell_fault(self) -> None:
+        if self._fault is not None:
+            await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
 
     async def close(self) -> None:
         """Hands back what is held, and ends `serve`, which has to be running or about to."""
-        self._closing.set()
-        await self._closed.wait()  # fence
+        await self._executor.close()
 
     async def run(self, lease: Lease | None, *, drain: bool = True) -> list[Outcome]:
         """Runs a lease, then whatever this call may take from the queue; None only shows that this pool can work.
@@ -129,67 +113,37 @@ class Host:
         Without `drain`, that one lease alone. A call that is cancelled hands its lease back, and does so to its end
         after the call is gone.
         """
-        await self._started.wait()
-        if self._group is None or self._closing.is_set():
-            if lease is not None:  # it came too late, and nobody else knows of it
+        drain_until = anyio.current_time() + (self._drain_s if drain else 0.0)
+        outcomes: list[Outcome] = []
+
+        async def work() -> None:
+            if lease is None and self._fault is None:
+                await self._record(self._board.worked(self._pool))
+            current = lease or await self._next(drain_until)
+            while current is not None:
+                outcome = await self._executor.run_lease(self._runner, current)
+                await self._judge(outcome)
+                outcomes.append(outcome)
+                if outcome.worker_should is not None:  # the next task would end just so
+                    return
+                current = await self._next(drain_until)
+
+        try:
+            await self._executor.run(work, lets_go=True)
+        except EngineLost:  # it came too late, and nobody else knows of it
+            if lease is not None:
                 await hand_back(self._queue, lease)  # fence
-            raise EngineLost("this container is stopping")
-        drain_s = self._drain_s if drain else 0.0
-        call = _Call(drain_until=anyio.current_time() + drain_s)
-        self._group.start_soon(self._work, lease, call)
-        try:
-            await call.ended.wait()
-        except anyio.get_cancelled_exc_class():
-            call.scope.cancel()  # fence
             raise
-        return call.outcomes
-
-    async def render(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """One video in `folder` for somebody who has no task in the queue, in turn with those who have. One try.
-
-        Raises why there is no engine, and as Engine.generate.
-        """
-        if self._fault is not None:
-            raise self._fault
-        return await self._runner.generate(request, photo, folder, job)
-
-    async def _work(self, lease: Lease | None, call: _Call) -> None:
-        try:
-            with call.scope:
-                if lease is None and self._fault is None:
-                    await self._record(self._board.worked(self._pool))
-                while lease is not None or (lease := await self._next(call)) is not None:
-                    outcome = await self._run(lease)
-                    call.outcomes.append(outcome)
-                    if outcome.worker_should is not None:  # the next task would end the same way
-                        return
-                    lease = None
-        finally:
-            call.ended.set()
-
-    async def _run(self, lease: Lease) -> Outcome:
-        if self.broken:
-            await hand_back(self._queue, lease)  # fence
-            return Outcome(status="released", item_id=lease.task.item_id, error="this container cannot work any more")
-        self._working += 1
-        try:
-            outcome = await self._runner.run(lease)
-        finally:
-            self._working -= 1
-            self._worked_at = anyio.current_time()
-        await self._judge(outcome)
-        return outcome
+        return outcomes
 
     async def _judge(self, outcome: Outcome) -> None:
         """Tells the board how it went, and finds out whether this container should go on."""
         if outcome.status == "completed":
-            self._faults = 0
-            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self.stages)
+            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self._runner.seat.stages)
             await self._record(self._board.worked(self._pool, clip_s))
         elif outcome.machine_at_fault:
-            self._faults += 1
-            is_lost = outcome.status == "released" or self._runner.engine_hung
-            self.broken = self.broken or is_lost or self._fault is not None or self._faults >= FAULTS
+            if outcome.status == "released" or self._fault is not None:  # another machine takes this one's place
+                self._executor.give_up(EngineLost(str(outcome.error)))
             # Weights that do not load here load nowhere, and settings are the same everywhere; a machine that was
             # lost is one of many.
             certain = self._fault is not None or outcome.worker_should == "stop"
@@ -200,9 +154,9 @@ class Host:
             for pool in OUTAGE_RESTS[self._pool]:
                 await self._record(self._board.faulted(pool, str(outcome.error)))
 
-    async def _next(self, call: _Call) -> Lease | None:
+    async def _next(self, until: float) -> Lease | None:
         """The next task this call may take: at once while there are some, then asking again for a while."""
-        while self._may_take(call):
+        while not self.broken and self._fault is None and anyio.current_time() < until:
             lease = None
             try:
                 lease = await self._take()
@@ -215,7 +169,7 @@ class Host:
                 return lease
             # One asks on. The others leave their slots to the dispatcher, so that what it sends comes to this
             # container, which is warm, and not to a new one.
-            waits_on = self._working > 0 or anyio.current_time() - self._worked_at < self._linger_s
+            waits_on = self._executor.leases > 0 or anyio.current_time() - self._executor.worked_at < self._linger_s
             if self._is_lingering or not waits_on:
                 return None
             self._is_lingering = True
@@ -224,9 +178,6 @@ class Host:
             finally:
                 self._is_lingering = False
         return None
-
-    def _may_take(self, call: _Call) -> bool:
-        return not self.broken and self._fault is None and anyio.current_time() < call.drain_until
 
     async def _take(self) -> Lease | None:
         """The next task for this pool, or None. Tasks of other pools are handed back at once."""

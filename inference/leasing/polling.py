@@ -10,23 +10,19 @@ from anyio.abc import TaskGroup
 
 from inference.errors import (
     EngineHung,
-    EngineLost,
     I2VError,
     InvalidTask,
     QueueFailed,
     QueueUnavailable,
     SettingsError,
 )
+from inference.leasing.executor import Executor
 from inference.leasing.runner import Runner
-from inference.leasing.taking import lease_from
+from inference.leasing.taking import hand_back, lease_from
 from inference.queues.base import TaskQueue
 from inference.task import Lease, Outcome
 
 log = structlog.get_logger(__name__)
-
-MAX_FAULTS_IN_A_ROW = 3
-"""After this many leases that ended badly, none of them through its task's own fault, stop taking tasks."""
-
 
 MAX_BACKOFF_S = 60.0
 """The longest pause between questions to a queue that does not answer."""
@@ -48,12 +44,14 @@ class Worker:
         queue: TaskQueue,
         runner: Runner,
         *,
+        executor: Executor | None = None,
         concurrency: int = 2,
         poll_interval_s: float = 5,
         grace_s: float = 8,
         on_outcome: Callable[[Outcome], None] | None = None,
     ) -> None:
-        self._queue, self._runner = queue, runner
+        """`executor`: of the runner's engine, where others use it, too; without, this worker has it for itself."""
+        self._queue, self._runner, self._executor = queue, runner, executor or Executor(runner.seat)
         self._poll_interval_s, self._grace_s = poll_interval_s, grace_s
         self._on_outcome = on_outcome
         self._slots = anyio.Semaphore(concurrency)
@@ -63,7 +61,6 @@ class Worker:
         self._unanswered = 0  # questions in a row that the queue did not answer
         self._outages = 0  # tasks in a row that went back because of somebody's outage
         self._pause: anyio.CancelScope | None = None  # in which no task is taken; cancelled when the outage is over
-        self._faults_in_a_row = 0
         self._fault: I2VError | None = None
 
     def stop(self) -> None:
@@ -89,10 +86,11 @@ class Worker:
         async with anyio.create_task_group() as beside:
             async with anyio.create_task_group() as leases:
                 beside.start_soon(self._enforce_stop, leases.cancel_scope)
+                beside.start_soon(self._stop_with_executor)
                 with self._polling:
                     await self._poll(leases, at_most)
             beside.cancel_scope.cancel()
-        if self._runner.engine_hung:
+        if self._executor.seat.hung:
             raise EngineHung("the engine is stuck; this process has to be started again")
         if self._fault is not None:
             raise self._fault
@@ -102,6 +100,10 @@ class Worker:
         with anyio.move_on_after(self._grace_s):
             await self._stopping_now.wait()
         leases.cancel()
+
+    async def _stop_with_executor(self) -> None:
+        await self._executor.stopping.wait()
+        self.stop()
 
     async def _poll(self, leases: TaskGroup, at_most: int | None) -> None:
         left = math.inf if at_most is None else at_most
@@ -125,8 +127,7 @@ class Worker:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
                 waits_for_more = True
             except I2VError as error:
-                self._fault = self._fault or error
-                self.stop()
+                self._give_up(error)
             if lease is not None:
                 ended = anyio.Event()
                 leases.start_soon(self._run, lease, ended)
@@ -156,12 +157,10 @@ class Worker:
 
     async def _run(self, lease: Lease, ended: anyio.Event) -> None:
         try:
-            with anyio.CancelScope() as scope:
-                if self._stopping.is_set():  # leased by the last request before the stop: hand it back unspent
-                    scope.cancel()
-                outcome = await self._runner.run(lease)
-            if scope.cancelled_caught:
+            if self._stopping.is_set():  # leased by the last request before the stop
+                await hand_back(self._queue, lease)
                 return
+            outcome = await self._executor.run_lease(self._runner, lease)
             if self._on_outcome:
                 self._on_outcome(outcome)
             await self._judge(outcome)
@@ -177,20 +176,19 @@ class Worker:
             self._outages = 0
             if self._pause is not None:
                 self._pause.cancel()
-        self._faults_in_a_row = self._faults_in_a_row + 1 if outcome.machine_at_fault else 0
-        if self._runner.engine_hung:
-            self.stop()
-        elif outcome.worker_should == "stop":
-            self._fault = self._fault or SettingsError(str(outcome.error))
-            self.stop()
-        elif self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
-            fault = EngineLost(f"{MAX_FAULTS_IN_A_ROW} tasks in a row ended badly here: {outcome.error}")
-            self._fault = self._fault or fault
-            self.stop()
+        if outcome.worker_should == "stop":
+            self._give_up(SettingsError(str(outcome.error)))
+        elif self._executor.broken:
+            self._give_up(self._executor.fault)
         elif outcome.machine_at_fault:
             # A moment before the next, in which the machine may recover, or another worker take what was handed back.
-            with anyio.move_on_after(self._poll_interval_s * 2**self._faults_in_a_row):
+            with anyio.move_on_after(self._poll_interval_s * 2**self._executor.faults_in_a_row):
                 await self._stopping.wait()
+
+    def _give_up(self, fault: I2VError | None) -> None:
+        """Stops for a reason, of which `run` tells the first; None where the engine is lost, and tells it itself."""
+        self._fault = self._fault or fault
+        self.stop()
 
     def _wait(self, why: str) -> None:
         """Takes no more tasks for a while. Several tasks that went back in the same outage count once."""

@@ -8,7 +8,7 @@ Nothing is spent before the queue has confirmed the lease, and every attempt of 
 lease is still ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -21,10 +21,12 @@ from inference.errors import CancelRequested, I2VError, LeaseLost
 from inference.leasing.keeper import Keeper
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import scratch_folder
+from inference.leasing.taking import hand_back
 from inference.payments.ledger import Ledger, Purchase
 from inference.progress.tracker import ProgressTracker, Sink, plan
+from inference.providers import is_known
 from inference.queues.base import TaskQueue
-from inference.task import GenerationRequest, Lease, Outcome, Video
+from inference.task import GenerationRequest, Lease, Outcome
 
 log = structlog.get_logger(__name__)
 
@@ -50,28 +52,20 @@ class Runner:
         self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
         limit_s = self._policy.attempt_limit_s
-        self._seat = engine if isinstance(engine, Seat) else Seat(engine, at_once=at_once, limit_s=limit_s)
+        self.seat = engine if isinstance(engine, Seat) else Seat(engine, at_once=at_once, limit_s=limit_s)
         self._temp_dir = temp_dir
         self._sink = sink
-
-    @property
-    def engine_hung(self) -> bool:
-        """Whether a thread of the engine did not stop: this process must not generate again."""
-        return self._seat.hung
-
-    @property
-    def engine_stages(self) -> Mapping[str, float]:
-        """The engine's own stages. The time spent in them is the time that a clip takes."""
-        return self._seat.stages
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Errors become its Outcome; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
-        tracker = ProgressTracker(plan(self._seat.stages), self._sink(lease) if self._sink else None)
+        tracker = ProgressTracker(plan(self.seat.stages), self._sink(lease) if self._sink else None)
         purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         job = Job(tracker, purchase, keeper.check)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
+        if not is_known(lease.task.provider):  # somebody hoped for what this version cannot give
+            log.warning("unknown_provider", **bound, provider=lease.task.provider)
         try:
             try:
                 with scratch_folder(self._temp_dir, keep=self._policy.keep_temp) as folder:
@@ -106,8 +100,8 @@ class Runner:
             photo = await keeper.stage(lambda: self._queue.fetch_photo(lease, folder))
             job.report("wait")
             request = GenerationRequest.from_task(lease.task)
-            async with self._seat.taken():
-                video = await keeper.stage(lambda: self._seat.generate(request, photo, folder, job))
+            async with self.seat.taken():
+                video = await keeper.stage(lambda: self.seat.generate(request, photo, folder, job))
             job.report("upload")
             storage_path = await keeper.stage(lambda: self._queue.deliver(lease, video))
             job.report("report")
@@ -119,14 +113,9 @@ class Runner:
 
         return await keeper.guard(work, job)
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
-        """One video for a direct request, without a task in the queue. It waits its turn; one attempt.
-
-        Raises as Engine.generate, and EngineHung.
-        """
-        job.report("wait")
-        async with self._seat.taken():
-            return await self._seat.generate(request, photo, folder, job)
+    async def hand_back(self, lease: Lease) -> None:
+        """Hands back a lease whose work has not begun."""
+        await hand_back(self._queue, lease, self._policy)
 
     async def _close_the_books(self, purchase: Purchase, lease: Lease) -> None:
         """Ends the payment. Until the queue has the video, the task's next holder may still need the paid clip."""

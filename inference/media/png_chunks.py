@@ -112,17 +112,16 @@ def with_alpha(image: Image.Image, png: Png) -> Image.Image:
     low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
     low.load()
     alpha = Image.new("L", image.size)
-    for band, value in zip((*image.split(), *low.split()), _bytes(png.transparent), strict=True):
-        alpha = ImageChops.lighter(alpha, band.point([0 if level == value else 255 for level in range(256)]))
+    halves = (image, [sample >> 8 for sample in png.transparent]), (low, [sample & 255 for sample in png.transparent])
+    for half, values in halves:
+        for band, value in zip(half.getbands(), values, strict=True):
+            differs = half.getchannel(band).point([0 if level == value else 255 for level in range(256)])
+            alpha = ImageChops.lighter(alpha, differs)
+    low.close()
     picture = image.copy()
     picture.info.pop("transparency", None)
     picture.putalpha(alpha)
     return picture
-
-
-def _bytes(samples: tuple[int, ...]) -> tuple[int, ...]:
-    """All high bytes, then all low ones."""
-    return (*(sample >> 8 for sample in samples), *(sample & 255 for sample in samples))
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

@@ -1,7 +1,6 @@
 """A container's host behind calls that carry JSON, as platforms make them."""
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,9 +20,8 @@ from inference.fleet.plan import may_stay
 from inference.fleet.readings import Board
 from inference.fleet.shape import COLD_START_MARGIN_S
 from inference.fleet.warm_worker import BrokenEngine, Host
+from inference.leasing.direct import generated, name_of
 from inference.leasing.scratch import put, scratch_folder
-from inference.media import photo as photos
-from inference.payments.ledger import digest
 from inference.payments.records import MemoryRecords, Records
 from inference.progress.tracker import ProgressTracker, plan
 from inference.providers import DEFAULT, EngineName, PoolName
@@ -54,7 +52,7 @@ class Station:
         """Whether the next call should get a new container, on another machine perhaps."""
         return self._host.broken
 
-    async def run(self, lease: dict[str, Any] | None, *, drain: bool = False) -> list[dict[str, Any]]:
+    async def run(self, lease: dict[str, Any] | None, *, drain: bool) -> list[dict[str, Any]]:
         """Runs what a call brought, and says how it ended."""
         outcomes = await self._host.run(Lease.model_validate(lease) if lease else None, drain=drain)
         return [outcome.model_dump(mode="json") for outcome in outcomes]
@@ -85,17 +83,14 @@ async def render(
     The same request of the same photo goes on with what an interrupted one paid for. Raises InvalidPhoto,
     MachineFault, EngineError.
     """
-    asked = digest(photo=hashlib.sha256(photo).hexdigest(), **request.model_dump(mode="json"))
-    purchase = build_ledger(settings, records).purchase(f"by-hand-{asked}", f"by-hand.{secrets.token_hex(6)}")
-    tracker = ProgressTracker(plan(host.stages), logs.stages(f"by-hand-{asked}"))
+    name = f"by-hand-{name_of(request, photo)}"
+    purchase = build_ledger(settings, records).purchase(name, f"by-hand.{secrets.token_hex(6)}")
+    job = Job(ProgressTracker(plan(host.seat.stages), logs.stages(name)), purchase)
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
         await anyio.to_thread.run_sync(put, path, photo)
-        await anyio.to_thread.run_sync(photos.verify, path)
-        video = await host.render(request, path, folder, Job(tracker, purchase))
-        mp4 = video.path.read_bytes()
-    await purchase.end("delivered")
-    return video, mp4
+        async with generated(host.seat, request, path, folder, job) as video:
+            return video, await anyio.to_thread.run_sync(video.path.read_bytes)
 
 
 @asynccontextmanager

@@ -103,7 +103,7 @@ async def preview(settings: Settings, lease: Lease | None, request: dict[str, An
     await station.open(DEFAULT.pool, "preview", by_hand=True)
     try:
         if lease is not None:
-            return await station.run(lease.model_dump(mode="json"))
+            return await station.run(lease.model_dump(mode="json"), drain=False)
         return await station.render(request or {}, photo)
     finally:
         with anyio.CancelScope(shield=True):

@@ -15,9 +15,9 @@ from inference.build import build_policy, refuse
 from inference.engines.base import Job
 from inference.engines.turns import Seat
 from inference.errors import InvalidRequest, ObjectExists, SettingsError, UrlExpired
+from inference.leasing.direct import generated
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import put, scratch_folder
-from inference.media import photo as photos
 from inference.media.clip import shrink
 from inference.on_runpod.wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
 from inference.progress.tracker import ProgressTracker, Sink, both, plan
@@ -101,20 +101,14 @@ async def render(
         else:
             url = asked.photo_url
             await repeat(lambda: here.storage.download(url, photo), policy)
-        await anyio.to_thread.run_sync(photos.verify, photo)
-        job.report("wait")
-        async with here.seat.taken():
+        check = target.refuse_flawed if target else None
+        async with generated(here.seat, asked.request, photo, folder, job, policy=policy, check=check) as video:
+            job.report("upload")
             if target is not None:
-                target.refuse_flawed()  # while this waited for its turn
-            video = await repeat(lambda: here.seat.generate(asked.request, photo, folder, job), policy)
-        job.report("upload")
-        if target is not None:
-            await target.take(video.path, policy)
-            where = {"url": target.url}
-        else:
-            video, mp4 = await anyio.to_thread.run_sync(_inline, video, folder)
-            where = {"base64": mp4}
-        return answer(video, tracker.stage_seconds(), **where)
+                await target.take(video.path, policy)
+                return answer(video, tracker.stage_seconds(), url=target.url)
+            inline, mp4 = await anyio.to_thread.run_sync(_inline, video, folder)
+            return answer(inline, tracker.stage_seconds(), base64=mp4)
 
 
 def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: Surroundings) -> _Target | None:

@@ -10,12 +10,10 @@ Every job gets an answer that JSON can hold. How jobs arrive and where snapshots
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
 
 from inference import logs
 from inference.build import (
@@ -32,8 +30,9 @@ from inference.doctor import require_machine
 from inference.engines.base import Engine
 from inference.engines.turns import Seat
 from inference.errors import EngineLost, I2VError, InvalidRequest, SettingsError, UrlExpired
-from inference.leasing.polling import MAX_FAULTS_IN_A_ROW, Worker
-from inference.leasing.taking import RELEASE_LIMIT_S, hand_back
+from inference.leasing.executor import Executor
+from inference.leasing.polling import Worker
+from inference.leasing.taking import hand_back
 from inference.on_runpod.direct import Surroundings, render
 from inference.on_runpod.progress_posts import Snapshots
 from inference.on_runpod.wire import DirectInput, DrainInput, TaskInput, answer_of, failure, parse, parse_s3
@@ -53,16 +52,6 @@ REPLACED = "this worker failed and is being replaced; send the job again"
 REFRESH = {"refresh_worker": True}
 
 
-@dataclass(eq=False)
-class _Call:
-    """One job, in a task of the endpoint's: platforms cancel their own half way through whatever it awaits."""
-
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    ended: anyio.Event = field(default_factory=anyio.Event)
-    answer: dict[str, Any] | None = None
-    worker: Worker | None = None  # of a drain, which knows how to stop by itself
-
-
 class Endpoint:
     """Answers jobs. Made before there is an event loop; the first job opens the rest."""
 
@@ -77,12 +66,16 @@ class Endpoint:
         self._bucket = bucket_of(settings)
         self._engine: Engine | None = None
         self._opening = asyncio.Lock()
-        self._group: TaskGroup | None = None
-        self._calls: set[_Call] = set()
+        self._executor: Executor  # set once it is open
+        self._serving: asyncio.Task[None] | None = None  # since then
         self._leases: set[tuple[str, str]] = set()  # item and holder of every task job that runs
         self._stopping = False
-        self._faults = 0
-        self.broken = False  # nothing should be sent here any more: another worker has to take its place
+        self._is_closed = False  # it could not be opened, or has ended
+
+    @property
+    def broken(self) -> bool:
+        """Nothing should be sent here any more: another worker has to take its place."""
+        return self._is_closed or (self._serving is not None and self._executor.broken)
 
     def load(self) -> None:
         """Loads the engine, before there is a job that waits for it.
@@ -102,25 +95,15 @@ class Endpoint:
         hands back what it leased, and only then ends. Whatever is wrong with this worker ends with its process, if it
         ends at all: then `broken` is set, and the answer asks the platform for another one.
         """
-        call = _Call()
+        said: dict[str, Any] = {}
         try:
-            group = await self._opened()
-            self._calls.add(call)
-            group.start_soon(self._work, job, post, call)
+            await self._opened()
+            await self._executor.run(lambda: self._work(job, post, said))
         except Exception as error:  # no job can be answered here
-            self.broken = True
+            self._is_closed = True
             log.exception("not_opened", job_id=job.get("id"))
             return _failed(error) | REFRESH
-        try:
-            await call.ended.wait()
-        except anyio.get_cancelled_exc_class():
-            call.scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await call.ended.wait()
-            raise
-        finally:
-            self.broken = self.broken or self._seat.suspect or self._serving.done()
-        said = call.answer or failure(STOPPING if self._stopping else REPLACED, retryable=True)
+        said = said or failure(STOPPING if self._stopping else REPLACED, retryable=True)
         if said.get("error") == STOPPING:  # workers come and go
             said["machine_at_fault"] = False
         return said | REFRESH if self.broken else said
@@ -128,90 +111,69 @@ class Endpoint:
     async def close(self, grace_s: float) -> None:
         """Gives running jobs so many seconds, then ends them: tasks are handed back, callers told to ask again."""
         self._stopping = True
-        log.info("stopping", jobs=len(self._calls), grace_s=grace_s)
-        for call in self._calls:
-            if call.worker is not None:
-                call.worker.stop()
-        await self._until_ended(grace_s)
-        for call in self._calls:
-            if call.worker is None:
-                call.scope.cancel()
-        await self._until_ended(RELEASE_LIMIT_S)
-        for call in self._calls:
-            call.scope.cancel()
+        log.info("stopping", grace_s=grace_s)
+        if self._serving is not None:
+            await self._executor.stop(grace_s)
 
-    async def _until_ended(self, limit_s: float) -> None:
-        with anyio.move_on_after(limit_s):
-            for call in tuple(self._calls):
-                await call.ended.wait()
-
-    async def _opened(self) -> TaskGroup:
+    async def _opened(self) -> None:
         settings = self._settings
         async with self._opening:
-            if self._group is None:
+            if self._serving is None:
                 clear_temp(settings)
                 async with AsyncExitStack() as stack:
                     storage = await stack.enter_async_context(open_storage(settings, ()))
                     own = await stack.enter_async_context(open_storage(settings, _origins(self._bucket)))
                     self._queue = await stack.enter_async_context(open_queue(settings)) if settings.api_url else None
                     engine = self._engine or await load_engine(settings)
-                    self._seat = Seat(engine, limit_s=settings.attempt_limit_s, strict=True)
-                    self._here = Surroundings(settings, self._seat, storage, self._bucket, own)
-                    started = anyio.Event()
+                    seat = Seat(engine, limit_s=settings.attempt_limit_s, strict=True)
+                    self._here = Surroundings(settings, seat, storage, self._bucket, own)
+                    self._executor = Executor(seat)
                     # In a task of its own, which no job's end cancels; platforms run handlers on asyncio.
-                    self._serving = asyncio.create_task(self._serve(stack.pop_all(), started))
-                    with anyio.CancelScope(shield=True):
-                        await started.wait()
-            assert self._group is not None  # noqa: S101 - what `started` says
-            if self._serving.done():
+                    self._serving = asyncio.create_task(self._serve(stack.pop_all()))
+            if self._is_closed:
                 raise EngineLost(REPLACED)
-            return self._group
 
-    async def _serve(self, stack: AsyncExitStack, started: anyio.Event) -> None:
-        async with stack, anyio.create_task_group() as self._group:
-            started.set()
-            await anyio.sleep_forever()
-
-    async def _work(self, job: Mapping[str, Any], post: Post, call: _Call) -> None:
-        snapshots = Snapshots(post)
+    async def _serve(self, stack: AsyncExitStack) -> None:
         try:
-            with call.scope:
-                async with anyio.create_task_group() as beside:
-                    beside.start_soon(snapshots.run)
-                    call.answer = await self._answer(job, snapshots.sink, call)
-                    snapshots.finish()
+            async with stack:
+                await self._executor.serve()
         finally:
-            self._calls.discard(call)
-            call.ended.set()
+            self._is_closed = True
 
-    async def _answer(self, job: Mapping[str, Any], sink: Sink, call: _Call) -> dict[str, Any]:
+    async def _work(self, job: Mapping[str, Any], post: Post, said: dict[str, Any]) -> None:
+        """Fills in what is `said`, of a drain also where it is cancelled."""
+        snapshots = Snapshots(post)
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(snapshots.run)
+            await self._answer(job, snapshots.sink, said)
+            snapshots.finish()
+
+    async def _answer(self, job: Mapping[str, Any], sink: Sink, said: dict[str, Any]) -> None:
         """The one place where an error becomes an answer."""
         settings = self._settings
-        is_fault = False
         try:
             asked = parse(job.get("input"), worker_id=settings.worker_id, lease_s=settings.lease_extension_s)
             match asked:
                 case TaskInput():
-                    said, is_fault = await self._run(asked.lease, sink)
+                    said |= await self._run(asked.lease, sink)
                 case DrainInput():
-                    said = await self._drain(asked.drain, sink, call)
+                    await self._drain(asked.drain, sink, said)
                 case DirectInput():
                     self._refuse_unfit()
                     job_id = str(job.get("id") or "video")
-                    said = await render(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
+                    said |= await render(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
+                    self._executor.worked()
         except I2VError as error:
             log.warning("job_failed", job_id=job.get("id"), error=str(error))
+            said |= _failed(error)
             # A refused address or a missing queue setting concerns only the job that needs it: others can be done here.
-            said, is_fault = _failed(error), error.hand_back and not error.stops_worker
+            if error.hand_back and not error.stops_worker:
+                self._executor.faulted(str(error))
         except Exception as error:
             log.exception("unexpected_error", job_id=job.get("id"))
-            said = _failed(error)
-        self._faults = self._faults + 1 if is_fault else 0
-        self.broken = self.broken or self._faults >= MAX_FAULTS_IN_A_ROW
-        return said
+            said |= _failed(error)
 
-    async def _run(self, lease: Lease, sink: Sink) -> tuple[dict[str, Any], bool]:
-        """The answer, and whether another machine in this one's place could do better."""
+    async def _run(self, lease: Lease, sink: Sink) -> dict[str, Any]:
         queue, key = self._asked_queue(), (lease.task.item_id, lease.worker_id)
         if key in self._leases:  # platforms deliver a job again when they are in doubt
             raise InvalidRequest(f"task {lease.task.item_id} is being worked on here under the same lease")
@@ -221,49 +183,46 @@ class Endpoint:
             await hand_back(queue, lease)
             raise
         runner = build_runner(
-            self._settings, queue, self._seat, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
+            self._settings, queue, self._executor.seat, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
         )
         self._leases.add(key)
         try:
-            outcome = await runner.run(lease)
+            outcome = await self._executor.run_lease(runner, lease)
         finally:
             self._leases.discard(key)
         said = answer_of(outcome)
         if outcome.status == "lease_lost" and lease.worker_id == self._settings.worker_id:
             said["error"] += "; give the worker_id that it was leased under"
-        # Where settings are at fault, whoever took this worker's place would have the same ones.
-        return said, outcome.machine_at_fault and outcome.worker_should != "stop"
+        return said
 
-    async def _drain(self, count: int, sink: Sink, call: _Call) -> dict[str, Any]:
+    async def _drain(self, count: int, sink: Sink, said: dict[str, Any]) -> None:
         """Several at a time, so that one generates while the others download or upload."""
         queue = self._asked_queue()
         self._refuse_unfit()
         outcomes: list[Outcome] = []
         settings = self._settings
-        runner = build_runner(settings, queue, self._seat, sink=lambda lease: logs.stages(lease.task.item_id))
+        runner = build_runner(settings, queue, self._executor.seat, sink=lambda lease: logs.stages(lease.task.item_id))
 
         def ended(outcome: Outcome) -> None:
             outcomes.append(outcome)
             sink(Progress(stage="drain", done=len(outcomes), total=count, fraction=min(len(outcomes) / count, 0.99)))
-            if self._seat.suspect:
-                worker.stop()
 
         worker = Worker(
             queue,
             runner,
+            executor=self._executor,
             concurrency=settings.concurrency,
             poll_interval_s=settings.poll_interval_s,
             grace_s=settings.shutdown_grace_s,
             on_outcome=ended,
         )
-        call.worker = worker
-        said: dict[str, Any] = {}
         try:
             await worker.run(at_most=count)
-        except I2VError as error:  # what ended before stays ended
-            said = _failed(error)
-        completed = sum(outcome.status == "completed" for outcome in outcomes)
-        return said | {"tasks": [answer_of(outcome) for outcome in outcomes], "completed": completed}
+        except I2VError as error:
+            said |= _failed(error)
+        finally:  # what ended before stays ended, also where the rest is cancelled
+            completed = sum(outcome.status == "completed" for outcome in outcomes)
+            said |= {"tasks": [answer_of(outcome) for outcome in outcomes], "completed": completed}
 
     def _asked_queue(self) -> TaskQueue:
         if self._queue is None:
@@ -272,7 +231,7 @@ class Endpoint:
 
     def _refuse_unfit(self) -> None:
         """Raises EngineLost where nothing more should begin here."""
-        if self._stopping or self.broken or self._seat.suspect:
+        if self._stopping or self.broken:
             raise EngineLost(STOPPING if self._stopping else REPLACED)
 
 

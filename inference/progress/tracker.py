@@ -3,8 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from inference.task import Value
 
@@ -22,21 +20,6 @@ class Progress(Value):
 
 
 Sink = Callable[[Progress], None]
-
-Step = Literal["download", "verify", "convert"]
-
-
-@dataclass(frozen=True)
-class FileProgress:
-    """How far one file is."""
-
-    repository: str
-    path: str  # in its repository
-    size_bytes: int  # as published; during a check, as it is on disk
-    number: int  # position of this file in the call, from 1
-    count: int  # of the files of this call
-    step: Step = "download"
-    done_bytes: int = 0
 
 
 def both(one: Sink, other: Sink) -> Sink:

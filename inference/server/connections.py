@@ -98,6 +98,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._stop_timer()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: anybody may ask for a websocket, and uvicorn would advise to install what speaks it."""
+
     def abort(self) -> None:
         """Closes the connection at once. The application is told that its client has left."""
         self._stop_timer()

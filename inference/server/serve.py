@@ -1,5 +1,6 @@
 """Runs the application under uvicorn, in the caller's task group."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
@@ -12,8 +13,10 @@ import anyio.to_thread
 import structlog
 import uvicorn
 from anyio.abc import TaskStatus
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference.errors import SettingsError
+from inference.server.answers import failure
 from inference.server.api import create_app
 from inference.server.config import ServerConfig
 from inference.server.connections import BACKLOG, Connection, Crowd, Patience, affordable, told_briefly
@@ -42,6 +45,30 @@ class _Server(uvicorn.Server):
             self.ready.set()
 
 
+class _Unfinished:
+    """Answers requests that the end of the grace cuts off; uvicorn would log a traceback for each of them."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As any ASGI application."""
+        is_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except asyncio.CancelledError:  # uvicorn cancels the task, which has nothing to do beside this request
+            if scope["type"] != "http":
+                raise
+            if not is_begun:
+                await failure(503, "the server is stopping: try again", {"connection": "close"})(scope, receive, send)
+
+
 async def serve(
     config: ServerConfig,
     host: str,
@@ -67,7 +94,7 @@ async def serve(
         crowd = Crowd(replace(patience, connections=affordable(patience.connections)))
         server = _Server(
             uvicorn.Config(
-                app,
+                _Unfinished(app),
                 http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # called as the class would be
                 ws="none",  # no route uses websockets
                 backlog=BACKLOG,

@@ -40,7 +40,7 @@ PHOTO_TYPES = {
 
 MAX_VIDEOS = 20
 PHOTOS_AT_ONCE = 2
-"""Decoding the largest photo takes some 400 MB, and threads must remain free for heartbeats."""
+"""Decoding 100 megapixels takes half a GB, as WebP three times that; and threads must remain free for heartbeats."""
 
 
 class Created(BaseModel):

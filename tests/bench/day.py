@@ -164,6 +164,7 @@ def fleet(*, drain: bool, cold_start_s: float, linger_s: float = LINGER_S) -> Ca
             Board(records),
             Ledger(records),
             Rules(),
+            price_usd=lambda _task: None,  # there is no pool that takes money
         )
         ticks = []
         group.start_soon(lambda: cron(dispatcher.tick, on_tick=ticks.append))

@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 
 import anyio
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from inference.build import price_usd
 from inference.errors import (
     BudgetSpent,
     I2VError,
@@ -20,10 +22,11 @@ from inference.errors import (
 )
 from inference.fleet.containers import Live, Sized
 from inference.fleet.dispatch import LOOK_AHEAD, PROBE_AFTER_S, Dispatcher
-from inference.fleet.plan import Rules, cost_usd
+from inference.fleet.plan import Rules
 from inference.fleet.readings import Board
 from inference.payments.ledger import HALF_A_CENT, RESERVED_S, Ledger
 from inference.payments.records import MemoryRecords
+from inference.settings import Settings
 from inference.task import Lease, Task
 from inference.testing.memory_queue import Faults, MemoryQueue
 from inference.testing.memory_store import MemoryStore
@@ -34,7 +37,9 @@ NOON = datetime(2026, 11, 21, 12, tzinfo=UTC).timestamp()
 APP_LIMIT_S = 55
 """The timeout of `dispatch` in app.py: a tick that took longer would be killed with leases in its hands."""
 
-HINTS = (None, "wan_local", "gen4_turbo", "gen4.5", "veo3.1", "runway_gen4_turbo")
+HINTS = (None, "wan_local", "gen4_turbo", "gen4.5", "veo3.1", "runway_gen4_turbo", "comfyui")
+
+PRICE_USD = partial(price_usd, Settings.isolated())
 CLIP_USD = 0.25  # five seconds of gen4_turbo
 virtual = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
@@ -190,7 +195,11 @@ class Yard:
         self.pools = {"gpu": (Sized(slots=gpu, engines=engines), self.gpu)}
         if runway is not None:
             self.pools["runway"] = (Sized(slots=runway, engines=max(1, runway)), self.runway)
-        self.dispatcher = Dispatcher(self.queues, self.pools, self.board, self.ledger, self.rules)
+        self.dispatcher = self.another_dispatcher()
+
+    def another_dispatcher(self):
+        """One more beside the first, with a connection to everything."""
+        return Dispatcher(self.queues, self.pools, self.board, self.ledger, self.rules, price_usd=PRICE_USD)
 
     def clock(self):
         """Wall-clock seconds, as the books and the board see them."""
@@ -258,6 +267,21 @@ async def test_each_task_goes_where_its_hint_says():
     assert it.providers(it.runway) == ["gen4_turbo", "veo3.1"]
     assert said.startswith("sent 2 to gpu, 2 to runway")
     assert [what for _, what in await it.board.decisions()] == [said]
+
+
+@virtual_time
+async def test_nobody_pays_for_a_hint_that_is_not_known():
+    """It waits for a GPU, even where none works, everything else overflows, and `wan_local` may."""
+    for lanes in (False, True):
+        it = Yard(lanes=lanes, overflow_wan_local=True, overflow_after_s=0)
+        await it.board.faulted("gpu", "no weights", certain=True)
+        for provider in ("comfyui", None, "wan_local"):
+            it.add(provider=provider)
+        await it.tick()
+        assert (it.providers(it.runway), it.providers(it.gpu)) == ([None, "wan_local"], [])
+        await it.board.worked("gpu", 10.0)
+        await it.tick()
+        assert it.providers(it.gpu) == ["comfyui"]
 
 
 @virtual_time
@@ -793,7 +817,7 @@ def test_the_daily_budget_holds(steps, budget_usd, lanes):
             assert await it.ledger.spent_usd() <= budget_usd + HALF_A_CENT
             for lease in list(it.runway.running):
                 if ending in ("pay", "pay and fail"):
-                    price_usd = cost_usd(lease.task, it.rules) or 0.0
+                    price_usd = PRICE_USD(lease.task) or 0.0
                     await it.pay(lease, ending="failed" if "fail" in ending else "delivered", cost_usd=price_usd)
                 if ending == "vanish":
                     it.runway.running.remove(lease)
@@ -870,7 +894,7 @@ def test_two_ticks_at_once_do_no_harm(tasks, apart_s, lanes, delay_s):
 
     async def scene():
         it = Yard(lanes=lanes, budget_usd=3 * CLIP_USD, runway=5, faults=Faults(delay_s=delay_s))
-        other = Dispatcher(it.queues, it.pools, it.board, it.ledger, it.rules)
+        other = it.another_dispatcher()
         it.add(tasks)
         it.add(tasks, "gen4_turbo")
         async with anyio.create_task_group() as both:

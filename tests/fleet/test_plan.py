@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.fleet.plan import FIRST_CLIP_S, Fleet, Pool, Rules, choices, cost_usd, plan
-from inference.queues.item import lane
+from inference.build import price_usd
+from inference.fleet.plan import FIRST_CLIP_S, Fleet, Pool, Rules, choices, plan
+from inference.providers import is_known, provider_of
+from inference.settings import Settings
 from tests.fleet.test_dispatch import CLIP_USD, HINTS, task
 
 pools = st.builds(
@@ -30,7 +32,6 @@ rules = st.builds(
     overflow_after_s=st.floats(0, 2000),
     overflow_wan_local=st.booleans(),
     budget_usd=st.floats(0, 20),
-    runway_model=st.sampled_from(["gen4_turbo", "veo3.1_fast"]),
 )
 
 
@@ -102,22 +103,26 @@ def test_the_table_of_hints(hint, has_runway, allowed):
     found = choices(task(hint), Rules(overflow_wan_local=allowed), has_runway=has_runway)
     if not has_runway:
         assert found == ("gpu",)
-    elif lane(hint) == "runway":
+    elif provider_of(hint).is_paid:
         assert found == ("runway",)
+    elif not is_known(hint):
+        assert found == ("gpu",)  # nobody is known to have agreed to pay
     else:
         assert found == (("gpu", "runway") if hint is None or allowed else ("gpu",))
 
 
 def test_what_a_task_costs_is_known_before_it_is_sent():
     """By the model of its hint, or the default one; nothing where Runway makes no such clip."""
-    assert cost_usd(task(None), Rules()) == CLIP_USD
-    assert cost_usd(task("veo3.1"), Rules()) == pytest.approx(1.20)  # it makes 6 s, not 5
-    assert cost_usd(task("veo3.1"), Rules(runway_audio=True)) == pytest.approx(2.40)
-    assert cost_usd(task(None, duration_s=30), Rules()) is None
-    assert cost_usd(task(None).model_copy(update={"prompt": "x" * 1001}), Rules()) is None  # a GPU takes it
-    longer = Rules(runway_duration_s=10)  # for tasks that name no length
-    assert cost_usd(task(None).model_copy(update={"names_duration": False}), longer) == pytest.approx(0.50)
-    assert cost_usd(task(None), longer) == CLIP_USD
+    plain = Settings.isolated()
+    assert price_usd(plain, task(None)) == CLIP_USD
+    assert price_usd(plain, task("veo3.1")) == pytest.approx(1.20)  # it makes 6 s, not 5
+    assert price_usd(Settings.isolated(runway_audio=True), task("veo3.1")) == pytest.approx(2.40)
+    assert price_usd(plain, task(None, duration_s=30)) is None
+    assert price_usd(plain, task("comfyui")) is None
+    assert price_usd(plain, task(None).model_copy(update={"prompt": "x" * 1001})) is None  # a GPU takes it
+    longer = Settings.isolated(runway_duration_s=10)  # for tasks that name no length
+    assert price_usd(longer, task(None).model_copy(update={"names_duration": False})) == pytest.approx(0.50)
+    assert price_usd(longer, task(None)) == CLIP_USD
 
 
 def test_the_first_guess_is_slow():

@@ -3,7 +3,8 @@
 import anyio
 import pytest
 
-from inference.fleet.readings import DECISIONS_KEPT, FAULTS, NUMBERS_KEPT, Board, PoolRecord
+from inference.fleet.readings import DECISIONS_KEPT, NUMBERS_KEPT, Board, PoolRecord
+from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.payments.records import MemoryRecords, SqliteRecords
 
 pytestmark = pytest.mark.anyio
@@ -54,10 +55,10 @@ async def test_seconds_per_clip_are_a_running_mean(board):
 
 async def test_a_few_faults_in_a_row_are_a_failing_pool(board):
     """One that worked in between starts the count anew."""
-    for _ in range(FAULTS - 1):
+    for _ in range(MAX_FAULTS_IN_A_ROW - 1):
         await board.faulted("gpu", "no")
     await board.worked("gpu", 10.0)
-    for number in range(FAULTS):
+    for number in range(MAX_FAULTS_IN_A_ROW):
         assert (await board.pool("gpu")).failing is None, number
         await board.faulted("gpu", "no memory")
     assert (await board.pool("gpu")).failing == "no memory"

@@ -21,8 +21,9 @@ from inference.errors import (
     WeightsError,
 )
 from inference.fleet.plan import may_stay
-from inference.fleet.readings import FAULTS, Board
+from inference.fleet.readings import Board
 from inference.fleet.warm_worker import DRY_EVERY_S, LOOK_AHEAD, BrokenEngine, Host
+from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.leasing.runner import Runner
 from inference.payments.ledger import Ledger
 from inference.task import GenerationRequest
@@ -489,9 +490,9 @@ async def test_a_lost_engine_breaks_the_container(box):
 @virtual_time
 async def test_one_lost_machine_is_not_a_failing_pool(box):
     """The next container gets another GPU; three in a row are told to the next tick."""
-    it = box(engine=BusyEngine(errors=[EngineLost("the GPU is gone")] * FAULTS))
+    it = box(engine=BusyEngine(errors=[EngineLost("the GPU is gone")] * MAX_FAULTS_IN_A_ROW))
     it.add()
-    for number in range(FAULTS):
+    for number in range(MAX_FAULTS_IN_A_ROW):
         assert (await it.board.pool("gpu")).failing is None, number
         host = Host("gpu", it.queue, it.runner, it.board)
         async with anyio.create_task_group() as container:
@@ -504,9 +505,11 @@ async def test_one_lost_machine_is_not_a_failing_pool(box):
 @virtual_time
 async def test_a_providers_outage_rests_its_pool_and_breaks_no_container(box):
     """A new container would meet the same provider. Each call hands back one task, and leaves the others alone."""
-    async with box(engine=BusyEngine(errors=[AccountError("429 the daily cap")] * FAULTS), pool="runway") as it:
+    async with box(
+        engine=BusyEngine(errors=[AccountError("429 the daily cap")] * MAX_FAULTS_IN_A_ROW), pool="runway"
+    ) as it:
         it.add(5)
-        for _ in range(FAULTS):
+        for _ in range(MAX_FAULTS_IN_A_ROW):
             assert (await it.board.pool("runway")).failing is None
             assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
         assert not it.host.broken
@@ -521,9 +524,9 @@ async def test_a_storage_that_is_away_rests_all_pools(box):
     """A GPU for every look would be billed, with nobody told. Were only this pool to rest, its tasks would overflow to
     Runway, which cannot fetch their photos either.
     """
-    async with box(engine=BusyEngine(errors=[StorageAway("no URL for anything")] * 9 * FAULTS)) as it:
+    async with box(engine=BusyEngine(errors=[StorageAway("no URL for anything")] * 9 * MAX_FAULTS_IN_A_ROW)) as it:
         it.add(2)
-        for _ in range(FAULTS):
+        for _ in range(MAX_FAULTS_IN_A_ROW):
             assert (await it.board.pool("gpu")).failing is None
             assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
         assert (await it.board.pool("gpu")).failing == "no URL for anything"
@@ -563,7 +566,7 @@ async def test_failures_in_a_row_break_the_container(box):
     async with box(engine=BusyEngine(seconds=1, errors=[failed] * 6 + [None] + [failed] * 9)) as it:
         it.add(9)
         outcomes = await it.host.run(await it.cron.lease())
-        assert statuses(outcomes) == ["failed"] * 2 + ["completed"] + ["failed"] * FAULTS
+        assert statuses(outcomes) == ["failed"] * 2 + ["completed"] + ["failed"] * MAX_FAULTS_IN_A_ROW
         assert it.host.broken
         assert it.statuses()[-3:] == ["pending"] * 3
 
@@ -602,17 +605,19 @@ async def test_a_photo_by_hand_takes_its_turn(box, tmp_path):
         async with anyio.create_task_group() as calls:
             calls.start_soon(it.call, "it", await it.cron.lease())
             await anyio.sleep(1)
-            video = await it.host.render(GenerationRequest(duration_s=5), tmp_path / "p.jpg", tmp_path, Job())
+            async with it.host.seat.taken():
+                request = GenerationRequest(duration_s=5)
+                video = await it.host.seat.generate(request, tmp_path / "p.jpg", tmp_path, Job())
         assert video.frames == 25
         assert it.engine.began_at == [0, CLIP_S]
 
 
 @virtual_time
-async def test_a_photo_by_hand_learns_why_there_is_no_engine(box, tmp_path):
+async def test_a_photo_by_hand_learns_why_there_is_no_engine(box):
     """The very error of the load, which names the command that cures it."""
     async with box(fault=WeightsError("run `i2v weights fetch`")) as it:
         with pytest.raises(WeightsError, match="i2v weights fetch"):
-            await it.host.render(GenerationRequest(duration_s=5), tmp_path / "p.jpg", tmp_path, Job())
+            _ = it.host.seat
 
 
 @virtual_time

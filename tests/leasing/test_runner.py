@@ -7,6 +7,7 @@ from pathlib import Path
 import anyio
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from inference.engines.base import Job, run_in_thread
 from inference.errors import (
@@ -141,6 +142,18 @@ class Scene:
 def scene(photo_bytes, tmp_path):
     """A factory: scenes have to be made inside of virtual time."""
     return lambda **given: Scene(photo_bytes, tmp_path, **given)
+
+
+@pytest.mark.parametrize("hint, told", [("comfyui", ["comfyui"]), ("wan_local", []), (None, [])])
+@virtual_time
+async def test_a_hint_that_is_not_known_is_told(scene, hint, told):
+    """The engine that is there makes the video; whoever hoped for another can find out why."""
+    it = scene()
+    it.store.items[it.item.id] = it.item.model_copy(update={"inference_provider": hint})
+    with capture_logs() as logs:
+        outcome = await it.run()
+    assert outcome.status == "completed"
+    assert [line["provider"] for line in logs if line["event"] == "unknown_provider"] == told
 
 
 @virtual_time
@@ -583,7 +596,7 @@ async def test_the_lease_is_handed_back_before_the_engine_has_stopped(scene):
         await it.run()
     assert released.is_set()
     assert it.now.status == "pending"
-    assert not it.runner.engine_hung
+    assert not it.runner.seat.hung
 
 
 @virtual_time
@@ -624,7 +637,7 @@ async def test_a_thread_that_does_not_obey_is_left_behind(scene):
     try:
         outcome = await it.run()
         assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
-        assert it.runner.engine_hung
+        assert it.runner.seat.hung
         it.store.add(it.photo, "the next one")
         outcome = await it.runner.run(await it.queue.lease())
         assert (outcome.status, it.engine.runs) == ("released", 1)
@@ -651,7 +664,7 @@ async def test_a_thread_that_obeys_is_waited_for(scene):
     it = scene(engine=Stepping(), policy=Policy(attempt_limit_s=0.1))
     outcome = await it.run()
     counted = len(steps)
-    assert (outcome.status, it.runner.engine_hung) == ("failed", False)
+    assert (outcome.status, it.runner.seat.hung) == ("failed", False)
     await anyio.lowlevel.checkpoint()
     assert len(steps) == counted < 10_000
 

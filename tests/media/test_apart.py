@@ -124,6 +124,16 @@ def test_hundreds_of_scans_are_refused_before_any_is_decoded(tmp_path):
         assert time.process_time() - started < 1
 
 
+def test_scans_count_as_often_as_they_are_decoded(tmp_path):
+    """One without its end is decoded several times, to see whether more of it is missing."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(many_scans(64, 50)[:-2])
+    assert verify(path).width == 64
+    path.write_bytes(many_scans(64, 51)[:-2])
+    with pytest.raises(InvalidPhoto, match="51 scans without its end"):
+        verify(path)
+
+
 @pytest.mark.parametrize("number", sorted(module.CRASHES))
 def test_a_crash_of_a_decoder_is_the_photos_fault(number):
     """It would crash every worker that took the task; this one goes on."""

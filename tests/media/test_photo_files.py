@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from inspect import unwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageCms
 
 from inference.errors import InvalidPhoto
 from inference.media import colour, jpeg_scans, png_chunks
+from inference.media.apart import apart
 from inference.media.photo import measure, open_photo, verify
 
 CASES = Path(__file__).parents[1] / "cases" / "photos"
@@ -327,3 +329,35 @@ def test_a_jpeg_may_lack_nothing_else(tmp_path, options):
         path.write_bytes(whole[:length])
         with pytest.raises(InvalidPhoto, match="damaged or cut short"):
             verify(path)
+
+
+SIDE_PX = 4000
+
+
+@apart
+def peak_bytes(path: Path) -> int:
+    """What this process needs at once for a photo, beside what it had."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here on (proc_pid_clear_refs(5))
+    before = resident_bytes("VmRSS")
+    unwrap(verify)(path)
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(name: str) -> int:
+    """Of this process."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("kind", ["JPEG without its end", "16-bit PNG with a transparent colour"])
+def test_what_is_decoded_twice_is_not_kept_twice(tmp_path, kind):
+    """A photo needs a few times its pixels at most, which of 100 megapixels are 400 MB; two are taken in at once."""
+    path = tmp_path / "photo"
+    if kind == "JPEG without its end":
+        buffer = io.BytesIO()
+        Image.new("RGB", (SIDE_PX, SIDE_PX), (200, 40, 40)).save(buffer, "JPEG")
+        path.write_bytes(buffer.getvalue()[:-2])
+    else:
+        rows = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint16)
+        path.write_bytes(png(rows, chunk(b"tRNS", bytes(6))))
+    assert peak_bytes(path) < 3.3 * SIDE_PX * SIDE_PX * 4

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from inference.errors import RecordsUnavailable
-from inference.fleet.readings import FAULTS, Board
+from inference.fleet.readings import Board
+from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.on_runpod import api as runpod_api
 from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.tick import JOBS_KEPT, LOOK_S, SentJobs, fault
@@ -123,14 +124,14 @@ async def send(endpoint, records, *ids):
 async def test_jobs_that_fail_one_after_the_other_are_a_failing_pool():
     """With the last reason; one that makes a clip again ends that. Each job counts once."""
     endpoint, records = Endpoint(), MemoryRecords()
-    ids = [f"j{n}" for n in range(FAULTS)]
+    ids = [f"j{n}" for n in range(MAX_FAULTS_IN_A_ROW)]
     await send(endpoint, records, *ids)
     endpoint.jobs |= {job_id: RunPodJob(id=job_id, status="IN_QUEUE") for job_id in ids}
     for n, job_id in enumerate(ids):
         assert (await judge(endpoint, records)).faults == n
         endpoint.jobs[job_id] = failed(failure(f"no weights {n}", retryable=True), job_id)
     known = await judge(endpoint, records)
-    assert known.failing == f"job {ids[-1]}: no weights {FAULTS - 1}"
+    assert known.failing == f"job {ids[-1]}: no weights {MAX_FAULTS_IN_A_ROW - 1}"
     asked = len(endpoint.asked)
     assert await judge(endpoint, records) == known
     assert len(endpoint.asked) == asked

@@ -17,7 +17,7 @@ from PIL import Image
 
 from inference.engines.base import run_in_thread
 from inference.errors import DiskFull, EngineLost, InvalidRequest, SettingsError, WeightsError
-from inference.leasing.polling import MAX_FAULTS_IN_A_ROW
+from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.media.video import VideoWriter
 from inference.on_runpod.direct import SKEW
 from inference.on_runpod.worker import REPLACED, STOPPING, Endpoint

@@ -224,8 +224,17 @@ async def test_no_frame_num_means_five_seconds(home, photo_bytes):
     assert (await home.connect().lease()).task.duration_s == 5.0
 
 
+async def test_a_look_at_a_queue_leases_nothing(home, photo_bytes):
+    """It is there and takes the key; where its storage is, if that can be known without a task."""
+    home.add(photo_bytes)
+    queue = home.connect()
+    await queue.check()
+    assert await queue.check_storage() in (None, "127.0.0.1")
+    assert await queue.lease() is not None
+
+
 async def test_workers_ask_for_their_kind(home, photo_bytes):
-    """worker_type hands out only tasks of that lane; no type takes any."""
+    """worker_type hands out only tasks for that engine; no type takes any."""
     runway = home.add(photo_bytes, inference_provider="veo3.1")
     wan = home.add(photo_bytes, inference_provider="wan_local")
     lease = await home.connect(worker_type="wan").lease()

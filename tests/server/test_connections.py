@@ -156,3 +156,12 @@ def test_who_has_owed_for_longest_makes_room(tmp_path):
         fifth = stack.enter_context(connect(url))
         assert ends_within(second, 5)
         assert all(map(is_answered, (third, fourth, fifth)))
+
+
+def test_a_websocket_that_nobody_speaks_is_no_news(tmp_path, caplog):
+    """Anybody may ask for one, without a key: the log does not grow, and does not advise to install what speaks it."""
+    asks = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "a"}
+    with running_server(config(tmp_path)) as url:
+        assert httpx.get(f"{url}/api/tasks", headers=asks).status_code == 401
+    assert "upgrade" not in caplog.text
+    assert "WebSocket" not in caplog.text

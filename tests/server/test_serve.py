@@ -1,5 +1,6 @@
 """The server as a task: it starts ready, stops in order, and is never open to strangers by accident."""
 
+import json
 import signal
 import socket
 import threading
@@ -51,8 +52,8 @@ def test_signals_are_left_to_the_program(tmp_path):
     anyio.run(run)
 
 
-def test_a_stop_is_bounded(tmp_path, monkeypatch):
-    """A client that never finishes its request does not keep the server."""
+def test_a_stop_is_bounded(tmp_path, monkeypatch, caplog):
+    """A client that never finishes its request does not keep the server; it is told to come again, and no bug is."""
     monkeypatch.setattr(serve_module, "GRACE_S", 0.2)
     with running_server(config(tmp_path)) as url:
         host, port = url.removeprefix("http://").split(":")
@@ -61,7 +62,12 @@ def test_a_stop_is_bounded(tmp_path, monkeypatch):
             f"POST /api/worker/next-task HTTP/1.1\r\nHost: {host}\r\nAuthorization: Worker {KEY}\r\n"
             "Content-Length: 100\r\n\r\n{".encode()
         )
-    connection.close()
+        httpx.get(f"{url}/healthz")  # by then the request has begun
+    with connection, connection.makefile("rb") as answer:
+        status, _, rest = answer.read().partition(b"\r\n")
+    assert status == b"HTTP/1.1 503 Service Unavailable"
+    assert json.loads(rest.partition(b"\r\n\r\n")[2])["success"] is False
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_without_a_key_it_stays_on_loopback(tmp_path):

@@ -27,6 +27,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskGroup
 
+from inference.build import price_usd
 from inference.engines.base import Job
 from inference.engines.runway.models import model_for
 from inference.errors import (
@@ -49,7 +50,8 @@ from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.payments.ledger import HALF_A_CENT, Ledger, digest
 from inference.payments.records import MemoryRecords
-from inference.queues.item import lane
+from inference.providers import provider_of
+from inference.settings import Settings
 from inference.task import GenerationRequest, Lease, Video
 from inference.testing.memory_queue import Faults
 from inference.testing.memory_store import MemoryStore
@@ -512,9 +514,7 @@ class World:
 
     def _runway_host(self, container):
         queue = self._queue(container.name, "wan" if self.lanes else None, container)
-        return self._host(
-            "runway", container, queue, PaidEngine(self.provider, container, self.rules.runway_model), None
-        )
+        return self._host("runway", container, queue, PaidEngine(self.provider, container, "gen4_turbo"), None)
 
     def _host(self, pool, container, queue, engine, fault):
         records = self.records.seen_by(container)
@@ -547,6 +547,7 @@ class World:
             Board(records, clock=self.clock),
             Ledger(records, budget_usd=self.rules.budget_usd, clock=self.clock),
             self.rules,
+            price_usd=functools.partial(price_usd, Settings.isolated()),
         )
         self.ticks = []
         await cron(dispatcher.tick, on_tick=self.ticks.append)
@@ -584,7 +585,7 @@ class World:
     def _give_up_on_runway(self):
         """Nothing may be spent, ever: whoever asked for a model of Runway's has to think again."""
         for item in list(self.store.items.values()):
-            if item.status == "pending" and lane(item.inference_provider) == "runway":
+            if item.status == "pending" and provider_of(item.inference_provider).is_paid:
                 self.store.cancel(item.id)
 
     async def _settle(self):

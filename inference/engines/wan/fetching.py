@@ -16,7 +16,7 @@ from inference.engines.wan.hub import ENDPOINT, PAUSES_S, Hub
 from inference.engines.wan.presets import Component, Lora, Preset, Repository
 from inference.engines.wan.weights import INDEX, TENSORS, Entry, Lock, Report, Sink, weights_error
 from inference.errors import DiskFull
-from inference.progress.tracker import FileProgress
+from inference.progress.files import FileProgress
 
 if sys.platform != "win32":
     import fcntl

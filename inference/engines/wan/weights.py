@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from inference.engines.wan.presets import Component, Lora, Preset, Repository
 from inference.errors import NO_ROOM_ERRNOS, DiskFull, WeightsError, one_line
-from inference.progress.tracker import FileProgress, Step
+from inference.progress.files import FileProgress, Step
 
 LOCK = "weights.lock.json"
 TENSORS = ".safetensors"

@@ -215,10 +215,12 @@ class Store:
         """Hands the oldest waiting item, or the given one if it waits, to `worker_id`. Raises ItemMissing."""
         statement = statements.lease(worker_type, given=item_id is not None, sweep=not self._sqlite)
         values = {"worker_id": worker_id, "lease_s": lease_s, "item_id": item_id}
-        with self._database.transaction() as transaction:  # a transaction, in which PostgreSQL does not sort
-            leased = transaction.run(statement, **values)
-            if self._sqlite:
+        if self._sqlite:
+            with self._database.transaction() as transaction:
+                leased = transaction.run(statement, **values)
                 transaction.run(statements.SWEEP)
+        else:
+            leased = self._database.write_unsorted(statement, **values)
         if item_id is not None and not leased:
             self._find(item_id)
         return _item(leased[0]) if leased else None

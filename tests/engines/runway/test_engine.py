@@ -172,6 +172,13 @@ class TestModels:
         """As the queue calls them; what is not Runway's goes to the default."""
         assert model_for(hint, "gen4.5").name == name
 
+    async def test_nothing_is_ordered_for_a_hint_that_nobody_knows(self, runway, photo, folder):
+        """It may be at another provider, and here it would cost money."""
+        request = ASKED.model_copy(update={"provider": "comfyui"})
+        with pytest.raises(InvalidRequest, match="provider is 'comfyui', which this version does not know"):
+            await engine_of(runway).generate(request, photo, folder, Job())
+        assert runway.tasks == []
+
     @pytest.mark.parametrize(
         "model, asked_s, ordered_s, cut_s",
         [

@@ -4,9 +4,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy.schema import CreateTable
 
 from inference.errors import QueueUnavailable, SettingsError
-from inference.server.rows.database import Turns
+from inference.server.rows import schema
+from inference.server.rows.database import INDEX_NAMES, Turns
 from inference.server.rows.store import Store
 
 
@@ -78,6 +80,37 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
     assert sql.store.heartbeat(item.id, "w", 600).renewed
     sql.run("DROP INDEX video_items_of_photo")  # it is there again
     assert sql.store.removal.delete(item.id) == [item.photo_storage_path]
+
+
+EARLIER_LANE = """lane TEXT GENERATED ALWAYS AS (
+    CASE WHEN coalesce(inference_provider, '') IN ('', 'wan_local') THEN 'wan' ELSE 'runway' END
+) STORED"""
+
+
+def test_a_database_that_went_by_another_table_of_providers_goes_by_this_one(sql):
+    """What nobody knows was Runway's there. Each server that opens it sees to that, at once if need be."""
+    made = str(CreateTable(schema.video_items).compile(dialect=sql._admin.dialect))
+    sql.run("DROP TABLE video_items")
+    sql.run(made.replace("status TEXT NOT NULL", f"{EARLIER_LANE}, status TEXT NOT NULL", 1))
+    sql.run(f"CREATE INDEX video_items_line_by_lane ON video_items (lane, created_at, id) WHERE {schema.ONGOING}")
+    items = [sql.add(inference_provider=hint) for hint in ("comfyui", "veo3.1", None)]
+    before = [sql.row(item.id) for item in items]
+    together = threading.Barrier(4)
+
+    def open_it(_number):
+        together.wait()
+        Store(sql.url).close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(open_it, range(4)))
+    assert [sql.row(item.id) for item in items] == before
+    with sql._admin.connect() as connection:
+        names = {name for (name,) in connection.exec_driver_sql(INDEX_NAMES[sql.dialect])}
+    assert names >= {index.name for index in schema.video_items.indexes}
+    assert "video_items_line_by_lane" not in names
+    assert [sql.store.lease("w", 60, "wan").id for _ in range(2)] == [items[0].id, items[2].id]
+    assert sql.store.lease("w", 60, "wan") is None
+    assert sql.store.lease("r", 60, "runway").id == items[1].id
 
 
 def test_tables_of_somebody_else_are_left_alone(sql):

@@ -3,6 +3,7 @@
 import pytest
 
 from inference.server.rows import statements
+from inference.server.rows.database import NO_SORTING
 from inference.server.rows.store import NewItem, NewPhoto
 
 ENDED = 2000
@@ -27,6 +28,8 @@ def plan(sql):
         constants = {name: value for name, value in compiled.params.items() if value is not None}
         verb = "EXPLAIN" if sql.dialect == "postgresql" else "EXPLAIN QUERY PLAN"
         with database.transaction() as transaction:
+            if sql.dialect == "postgresql":
+                transaction._connection.execute(NO_SORTING)
             rows = transaction._connection.execute(f"{verb} {compiled}", {**constants, **parameters}).fetchall()
         return "".join(f"{row[-1]}\n" for row in rows)
 

@@ -35,8 +35,8 @@ def test_a_lease_is_counted_and_lasts(subject):
 
 
 def test_each_kind_of_worker_gets_its_kind_of_item(subject):
-    """No hint, an empty one and wan_local wait for Wan, all others for Runway; the other kind is passed over."""
-    wan = [subject.add(inference_provider=hint).id for hint in (None, "", "wan_local")]
+    """No hint, an empty one, Wan's own, and one that nobody knows wait for Wan; the other kind is passed over."""
+    wan = [subject.add(inference_provider=hint).id for hint in (None, "", "wan_local", "comfyui")]
     runway = [subject.add(inference_provider=hint).id for hint in ("gen4_turbo", "veo3.1")]
     assert [subject.store.lease("r", 60, "runway").id for _ in runway] == runway
     assert subject.store.lease("r", 60, "runway") is None

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from psycopg import pq
 from sqlalchemy import create_engine, text
 
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
@@ -201,3 +202,22 @@ def test_a_transaction_pooler_in_between(postgres_server):
         with closing(settings):
             for _ in range(20):
                 assert settings.driver_connection.execute("SHOW enable_sort").fetchone() == ("on",)
+
+
+def test_a_lease_is_one_round_trip(postgres_server, tmp_path):
+    """The setting for its plan travels with it: PostgreSQL may be far away, and a pooler keeps no session."""
+    with (
+        postgres.database(postgres_server) as url,
+        closing(Store(url)) as store,
+        (tmp_path / "wire").open("w+") as wire,
+    ):
+        [item] = store.add(NewPhoto(store.group(), "p"), [NewItem()])
+        worker = "w%(o)s\\r'; -- \N{GREEK SMALL LETTER OMEGA}"
+        with closing(store._database._engine.raw_connection()) as only:
+            sent = only.driver_connection.pgconn
+        sent.trace(wire.fileno())
+        sent.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+        assert store.lease(worker, 600, "wan", item.id).worker_id == worker
+        sent.untrace()
+        [message] = [line for line in Path(wire.name).read_text().splitlines() if line.startswith("F\t")]
+        assert f'Query\t "{database.NO_SORTING}; ' in message
