@@ -1,4 +1,4 @@
-"""Modal: `modal deploy app.py` is the whole deployment. Wiring only; what is decided is decided in `inference/`.
+"""Modal: `modal deploy app.py` is the whole deployment. Wiring only; all decisions are made in `inference/`.
 
     every minute   dispatch ──▶ leases what can start ──▶ Wan (GPU) or Overflow (Runway), one call a lease
     a container    beats ▸ photo ▸ generates ▸ uploads ▸ reports ▸ takes the next itself while there is one
@@ -63,7 +63,7 @@ def pools() -> dict[PoolName, RemoteContainers]:
     image=slim,
     schedule=modal.Cron(settings.modal_cron),
     max_containers=1,
-    timeout=55,  # it stops leasing after 30 s, and ends before its next tick
+    timeout=55,  # a tick stops leasing after 30 s, and ends before the next one
     scaledown_window=2,
     cpu=0.25,
     memory=512,
@@ -127,7 +127,7 @@ class Wan(Container):
 
 @app.cls(
     image=slim,
-    max_containers=1,  # one process watches the budget
+    max_containers=1,  # one process checks the budget
     timeout=int(settings.runway_timeout_s) + 20 * MINUTES,
     scaledown_window=2,
     retries=0,

@@ -1,4 +1,4 @@
-"""RunPod: one worker of a serverless endpoint. Wiring only; what a job is and what becomes of it is in `inference/`.
+"""RunPod: one worker of a serverless endpoint. Wiring only; jobs are handled in `inference/`.
 
     on RunPod      the image of images/runpod.Dockerfile runs `python -u runpod_handler.py`
     on a laptop    python runpod_handler.py --rp_serve_api    python runpod_handler.py --test_input '{"input": {…}}'
@@ -48,7 +48,7 @@ async def handle(job: dict[str, Any]) -> dict[str, Any]:
     listen()
 
     async def post(snapshot: dict[str, object]) -> None:
-        # Not the SDK's progress_update: that posts from a thread of its own, and may be overtaken by the result.
+        # Not the SDK's progress_update, which posts from a thread of its own, so that the result may overtake it.
         if not worker_state.IS_LOCAL_TEST:
             async with AsyncClientSession() as session:
                 await rp_http.send_result(session, {"status": "IN_PROGRESS", "output": snapshot}, job)
@@ -56,16 +56,16 @@ async def handle(job: dict[str, Any]) -> dict[str, Any]:
     try:
         return await endpoint().run(job, post)
     finally:
-        # Beside the answer's `refresh_worker`, which the platform may take its time to read: no job more for this one.
+        # The platform may be slow to act on `refresh_worker` in the answer; SIGTERM keeps more jobs away at once.
         if endpoint().broken and not worker_state.IS_LOCAL_TEST:
             signal.raise_signal(signal.SIGTERM)
 
 
 @functools.cache
 def listen() -> None:
-    """On a signal the SDK waits for running jobs, however long they take; the platform's patience is shorter.
+    """Stops running jobs on a signal. The SDK would wait for them without a limit, and RunPod would kill the worker.
 
-    So they get I2V_SHUTDOWN_GRACE seconds, and then hand back what they hold and are answered.
+    They get I2V_SHUTDOWN_GRACE seconds; then they hand back their leases and are answered.
     """
     loop = asyncio.get_running_loop()
     closing: list[asyncio.Task[None]] = []
@@ -89,18 +89,21 @@ def listen() -> None:
 
 
 def patient(attempts: int) -> aiohttp_retry.FibonacciRetry:
-    """How the SDK posts results: for half a minute, and also where a connection broke.
+    """The retry policy for posting results: half a minute, also after a broken connection.
 
-    By itself it tries for five seconds, and again only after a 5xx: a video in an answer, paid for, would be lost.
+    The SDK's own tries for five seconds, and only after a 5xx, so a video in the answer, which is paid for, would be
+    lost.
     """
-    again = {aiohttp.ClientConnectionError, ConnectionError}  # not a timeout, which is ten minutes
+    again = {aiohttp.ClientConnectionError, ConnectionError}  # timeouts are left out: one takes ten minutes
     return aiohttp_retry.FibonacciRetry(2 * attempts, statuses={429}, exceptions=again, max_timeout=30)
 
 
 def main() -> None:
     """Runs until RunPod stops it. Exits 1 with one line where it cannot begin."""
     logs.configure()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while the engine loads; the SDK sets its own afterwards
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # while the engine loads; the SDK sets its own handler afterwards
     # Below INFO the SDK logs whole jobs and answers: photos, URLs with credentials. --rp_log_level DEBUG undoes it.
     if RunPodLogger.level == "DEBUG":
         RunPodLogger().set_level("INFO")

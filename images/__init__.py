@@ -1,6 +1,6 @@
 """Container images: one module an image for Modal, one Dockerfile for RunPod, and beside each the versions it installs.
 
-pyproject.toml has the ranges; `python -m images.lock` picks from them what stands in `<image>.txt`.
+pyproject.toml has the ranges; `python -m images.lock` chooses versions from them for `<image>.txt`.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ def lock_of(image: str) -> Path:
 
 
 def with_packages(image: modal.Image, name: str) -> modal.Image:
-    """Installs what the file of the image `name` lists. It is complete: there is nothing for pip to resolve."""
+    """Installs what the file of the image `name` lists. The file is complete, so pip resolves nothing."""
     return image.pip_install_from_requirements(str(lock_of(name)), extra_options="--no-deps")
 
 
 def with_code(image: modal.Image, settings: Settings) -> modal.Image:
-    """What changes most often comes last: what the operator set, then the code, which is no layer at all."""
+    """Adds what changes most often: first the settings, then the code, which is mounted and not a layer."""
     given = settings.for_containers()
     return (image.env(given) if given else image).add_local_python_source("inference", "images")

@@ -22,13 +22,13 @@ log = structlog.get_logger(__name__)
 
 
 class Lines:
-    """A line for each file as it begins: a build's log is no terminal."""
+    """Prints a line for each file as it begins, for the log of a build."""
 
     def __init__(self) -> None:
         self._shown = 0
 
     def __call__(self, progress: FileProgress) -> None:
-        """Told of every piece of every file."""
+        """Called with the progress of every file."""
         if progress.number != self._shown:
             self._shown = progress.number
             number, size_gb = f"{progress.number} of {progress.count}", round(progress.size_bytes / 1e9, 2)
@@ -36,7 +36,7 @@ class Lines:
 
 
 def main() -> None:
-    """Fetches and verifies; what is built and not fetched is left to `bake.py build`."""
+    """Fetches and verifies weights. Presets that are built and not fetched are left to `bake.py build`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", choices=[*PRESETS])
     parser.add_argument("folder", type=Path)

@@ -5,8 +5,8 @@
     runpod.txt   the same, and runpod      workers on RunPod
 
 Compiled from the ranges of pyproject.toml, the largest first, so that all three have the same version of everything.
-Each is complete, and has the sha256 of every wheel that the base image could take: what is installed is what was
-locked, whichever index it comes from. Wheels of other platforms are left out, for they would be nine lines of ten.
+Each is complete, with the sha256 of every wheel that fits the base image, so that the locked files are installed from
+whichever index. Wheels of other platforms are left out, because they would be nine lines of ten.
 """
 
 import shutil

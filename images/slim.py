@@ -1,4 +1,4 @@
-"""The image without a model: the cron, Runway, and what a person runs by hand. Starts in seconds."""
+"""The image without a model, for the scheduler, Runway and single runs. Starts in seconds."""
 
 import modal
 

@@ -1,4 +1,4 @@
-"""Is everything here that a worker needs? One line each."""
+"""Checks whether this machine has everything that a worker needs: one line a check."""
 
 import shutil
 import subprocess
@@ -40,7 +40,7 @@ class Finding:
 
 
 async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
-    """Runs every check, cheapest first; later ones are skipped where they need what is missing."""
+    """Runs every check, cheapest first; a check is skipped if something that it depends on is missing."""
     settings: Settings | None = None
     try:
         settings = load()
@@ -71,7 +71,7 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
 
 
 def require_machine(settings: Settings) -> None:
-    """Looks for what a worker needs before it takes a task: disk and ffmpeg; for Wan weights and a GPU. Loads nothing.
+    """Checks what a worker needs before it takes a task: disk, ffmpeg and, for Wan, weights and a GPU. Loads nothing.
 
     Raises EngineLost.
     """
@@ -110,7 +110,7 @@ def _gpu(settings: Settings) -> Finding:
 
 
 NEEDS: dict[EngineName, tuple[Callable[[Settings], Finding], ...]] = {"wan": (_weights, _gpu)}
-"""What an engine needs of the machine that it runs on, beside what all need."""
+"""Checks of the machine that only one engine needs."""
 
 
 async def _runway(settings: Settings) -> Finding:

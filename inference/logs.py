@@ -1,4 +1,4 @@
-"""Where log lines go: for people on a terminal, as JSON lines everywhere else, and into a file where asked."""
+"""Logging: readable lines on a terminal, JSON lines everywhere else, and optionally a file."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
         handlers.append(file)
     logging.basicConfig(handlers=handlers, level=level.upper(), force=True)
     # httpx logs whole URLs at INFO, and httpcore at DEBUG: presigned ones carry credentials in the query.
-    # uvicorn says four lines at each start and stop; ours says where the queue is.
+    # uvicorn logs four lines at each start and stop; our own line has the address of the queue.
     for name in ("httpx", "httpcore", "uvicorn"):
         logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
@@ -70,7 +70,7 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
 
 
 def stages(item_id: str) -> Sink:
-    """A log line whenever a lease enters a stage: progress for those who read logs."""
+    """A sink that logs a line whenever a lease enters a stage."""
     last = ""
 
     def sink(progress: Progress) -> None:
@@ -82,14 +82,14 @@ def stages(item_id: str) -> Sink:
     return sink
 
 
-# Plain tracebacks: structlog's pretty ones print local variables, and among them keys and presigned URLs.
+# Plain tracebacks: structlog's pretty ones print local variables, which may hold keys and presigned URLs.
 _FOR_PEOPLE = structlog.dev.ConsoleRenderer(
     colors=True, pad_event_to=20, exception_formatter=structlog.dev.plain_traceback
 )
 
 
 def json_escaped(text: str) -> str:
-    """JSON that means the same, in which everything that is not legible is escaped. Text stays readable."""
+    """Equivalent JSON in which characters that are not legible are escaped; other text stays readable."""
     return "".join(character if is_legible(character) else json.dumps(character)[1:-1] for character in text)
 
 
@@ -98,7 +98,7 @@ def _escaped(_logger: Any, _method: str, line: Any) -> str:
 
 
 def _legible_values(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    """Prompts, names and errors of strangers; what is no text is shown by its repr, which escapes by itself."""
+    """Makes untrusted text in a log line legible. Other values are logged by their repr, which escapes."""
     for name, value in event.items():
         if isinstance(value, str):
             lines = value.split("\n") if name in {"exception", "stack"} else [value]

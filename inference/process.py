@@ -1,4 +1,4 @@
-"""The process that a command is: signals, errors on their way out, exit codes."""
+"""The process of a command: signals, error messages and exit codes."""
 
 import os
 import signal
@@ -19,9 +19,9 @@ log = structlog.get_logger(__name__)
 def run(
     main: Callable[[], Awaitable[None]], *, cancel_on_signal: bool = True, stopped_exit_code: int | None = None
 ) -> None:
-    """Runs a command's program. SIGINT and SIGTERM cancel it, so that it can clean up, unless it listens itself.
+    """Runs a command's program. SIGINT and SIGTERM cancel it, so that it can clean up, unless it handles them itself.
 
-    A program that was stopped exits with `stopped_exit_code`, or as shells have it, with 128 and the signal.
+    A program that was stopped exits with `stopped_exit_code` or, as in shells, with 128 plus the signal's number.
     """
     stopped_by: list[int] = []
 
@@ -45,7 +45,7 @@ async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> 
 
 
 async def drain_on_signal(worker: Worker, grace_s: float) -> None:
-    """Stops a worker on the first SIGINT or SIGTERM, at once on the second. Runs until cancelled."""
+    """Drains a worker on the first SIGINT or SIGTERM, and stops it at once on the second. Runs until cancelled."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
             log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
@@ -58,13 +58,13 @@ async def drain_on_signal(worker: Worker, grace_s: float) -> None:
 
 @contextmanager
 def told_errors(*, verbose: bool) -> Iterator[None]:
-    """Ends the process with one line for an error of ours; a traceback is for bugs, and for `verbose`."""
+    """Ends the process with one line for each of our errors; tracebacks are for bugs, and for `verbose`."""
     try:
         yield
     except Exception as raised:
         error = _only(raised)
         if isinstance(error, BrokenPipeError):
-            # Whoever read our output has had enough (`i2v tasks | head`); what is still buffered goes nowhere.
+            # The reader of our output has ended (`i2v tasks | head`), so the rest of the buffer is discarded.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if verbose:
@@ -72,14 +72,14 @@ def told_errors(*, verbose: bool) -> Iterator[None]:
         if not isinstance(error, I2VError):
             raise
         terminal.error(str(error))
-        if isinstance(error, EngineHung):  # its thread would keep the process from ending
+        if isinstance(error, EngineHung):  # the thread that hangs would keep the process from ending
             sys.stderr.flush()
             os._exit(1)
         sys.exit(1)
 
 
 def _only(error: BaseException) -> BaseException:
-    """Task groups wrap what went wrong; people want to know what went wrong."""
+    """The error inside the exception groups of task groups, if it is the only one."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

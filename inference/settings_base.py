@@ -1,4 +1,4 @@
-"""How settings are read and how their mistakes are told; which ones there are stands in `settings.py`."""
+"""Reads settings from the environment and reports mistakes in them; `settings.py` lists the settings."""
 
 import copy
 from difflib import get_close_matches
@@ -19,8 +19,8 @@ from pydantic_settings import (
 from inference.errors import SettingsError
 
 PREFIXES = ("I2V_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
-"""Prefixes of settings that only this project reads, so that an unknown name among them is a mistake. VERCEL_, MODAL_
-and RUNPOD_ are not among them: those platforms set variables of their own."""
+"""Prefixes that only this project uses, so that an unknown name with one of them is a mistake. VERCEL_, MODAL_ and
+RUNPOD_ are left out, because those platforms set variables of their own."""
 
 log = structlog.get_logger(__name__)
 
@@ -28,12 +28,12 @@ S = TypeVar("S", bound="LoadableSettings")
 
 
 def setting(default: Any, *names: str, about: str) -> Any:
-    """One setting, under the names people set it by; the first is the one that messages use."""
+    """One setting, with its names in the environment; messages use the first."""
     return Field(default, validation_alias=AliasChoices(*names), description=about)
 
 
 class LoadableSettings(BaseSettings):
-    """Settings from the environment and `.env`, with all mistakes told at once."""
+    """Settings from the environment and `.env`, with all mistakes reported at once."""
 
     model_config = SettingsConfigDict(
         env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
@@ -41,7 +41,7 @@ class LoadableSettings(BaseSettings):
 
     @classmethod
     def load(cls, *required: str, **overrides: Any) -> Self:
-        """Reads and validates everything; `required` names fields that must be set, `overrides` win over all else.
+        """Reads and validates everything; `required` fields must be set, and `overrides` take precedence.
 
         Raises SettingsError with one line for each problem, all problems at once.
         """
@@ -54,18 +54,18 @@ class LoadableSettings(BaseSettings):
             raise SettingsError("\n".join(_problem(cls, each) for each in error.errors(include_url=False))) from None
 
     def unread(self) -> list[str]:
-        """What the environment and `.env` set under names that begin as settings do, and that nothing reads.
+        """Variables in the environment and `.env` that look like settings but are not read.
 
         Each with the name that may have been meant.
         """
         known = {name for field in type(self).model_fields.values() for name in names_of(field)}
         sources = (EnvSettingsSource(type(self)), DotEnvSettingsSource(type(self)))
-        # pydantic looks names up in lower case, and so do these.
+        # pydantic's sources hold names in lower case.
         given = {name.upper() for source in sources for name in source.env_vars}
         return [_unread(name, known) for name in sorted(given - known) if name.startswith(PREFIXES)]
 
     def warn_of_unread(self) -> None:
-        """One line for all of them, in the log."""
+        """Logs one line about all of them."""
         if names := self.unread():
             log.warning("settings_not_read", names=names)
 
@@ -85,7 +85,7 @@ class LoadableSettings(BaseSettings):
 
 
 def _requiring(base: type[S], names: list[str]) -> type[S]:
-    """The same settings with some of them required, so that pydantic reports a missing one beside all else."""
+    """The same settings with some of them required, so that pydantic reports missing ones with all other mistakes."""
     fields = {name: copy.copy(base.model_fields[name]) for name in names}
     for field in fields.values():
         field.default = PydanticUndefined
@@ -105,7 +105,7 @@ def names_of(field: FieldInfo) -> list[str]:
 
 
 def _problem(settings: type[LoadableSettings], error: ErrorDetails) -> str:
-    """One line from one of pydantic's errors, under the name people set it by. Never the value: it may be a key."""
+    """One of pydantic's errors in one line, with the setting's name, but without its value, which may be a key."""
     location, message, kind = error["loc"], error["msg"], error["type"]
     if not location:
         return message.removeprefix("Value error, ")

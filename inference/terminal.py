@@ -1,4 +1,4 @@
-"""What people see: progress bars, summaries, tables, error lines."""
+"""Terminal output for people: progress bars, summaries, tables, error lines."""
 
 import os
 import sys
@@ -34,48 +34,48 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 PIPED_WIDTH = 240
-"""Columns where there is no terminal to fit: what reads lines wants one for each task."""
+"""Width where there is no terminal: programs that read the output expect one line a task."""
 
 STATUS_STYLES = {"completed": "green", "failed": "red", "processing": "cyan", "cancelled": "dim"}
 
 
 def shown(text: object, style: str = "") -> Text:
-    """Whatever strangers wrote, and paths, which may be named like it: no order to the terminal, and no markup."""
+    """Untrusted text and paths, without escape sequences and markup."""
     return Text(legible(str(text)), style)
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal; stdout is left to results."""
+    """A line for people, on stderr; stdout is for results."""
     err.print(shown(text))
 
 
 def completed(text: str) -> None:
-    """The line that everything was done for."""
+    """The final line of a command that has succeeded."""
     err.print(Text("  ").append_text(shown("completed", "green")).append_text(shown(f"  {text}")))
 
 
 def result(value: object) -> None:
-    """A line on stdout: as it is for a program that reads it, legible for a person."""
+    """A result on stdout: unchanged for programs, and made legible on a terminal."""
     if out.is_terminal:
         out.print(shown(value))
     else:
         sys.stdout.flush()
-        sys.stdout.buffer.write(os.fsencode(f"{value}\n"))  # a name that is no Unicode, too
+        sys.stdout.buffer.write(os.fsencode(f"{value}\n"))  # also a file name that is not Unicode
 
 
 def json_line(text: str) -> None:
-    """JSON on stdout, for either."""
+    """JSON on stdout, for programs and people."""
     out.print(Text(json_escaped(text)))
 
 
 def exception() -> None:
-    """The traceback of what is being handled."""
+    """The traceback of the exception that is being handled."""
     for line in traceback.format_exc().splitlines():
         say(line)
 
 
 def tell(text: str) -> None:
-    """A line for somebody who watches; where nobody does, stderr is left to log lines."""
+    """A line on stderr if it is a terminal; otherwise stderr is for log lines only."""
     if err.is_terminal:
         say(text)
 
@@ -88,7 +88,7 @@ def error(message: str) -> None:
 
 @contextmanager
 def bar(label: str) -> Iterator[Sink]:
-    """A progress bar while the block runs; a plain line per stage where nobody watches."""
+    """A progress bar while the block runs; without a terminal, a line for each stage."""
     if not err.is_terminal:
         yield _stage_lines(label)
         return
@@ -113,7 +113,7 @@ def bar(label: str) -> Iterator[Sink]:
 
 @contextmanager
 def files() -> Iterator[Callable[[FileProgress], None]]:
-    """A progress bar for the file at hand while the block runs; a line per file and step where nobody watches."""
+    """A progress bar for the current file while the block runs; without a terminal, a line for each file and step."""
     last: tuple[str, str] | None = None
     columns = (
         TextColumn("  {task.description}"),
@@ -159,7 +159,7 @@ def describe(video: Video) -> str:
 
 
 def times(stage_seconds: Mapping[str, float]) -> str:
-    """`download 0.1 s · render 4.2 s · …`: where the time went."""
+    """`download 0.1 s · render 4.2 s · …`: the time of each stage."""
     return " · ".join(f"{stage} {seconds:.1f} s" for stage, seconds in stage_seconds.items())
 
 
@@ -170,16 +170,16 @@ def finding(name: str, verdict: str, text: str) -> None:
 
 
 def show(table: Table) -> None:
-    """A table on stdout; where that is no terminal, a line for each row."""
+    """A table on stdout; without a terminal, a line for each row."""
     (out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPED_WIDTH)).print(table)
 
 
 def show_tasks(tasks: list[dict[str, Any]]) -> None:
-    """Tasks of the embedded queue, one a row; then, what went wrong with those that failed."""
+    """Tasks of the embedded queue, one a row, followed by the errors of failed ones."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     rows = [_task_cells(task) for task in tasks]
     for number, title in enumerate(("task", "status", "age", "seconds")):
-        # Never shortened: ids are copied from here. A narrow terminal shows less of the prompt instead.
+        # Never shortened, since people copy ids from here. A narrow terminal shows less of the prompt instead.
         table.add_column(
             title, no_wrap=True, min_width=max(cell_len(cell) for cell in (title, *(row[number].plain for row in rows)))
         )

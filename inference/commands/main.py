@@ -76,7 +76,7 @@ def demo(
         temporary_folder("i2v-demo-") as folder,
         resources.as_file(resources.files("inference.assets") / "sample.jpg") as sample,
     ):
-        # Not from the environment: a demo shows the same wherever it runs.
+        # Not from the environment, so that a demo does the same everywhere.
         settings = Settings.isolated(
             port=0, data_dir=folder, temp_dir=folder, api_key=secrets.token_urlsafe(), worker_id="demo"
         )
@@ -114,7 +114,7 @@ def up(
         async with _serving(settings) as here:
             terminal.tell(f"Queue at {here.api_url} (API at {here.api_url}/docs), one worker, engine {here.engine}.")
             terminal.tell(f"Submit with: i2v submit PHOTO PROMPT --url {here.api_url}")
-            # Beats tell the queue how far the work is, and the worker that it was cancelled; here they cost nothing.
+            # Heartbeats carry progress to the queue and cancellation to the worker. On one machine they cost nothing.
             beat_s = min(here.heartbeat_interval_s, BEAT_AT_HOME_S)
             await _work(here.model_copy(update={"heartbeat_interval_s": beat_s}))
 
@@ -169,7 +169,7 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         return logs.stages(lease.task.item_id)
 
     async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
-        engine = await load_engine(settings)  # before a task is taken: nobody else should wait for these weights
+        engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
         worker = build_worker(settings, queue, engine, sink=sink)
@@ -332,7 +332,7 @@ def doctor(
 
 
 def _client_settings(url: str | None, *, verbose: bool) -> Settings:
-    """Apps on this machine find the server of `i2v up` by themselves."""
+    """Settings for commands that use a queue; by default the server of `i2v up` on this machine."""
     settings = start("warning", verbose=verbose, api_url=url)
     return settings.model_copy(update={"api_url": settings.api_url or f"http://127.0.0.1:{settings.port}"})
 
@@ -343,9 +343,9 @@ def _client(settings: Settings) -> QueueClient:
 
 @asynccontextmanager
 async def _serving(settings: Settings) -> AsyncIterator[Settings]:
-    """The embedded queue for the length of a block, and settings under which a worker here reaches it.
+    """The embedded queue for the length of a block; yields settings with which a worker on this machine reaches it.
 
-    A block that is cancelled finds it open to the end: its worker hands back what it holds.
+    If the block is cancelled, the queue stays open until it has ended, so that its worker can hand leases back.
     """
     config = build_server_config(settings)
     from inference.server.serve import serve as serve_queue  # noqa: PLC0415 - an extra

@@ -1,4 +1,4 @@
-"""`i2v payments`: what this machine paid for."""
+"""`i2v payments`: the paid generations of this machine."""
 
 from datetime import UTC, datetime
 from typing import Annotated

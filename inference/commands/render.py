@@ -77,7 +77,7 @@ async def _render(settings: Settings, request: GenerationRequest, photo: Path, o
 
 
 def _purchase(settings: Settings, request: GenerationRequest, photo: Path) -> Purchase | None:
-    """The books, where the engine is paid by the clip: under one name for the same photo and wishes."""
+    """The ledger entry, for an engine that is paid by the clip. The same photo and request have the same entry."""
     if not is_paid(settings.engine):
         return None
     try:

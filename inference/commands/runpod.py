@@ -1,4 +1,4 @@
-"""`i2v runpod …`: a RunPod endpoint from outside. One photo by hand, the tasks of a queue, how its workers are."""
+"""`i2v runpod …`: calls a RunPod endpoint, with one photo or with the tasks of a queue, and shows its health."""
 
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,10 +23,10 @@ from inference.settings import Settings
 from inference.task import GenerationRequest, asked_as
 
 PREVIEW = "preview"
-"""What an endpoint with that engine calls its preset."""
+"""The preset's name at an endpoint with the preview engine."""
 
 SOME_JOB = "60902e6c-08a1-426e-9cb9-9eaec90f5e2b-u1"
-"""What an id of RunPod's looks like."""
+"""An example of RunPod's ids, for help and errors."""
 
 job_ids: TypeAdapter[str] = TypeAdapter(JobId)
 
@@ -98,7 +98,7 @@ def invoke(  # noqa: PLR0917 - as many arguments as it has options
 
 def _job_id(value: str) -> str:
     try:
-        job_ids.validate_python(value.strip("."))  # a path of dots leads elsewhere
+        job_ids.validate_python(value.strip("."))  # dots alone would lead to another path
     except ValidationError:
         raise typer.BadParameter(f"has to be the id of a job, such as {SOME_JOB}.") from None
     return value
@@ -180,7 +180,7 @@ def dispatch(url: Url = None, endpoint: Endpoint = None, *, verbose: Verbose = F
 
 
 def _start(endpoint: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
-    # Whatever a person has to know of warnings is said beside them: by progress, or at the end.
+    # Log lines below errors are hidden: progress and the final message say what a person has to know.
     overrides |= {"runpod_endpoint_id": endpoint}
     return start("error", *required, "runpod_key", "runpod_endpoint_id", verbose=verbose, **overrides)
 
@@ -199,7 +199,7 @@ async def _open_api(settings: Settings) -> AsyncIterator[RunPodApi]:
 
 
 def _again(output: Path, endpoint: str | None, job_id: str) -> str:
-    """The command that has the video of a job, ready to be copied."""
+    """The command that fetches the video of a job, ready to be copied."""
     words = ["i2v", "runpod", "fetch", job_id, "-o", str(output)] + (["--endpoint", endpoint] if endpoint else [])
     return shlex.join(words)
 
@@ -210,7 +210,7 @@ async def _bring(
     again: Callable[[str], str],
     end: Callable[[RunPodApi, Sink], Awaitable[RunPodJob]],
 ) -> None:
-    """Waits for the end of a job, saves its video and says what came of it."""
+    """Waits for the end of a job, saves its video and prints the result."""
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.
     with temporary_folder(".i2v-", output.parent) as folder, terminal.bar(f"at {settings.runpod_endpoint_id}") as sink:
         async with _open_api(settings) as api:

@@ -1,4 +1,4 @@
-"""What commands do before their work: arguments they share, settings, log lines, and outputs looked at early."""
+"""What commands share: common arguments, reading settings, configuring logs, and checking outputs early."""
 
 import tempfile
 from pathlib import Path
@@ -17,11 +17,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step,
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
 OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--negative", "last_photo": "--last"}
-"""What commands call the fields of a request."""
+"""The options for the fields of a request."""
 
 
 def start(level: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
-    """Reads settings and sends log lines where they belong. Raises SettingsError."""
+    """Reads settings and configures logging. Raises SettingsError."""
     settings = Settings.load(*required, **overrides)
     try:
         logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
@@ -32,7 +32,7 @@ def start(level: str | None, *required: str, verbose: bool, **overrides: Any) ->
 
 
 def check_mp4(output: Path) -> None:
-    """Raises SettingsError where no video can go."""
+    """Raises SettingsError where no video can be written to `output`."""
     if output.suffix.lower() != ".mp4":
         raise SettingsError(f"--output: {output} has to end in .mp4")
     if output.is_dir():
