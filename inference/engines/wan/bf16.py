@@ -1,4 +1,4 @@
-"""Shards as they are run: saved again as bf16 where they were published as fp32, half as large."""
+"""Saves shards that were published as fp32 again as bf16, in which they are run: half as large."""
 
 import json
 import os

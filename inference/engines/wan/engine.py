@@ -4,8 +4,8 @@
     denoise  noise → latents, one report a step
     decode   latents → frames → ffmpeg, chunk by chunk: the encoder works on one while the next is decoded
 
-Whatever ends a generation, the engine is as good as new afterwards: nothing of a request is kept on a model, and what
-an error still holds on to is let go before the error leaves.
+However a generation ends, the engine is usable afterwards: nothing of a request is kept on a model, and the tensors
+that an error refers to are released before it is raised.
 """
 
 import secrets
@@ -42,14 +42,14 @@ from inference.media.video import VideoWriter
 from inference.task import GenerationRequest, Video
 
 WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
-"""Shapes that phones take, upright or not (that changes no number of tokens), and seconds that apps offer."""
+"""Aspect ratios of phone photos (portrait has as many tokens as landscape), and durations that apps offer."""
 
 STOP_GRACE_S = 120.0
-"""Longer than any one forward: they cannot be interrupted. A14B at 720p takes 8 to 19 s (6,523 TFLOP at
+"""Longer than any forward, which cannot be interrupted. A14B at 720p takes 8 to 19 s (6,523 TFLOP at
 790 to 344 TFLOP/s), ten seconds of it up to four times as long."""
 
 MAX_SEED = 2**32
-"""Drawn seeds are short enough to be typed in again; given ones may be any 63 bits."""
+"""Random seeds are short enough for people to type; given seeds may have up to 63 bits."""
 
 log = structlog.get_logger(__name__)
 
@@ -64,11 +64,11 @@ class ClipPlan:
     seed: int
     steps: int
     guidance: tuple[float, float]
-    negative_prompt: str | None  # None where nothing is guided
+    negative_prompt: str | None  # None without guidance
 
 
 class WanEngine:
-    """Wan2.2 as `preset` has it. One generation at a time; `generate` may be called from any event loop."""
+    """Wan2.2 with one preset. One generation at a time; `generate` may be called from any event loop."""
 
     name = "wan"
 
@@ -141,7 +141,7 @@ class WanEngine:
             log.info("warmed_up", size=f"{width}x{height}", seconds=round(time.perf_counter() - started, 2))
 
     def _wait(self) -> None:
-        """For everything that the GPU has been given to do."""
+        """Waits until the GPU has finished all work that was queued on it."""
         if self._models.device.type == "cuda":
             torch.cuda.synchronize(self._models.device)
 
@@ -187,7 +187,7 @@ class WanEngine:
         return video
 
     def _offload_more(self, why: str) -> bool:
-        """Takes one more step off the GPU; False where there is none left. Raises MachineFault, EngineLost."""
+        """Moves to the next level of offload; False if there is none. Raises MachineFault, EngineLost."""
         try:
             more = self._models.offload_more()
         except Exception as error:  # noqa: BLE001 - as in `_attempt`
@@ -212,7 +212,7 @@ class WanEngine:
         except Exception as error:  # noqa: BLE001 - whatever a model or a driver comes up with
             raised = mapped(error)
         if self._models.device.type == "cuda":
-            with suppress(RuntimeError):  # a GPU that is gone cannot free anything either
+            with suppress(RuntimeError):  # a lost GPU cannot free memory either
                 torch.cuda.empty_cache()
         raise raised
 
@@ -266,7 +266,7 @@ class WanEngine:
         return Guide(encode(request.prompt), negative, plan.guidance)
 
     def _condition(self, request: GenerationRequest, plan: ClipPlan, photo: Path, job: Job) -> torch.Tensor:
-        """What the transformer is shown of the photo, fp32, with z the channels of a latent.
+        """The photo as conditioning input of the transformer, fp32, with z the channels of a latent.
 
         5B: [1, z, 1, h, w], the first latent frame. A14B: [1, 4 + z, T, h, w], for each latent frame which of its
         four frames are given, and the latents of a clip that is blank but for them.
@@ -314,7 +314,7 @@ class WanEngine:
                 return tokens.velocity(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
 
             def on_step(done: int) -> None:
-                self._wait()  # the next forward would; here, what is reported has happened, and a cancel is in time
+                self._wait()  # so that the step has really ended when it is reported, and a cancel takes effect now
                 job.report("denoise", done, plan.steps)
                 job.raise_if_cancelled()
 
@@ -348,6 +348,6 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def _cache_name(preset: Preset, device: torch.device) -> str:
-    """Compiled code is for one GPU and one torch."""
+    """The name of a cache: compiled code is specific to a GPU and a version of torch."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return f"{preset.name} {gpu} {torch.__version__}".replace(" ", "-").replace("/", "-") + ".bin"

@@ -1,4 +1,4 @@
-"""What torch raises, as errors of our tree."""
+"""Maps exceptions of torch to our errors."""
 
 import traceback
 
@@ -9,7 +9,7 @@ from inference.errors import EngineFailed, EngineLost, I2VError, MachineFault, o
 
 MAX_REASON_CHARS = 300
 
-# What libraries below torch say in its name when memory is what they lack.
+# Messages of libraries below torch, which raise a plain RuntimeError when memory is short.
 NO_GPU_MEMORY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
@@ -17,7 +17,7 @@ NO_GPU_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine to execute",  # a convolution without room (github.com/pytorch/pytorch/issues/108645)
 )
-# After these nothing on the GPU works any more, whichever library says so; torch has a type for those of CUDA itself.
+# Messages after which nothing on the GPU works any more. For errors of CUDA itself torch has a type of its own.
 GPU_LOST = (
     "device-side assert",
     "illegal memory access",
@@ -39,8 +39,8 @@ class OutOfRoom(Exception):
 def mapped(error: Exception) -> Exception:
     """An error of our tree, or OutOfRoom, for whatever a generation ended with.
 
-    No traceback is left on it: it would hold frames, and frames the tensors of the request, for as long as anybody
-    keeps the error. Of an error that nobody foresaw, the traceback is logged instead.
+    Its traceback is removed, because the frames in it would keep the request's tensors alive as long as the error. The
+    traceback of an unexpected error is logged instead.
     """
     ours = _mapped(error)
     links: list[BaseException | None] = [ours, error]

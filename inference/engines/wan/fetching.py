@@ -1,4 +1,4 @@
-"""Weights, fetched at their pinned revision and verified: what is not there yet, and of that what has not arrived."""
+"""Fetches weights at their pinned revision and verifies them; complete files, and parts of files, are kept."""
 
 import importlib.util
 import math
@@ -37,11 +37,10 @@ def fetch(
     at_most_bytes: float = math.inf,
     pauses_s: Sequence[float] = PAUSES_S,
 ) -> int:
-    """Fetches what is not there yet and returns how many files that were; 0, without a request, if all are there.
+    """Fetches missing files and returns how many there were; if none is missing, no request is made.
 
-    Blocks. Goes on where an earlier call stopped, however that ended. Takes the space of the finished files and of
-    one more. With `at_most_bytes` stops before it has put more there, but for one file at least: for layers of an
-    image, which registries take up to a size.
+    Blocks. Continues where an earlier call stopped, however that ended. Needs disk space for the finished files and one
+    more. `at_most_bytes` limits what one call adds, to one file at least: registries limit the size of image layers.
 
     Raises WeightsError, DiskFull; ValueError for a preset that is built here.
     """
@@ -78,7 +77,7 @@ def fetch(
     return len(jobs)
 
 
-# What is to come
+# What has to be fetched
 
 
 def _listed(preset: Preset, repository: Repository, folder: Path, hub: Hub) -> Lock:
@@ -111,7 +110,7 @@ def _listed(preset: Preset, repository: Repository, folder: Path, hub: Hub) -> L
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Holds the right to write into a folder. Raises WeightsError where another process has it."""
+    """Locks a folder for writing. Raises WeightsError where another process has the lock."""
     with (folder / ".fetch.lock").open("w") as file:
         if sys.platform != "win32":
             try:
@@ -128,7 +127,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _FileFetch:
-    """A file that is to come."""
+    """A file that has to be fetched."""
 
     folder: Path
     lock: Lock
@@ -141,13 +140,13 @@ class _FileFetch:
 
     @property
     def size_bytes(self) -> int:
-        """What the file will take in its place, to a percent: bf16 takes half of fp32, which is what is converted."""
+        """The size of the finished file, to a percent: a file that is converted from fp32 to bf16 has half the size."""
         published_bytes = self.entry.published_bytes
         return published_bytes // 2 if self.as_bf16 and self.path.endswith(TENSORS) else published_bytes
 
     @property
     def partial(self) -> Path:
-        """Named for what it will hold, so that nothing else is ever continued."""
+        """Where the file arrives. Its name is the digest of the content, so only the same content is ever continued."""
         return self.folder / PARTIAL / self.entry.published_digest
 
     def run(self, hub: Hub, report: Report) -> None:
@@ -182,7 +181,7 @@ class _FileFetch:
 
 
 def _jobs(lock: Lock, parts: list[Component | Lora], folder: Path) -> Iterator[_FileFetch]:
-    # Indexes last: they are saved again with the size of the shards beside them.
+    # Indexes last: they are rewritten with the size of the shards, which may have been converted.
     for path in sorted(lock.files, key=lambda path: (path.endswith(INDEX), path)):
         part = next((part for part in parts if weights.covers(part, path)), None)
         if part and not lock.files[path].is_whole(folder / path):
@@ -190,11 +189,11 @@ def _jobs(lock: Lock, parts: list[Component | Lora], folder: Path) -> Iterator[_
 
 
 def _refuse_the_impossible(jobs: list[_FileFetch], weights_dir: Path) -> None:
-    """What would go wrong an hour later. Raises WeightsError, DiskFull."""
+    """Checks for problems that would otherwise show after an hour of fetching. Raises WeightsError, DiskFull."""
     converted = [job.entry.published_bytes for job in jobs if job.as_bf16 and job.path.endswith(TENSORS)]
     if converted and not (importlib.util.find_spec("torch") and importlib.util.find_spec("safetensors")):
         raise weights_error("saving weights as bf16 takes torch: pip install 'serverless-i2v[wan]'")
-    # Converting halves a file; while it does, both are there.
+    # Converting halves a file, but needs room for both versions meanwhile.
     all_bytes = sum(job.entry.published_bytes for job in jobs) - sum(converted) // 2 + max(converted, default=0)
     needed_bytes = all_bytes - sum(weights.bytes_at(job.partial) for job in jobs)
     free_bytes = shutil.disk_usage(weights_dir).free

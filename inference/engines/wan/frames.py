@@ -1,4 +1,4 @@
-"""Frames on their way from the decoder to ffmpeg: one chunk is decoded, one is copied, one is written, at one time."""
+"""Streams frames from the decoder to ffmpeg. Decoding, copying and writing of three chunks overlap."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +12,7 @@ from inference.errors import MachineFault
 from inference.media.video import VideoWriter
 
 STALL_S = 60
-"""Four frames take ffmpeg a tenth of a second; on a machine that is very busy, some."""
+"""After this time without progress ffmpeg has stopped. Four frames take it a tenth of a second."""
 
 Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
 
@@ -26,7 +26,7 @@ def stream(
     between chunks and while a chunk is waited for; what it raises ends the streaming. Raises EncodeFailed, DiskFull,
     and MachineFault, also where ffmpeg stops reading.
     """
-    # The writer is the inner one: when it goes, ffmpeg goes, and with that whatever the thread waits for.
+    # The writer is closed first: that ends ffmpeg, for which the thread of the pool may be waiting.
     with ThreadPoolExecutor(1, "encode") as pool, writer:
         writing: Future[None] | None = None
         for frames in _on_host(chunks):

@@ -1,7 +1,7 @@
-"""What huggingface.co publishes, over plain HTTP with ranges.
+"""A client for huggingface.co, over plain HTTP with ranges.
 
-huggingface_hub is left out on purpose: it begins a file anew after every interruption
-(github.com/huggingface/huggingface_hub/issues/4196), and the largest have ten gigabytes.
+huggingface_hub is not used, because it restarts a file after every interruption
+(github.com/huggingface/huggingface_hub/issues/4196), and the largest files have ten gigabytes.
 """
 
 import json
@@ -24,13 +24,13 @@ CONNECT_TIMEOUT_S = 10.0
 IDLE_TIMEOUT_S = 30.0
 """A download that moves no byte for this long is dead."""
 PAUSES_S = (1.0, 5.0, 20.0)
-"""Before each new try. Bytes that arrive start them over."""
+"""Pauses before each retry. They start over when bytes have arrived."""
 
 MAX_LISTING_BYTES = 8_000_000
-"""Of a repository's listing; those of Wan2.2 have some 20 kB."""
+"""Limit for a repository's listing. Those of Wan2.2 have some 20 kB."""
 
 LOADABLE = (TENSORS, ".json", ".model", ".txt")
-"""What loading reads: no pictures, and never a pickle."""
+"""Endings of files that loading needs: no pictures, and never a pickle."""
 
 
 class Hub:
@@ -42,7 +42,8 @@ class Hub:
     def __init__(self, endpoint: str, token: str | None, pauses_s: Sequence[float]) -> None:
         if token and not re.fullmatch("[!-~]+", token):
             raise weights_error("the token for the hub has characters that no token has")
-        headers = {"Accept-Encoding": "identity", "User-Agent": "serverless-i2v"}  # identity, or ranges would not fit
+        # Uncompressed, so that a range of the answer is a range of the file.
+        headers = {"Accept-Encoding": "identity", "User-Agent": "serverless-i2v"}
         if token:
             headers["Authorization"] = f"Bearer {token}"  # httpx drops it where a redirect leads to another origin
         try:
@@ -92,12 +93,12 @@ class Hub:
             with partial.open("ab") as file:
                 headers = {"Range": f"bytes={file.tell()}-"} if file.tell() else {}
                 with self._answer(url, f"{lock.repository}: {path}", headers=headers) as response:
-                    if response.status_code != 206:  # the whole instead of the rest; or no such rest (416)
+                    if response.status_code != 206:  # the whole file instead of the rest, or no such range (416)
                         file.seek(0)
                         file.truncate()
                     if response.status_code == 416:
                         raise httpx.RemoteProtocolError("the hub's file is shorter")
-                    for chunk in response.iter_raw():  # what is compressed all the same would unfold without end
+                    for chunk in response.iter_raw():  # never decompressed: a small body could expand without end
                         file.write(chunk)
                         report("download", file.tell())
                         if file.tell() > size_bytes:
@@ -125,7 +126,7 @@ class Hub:
             yield response
 
     def _persist(self, ask: Callable[[], T], arrived: Callable[[], int] = lambda: 0) -> T:
-        """Asks until it succeeds, or until nothing more has arrived in as many tries as there are pauses."""
+        """Retries until `ask` succeeds, or until as many retries as there are pauses have brought no bytes."""
         pauses = iter(self._pauses_s)
         while True:
             before = arrived()

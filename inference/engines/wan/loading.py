@@ -1,7 +1,7 @@
-"""Models from a folder, ready to run.
+"""Loads models from a folder and makes them ready to run.
 
-The order is the one that composes: load in the dtype they run in → fuse LoRAs → 8 bits → attention → place → compile.
-Nothing is fetched: a file that is not there is an error that names the command which should have put it there.
+The order of the steps matters: load in the dtype they run in → fuse LoRAs → 8 bits → attention → place → compile.
+Nothing is fetched: the error for a missing file names the command that fetches it.
 """
 
 import time
@@ -33,7 +33,7 @@ EXPERTS: tuple[ComponentName, ...] = ("transformer", "transformer_2")
 LAYERS = 30  # of the 5B; the A14B's 40 make smaller shares of larger files
 
 ROOM_TO_BREATHE = 0.95
-"""Share of the free GPU memory that is counted on: the allocator's blocks never fit exactly."""
+"""The share of the free GPU memory that can be used: the allocator's blocks never fit exactly."""
 
 MAX_REASON_CHARS = 300
 
@@ -53,17 +53,17 @@ class Models:
     offload: Offload
 
     def offload_more(self) -> bool:
-        """Takes one more step off the GPU; False where there is none left."""
+        """Moves to the next level of offload; False if there is none."""
         if self.offload == Offload.BLOCKS:
             return False
         level = Offload(self.offload + 1)
         if level == Offload.MODELS and len(self.experts) == 1:
-            level = Offload.BLOCKS  # one transformer that visits takes as much room as one that stays
+            level = Offload.BLOCKS  # a single transformer needs the same room whether it visits or stays
         self.place(level)
         return True
 
     def place(self, offload: Offload) -> None:
-        """Moves models off the device as far as `offload` says. What has left does not come back to stay."""
+        """Moves models off the device for a level of offload. It cannot be undone."""
         if offload >= Offload.TEXT:
             self.text_encoder.send_home()
         for expert in self.experts:
@@ -104,7 +104,7 @@ def _load(
     folders = {
         name: weights.folder_of(weights_dir, part.repository) / part.path for name, part in preset.components.items()
     }
-    # Free before anything of ours is there. Weights go straight to where they will stay.
+    # Measured before anything is loaded. Weights are loaded straight to their final place.
     free_gb = torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE if device.type == "cuda" else float("inf")
     host = torch.device("cpu")
 
@@ -143,7 +143,7 @@ def _load(
 
 
 def prepare_vae(vae: AutoencoderKLWan, preset: Preset, switches: Switches) -> None:
-    """Makes a VAE that was read in fp32 what the switches say; it goes on encoding in fp32."""
+    """Applies the switches to a VAE that was read in fp32; it still encodes in fp32."""
     for part in (vae.decoder, vae.post_quant_conv):
         part.to(dtype_of(preset, "vae"))
     if switches.plain_upsampling:
@@ -155,14 +155,14 @@ def prepare_vae(vae: AutoencoderKLWan, preset: Preset, switches: Switches) -> No
 def prepare_expert(
     model: WanTransformer3DModel, preset: Preset, switches: Switches, device: torch.device, offload: Offload
 ) -> None:
-    """Makes a transformer what the switches say: 8 bits → attention → compile. Raises SettingsError."""
+    """Applies the switches to a transformer: 8 bits → attention → compile. Raises SettingsError."""
     if switches.shared_timesteps and preset.first_frame_is_clean:
         tokens.share_timesteps(model)
     if switches.fp8:
         speed.to_fp8(model)
     attention = speed.choose_attention(switches.attention, device, dtype_of(preset, "transformer"))
     speed.set_attention(model, attention)
-    if switches.compile is not None and offload < Offload.BLOCKS:  # blocks that come and go cannot be one graph
+    if switches.compile is not None and offload < Offload.BLOCKS:  # moving blocks cannot be compiled
         speed.compile_blocks(model, switches.compile)
     log.info("prepared", attention=attention, fp8=switches.fp8, compile=switches.compile)
 
@@ -194,7 +194,7 @@ def dtype_of(preset: Preset, name: ComponentName) -> torch.dtype:
 
 
 def quiet_libraries() -> None:
-    """No bars and no warnings: what they warn of when loading, a tensor without weights, is an error here."""
+    """Turns off progress bars and warnings: a tensor without weights, which they warn of, is an error here."""
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
@@ -202,7 +202,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """HF_HUB_OFFLINE for the length of a block: neither weights nor kernels are fetched where clips are made."""
+    """Sets HF_HUB_OFFLINE for the length of a block, so that neither weights nor kernels are fetched."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
@@ -224,7 +224,7 @@ def _read(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, vae_gb: float, fp8: bool, area_px: int) -> Sizes:
-    """From the files: known before the large ones are loaded."""
+    """The sizes of the models, from their files, before the large ones are loaded."""
 
     def gb(name: ComponentName) -> float:
         return sum(file.stat().st_size for file in folders[name].glob("*.safetensors")) / GB
@@ -236,12 +236,12 @@ def _sizes(preset: Preset, folders: dict[ComponentName, Path], *, vae_gb: float,
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Says how long a component took. Maps what a damaged file makes the libraries raise."""
+    """Logs how long a component took. Maps exceptions that damaged files cause in libraries."""
     started = time.perf_counter()
     try:
         yield
     except (I2VError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # not of the weights
+        raise  # not the fault of the weights
     except Exception as error:
         why = "its files lack tensors that its config asks for" if "meta tensor" in str(error) else str(error)
         raise WeightsError(one_line(f"{name} cannot be loaded: {why}", MAX_REASON_CHARS)) from error

@@ -1,8 +1,8 @@
-"""LoRAs, added to the weights for good.
+"""Adds LoRAs to the weights permanently.
 
-Whoever distilled a model trained all of its layers; a file of which a part does not fit would leave a model that is
-neither. So every tensor of the file has to find its layer and every layer of the blocks its update, which other
-loaders only warn of. The sum is made in fp32, as the authors make it (wan/utils/utils.py of
+A distillation trains all layers of a model, so a model to which only part of a LoRA file was applied would be useless.
+Other loaders only warn of that; here every tensor of the file must match a layer, and every layer of the blocks must
+have an update. The sum is made in fp32, as the authors make it (wan/utils/utils.py of
 github.com/ModelTC/Wan2.2-Lightning).
 """
 

@@ -1,4 +1,4 @@
-"""Which weights lie on the GPU, and which visit it only while they are used.
+"""Which weights stay on the GPU, and which "visit" it: they are copied there only while they are used.
 
     none     everything stays on the GPU
     text     the text encoder visits: it is needed once a prompt, for a moment
@@ -44,7 +44,7 @@ class Sizes:
     block: float  # the largest block of a transformer
 
     def peak(self, offload: Offload) -> float:
-        """The most that is on the GPU at one time."""
+        """The largest amount on the GPU at any time."""
         match offload:
             case Offload.NONE:
                 moving = self.text_encoder + sum(self.transformers) + self.working
@@ -58,7 +58,7 @@ class Sizes:
 
 
 def choose(sizes: Sizes, free_gb: float) -> Offload:
-    """The least offload that fits into `free_gb`; the most there is, where nothing does."""
+    """The lowest level of offload that fits into `free_gb`; the highest, if none fits."""
     return next((level for level in Offload if sizes.peak(level) <= free_gb), Offload.BLOCKS)
 
 
@@ -69,7 +69,7 @@ class Placed:
         self.name = name
         self.device = device
         self._model = model
-        self._home: dict[torch.Tensor, torch.Tensor] | None = None  # tensors of the model → what they are at home
+        self._home: dict[torch.Tensor, torch.Tensor] | None = None  # tensors of the model → their copies in host memory
         self._streamed = False
 
     @contextmanager
@@ -87,7 +87,7 @@ class Placed:
                 tensor.data = home
 
     def send_home(self) -> None:
-        """From now on it visits. Weights never change, so leaving is to drop the copy.
+        """Keeps the model in host memory from now on. Weights never change, so leaving the device only drops the copy.
 
         Raises MemoryError or RuntimeError where the host has no room; then nothing has moved.
         """
@@ -102,7 +102,7 @@ class Placed:
             log.info("offloaded", component=self.name, to="host memory", pinned=pin)
 
     def stream_blocks(self) -> None:
-        """From now on its blocks follow one another through the device. There is no way back."""
+        """Copies the model's blocks to the device one after the other from now on. It cannot be undone."""
         if not self._streamed:
             self.send_home()
             self._home, self._streamed = None, True

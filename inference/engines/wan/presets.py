@@ -1,4 +1,4 @@
-"""What can be run, and with which numbers: one table, no torch.
+"""The presets: one table of models and their parameters, without torch.
 
     preset        model      schedule                guidance  for
     a14b-fast     I2V-A14B   2 + 2 steps, two LoRAs  none      the default: distilled for photos, 80 GB GPU
@@ -33,7 +33,7 @@ Dtype = Literal["bf16", "fp32"]
 ComponentName = Literal["tokenizer", "text_encoder", "vae", "transformer", "transformer_2"]
 
 MIN_DURATION_S = 0.5
-"""Shorter than anybody asks for: three latent frames of the slower model."""
+"""The shortest clip: three latent frames of the model with fewer frames a second."""
 
 FRAME_STRIDE = 4
 """Frames in one latent frame, after the first, which stands alone: clips have 4k + 1 frames [5b] [a14b]."""

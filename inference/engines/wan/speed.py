@@ -1,4 +1,4 @@
-"""What makes it faster or smaller without changing the picture: each a switch of its own.
+"""Optimisations for speed or memory that do not change the picture, each with its own switch.
 
 `python -m tests.bench.wan` measures each; tests/bench/LOG.md has what it found, so far on a CPU only.
 """
@@ -100,7 +100,7 @@ def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
 
 @contextmanager
 def compile_cache(path: Path) -> Iterator[None]:
-    """What earlier processes compiled is there in the block, and what it compiles is there for later ones.
+    """Loads the compile cache of earlier processes for the block, and saves what the block compiles.
 
     A cache that cannot be read or written costs time and nothing else.
     """

@@ -1,4 +1,4 @@
-"""Prompts as the transformer reads them: UMT5 embeddings, remembered by prompt."""
+"""UMT5 embeddings of prompts, cached by prompt."""
 
 import html
 from collections import OrderedDict

@@ -1,7 +1,7 @@
 """The tiny checkpoints: the classes, folder layout and tensor names of the real ones, with random numbers in them.
 
-They are built, never downloaded: 0.6 and 0.8 million parameters, the same bytes each time. What comes out is noise;
-what they are for is that tests and a first smoke on any machine run every line that production runs.
+They are built, never downloaded: 0.6 and 0.8 million parameters, the same bytes each time. Their videos are noise. They
+let tests, and a first trial on any machine, run all the code that production runs.
 
     tiny        as TI2V-5B: timesteps per token, VAE with patches and residual shortcuts, stride 16
     tiny-a14b   as I2V-A14B: two experts conditioned by channels, a LoRA file for each, VAE of stride 8

@@ -2,7 +2,7 @@
 
 The model takes a timestep for every token, and diffusers builds the modulation for every token: [1, 27280, 6, 3072]
 in fp32 is 2 GB, made again for each forward. Image-to-video has two timesteps, 0 for the photo's tokens and one for
-all others, and the photo's come first. So two rows do, and each modulation is two slices.
+all others, and the photo's come first. So two rows are enough, and each modulation is applied to two slices.
 
 The forward below does what `WanTransformer3DModel.forward` and `WanTransformerBlock.forward` do (diffusers 0.42), for
 that case; tests hold them side by side.

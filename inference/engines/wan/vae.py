@@ -1,9 +1,9 @@
 """Photos into latents and latents into frames, chunk by chunk.
 
-The VAE is causal in time: given what its convolutions remember of earlier frames, each latent frame stands alone. So
-nothing here ever holds a clip: blank frames are encoded four at a time, and frames leave the decoder four at a time,
-the same as from one call. What is remembered lives in a list of one generation, not on the model, where diffusers
-keeps it: a call that fails leaves nothing behind.
+The VAE is causal in time: a latent frame depends on earlier ones only through the caches of the convolutions. So no
+whole clip is ever held in memory: blank frames are encoded four at a time, and frames are decoded four at a time, with
+the same result as in one call. The caches are in a list of one generation and not on the model, where diffusers keeps
+them, so that a failed call leaves nothing behind.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def _encode_chunk(vae: AutoencoderKLWan, pictures: torch.Tensor, remembered: lis
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tensor]:
     """Frames of normalised `latents` [1, z, T, h, w]: one [1, H, W, 3] of uint8, then T - 1 times [4, H, W, 3].
 
-    They are on the device, and on CUDA perhaps not computed yet: whoever reads them waits for them.
+    They are on the device, and on CUDA perhaps not computed yet: reading them waits.
     """
     dtype = next(vae.decoder.parameters()).dtype
     mean, std = _statistics(vae, latents)

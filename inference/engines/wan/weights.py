@@ -1,4 +1,4 @@
-"""Weights on disk: where they lie, what they should be, and whether they are.
+"""Weights on disk: where they are, what they should contain, and checks whether they do.
 
     <weights_dir>/Wan-AI--Wan2.2-I2V-A14B-Diffusers/
         transformer/…           files under the paths they have in their repository
@@ -30,10 +30,11 @@ TENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
 
 READ_AHEAD_BYTES = 64 * 1024 * 1024
-"""A read. 2 GB from a cold disk beside a busy interpreter: 1.4 s, and 10.4 s by the MiB, since every return waits for
-the interpreter's lock. posix_fadvise(WILLNEED) takes in 8 MB of a file and no more; by the MiB it waits likewise."""
+"""Bytes per read. 2 GB from a cold disk beside a busy interpreter take 1.4 s, but 10.4 s with reads of 1 MiB, because
+each return waits for the interpreter's lock. posix_fadvise(WILLNEED) reads only 8 MB of a file, and in 1 MiB calls
+waits, too."""
 READ_AHEAD_SHARE = 0.75
-"""Of the memory that is available: what is read beyond it pushes out what was read before."""
+"""The share of the available memory to fill: reading more would evict what was read before."""
 MEMINFO = Path("/proc/meminfo")
 
 CHUNK_BYTES = 1024 * 1024  # per read, where content is hashed
@@ -94,7 +95,7 @@ class Lock(BaseModel):
         new.replace(folder / LOCK)
 
 
-# Whether it is there
+# Whether the weights are complete
 
 
 def folder_of(weights_dir: Path, repository: Repository) -> Path:
@@ -112,7 +113,7 @@ def check(preset: Preset, weights_dir: Path, *, thorough: bool = True, sink: Sin
 
 
 def require(preset: Preset, weights_dir: Path) -> None:
-    """Compares names and sizes, in milliseconds. Raises WeightsError with the first problem and the way out."""
+    """Compares names and sizes, in milliseconds. Raises WeightsError with the first problem and its remedy."""
     with mapped(weights_dir):
         if problem := next(_problems(preset, weights_dir), None):
             way_out = _way_out(preset)
@@ -203,7 +204,7 @@ def _problems(preset: Preset, weights_dir: Path, *, thorough: bool = False, sink
 
 
 def _exists(folder: Path) -> bool:
-    """Unlike exists(), takes nothing for absent that only cannot be looked at. Raises OSError."""
+    """Unlike Path.exists, raises OSError for a folder that cannot be accessed."""
     with suppress(FileNotFoundError):
         return bool(folder.stat())
     return False
@@ -235,7 +236,7 @@ def _differences(
 
 
 def _unloadable(preset: Preset, repositories: list[Repository], weights_dir: Path) -> Iterator[str]:
-    """What loading would stumble over, whether a lock knows of it or not."""
+    """Problems that would make loading fail, also in files that no lock lists."""
     needed = [folder_of(weights_dir, it.repository) / it.path for it in preset.loras if it.repository in repositories]
     for name, component in preset.components.items():
         if component.repository not in repositories:
@@ -287,13 +288,13 @@ def _digest(digest: Any, path: Path, report: Report | None) -> str:
 
 
 def weights_error(message: str) -> WeightsError:
-    """With a message of one line."""
+    """A WeightsError with a message of one line."""
     return WeightsError(one_line(message, MAX_MESSAGE_CHARS))
 
 
 @contextmanager
 def mapped(weights_dir: Path) -> Iterator[None]:
-    """What the file system says in the block, as errors of ours. Raises WeightsError, DiskFull."""
+    """Maps the OSErrors of the block. Raises WeightsError, DiskFull."""
     try:
         yield
     except OSError as error:
