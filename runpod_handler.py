@@ -101,9 +101,8 @@ def patient(attempts: int) -> aiohttp_retry.FibonacciRetry:
 def main() -> None:
     """Runs until RunPod stops it. Exits 1 with one line where it cannot begin."""
     logs.configure()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # while the engine loads; the SDK sets its own handler afterwards
+    # While the engine loads; afterwards the SDK sets a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Below INFO the SDK logs whole jobs and answers: photos, URLs with credentials. --rp_log_level DEBUG undoes it.
     if RunPodLogger.level == "DEBUG":
         RunPodLogger().set_level("INFO")
