@@ -24,7 +24,7 @@ from inference.errors import I2VError, one_line
 from inference.fleet import opening, report, shape
 from inference.on_modal import deployment
 from inference.on_modal import one_off as one_offs
-from inference.on_modal.container import Station
+from inference.on_modal.container import ModalContainer
 from inference.on_modal.lent import DictRecords, RemoteContainers
 from inference.process import told_errors
 from inference.providers import EngineName, PoolName
@@ -78,22 +78,22 @@ async def dispatch() -> str:
 class Container:
     """What the containers of both pools do."""
 
-    station: Station
+    container: ModalContainer
 
     @modal.method()
     async def run(self, lease: dict[str, Any] | None, drain: bool = True) -> list[dict[str, Any]]:
-        outcomes = await self.station.run(lease, drain=drain)
-        if self.station.broken:
+        outcomes = await self.container.run(lease, drain=drain)
+        if self.container.broken:
             await modal.experimental.stop_fetching_inputs.aio()
         return outcomes
 
     @modal.method()
     async def render(self, request: dict[str, Any], photo: bytes) -> dict[str, Any]:
-        return await self.station.render(request, photo)
+        return await self.container.render(request, photo)
 
     @modal.exit()
     async def stop(self) -> None:
-        await self.station.close()
+        await self.container.close()
 
 
 @app.cls(
@@ -121,8 +121,8 @@ class Wan(Container):
 
     @modal.enter()
     async def start(self) -> None:
-        self.station = Station(Settings.load(), records())  # anew: a snapshot may be older than its keys
-        await self.station.open("gpu", "wan", drain=settings.modal_drain, by_hand=self.by_hand)
+        self.container = ModalContainer(Settings.load(), records())  # anew: a snapshot may be older than its keys
+        await self.container.open("gpu", "wan", drain=settings.modal_drain, by_hand=self.by_hand)
 
 
 @app.cls(
@@ -142,8 +142,8 @@ class Overflow(Container):
 
     @modal.enter()
     async def start(self) -> None:
-        self.station = Station(settings, records())
-        await self.station.open("runway", "runway", by_hand=self.by_hand)
+        self.container = ModalContainer(settings, records())
+        await self.container.open("runway", "runway", by_hand=self.by_hand)
 
 
 @app.function(image=slim, timeout=settings.modal_timeout_s, scaledown_window=2, cpu=1, memory=2048)

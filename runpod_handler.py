@@ -21,7 +21,7 @@ from runpod.serverless.modules import rp_http, worker_state
 from runpod.serverless.modules.rp_logger import RunPodLogger
 
 from inference import logs
-from inference.on_runpod.worker import Endpoint
+from inference.on_runpod.worker import RunPodWorker
 from inference.process import told_errors
 from inference.settings import Settings
 
@@ -32,8 +32,8 @@ def settings() -> Settings:
 
 
 @functools.cache
-def endpoint() -> Endpoint:
-    return Endpoint(settings())
+def endpoint() -> RunPodWorker:
+    return RunPodWorker(settings())
 
 
 def weights_and_gpu() -> None:

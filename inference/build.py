@@ -16,7 +16,7 @@ from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.preview import PreviewEngine
 from inference.engines.runway.engine import RunwayEngine
 from inference.engines.runway.models import model_for
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import InvalidRequest, SettingsError, write_error
@@ -283,7 +283,7 @@ def clear_temp(settings: Settings) -> None:
 def build_runner(
     settings: Settings,
     queue: TaskQueue,
-    engine: Engine | Seat,
+    engine: Engine | EngineTurns,
     *,
     ledger: Ledger | None = None,
     sink: Callable[[Lease], Sink] | None = None,

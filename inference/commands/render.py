@@ -13,7 +13,7 @@ from inference import process, terminal
 from inference.build import build_ledger, engine_note, load_engine, refuse
 from inference.commands.start import OPTIONS, Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
 from inference.engines.base import Job
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import I2VError, SettingsError
 from inference.leasing.direct import generated, name_of
 from inference.payments.ledger import Purchase
@@ -55,14 +55,14 @@ def render(  # noqa: PLR0917 - as many arguments as it has options
 async def _render(settings: Settings, request: GenerationRequest, photo: Path, output: Path) -> None:
     terminal.say(f"The engine is {engine_note(settings)}.")
     started = anyio.current_time()
-    seat = Seat(await load_engine(settings), limit_s=math.inf)  # a person sees for how long it has been at it
+    turns = EngineTurns(await load_engine(settings), limit_s=math.inf)  # a person sees for how long it has been at it
     loaded_s = anyio.current_time() - started
     purchase = await anyio.to_thread.run_sync(_purchase, settings, request, photo)
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.
     with temporary_folder(".i2v-", output.parent) as folder, terminal.bar("rendering") as sink:
-        tracker = ProgressTracker(seat.stages, sink)
+        tracker = ProgressTracker(turns.stages, sink)
         try:
-            async with generated(seat, request, photo, Path(folder), Job(tracker, purchase)) as video:
+            async with generated(turns, request, photo, Path(folder), Job(tracker, purchase)) as video:
                 video.path.replace(output)
                 tracker.finish()
         except anyio.get_cancelled_exc_class():

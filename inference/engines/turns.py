@@ -11,7 +11,7 @@ from inference.errors import EngineHung, EngineLost, I2VError
 from inference.task import GenerationRequest, Video
 
 
-class Seat:
+class EngineTurns:
     """Lets `at_once` requests use an engine at the same time (a GPU: one); the others wait for their turn."""
 
     def __init__(self, engine: Engine, *, at_once: int = 1, limit_s: float = 1800, strict: bool = False) -> None:

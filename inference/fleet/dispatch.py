@@ -20,7 +20,7 @@ from inference.errors import (
 )
 from inference.fleet.containers import Containers, Live, Sized
 from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, plan
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.fleet.tick_state import Aside, TickState
 from inference.leasing.taking import hand_back, lease_from
 from inference.payments.ledger import Ledger
@@ -49,7 +49,7 @@ CALL_S = 10.0
 """How long a queue or a platform is waited for, one call."""
 
 NOTE_S = 4.0
-"""How long the board is waited for at the end of a tick."""
+"""How long the readings are waited for at the end of a tick."""
 
 
 class Dispatcher:
@@ -59,7 +59,7 @@ class Dispatcher:
         self,
         queues: Mapping[WorkerType | None, TaskQueue],
         pools: Mapping[PoolName, tuple[Sized, Containers]],
-        board: Board,
+        readings: Readings,
         ledger: Ledger,
         rules: Rules,
         *,
@@ -69,13 +69,13 @@ class Dispatcher:
 
         `price_usd`: what a task costs in the paid pool, at most; None where it cannot be made there.
         """
-        self._queues, self._pools, self._board, self._ledger, self._rules = queues, pools, board, ledger, rules
+        self._queues, self._pools, self._readings, self._ledger, self._rules = queues, pools, readings, ledger, rules
         self._price_usd = price_usd
         self._may_pay = PAID.pool in pools
         self.troubles: list[str] = []  # of the last tick: a queue or a pool that did not do what it was asked
 
     async def tick(self) -> str:
-        """Leases and sends what can start now; returns what was done, in one line that is also on the board.
+        """Leases and sends what can start now; returns what was done, in one line that is also on the readings.
 
         Raises QueueAuthError, QueueRefused, RecordsUnavailable, PoolUnavailable where it took too long to find out
         what there is; what was leased by then was sent or handed back.
@@ -105,7 +105,7 @@ class Dispatcher:
     async def _note(self, decision: str) -> None:
         """For people; what a tick did stands without it."""
         with anyio.move_on_after(NOTE_S), suppress(RecordsUnavailable):
-            await self._board.decided(decision)
+            await self._readings.decided(decision)
 
     async def _look_around(self, began_at: float) -> TickState:
         try:
@@ -128,7 +128,7 @@ class Dispatcher:
     async def _plan(self, paid_for: int) -> Plan:
         waiting = await self._waiting()
         if waiting == 0:
-            await self._board.dry()
+            await self._readings.dry()
         gpu = await self._pool(DEFAULT.pool, waiting)
         assert gpu is not None  # noqa: S101 - every fleet has one
         return plan(
@@ -136,7 +136,7 @@ class Dispatcher:
                 gpu=gpu,
                 runway=await self._pool(PAID.pool, None),  # what waits may be counted for the GPU alone
                 waiting=waiting,
-                undry_s=await self._board.undry_s(),
+                undry_s=await self._readings.undry_s(),
                 spent_usd=await self._ledger.spent_usd() if self._may_pay else 0.0,
                 paid_for=paid_for,
             ),
@@ -147,7 +147,7 @@ class Dispatcher:
         if name not in self._pools:
             return None
         size, containers = self._pools[name]
-        known = await self._board.pool(name)
+        known = await self._readings.pool(name)
         failing = known.failing
         try:
             live = await _in_time(containers.live())
@@ -156,21 +156,21 @@ class Dispatcher:
             self.troubles.append(f"{name}: {error}")
             live = Live(running=size.slots, waiting=0)
         else:
-            for_s = await self._board.seen_waiting(name, waits=live.waiting > 0 and live.running == 0)
+            for_s = await self._readings.seen_waiting(name, waits=live.waiting > 0 and live.running == 0)
             if for_s > self._rules.ready_after_s:
                 failing = failing or f"no container has become ready for {for_s / 60:.0f} minutes"
         if failing and waiting != 0:
             self.troubles.append(f"{name} is failing")  # why is in the plan
         # Somebody has to wait for it: a container that only shows that it cannot work is billed, too.
         due_s = PROBE_AFTER_S * 2 ** min(known.tries, MAX_DOUBLINGS)
-        if known.failing and waiting != 0 and not live.waiting and self._board.since_s(known.failing_at) >= due_s:
+        if known.failing and waiting != 0 and not live.waiting and self._readings.since_s(known.failing_at) >= due_s:
             await self._probe(name, containers)
         held, clip_s = live.running + live.waiting, known.clip_s or FIRST_CLIP_S
         return Pool(slots=size.slots, held=held, engines=size.engines, clip_s=clip_s, failing=failing)
 
     async def _probe(self, name: PoolName, containers: Containers) -> None:
         """Asks a failing pool to show that it works again, with nobody's task at stake."""
-        await self._board.tried(name)
+        await self._readings.tried(name)
         try:
             await _in_time(containers.send(None))
         except PoolUnavailable as error:
@@ -210,7 +210,7 @@ class Dispatcher:
                 return
             if lease is None:
                 if not is_paid(worker_type) and not passed[DEFAULT.pool]:
-                    await self._board.dry()
+                    await self._readings.dry()
                 return
             if not await self._place(lease, queue, tick):
                 passed[tick.choices(lease.task)[0]] += 1

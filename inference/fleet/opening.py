@@ -10,7 +10,7 @@ from pathlib import Path
 from inference.build import build_ledger, open_queue, price_usd
 from inference.fleet.containers import Containers
 from inference.fleet.dispatch import Dispatcher
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.fleet.shape import Shape, for_a_cold_start, rules
 from inference.payments.records import Records
 from inference.providers import PROVIDERS, PoolName, WorkerType
@@ -34,9 +34,9 @@ async def open_dispatcher(
     shape: Shape,
     records: Records,
     containers: Mapping[PoolName, Containers],
-    board: Board | None = None,
+    readings: Readings | None = None,
 ) -> AsyncIterator[Dispatcher]:
-    """What the cron runs. `board`: where the records hold more than one. Raises SettingsError, RecordsUnavailable."""
+    """What the cron runs. `readings`: where the records hold more than one. Raises SettingsError, RecordsUnavailable."""
     own = for_a_cold_start(settings, shape)
     worker_types: list[WorkerType | None] = [settings.worker_type]
     if settings.queue_knows_worker_type:  # those that have to be paid for first, before others overflow to there
@@ -47,12 +47,12 @@ async def open_dispatcher(
             for each in worker_types
         }
         pools = {name: (size, containers[name]) for name, size in shape.sizes.items()}
-        board = board or Board(records)
-        await board.deployed(version(settings))
+        readings = readings or Readings(records)
+        await readings.deployed(version(settings))
         yield Dispatcher(
             queues,
             pools,
-            board,
+            readings,
             build_ledger(settings, records),
             rules(settings, shape),
             price_usd=functools.partial(price_usd, settings),

@@ -42,7 +42,7 @@ class PoolRecord(Value):
     waiting_since: float | None = None  # when all that was sent there was first seen waiting for a container
 
 
-class Board:
+class Readings:
     """Readings of a fleet. Raises RecordsUnavailable."""
 
     def __init__(self, records: Records, *, fleet: str | None = None, clock: Callable[[], float] = time.time) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from inference.build import build_ledger, open_queue
 from inference.errors import I2VError, PoolUnavailable
 from inference.fleet.containers import Containers
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.fleet.shape import Shape
 from inference.payments.records import Records
 from inference.providers import PAID, PoolName
@@ -17,10 +17,10 @@ async def report(
     settings: Settings, shape: Shape, records: Records, containers: Mapping[PoolName, Containers]
 ) -> list[str]:
     """What a person wants to know of a fleet: pools, queue, money, the last ticks. Raises RecordsUnavailable."""
-    board, books = Board(records), build_ledger(settings, records)
+    readings, books = Readings(records), build_ledger(settings, records)
     lines = []
     for name, size in shape.sizes.items():
-        known = await board.pool(name)
+        known = await readings.pool(name)
         try:
             live = await containers[name].live()
             held = f"{live.running + live.waiting}"
@@ -43,7 +43,7 @@ async def report(
         if payment.is_open:
             standing = f"{payment.standing(books.now())} {payment.external_id or ''}".rstrip()
             lines.append(f"payment  {payment.item_id} {payment.model} ${payment.cost_usd:.2f} {standing}")
-    lines += [f"tick     {_time(at)} {decision}" for at, decision in (await board.decisions())[-10:]]
+    lines += [f"tick     {_time(at)} {decision}" for at, decision in (await readings.decisions())[-10:]]
     return lines
 
 

@@ -11,9 +11,9 @@ import anyio
 import structlog
 
 from inference.engines.base import Job
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.leasing.executor import Executor
 from inference.leasing.runner import Runner
 from inference.leasing.taking import hand_back, lease_from
@@ -27,17 +27,17 @@ LOOK_AHEAD = 3
 """How many tasks for other pools a warm container looks past before it leaves the queue to the next tick."""
 
 DRY_EVERY_S = 30.0
-"""How often a container that finds the queue empty says so on the board."""
+"""How often a container that finds the queue empty says so on the readings."""
 
 OUTAGE_RESTS: Mapping[PoolName, tuple[PoolName, ...]] = {"gpu": ("gpu", "runway"), "runway": ("runway",)}
 """Pools to which nothing should be sent for a while, by the one that met somebody's outage."""
 
 NOTE_S = 10.0
-"""How long the board is waited for."""
+"""How long the fleet's readings are waited for."""
 
 
 class BrokenEngine:
-    """What stands for an engine that could not be loaded: every task goes back, and the fleet's board is told why.
+    """What stands for an engine that could not be loaded: every task goes back, and the fleet's readings say why.
 
     No task fails for it, for none is at fault: the reason is in what the cron says and in the answer to a call.
     """
@@ -53,7 +53,7 @@ class BrokenEngine:
         raise EngineLost(f"the engine could not be loaded: {self._fault}")
 
 
-class Host:
+class WarmWorker:
     """Runs what one container is sent, as many leases at once as the platform sends it."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Host:
         pool: PoolName,
         queue: TaskQueue,
         runner: Runner,
-        board: Board,
+        readings: Readings,
         *,
         fault: I2VError | None = None,
         fits: Callable[[Task], Awaitable[bool]] | None = None,
@@ -76,10 +76,10 @@ class Host:
         `is_current` whether what was deployed last is still this.
         `linger_s`: how long an empty queue is asked again after the last work of this container.
         """
-        self._pool, self._queue, self._runner, self._board = pool, queue, runner, board
+        self._pool, self._queue, self._runner, self._readings = pool, queue, runner, readings
         self._fault, self._fits, self._is_current = fault, fits, is_current
         self._drain_s, self._linger_s, self._poll_interval_s = drain_s, linger_s, poll_interval_s
-        self._executor = Executor(runner.seat)
+        self._executor = Executor(runner.turns)
         self._is_lingering = False
         self._dry_at = -float("inf")
 
@@ -89,11 +89,11 @@ class Host:
         return self._executor.broken
 
     @property
-    def seat(self) -> Seat:
+    def turns(self) -> EngineTurns:
         """The engine, for somebody who has no task in the queue. Raises why there is none."""
         if self._fault is not None:
             raise self._fault
-        return self._runner.seat
+        return self._runner.turns
 
     async def serve(self) -> None:
         """Runs beside the calls until `close`; everything that is held then is handed back first."""
@@ -101,7 +101,7 @@ class Host:
 
     async def _tell_fault(self) -> None:
         if self._fault is not None:
-            await self._record(self._board.faulted(self._pool, str(self._fault), certain=True))
+            await self._record(self._readings.faulted(self._pool, str(self._fault), certain=True))
 
     async def close(self) -> None:
         """Hands back what is held, and ends `serve`, which has to be running or about to."""
@@ -118,7 +118,7 @@ class Host:
 
         async def work() -> None:
             if lease is None and self._fault is None:
-                await self._record(self._board.worked(self._pool))
+                await self._record(self._readings.worked(self._pool))
             current = lease or await self._next(drain_until)
             while current is not None:
                 outcome = await self._executor.run_lease(self._runner, current)
@@ -137,22 +137,22 @@ class Host:
         return outcomes
 
     async def _judge(self, outcome: Outcome) -> None:
-        """Tells the board how it went, and finds out whether this container should go on."""
+        """Writes down how it went, and finds out whether this container should go on."""
         if outcome.status == "completed":
-            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self._runner.seat.stages)
-            await self._record(self._board.worked(self._pool, clip_s))
+            clip_s = sum(outcome.stage_seconds.get(stage, 0.0) for stage in self._runner.turns.stages)
+            await self._record(self._readings.worked(self._pool, clip_s))
         elif outcome.machine_at_fault:
             if outcome.status == "released" or self._fault is not None:  # another machine takes this one's place
                 self._executor.give_up(EngineLost(str(outcome.error)))
             # Weights that do not load here load nowhere, and settings are the same everywhere; a machine that was
             # lost is one of many.
             certain = self._fault is not None or outcome.worker_should == "stop"
-            await self._record(self._board.faulted(self._pool, str(outcome.error), certain=certain))
+            await self._record(self._readings.faulted(self._pool, str(outcome.error), certain=certain))
         elif outcome.worker_should == "wait":
             # A new container would not help. The pool for Runway is the provider; on a GPU it is the queue's storage
             # that is away, and were only this pool to rest, its tasks would overflow to Runway without their photos.
             for pool in OUTAGE_RESTS[self._pool]:
-                await self._record(self._board.faulted(pool, str(outcome.error)))
+                await self._record(self._readings.faulted(pool, str(outcome.error)))
 
     async def _next(self, until: float) -> Lease | None:
         """The next task this call may take: at once while there are some, then asking again for a while."""
@@ -219,10 +219,10 @@ class Host:
         """The dispatcher reckons with this where the queue cannot tell how many wait."""
         if anyio.current_time() - self._dry_at >= DRY_EVERY_S:
             self._dry_at = anyio.current_time()
-            await self._record(self._board.dry())
+            await self._record(self._readings.dry())
 
     async def _record(self, writing: Awaitable[None]) -> None:
-        """A board that cannot be written costs a reading, not a task."""
+        """Readings that cannot be written down cost a tick what it would know, not a task."""
         try:
             with anyio.fail_after(NOTE_S):
                 await writing

@@ -13,7 +13,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from inference.engines.base import Job
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.leasing.retry import Policy, repeat
 from inference.media import photo as photos
 from inference.payments.ledger import digest
@@ -25,7 +25,7 @@ ONE_TRY = Policy(attempts=1)
 
 @asynccontextmanager
 async def generated(
-    seat: Seat,
+    turns: EngineTurns,
     request: GenerationRequest,
     photo: Path,
     folder: Path,
@@ -38,14 +38,14 @@ async def generated(
 
     `check` is asked when the turn has come: what a request needs may have run out while it waited. A payment counts as
     delivered when the block has ended well; until then whoever asks the same again goes on with what was paid for.
-    Raises InvalidPhoto, what `check` raises, and as Seat.generate.
+    Raises InvalidPhoto, what `check` raises, and as EngineTurns.generate.
     """
     await anyio.to_thread.run_sync(photos.verify, photo)
     job.report("wait")
-    async with seat.taken():
+    async with turns.taken():
         if check is not None:
             check()
-        video = await repeat(lambda: seat.generate(request, photo, folder, job), policy)
+        video = await repeat(lambda: turns.generate(request, photo, folder, job), policy)
     yield video
     if job.purchase is not None:
         await job.purchase.end("delivered")

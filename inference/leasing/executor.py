@@ -1,11 +1,11 @@
 """The executor: what runs leases and direct requests on one engine, and knows when nothing more should begin here.
 
-    leasing/polling.py      a loop takes leases from a queue               ─┐
-    fleet/warm_worker.py    a container is sent leases, and takes the next  ├─▶ Executor ─▶ Runner ─▶ Seat ─▶ Engine
-    on_runpod/worker.py     an endpoint is sent jobs, some with a photo     ─┘
+    leasing/polling.py     a loop takes leases from a queue               ─┐
+    fleet/warm_worker.py   a container is sent leases, and takes the next  ├▶ Executor ▶ Runner ▶ EngineTurns ▶ Engine
+    on_runpod/worker.py    an endpoint is sent jobs, some with a photo    ─┘
 
 How work arrives, and who is told how it ended, is the business of those three. Faults are counted here for all of them,
-because they are faults of the machine, whoever's work it was.
+because they are faults of the machine, whose work it was.
 """
 
 from collections.abc import Awaitable, Callable
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import anyio
 from anyio.abc import TaskGroup
 
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import EngineLost, I2VError
 from inference.leasing.runner import Runner
 from inference.leasing.taking import RELEASE_LIMIT_S
@@ -41,8 +41,8 @@ class Executor:
     when a machine is preempted, and handing a lease back takes longer.
     """
 
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
+    def __init__(self, turns: EngineTurns) -> None:
+        self.turns = turns
         self.stopping = anyio.Event()  # nothing more may begin, because somebody said so
         self.fault: I2VError | None = None  # why nothing more should begin, where the engine itself is not the reason
         self.faults_in_a_row = 0
@@ -55,7 +55,7 @@ class Executor:
     @property
     def broken(self) -> bool:
         """Nothing more should be sent here: whatever is wrong ends with this process, if it ends at all."""
-        return self.fault is not None or self.seat.lost
+        return self.fault is not None or self.turns.lost
 
     # What goes wrong
 

@@ -51,7 +51,7 @@ class Worker:
         on_outcome: Callable[[Outcome], None] | None = None,
     ) -> None:
         """`executor`: of the runner's engine, where others use it, too; without, this worker has it for itself."""
-        self._queue, self._runner, self._executor = queue, runner, executor or Executor(runner.seat)
+        self._queue, self._runner, self._executor = queue, runner, executor or Executor(runner.turns)
         self._poll_interval_s, self._grace_s = poll_interval_s, grace_s
         self._on_outcome = on_outcome
         self._slots = anyio.Semaphore(concurrency)
@@ -90,7 +90,7 @@ class Worker:
                 with self._polling:
                     await self._poll(leases, at_most)
             beside.cancel_scope.cancel()
-        if self._executor.seat.hung:
+        if self._executor.turns.hung:
             raise EngineHung("the engine is stuck; this process has to be started again")
         if self._fault is not None:
             raise self._fault

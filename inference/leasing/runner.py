@@ -16,7 +16,7 @@ import anyio
 import structlog
 
 from inference.engines.base import Engine, Job
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import CancelRequested, I2VError, LeaseLost
 from inference.leasing.keeper import Keeper
 from inference.leasing.retry import Policy, repeat
@@ -40,7 +40,7 @@ class Runner:
     def __init__(
         self,
         queue: TaskQueue,
-        engine: Engine | Seat,
+        engine: Engine | EngineTurns,
         *,
         policy: Policy | None = None,
         temp_dir: Path | None = None,
@@ -52,14 +52,16 @@ class Runner:
         self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
         limit_s = self._policy.attempt_limit_s
-        self.seat = engine if isinstance(engine, Seat) else Seat(engine, at_once=at_once, limit_s=limit_s)
+        self.turns = (
+            engine if isinstance(engine, EngineTurns) else EngineTurns(engine, at_once=at_once, limit_s=limit_s)
+        )
         self._temp_dir = temp_dir
         self._sink = sink
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Errors become its Outcome; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
-        tracker = ProgressTracker(plan(self.seat.stages), self._sink(lease) if self._sink else None)
+        tracker = ProgressTracker(plan(self.turns.stages), self._sink(lease) if self._sink else None)
         purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         job = Job(tracker, purchase, keeper.check)
@@ -100,8 +102,8 @@ class Runner:
             photo = await keeper.stage(lambda: self._queue.fetch_photo(lease, folder))
             job.report("wait")
             request = GenerationRequest.from_task(lease.task)
-            async with self.seat.taken():
-                video = await keeper.stage(lambda: self.seat.generate(request, photo, folder, job))
+            async with self.turns.taken():
+                video = await keeper.stage(lambda: self.turns.generate(request, photo, folder, job))
             job.report("upload")
             storage_path = await keeper.stage(lambda: self._queue.deliver(lease, video))
             job.report("report")

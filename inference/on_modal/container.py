@@ -17,9 +17,9 @@ from inference.engines.base import Engine, Job
 from inference.errors import EngineLost, I2VError
 from inference.fleet.opening import version
 from inference.fleet.plan import may_stay
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.fleet.shape import COLD_START_MARGIN_S
-from inference.fleet.warm_worker import BrokenEngine, Host
+from inference.fleet.warm_worker import BrokenEngine, WarmWorker
 from inference.leasing.direct import generated, name_of
 from inference.leasing.scratch import put, scratch_folder
 from inference.payments.records import MemoryRecords, Records
@@ -31,7 +31,7 @@ from inference.task import GenerationRequest, Lease, Task, Video, explain
 log = structlog.get_logger(__name__)
 
 
-class Station:
+class ModalContainer:
     """Opened when a container starts, closed on its way out."""
 
     def __init__(self, settings: Settings, records: Records) -> None:
@@ -42,7 +42,7 @@ class Station:
         """Loads the engine, and serves from then on. Raises SettingsError."""
         logs.configure(self._settings.log_level)
         self._settings.warn_of_unread()
-        opening = open_host(self._settings, pool, engine, self._records, drain=drain, by_hand=by_hand)
+        opening = open_warm_worker(self._settings, pool, engine, self._records, drain=drain, by_hand=by_hand)
         self._host = await self._stack.enter_async_context(opening)
         # In a task of its own, which no call's end cancels; platforms run functions on asyncio.
         self._serving = asyncio.create_task(self._host.serve())
@@ -76,7 +76,7 @@ class Station:
 
 
 async def render(
-    settings: Settings, records: Records, host: Host, request: GenerationRequest, photo: bytes
+    settings: Settings, records: Records, host: WarmWorker, request: GenerationRequest, photo: bytes
 ) -> tuple[Video, bytes]:
     """One video of a photo without a queue; and the bytes of its mp4.
 
@@ -85,16 +85,16 @@ async def render(
     """
     name = f"by-hand-{name_of(request, photo)}"
     purchase = build_ledger(settings, records).purchase(name, f"by-hand.{secrets.token_hex(6)}")
-    job = Job(ProgressTracker(plan(host.seat.stages), logs.stages(name)), purchase)
+    job = Job(ProgressTracker(plan(host.turns.stages), logs.stages(name)), purchase)
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
         await anyio.to_thread.run_sync(put, path, photo)
-        async with generated(host.seat, request, path, folder, job) as video:
+        async with generated(host.turns, request, path, folder, job) as video:
             return video, await anyio.to_thread.run_sync(video.path.read_bytes)
 
 
 @asynccontextmanager
-async def open_host(
+async def open_warm_worker(
     settings: Settings,
     pool: PoolName,
     engine_name: EngineName,
@@ -102,11 +102,11 @@ async def open_host(
     *,
     drain: bool = False,
     by_hand: bool = False,
-) -> AsyncIterator[Host]:
+) -> AsyncIterator[WarmWorker]:
     """A container's engine and what runs leases on it. Never raises for an engine that cannot be loaded.
 
-    A platform would start the next container on the same lease, and the next: so it goes back, and the board is told. A
-    host that a person started `by_hand` tells the fleet's board nothing: its code and preset may be others.
+    A platform would start the next container on the same lease, and the next: so it goes back, and the
+    readings say why. A container that a person started `by_hand` writes no readings: its code and preset may be others.
     Raises SettingsError for a queue that is not configured.
     """
     own = settings.model_copy(
@@ -129,20 +129,20 @@ async def open_host(
         log.error("engine_not_loaded", pool=pool, error=str(fault))
         engine = BrokenEngine(fault)
     async with open_queue(own) as queue:
-        books, board = build_ledger(settings, records), Board(MemoryRecords() if by_hand else records)
+        books, readings = build_ledger(settings, records), Readings(MemoryRecords() if by_hand else records)
 
         async def fits(task: Task) -> bool:
             return await may_stay(task, books, has_runway=settings.runway_key is not None)
 
         async def is_current() -> bool:
-            return await board.version() in (None, version(settings))
+            return await readings.version() in (None, version(settings))
 
         sink = lambda lease: logs.stages(lease.task.item_id)  # noqa: E731
-        yield Host(
+        yield WarmWorker(
             pool,
             queue,
             build_runner(own, queue, engine, ledger=books, sink=sink),
-            board,
+            readings,
             fault=fault,
             fits=fits,
             is_current=is_current,

@@ -14,7 +14,7 @@ from inference.fleet.shape import for_a_cold_start
 from inference.leasing.scratch import put, scratch_folder
 from inference.leasing.taking import hand_back, lease_from
 from inference.media import photo as photos
-from inference.on_modal.container import Station
+from inference.on_modal.container import ModalContainer
 from inference.on_modal.deployment import on_modal
 from inference.payments.records import MemoryRecords
 from inference.providers import DEFAULT, EngineName, is_paid
@@ -99,15 +99,15 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
 
 async def preview(settings: Settings, lease: Lease | None, request: dict[str, Any] | None, photo: bytes) -> Any:
     """Does what a container would do, in this process, with the preview engine."""
-    station = Station(settings, MemoryRecords())
-    await station.open(DEFAULT.pool, "preview", by_hand=True)
+    container = ModalContainer(settings, MemoryRecords())
+    await container.open(DEFAULT.pool, "preview", by_hand=True)
     try:
         if lease is not None:
-            return await station.run(lease.model_dump(mode="json"), drain=False)
-        return await station.render(request or {}, photo)
+            return await container.run(lease.model_dump(mode="json"), drain=False)
+        return await container.render(request or {}, photo)
     finally:
         with anyio.CancelScope(shield=True):
-            await station.close()
+            await container.close()
 
 
 def lines(answer: list[str] | dict[str, str]) -> list[str]:

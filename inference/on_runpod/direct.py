@@ -13,7 +13,7 @@ import httpx
 from inference import logs
 from inference.build import build_policy, refuse
 from inference.engines.base import Job
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import InvalidRequest, ObjectExists, SettingsError, UrlExpired
 from inference.leasing.direct import generated
 from inference.leasing.retry import Policy, repeat
@@ -32,11 +32,11 @@ SKEW = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class DirectContext:
     """What invocations of one worker share."""
 
     settings: Settings
-    seat: Seat
+    turns: EngineTurns
     storage: Storage  # for the URLs of whoever calls, who is trusted with no address
     bucket: Bucket | None  # the operator's own
     own_storage: Storage  # for that bucket, wherever it is
@@ -78,7 +78,7 @@ class _Target:
 
 
 async def render(
-    asked: DirectInput, s3: S3Config | None, job_id: str, here: Surroundings, sink: Sink
+    asked: DirectInput, s3: S3Config | None, job_id: str, here: DirectContext, sink: Sink
 ) -> dict[str, Any]:
     """The answer to one invocation. What cannot end well is refused before the GPU is touched.
 
@@ -91,7 +91,7 @@ async def render(
     if target is not None:
         target.refuse_flawed()
         await target.storage.check(target.put_url)
-    tracker = ProgressTracker(plan(here.seat.stages), both(logs.stages(job_id), sink))
+    tracker = ProgressTracker(plan(here.turns.stages), both(logs.stages(job_id), sink))
     job = Job(tracker)
     with scratch_folder(settings.temp_dir, keep=policy.keep_temp) as folder:
         job.report("download")
@@ -102,7 +102,7 @@ async def render(
             url = asked.photo_url
             await repeat(lambda: here.storage.download(url, photo), policy)
         check = target.refuse_flawed if target else None
-        async with generated(here.seat, asked.request, photo, folder, job, policy=policy, check=check) as video:
+        async with generated(here.turns, asked.request, photo, folder, job, policy=policy, check=check) as video:
             job.report("upload")
             if target is not None:
                 await target.take(video.path, policy)
@@ -111,7 +111,7 @@ async def render(
             return answer(inline, tracker.stage_seconds(), base64=mp4)
 
 
-def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: Surroundings) -> _Target | None:
+def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: DirectContext) -> _Target | None:
     """None: the video comes with the answer. Signing takes half a second the first time, for all that it imports."""
     if asked.upload_url is not None:
         bare = httpx.URL(asked.upload_url).copy_with(query=None, fragment=None, userinfo=b"")

@@ -15,7 +15,7 @@ POST_LIMIT_S = 10.0
 FIRST_LOOK_S = 0.1
 
 
-class Snapshots:
+class ProgressPosts:
     """Posts the newest snapshot, one post at a time: the first at once, later ones every `interval_s` at most."""
 
     def __init__(self, post: Callable[[dict[str, object]], Awaitable[None]], *, interval_s: float = 2.0) -> None:

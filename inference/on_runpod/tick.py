@@ -16,7 +16,7 @@ from inference import private
 from inference.errors import EngineError, I2VError, PoolUnavailable, RecordsUnavailable
 from inference.fleet import opening
 from inference.fleet.containers import Containers
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.fleet.shape import execution_limit_s
 from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.containers import NoContainers, RunPodContainers, on_runpod
@@ -48,9 +48,9 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
     """
     shape = on_runpod(settings)
     records = SqliteRecords(settings.ledger_path)
-    board = Board(records, fleet=settings.runpod_endpoint_id)  # readings are kept apart by endpoint
+    readings = Readings(records, fleet=settings.runpod_endpoint_id)  # readings are kept apart by endpoint
     jobs = SentJobs(api, records, settings.runpod_endpoint_id or "")
-    faults = await jobs.judge(board)
+    faults = await jobs.judge(readings)
     workers = RunPodContainers(
         api,
         execution_timeout_s=execution_limit_s(settings),
@@ -61,7 +61,7 @@ async def tick(settings: Settings, api: RunPodApi) -> str:
     pools: dict[PoolName, Containers] = {DEFAULT.pool: workers, PAID.pool: NoContainers()}
     failed = f"; {len(faults)} failed there since the last tick, at last {faults[-1]}" if faults else ""
     try:
-        async with opening.open_dispatcher(settings, shape, records, pools, board) as dispatcher:
+        async with opening.open_dispatcher(settings, shape, records, pools, readings) as dispatcher:
             decision = await dispatcher.tick() + failed
     except I2VError as error:
         # The failures of earlier jobs are reported only once, so they are added to this error.
@@ -90,7 +90,7 @@ class SentJobs:
         except RecordsUnavailable as error:
             log.warning("job_not_followed", job_id=job_id, error=str(error))
 
-    async def judge(self, board: Board) -> list[str]:
+    async def judge(self, readings: Readings) -> list[str]:
         """Records a reading for every job that has ended, in the order they were sent; returns why some failed.
 
         Only failures that the endpoint is to blame for count as such. Raises RecordsUnavailable.
@@ -119,9 +119,9 @@ class SentJobs:
                 continue
             if (why := fault(job)) is not None:
                 faults.append(f"job {job.id}: {why}")
-                await board.faulted(DEFAULT.pool, faults[-1])
+                await readings.faulted(DEFAULT.pool, faults[-1])
             elif job.status == "COMPLETED":
-                await board.worked(DEFAULT.pool, _clip_s(job))
+                await readings.worked(DEFAULT.pool, _clip_s(job))
         return faults
 
     async def _known(self) -> list[str]:

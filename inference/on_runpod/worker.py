@@ -28,13 +28,13 @@ from inference.build import (
 )
 from inference.doctor import require_machine
 from inference.engines.base import Engine
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import EngineLost, I2VError, InvalidRequest, SettingsError, UrlExpired
 from inference.leasing.executor import Executor
 from inference.leasing.polling import Worker
 from inference.leasing.taking import hand_back
-from inference.on_runpod.direct import Surroundings, render
-from inference.on_runpod.progress_posts import Snapshots
+from inference.on_runpod.direct import DirectContext, render
+from inference.on_runpod.progress_posts import ProgressPosts
 from inference.on_runpod.wire import DirectInput, DrainInput, TaskInput, answer_of, failure, parse, parse_s3
 from inference.progress.tracker import Progress, Sink, both
 from inference.providers import DEFAULT, is_paid
@@ -52,7 +52,7 @@ REPLACED = "this worker failed and is being replaced; send the job again"
 REFRESH = {"refresh_worker": True}
 
 
-class Endpoint:
+class RunPodWorker:
     """Answers jobs. Made before there is an event loop; the first job opens the rest."""
 
     def __init__(self, settings: Settings) -> None:
@@ -125,9 +125,9 @@ class Endpoint:
                     own = await stack.enter_async_context(open_storage(settings, _origins(self._bucket)))
                     self._queue = await stack.enter_async_context(open_queue(settings)) if settings.api_url else None
                     engine = self._engine or await load_engine(settings)
-                    seat = Seat(engine, limit_s=settings.attempt_limit_s, strict=True)
-                    self._here = Surroundings(settings, seat, storage, self._bucket, own)
-                    self._executor = Executor(seat)
+                    turns = EngineTurns(engine, limit_s=settings.attempt_limit_s, strict=True)
+                    self._here = DirectContext(settings, turns, storage, self._bucket, own)
+                    self._executor = Executor(turns)
                     # In a task of its own, which no job's end cancels; platforms run handlers on asyncio.
                     self._serving = asyncio.create_task(self._serve(stack.pop_all()))
             if self._is_closed:
@@ -142,7 +142,7 @@ class Endpoint:
 
     async def _work(self, job: Mapping[str, Any], post: Post, said: dict[str, Any]) -> None:
         """Fills in what is `said`, of a drain also where it is cancelled."""
-        snapshots = Snapshots(post)
+        snapshots = ProgressPosts(post)
         async with anyio.create_task_group() as beside:
             beside.start_soon(snapshots.run)
             await self._answer(job, snapshots.sink, said)
@@ -183,7 +183,7 @@ class Endpoint:
             await hand_back(queue, lease)
             raise
         runner = build_runner(
-            self._settings, queue, self._executor.seat, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
+            self._settings, queue, self._executor.turns, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
         )
         self._leases.add(key)
         try:
@@ -201,7 +201,7 @@ class Endpoint:
         self._refuse_unfit()
         outcomes: list[Outcome] = []
         settings = self._settings
-        runner = build_runner(settings, queue, self._executor.seat, sink=lambda lease: logs.stages(lease.task.item_id))
+        runner = build_runner(settings, queue, self._executor.turns, sink=lambda lease: logs.stages(lease.task.item_id))
 
         def ended(outcome: Outcome) -> None:
             outcomes.append(outcome)

@@ -2,7 +2,7 @@
 
     python -m tests.bench.day [--volumes 40 400 2000] [--clip-seconds 12] [--seed 1]
 
-The real Dispatcher, Host, Runner and Worker run under the virtual clock; the platform, the engine and the network are
+The real Dispatcher, WarmWorker, Runner and Worker run under the virtual clock; platform, engine and network are
 simulated, and what they take is stated below. Nothing here is a measurement of Modal or of a GPU. Families upload 5
 to 40 photos at once, seldom at night and mostly in the evening; every arm gets the same day.
 """
@@ -24,8 +24,8 @@ import anyio
 from inference.fleet.containers import Sized
 from inference.fleet.dispatch import Dispatcher
 from inference.fleet.plan import Rules
-from inference.fleet.readings import Board
-from inference.fleet.warm_worker import Host
+from inference.fleet.readings import Readings
+from inference.fleet.warm_worker import WarmWorker
 from inference.leasing.polling import Worker
 from inference.leasing.runner import Runner
 from inference.payments.ledger import Ledger
@@ -142,16 +142,16 @@ def fleet(*, drain: bool, cold_start_s: float, linger_s: float = LINGER_S) -> Ca
     async def work(day, group):
         records = MemoryRecords()
 
-        def open_host(container: Container) -> Host:
+        def open_warm_worker(container: Container) -> WarmWorker:
             queue, runner = day.runner(container.name)
             drain_s = 12_600.0 if drain else 0.0
-            return Host(
-                "gpu", queue, runner, Board(records), drain_s=drain_s, linger_s=linger_s, poll_interval_s=POLL_S
+            return WarmWorker(
+                "gpu", queue, runner, Readings(records), drain_s=drain_s, linger_s=linger_s, poll_interval_s=POLL_S
             )
 
         pool = SimulatedPool(
             group,
-            open_host,
+            open_warm_worker,
             name="gpu",
             max_containers=CONTAINERS,
             inputs=INPUTS,
@@ -161,7 +161,7 @@ def fleet(*, drain: bool, cold_start_s: float, linger_s: float = LINGER_S) -> Ca
         dispatcher = Dispatcher(
             {None: day.line("cron", 960)},
             {"gpu": (Sized(slots=CONTAINERS * INPUTS, engines=CONTAINERS), pool)},
-            Board(records),
+            Readings(records),
             Ledger(records),
             Rules(),
             price_usd=lambda _task: None,  # there is no pool that takes money

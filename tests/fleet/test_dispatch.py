@@ -23,7 +23,7 @@ from inference.errors import (
 from inference.fleet.containers import Live, Sized
 from inference.fleet.dispatch import LOOK_AHEAD, PROBE_AFTER_S, Dispatcher
 from inference.fleet.plan import Rules
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.payments.ledger import HALF_A_CENT, RESERVED_S, Ledger
 from inference.payments.records import MemoryRecords
 from inference.settings import Settings
@@ -189,7 +189,7 @@ class Yard:
             kind: WatchedQueue(store=self.store, worker_type=kind, lease_s=960, faults=faults or Faults())
             for kind in kinds
         }
-        self.board = Board(self.records, clock=self.clock)
+        self.readings = Readings(self.records, clock=self.clock)
         self.ledger = Ledger(self.records, budget_usd=self.rules.budget_usd, clock=self.clock)
         self.gpu, self.runway = FakeContainers(), FakeContainers()
         self.pools = {"gpu": (Sized(slots=gpu, engines=engines), self.gpu)}
@@ -199,7 +199,7 @@ class Yard:
 
     def another_dispatcher(self):
         """One more beside the first, with a connection to everything."""
-        return Dispatcher(self.queues, self.pools, self.board, self.ledger, self.rules, price_usd=PRICE_USD)
+        return Dispatcher(self.queues, self.pools, self.readings, self.ledger, self.rules, price_usd=PRICE_USD)
 
     def clock(self):
         """Wall-clock seconds, as the books and the board see them."""
@@ -266,7 +266,7 @@ async def test_each_task_goes_where_its_hint_says():
     assert it.providers(it.gpu) == [None, "wan_local"]
     assert it.providers(it.runway) == ["gen4_turbo", "veo3.1"]
     assert said.startswith("sent 2 to gpu, 2 to runway")
-    assert [what for _, what in await it.board.decisions()] == [said]
+    assert [what for _, what in await it.readings.decisions()] == [said]
 
 
 @virtual_time
@@ -274,12 +274,12 @@ async def test_nobody_pays_for_a_hint_that_is_not_known():
     """It waits for a GPU, even where none works, everything else overflows, and `wan_local` may."""
     for lanes in (False, True):
         it = Yard(lanes=lanes, overflow_wan_local=True, overflow_after_s=0)
-        await it.board.faulted("gpu", "no weights", certain=True)
+        await it.readings.faulted("gpu", "no weights", certain=True)
         for provider in ("comfyui", None, "wan_local"):
             it.add(provider=provider)
         await it.tick()
         assert (it.providers(it.runway), it.providers(it.gpu)) == ([None, "wan_local"], [])
-        await it.board.worked("gpu", 10.0)
+        await it.readings.worked("gpu", 10.0)
         await it.tick()
         assert it.providers(it.gpu) == ["comfyui"]
 
@@ -419,7 +419,7 @@ def test_a_tick_ends_before_the_next_one(*, live, send, lease, release, backlog,
     async def scene():
         it = Yard(lanes=lanes, runway=5)
         if failing:
-            await it.board.faulted("gpu", "no weights", certain=True)
+            await it.readings.faulted("gpu", "no weights", certain=True)
             it.ahead_s += 2 * PROBE_AFTER_S
         it.add(6, "gen4_turbo")
         it.add(20)
@@ -614,7 +614,7 @@ async def test_a_stuck_runway_pool_does_not_starve_the_gpu(why, lanes):
     """Tasks that only Runway may take can stand in the queue until midnight; those behind them go to the GPU."""
     it = Yard(runway=0 if why == "full" else 5, lanes=lanes, budget_usd={"spent": 0.0, "little left": 0.1}.get(why, 10))
     if why == "failing":
-        await it.board.faulted("runway", "no credits", certain=True)
+        await it.readings.faulted("runway", "no credits", certain=True)
     it.add(200 if lanes else LOOK_AHEAD["runway"] - 1, "gen4_turbo")
     it.add(3)
     await it.tick()
@@ -683,7 +683,7 @@ async def test_wan_local_overflows_only_where_it_may():
     """Even when the GPU pool fails."""
     for allowed in (False, True):
         it = Yard(overflow_wan_local=allowed)
-        await it.board.faulted("gpu", "no weights", certain=True)
+        await it.readings.faulted("gpu", "no weights", certain=True)
         it.add(2, "wan_local")
         await it.tick()
         assert len(it.runway.running) == (2 if allowed else 0)
@@ -713,7 +713,7 @@ async def test_tasks_that_wait_for_runway_alone_do_not_make_a_queue_look_full():
     for _ in range(30):
         await it.tick()
         await anyio.sleep(60)
-    assert await it.board.undry_s() <= 60
+    assert await it.readings.undry_s() <= 60
 
 
 # ---------------------------------------------------------------- failing pools
@@ -723,7 +723,7 @@ async def test_tasks_that_wait_for_runway_alone_do_not_make_a_queue_look_full():
 async def test_a_failing_pool_is_probed_and_otherwise_left_alone():
     """No lease until a container has shown that it works; one is asked after ten minutes, then ever more rarely."""
     it = Yard(runway=None)
-    await it.board.faulted("gpu", "no weights", certain=True)
+    await it.readings.faulted("gpu", "no weights", certain=True)
     it.add(3)
     probes = []
     for _ in range(75):
@@ -732,7 +732,7 @@ async def test_a_failing_pool_is_probed_and_otherwise_left_alone():
         await anyio.sleep(60)
     assert [probes.index(number) for number in (1, 2, 3)] == [10, 30, 70]
     assert not it.given
-    await it.board.worked("gpu")
+    await it.readings.worked("gpu")
     await it.tick()
     assert len(it.gpu.running) == 3
 
@@ -741,7 +741,7 @@ async def test_a_failing_pool_is_probed_and_otherwise_left_alone():
 async def test_nobody_is_asked_while_nobody_waits():
     """A container that only shows whether it works is billed, too."""
     it = Yard(runway=None)
-    await it.board.faulted("gpu", "no weights", certain=True)
+    await it.readings.faulted("gpu", "no weights", certain=True)
     for _ in range(30):
         await it.tick()
         await anyio.sleep(60)
@@ -752,7 +752,7 @@ async def test_nobody_is_asked_while_nobody_waits():
 async def test_runway_is_asked_again_whoever_waits():
     """With a queue that hands out by kind what waits is counted for the GPU alone; asking Runway costs next to none."""
     it = Yard(lanes=True)
-    await it.board.faulted("runway", "no credits", certain=True)
+    await it.readings.faulted("runway", "no credits", certain=True)
     it.add(1, "gen4_turbo")
     it.ahead_s += PROBE_AFTER_S
     await it.tick()
@@ -768,7 +768,7 @@ async def test_containers_that_never_become_ready_are_a_failing_pool():
         it.add(1)
         await it.tick()
         await anyio.sleep(60)
-    assert "no container has become ready" in (await it.board.decisions())[-1][1]
+    assert "no container has become ready" in (await it.readings.decisions())[-1][1]
     assert it.runway.sent
     sent = len(it.gpu.sent)
     it.gpu.running.clear()
@@ -781,7 +781,7 @@ async def test_containers_that_never_become_ready_are_a_failing_pool():
 async def test_a_probe_that_is_refused_is_no_end_of_a_tick():
     """The other pool is served all the same."""
     it = Yard()
-    await it.board.faulted("gpu", "no weights", certain=True)
+    await it.readings.faulted("gpu", "no weights", certain=True)
     it.ahead_s += PROBE_AFTER_S
     it.gpu.fails["send"] = PoolUnavailable("no such app")
     it.add(1, "gen4_turbo")

@@ -21,8 +21,8 @@ from inference.errors import (
     WeightsError,
 )
 from inference.fleet.plan import may_stay
-from inference.fleet.readings import Board
-from inference.fleet.warm_worker import DRY_EVERY_S, LOOK_AHEAD, BrokenEngine, Host
+from inference.fleet.readings import Readings
+from inference.fleet.warm_worker import DRY_EVERY_S, LOOK_AHEAD, BrokenEngine, WarmWorker
 from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.leasing.runner import Runner
 from inference.payments.ledger import Ledger
@@ -73,14 +73,14 @@ class Box:
         self.queue = Road(store=self.store, worker_id="box")
         self.cron = WatchedQueue(store=self.store, worker_id="cron", lease_s=960)
         self.records = SlowRecords()
-        self.board = Board(self.records, clock=lambda: 1e9 + anyio.current_time())
+        self.readings = Readings(self.records, clock=lambda: 1e9 + anyio.current_time())
         self.engine = BrokenEngine(fault) if fault else engine or BusyEngine()
         self.runner = Runner(self.queue, self.engine, temp_dir=folder)
-        self.host = Host(
+        self.host = WarmWorker(
             pool,
             self.queue,
             self.runner,
-            self.board,
+            self.readings,
             fault=fault,
             fits=self._fits,
             is_current=self._is_current,
@@ -140,7 +140,7 @@ async def test_a_lease_is_run_and_the_board_is_told(box):
         [item] = it.add()
         outcomes = await it.host.run(await it.cron.lease())
         assert [(each.status, each.item_id) for each in outcomes] == [("completed", item.id)]
-        known = await it.board.pool("gpu")
+        known = await it.readings.pool("gpu")
         assert (known.clip_s, known.clips, known.failing) == (CLIP_S, 1, None)
 
 
@@ -290,7 +290,7 @@ async def test_an_empty_queue_is_told_to_the_board(box):
     async with box(linger_s=100) as it:
         it.add()
         await it.host.run(await it.cron.lease())
-        assert await it.board.undry_s() <= DRY_EVERY_S
+        assert await it.readings.undry_s() <= DRY_EVERY_S
 
 
 @virtual_time
@@ -403,7 +403,7 @@ async def test_a_lease_that_is_gone_costs_no_second_of_the_engine(box):
         assert statuses(await it.host.run(lease)) == ["lease_lost"]
         assert it.statuses() == ["processing"]
         assert statuses(await it.host.run(other)) == ["completed"]
-        assert (await it.board.pool("gpu")).faults == 0
+        assert (await it.readings.pool("gpu")).faults == 0
 
 
 @virtual_time
@@ -418,7 +418,7 @@ async def test_a_call_that_comes_back_with_its_lease_goes_on(box):
         await anyio.sleep(50)
         it.queue.faults = Faults(lose_request=1)  # so that the end of this container is not heard
         container.cancel_scope.cancel()
-    second = Host("gpu", it.cron, Runner(it.cron, it.engine), it.board)
+    second = WarmWorker("gpu", it.cron, Runner(it.cron, it.engine), it.readings)
     async with anyio.create_task_group() as container:
         container.start_soon(second.serve)
         assert statuses(await second.run(lease)) == ["completed"]
@@ -430,7 +430,7 @@ async def test_a_broken_engine_fails_no_task(box):
     """Each goes back; the board and whoever called hear what is wrong, and nothing is drained."""
     async with box(fault=WeightsError("the weights are damaged")) as it:
         await anyio.wait_all_tasks_blocked()
-        assert (await it.board.pool("gpu")).failing == "the weights are damaged"
+        assert (await it.readings.pool("gpu")).failing == "the weights are damaged"
         it.add(4)
         leases = [await it.cron.lease() for _ in range(3)]
         outcomes = [await it.host.run(lease) for lease in leases]
@@ -440,7 +440,7 @@ async def test_a_broken_engine_fails_no_task(box):
         assert {item.retry_count + item.crash_count for item in it.store.items.values()} == {0}
         assert it.host.broken
         assert not it.queue.given
-        assert (await it.board.pool("gpu")).failing
+        assert (await it.readings.pool("gpu")).failing
 
 
 @virtual_time
@@ -459,16 +459,16 @@ async def test_a_broken_engine_does_not_answer_a_probe(box):
     """A probe asks whether the pool works: it does not."""
     async with box(fault=WeightsError("the weights are damaged")) as it:
         assert await it.host.run(None) == []
-        assert (await it.board.pool("gpu")).failing
+        assert (await it.readings.pool("gpu")).failing
 
 
 @virtual_time
 async def test_a_probe_marks_the_pool_as_working(box):
     """And the container, which is warm now, takes what waits."""
     async with box(linger_s=0) as it:
-        await it.board.faulted("gpu", "no weights", certain=True)
+        await it.readings.faulted("gpu", "no weights", certain=True)
         assert await it.host.run(None) == []
-        assert (await it.board.pool("gpu")).failing is None
+        assert (await it.readings.pool("gpu")).failing is None
         it.add()
         assert statuses(await it.host.run(None)) == ["completed"]
 
@@ -493,13 +493,13 @@ async def test_one_lost_machine_is_not_a_failing_pool(box):
     it = box(engine=BusyEngine(errors=[EngineLost("the GPU is gone")] * MAX_FAULTS_IN_A_ROW))
     it.add()
     for number in range(MAX_FAULTS_IN_A_ROW):
-        assert (await it.board.pool("gpu")).failing is None, number
-        host = Host("gpu", it.queue, it.runner, it.board)
+        assert (await it.readings.pool("gpu")).failing is None, number
+        host = WarmWorker("gpu", it.queue, it.runner, it.readings)
         async with anyio.create_task_group() as container:
             container.start_soon(host.serve)
             await host.run(await it.cron.lease())
             await host.close()
-    assert (await it.board.pool("gpu")).failing == "the GPU is gone"
+    assert (await it.readings.pool("gpu")).failing == "the GPU is gone"
 
 
 @virtual_time
@@ -510,13 +510,13 @@ async def test_a_providers_outage_rests_its_pool_and_breaks_no_container(box):
     ) as it:
         it.add(5)
         for _ in range(MAX_FAULTS_IN_A_ROW):
-            assert (await it.board.pool("runway")).failing is None
+            assert (await it.readings.pool("runway")).failing is None
             assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
         assert not it.host.broken
-        assert (await it.board.pool("runway")).failing == "429 the daily cap"
+        assert (await it.readings.pool("runway")).failing == "429 the daily cap"
         assert it.statuses() == ["pending"] * 5
         assert statuses(await it.host.run(await it.cron.lease(), drain=False)) == ["completed"]
-        assert (await it.board.pool("runway")).failing is None
+        assert (await it.readings.pool("runway")).failing is None
 
 
 @virtual_time
@@ -527,10 +527,10 @@ async def test_a_storage_that_is_away_rests_all_pools(box):
     async with box(engine=BusyEngine(errors=[StorageAway("no URL for anything")] * 9 * MAX_FAULTS_IN_A_ROW)) as it:
         it.add(2)
         for _ in range(MAX_FAULTS_IN_A_ROW):
-            assert (await it.board.pool("gpu")).failing is None
+            assert (await it.readings.pool("gpu")).failing is None
             assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
-        assert (await it.board.pool("gpu")).failing == "no URL for anything"
-        assert (await it.board.pool("runway")).failing == "no URL for anything"
+        assert (await it.readings.pool("gpu")).failing == "no URL for anything"
+        assert (await it.readings.pool("runway")).failing == "no URL for anything"
         assert not it.host.broken
 
 
@@ -542,7 +542,7 @@ async def test_settings_that_end_tasks_are_those_of_the_whole_pool(box):
         it.add(3)
         assert statuses(await it.host.run(await it.cron.lease())) == ["released"]
         assert it.host.broken
-        assert "I2V_ALLOW_PRIVATE_ADDRESSES" in (await it.board.pool("gpu")).failing
+        assert "I2V_ALLOW_PRIVATE_ADDRESSES" in (await it.readings.pool("gpu")).failing
         assert it.statuses() == ["pending"] * 3
 
 
@@ -605,9 +605,9 @@ async def test_a_photo_by_hand_takes_its_turn(box, tmp_path):
         async with anyio.create_task_group() as calls:
             calls.start_soon(it.call, "it", await it.cron.lease())
             await anyio.sleep(1)
-            async with it.host.seat.taken():
+            async with it.host.turns.taken():
                 request = GenerationRequest(duration_s=5)
-                video = await it.host.seat.generate(request, tmp_path / "p.jpg", tmp_path, Job())
+                video = await it.host.turns.generate(request, tmp_path / "p.jpg", tmp_path, Job())
         assert video.frames == 25
         assert it.engine.began_at == [0, CLIP_S]
 
@@ -617,7 +617,7 @@ async def test_a_photo_by_hand_learns_why_there_is_no_engine(box):
     """The very error of the load, which names the command that cures it."""
     async with box(fault=WeightsError("run `i2v weights fetch`")) as it:
         with pytest.raises(WeightsError, match="i2v weights fetch"):
-            _ = it.host.seat
+            _ = it.host.turns
 
 
 @virtual_time

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from inference.engines.turns import Seat
+from inference.engines.turns import EngineTurns
 from inference.errors import DiskFull, EngineFailed, EngineLost, InvalidRequest, WeightsError
 from inference.leasing.executor import MAX_FAULTS_IN_A_ROW, Executor
 from inference.leasing.runner import Runner
@@ -22,8 +22,8 @@ class Box:
         self.store = MemoryStore(clock=anyio.current_time)
         self.queue = MemoryQueue(store=self.store, worker_id="box")
         self.engine = SleepyEngine(seconds=10, errors=list(errors))
-        self.executor = Executor(Seat(self.engine, strict=strict))
-        self.runner = Runner(self.queue, self.executor.seat, temp_dir=folder)
+        self.executor = Executor(EngineTurns(self.engine, strict=strict))
+        self.runner = Runner(self.queue, self.executor.turns, temp_dir=folder)
 
     async def __aenter__(self):
         self._group = anyio.create_task_group()

@@ -596,7 +596,7 @@ async def test_the_lease_is_handed_back_before_the_engine_has_stopped(scene):
         await it.run()
     assert released.is_set()
     assert it.now.status == "pending"
-    assert not it.runner.seat.hung
+    assert not it.runner.turns.hung
 
 
 @virtual_time
@@ -637,7 +637,7 @@ async def test_a_thread_that_does_not_obey_is_left_behind(scene):
     try:
         outcome = await it.run()
         assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
-        assert it.runner.seat.hung
+        assert it.runner.turns.hung
         it.store.add(it.photo, "the next one")
         outcome = await it.runner.run(await it.queue.lease())
         assert (outcome.status, it.engine.runs) == ("released", 1)
@@ -664,7 +664,7 @@ async def test_a_thread_that_obeys_is_waited_for(scene):
     it = scene(engine=Stepping(), policy=Policy(attempt_limit_s=0.1))
     outcome = await it.run()
     counted = len(steps)
-    assert (outcome.status, it.runner.seat.hung) == ("failed", False)
+    assert (outcome.status, it.runner.turns.hung) == ("failed", False)
     await anyio.lowlevel.checkpoint()
     assert len(steps) == counted < 10_000
 

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from inference.on_runpod.progress_posts import POST_LIMIT_S, Snapshots
+from inference.on_runpod.progress_posts import POST_LIMIT_S, ProgressPosts
 from inference.progress.tracker import Progress
 from tests.support.virtual import virtual_time
 
@@ -42,7 +42,7 @@ async def run(snapshots, seconds, steps):
 async def test_the_newest_every_two_seconds():
     """A hundred reports in ten seconds are five posts, each of them the newest there was."""
     listener = Listener()
-    await run(Snapshots(listener), 10, 100)
+    await run(ProgressPosts(listener), 10, 100)
     assert len(listener.arrived) == 5
     fractions = [fraction for _, fraction in listener.arrived]
     assert fractions == sorted(fractions)
@@ -54,7 +54,7 @@ async def test_the_newest_every_two_seconds():
 async def test_the_end_waits_for_what_is_on_its_way():
     """So that nothing arrives after the result."""
     listener = Listener(takes_s=5)
-    await run(Snapshots(listener), 1, 10)
+    await run(ProgressPosts(listener), 1, 10)
     assert len(listener.began) == len(listener.arrived) == 1
     assert anyio.current_time() >= listener.arrived[0][0]
 
@@ -64,7 +64,7 @@ async def test_a_listener_that_hangs_holds_the_result_up_for_seconds():
     """And not for ever."""
     listener = Listener(takes_s=3600)
     began = anyio.current_time()
-    await run(Snapshots(listener), 1, 10)
+    await run(ProgressPosts(listener), 1, 10)
     assert anyio.current_time() - began == pytest.approx(POST_LIMIT_S, abs=1)
 
 
@@ -72,7 +72,7 @@ async def test_a_listener_that_hangs_holds_the_result_up_for_seconds():
 async def test_a_listener_that_fails_costs_a_snapshot():
     """Progress is not worth a video."""
     listener = Listener(error=RuntimeError("no"))
-    await run(Snapshots(listener), 5, 10)
+    await run(ProgressPosts(listener), 5, 10)
     assert len(listener.began) == 3
 
 
@@ -80,5 +80,5 @@ async def test_a_listener_that_fails_costs_a_snapshot():
 async def test_nothing_new_is_not_posted():
     """One snapshot, one post, however long the stage takes."""
     listener = Listener()
-    await run(Snapshots(listener), 60, 1)
+    await run(ProgressPosts(listener), 60, 1)
     assert len(listener.arrived) == 1

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from inference.errors import RecordsUnavailable
-from inference.fleet.readings import Board
+from inference.fleet.readings import Readings
 from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.on_runpod import api as runpod_api
 from inference.on_runpod.api import RunPodApi, RunPodJob
@@ -108,10 +108,10 @@ class Endpoint:
 
 async def judge(endpoint, records):
     """What the board knows of the pool after a tick's look."""
-    board = Board(records)
+    readings = Readings(records)
     async with endpoint.api() as api:
-        await SentJobs(api, records, "ep1").judge(board)
-    return await board.pool("gpu")
+        await SentJobs(api, records, "ep1").judge(readings)
+    return await readings.pool("gpu")
 
 
 async def send(endpoint, records, *ids):

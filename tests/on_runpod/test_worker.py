@@ -20,7 +20,7 @@ from inference.errors import DiskFull, EngineLost, InvalidRequest, SettingsError
 from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.media.video import VideoWriter
 from inference.on_runpod.direct import SKEW
-from inference.on_runpod.worker import REPLACED, STOPPING, Endpoint
+from inference.on_runpod.worker import REPLACED, STOPPING, RunPodWorker
 from inference.settings import Settings
 from inference.testing.memory_queue import MemoryQueue
 from inference.testing.memory_store import MemoryStore
@@ -84,7 +84,7 @@ class Box:
     def __init__(self, folder, **settings):
         self.engine = FakeEngine()
         self.settings = Settings.isolated(temp_dir=folder, **settings)
-        self.endpoint = Endpoint(self.settings)
+        self.endpoint = RunPodWorker(self.settings)
         self.endpoint._engine = self.engine
         self.posted = []
 
@@ -313,7 +313,7 @@ async def test_a_stop_ends_what_takes_longer(box):
 
 async def test_an_engine_that_cannot_be_loaded_is_an_answer_too(tmp_path):
     """Where no fitness check ran before: on a laptop, or in a test of one job."""
-    endpoint = Endpoint(Settings.isolated(engine="wan", weights_dir=tmp_path, temp_dir=tmp_path))
+    endpoint = RunPodWorker(Settings.isolated(engine="wan", weights_dir=tmp_path, temp_dir=tmp_path))
     with pytest.raises(EngineLost, match="i2v weights fetch"):
         endpoint.load()
     answer = await endpoint.run(JOB, Box(tmp_path).post)
@@ -325,11 +325,11 @@ async def test_an_engine_that_cannot_be_loaded_is_an_answer_too(tmp_path):
 async def test_settings_that_no_worker_can_have():
     """Told when it starts, by name."""
     with pytest.raises(SettingsError, match="I2V_ENGINE"):
-        Endpoint(Settings.isolated(engine="runway"))
+        RunPodWorker(Settings.isolated(engine="runway"))
     with pytest.raises(SettingsError, match="I2V_ENGINE is not set"):  # its queue would get previews
-        Endpoint(Settings.isolated(api_url="https://app.example.com"))
+        RunPodWorker(Settings.isolated(api_url="https://app.example.com"))
     with pytest.raises(SettingsError, match="BUCKET_NAME, BUCKET_SECRET_ACCESS_KEY: not set"):
-        Endpoint(Settings.isolated(bucket_url="https://s3.example.com", bucket_key_id="k"))
+        RunPodWorker(Settings.isolated(bucket_url="https://s3.example.com", bucket_key_id="k"))
 
 
 class Served(Box):

@@ -3,8 +3,8 @@
 `python -m tests.simulation.fleet --seeds 1000` runs as many as wanted; `--seed 42` replays one and prints its log.
 
 One seed makes one world: a MemoryStore, a cron that runs the real Dispatcher, a platform whose containers start
-cold, run the real Host, are preempted (their calls come back), killed, or cannot load their weights for a while, and
-a provider that takes money, with the real Ledger between it and the containers. Messages to the queue, the records
+cold, run the real WarmWorker, are preempted (their calls come back), killed, or cannot load their weights for a
+while, and a provider that takes money, with the real Ledger between it and the containers. Messages to the queue, the records
 and the provider are lost on the way. Then the weather clears, and `check` looks for broken promises.
 """
 
@@ -44,8 +44,8 @@ from inference.errors import (
 from inference.fleet.containers import Live, Sized
 from inference.fleet.dispatch import Dispatcher
 from inference.fleet.plan import Rules, may_stay
-from inference.fleet.readings import Board
-from inference.fleet.warm_worker import BrokenEngine, Host
+from inference.fleet.readings import Readings
+from inference.fleet.warm_worker import BrokenEngine, WarmWorker
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.payments.ledger import HALF_A_CENT, Ledger, digest
@@ -94,7 +94,7 @@ class Container:
     warm_at: float = math.inf
     ended_at: float = math.inf
     running: list[Call] = field(default_factory=list)
-    host: Host | None = None
+    host: WarmWorker | None = None
     leaving: bool = False
     dead: bool = False  # killed: nothing of it is heard any more
     life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -107,7 +107,7 @@ class SimulatedPool:
     def __init__(
         self,
         group: TaskGroup,
-        open_host: Callable[[Container], Host],
+        open_warm_worker: Callable[[Container], WarmWorker],
         *,
         name: str,
         max_containers: int,
@@ -115,7 +115,7 @@ class SimulatedPool:
         cold_start_s: float,
         scaledown_s: float,
     ) -> None:
-        self._group, self._open_host, self._name = group, open_host, name
+        self._group, self._open_host, self._name = group, open_warm_worker, name
         self._max_containers, self._inputs = max_containers, inputs
         self._cold_start_s, self._scaledown_s = cold_start_s, scaledown_s
         self._changed = anyio.Event()
@@ -465,10 +465,10 @@ class World:
             await self._settle()
             world.cancel_scope.cancel()
 
-    def _pool(self, group, name, open_host, max_containers, inputs):
+    def _pool(self, group, name, open_warm_worker, max_containers, inputs):
         pool = SimulatedPool(
             group,
-            open_host,
+            open_warm_worker,
             name=name,
             max_containers=max_containers,
             inputs=inputs,
@@ -522,11 +522,11 @@ class World:
         policy = Policy(attempt_limit_s=1200)
         at_once = 1 if pool == "gpu" else self.tier
         runner = Runner(queue, engine, policy=policy, temp_dir=self.folder, ledger=ledger, at_once=at_once)
-        return Host(
+        return WarmWorker(
             pool,
             queue,
             runner,
-            Board(records, clock=self.clock),
+            Readings(records, clock=self.clock),
             fault=fault,
             fits=functools.partial(may_stay, ledger=ledger, has_runway=self.has_runway),
             drain_s=3600.0 if self.drain and pool == "gpu" else 0.0,
@@ -544,7 +544,7 @@ class World:
         dispatcher = Dispatcher(
             queues,
             pools,
-            Board(records, clock=self.clock),
+            Readings(records, clock=self.clock),
             Ledger(records, budget_usd=self.rules.budget_usd, clock=self.clock),
             self.rules,
             price_usd=functools.partial(price_usd, Settings.isolated()),
