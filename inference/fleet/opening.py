@@ -36,7 +36,10 @@ async def open_dispatcher(
     containers: Mapping[PoolName, Containers],
     readings: Readings | None = None,
 ) -> AsyncIterator[Dispatcher]:
-    """What the cron runs. `readings`: where the records hold more than one. Raises SettingsError, RecordsUnavailable."""
+    """What the cron runs. `readings`: where the records hold those of more than one fleet.
+
+    Raises SettingsError, RecordsUnavailable.
+    """
     own = for_a_cold_start(settings, shape)
     worker_types: list[WorkerType | None] = [settings.worker_type]
     if settings.queue_knows_worker_type:  # those that have to be paid for first, before others overflow to there

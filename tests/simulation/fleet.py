@@ -4,8 +4,8 @@
 
 One seed makes one world: a MemoryStore, a cron that runs the real Dispatcher, a platform whose containers start
 cold, run the real WarmWorker, are preempted (their calls come back), killed, or cannot load their weights for a
-while, and a provider that takes money, with the real Ledger between it and the containers. Messages to the queue, the records
-and the provider are lost on the way. Then the weather clears, and `check` looks for broken promises.
+while, and a provider that takes money, with the real Ledger between it and the containers. Messages to the queue, the
+records and the provider are lost on the way. Then the weather clears, and `check` looks for broken promises.
 """
 
 import argparse
