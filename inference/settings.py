@@ -230,7 +230,7 @@ class Settings(LoadableSettings):
     modal_snapshot: bool = setting(
         False,
         "I2V_MODAL_SNAPSHOT",
-        about="ProgressPosts of containers with their imports done, for faster cold starts.",
+        about="Snapshots of containers with their imports done, for faster cold starts.",
     )
     overflow_after_s: Annotated[float, Field(ge=0)] = setting(
         600.0,

@@ -134,7 +134,7 @@ class Dispatcher:
         return plan(
             Fleet(
                 gpu=gpu,
-                runway=await self._pool(PAID.pool, None),  # what waits may be counted for the GPU alone
+                runway=await self._pool(PAID.pool, None),  # the backlog counts GPU tasks only
                 waiting=waiting,
                 undry_s=await self._readings.undry_s(),
                 spent_usd=await self._ledger.spent_usd() if self._may_pay else 0.0,
@@ -151,7 +151,8 @@ class Dispatcher:
         failing = known.failing
         try:
             live = await _in_time(containers.live())
-        except PoolUnavailable as error:  # once is no reason to spend money elsewhere
+        except PoolUnavailable as error:
+            # One failed look proves no outage: the pool counts as full, so that nothing overflows to a paid one.
             log.warning("pool_unknown", pool=name, error=str(error))
             self.troubles.append(f"{name}: {error}")
             live = Live(running=size.slots, waiting=0)

@@ -65,7 +65,8 @@ class TickState:
 
     def choose(self, task: Task) -> PoolName | None:
         """Where a task can go now."""
-        is_due = provider_of(task.provider).is_paid or task.item_id in self._paid_for  # there, overflow or not
+        # Tasks for Runway, and tasks that are already paid for, go there even without overflow.
+        is_due = provider_of(task.provider).is_paid or task.item_id in self._paid_for
         for name in self.choices(task):
             if not self._is_open(name):
                 continue

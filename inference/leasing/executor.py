@@ -5,7 +5,7 @@
     on_runpod/worker.py    an endpoint is sent jobs, some with a photo    ─┘
 
 How work arrives, and who is told how it ended, is the business of those three. Faults are counted here for all of them,
-because they are faults of the machine, whose work it was.
+because they are faults of the machine, whichever work met them.
 """
 
 from collections.abc import Awaitable, Callable
@@ -64,13 +64,13 @@ class Executor:
         self.faults_in_a_row = 0
 
     def faulted(self, why: str) -> None:
-        """Something ended badly, and not through its own fault: the next thing may end here just so."""
+        """Counts a bad end that the work did not cause: the next piece of work may end the same way here."""
         self.faults_in_a_row += 1
         if self.faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
             self.give_up(EngineLost(f"{MAX_FAULTS_IN_A_ROW} tasks in a row ended badly here: {why}"))
 
     def give_up(self, fault: I2VError) -> None:
-        """Once is enough to know. The first reason stays."""
+        """Begins nothing more. The first reason stays; later ones are ignored."""
         self.fault = self.fault or fault
 
     # Work

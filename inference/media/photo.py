@@ -3,7 +3,7 @@
 A photo is untrusted: it may be truncated, a decompression bomb, sideways, transparent, 16-bit or Display P3. Everything
 here blocks (callers run it in a thread). It raises InvalidPhoto with one line for people, and MachineFault where this
 machine is at fault and another could read the photo. Code that reads a photo's bytes runs in a child process that can
-be killed; media.apart has its limits, and what cancelling does.
+be killed; media.child_process has its limits, and what cancelling does.
 
     measure    its size, from the header alone
     verify     the same, and that every byte decodes
@@ -26,7 +26,7 @@ from PIL import Image
 
 from inference.errors import InvalidPhoto
 from inference.media import colour
-from inference.media.apart import apart
+from inference.media.child_process import in_child_process
 from inference.media.photo_file import PhotoFile, read, refusing
 
 MAX_PIXELS = 100_000_000
@@ -65,14 +65,14 @@ class PhotoInfo:
     format: str  # JPEG, PNG, WEBP or HEIF
 
 
-@apart
+@in_child_process
 def measure(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
     """Size and format, from the header; the picture itself is not decoded. Raises InvalidPhoto, MachineFault."""
     with _opened(path, max_pixels) as photo:
         return _info(photo)
 
 
-@apart
+@in_child_process
 def verify(path: Path, *, max_pixels: int = MAX_PIXELS) -> PhotoInfo:
     """Reads the whole file and checks that it decodes. Raises InvalidPhoto, MachineFault.
 
@@ -127,7 +127,7 @@ def cover_box(photo: tuple[int, int], size: tuple[int, int]) -> tuple[float, flo
     return left, top, min(left + size[0] * scale, photo[0]), min(top + size[1] * scale, photo[1])
 
 
-@apart
+@in_child_process
 def open_photo(path: Path, *, cover: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The upright picture, whole, as 8-bit sRGB; transparency lies over white.
 
@@ -139,7 +139,7 @@ def open_photo(path: Path, *, cover: tuple[int, int] | None = None, max_pixels: 
     return _picture(path, cover, max_pixels)
 
 
-@apart
+@in_child_process
 def load(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
     """The picture as uint8 [height, width, 3] sRGB of exactly `size` (width, height), writable.
 
@@ -153,7 +153,7 @@ def load(path: Path, size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> 
         return np.array(scaled)
 
 
-@apart
+@in_child_process
 def jpeg(path: Path, *, max_side_px: int, widest: float, quality: int = 95) -> bytes:
     """The upright picture as a JPEG in sRGB, without anything a camera wrote into the file.
 

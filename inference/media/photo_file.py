@@ -1,7 +1,7 @@
 """A photo's file: its format, its metadata, and its pixels as they were stored.
 
 Files that would take too much work to decode are refused first, by counting scans, segments or chunks. For formats
-without such numbers (HEIC, WebP) only the limits of media.apart apply.
+without such numbers (HEIC, WebP) only the limits of media.child_process apply.
 """
 
 import errno

@@ -85,7 +85,10 @@ class NoContainers:
 
 
 def on_runpod(settings: Settings) -> Shape:
-    """The workers of an endpoint. With a key for Runway, tasks for it are others': a pool that takes nothing."""
+    """The workers of an endpoint.
+
+    With a Runway key, other workers take Runway tasks, so that pool is declared with 0 slots and is sent none.
+    """
     gpus = settings.runpod_max_workers
     sizes: dict[PoolName, Sized] = {DEFAULT.pool: Sized(slots=gpus * INPUTS, engines=gpus)}
     if settings.runway_key:

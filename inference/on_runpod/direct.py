@@ -37,7 +37,7 @@ class DirectContext:
 
     settings: Settings
     turns: EngineTurns
-    storage: Storage  # for the URLs of whoever calls, who is trusted with no address
+    storage: Storage  # for URLs that callers give, which may lead to public addresses only
     bucket: Bucket | None  # the operator's own
     own_storage: Storage  # for that bucket, wherever it is
 

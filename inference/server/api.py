@@ -12,7 +12,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from inference.errors import I2VError
-from inference.media import apart
+from inference.media import child_process
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
@@ -61,7 +61,7 @@ def create_app(config: ServerConfig) -> FastAPI:
             tasks.start_soon(keep_tidy, store, objects, config)
             yield
             tasks.cancel_scope.cancel()
-        apart.stop()  # a thread that waits for a decoder would keep the process from ending
+        child_process.stop()  # a thread that waits for a decoder would keep the process from ending
         await anyio.to_thread.run_sync(store.close)
 
     app = FastAPI(

@@ -27,12 +27,12 @@ def clock():
 
 @pytest.fixture
 def records():
-    """One store for all boards of a test."""
+    """One store for all readings of a test."""
     return MemoryRecords()
 
 
 @pytest.fixture
-def board(records, clock):
+def readings(records, clock):
     """The board of one process."""
     return Readings(records, clock=clock)
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from inference.errors import InvalidPhoto
 from inference.media import colour, jpeg_scans, png_chunks
-from inference.media.apart import apart
+from inference.media.child_process import in_child_process
 from inference.media.photo import measure, open_photo, verify
 
 CASES = Path(__file__).parents[1] / "cases" / "photos"
@@ -334,7 +334,7 @@ def test_a_jpeg_may_lack_nothing_else(tmp_path, options):
 SIDE_PX = 4000
 
 
-@apart
+@in_child_process
 def peak_bytes(path: Path) -> int:
     """What this process needs at once for a photo, beside what it had."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here on (proc_pid_clear_refs(5))

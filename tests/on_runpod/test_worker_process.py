@@ -107,7 +107,7 @@ def house(tmp_path, surroundings):
 
 
 def test_a_photo_becomes_a_video(tiny):
-    """In the answer, playable; the same seed makes the same. ProgressPosts grow, and none comes after the result."""
+    """In the answer, playable; the same seed makes the same. Snapshots grow, and none comes after the result."""
     house, _ = tiny
     job = house.answer(DIRECT)
     video = job.output["video"]

@@ -115,7 +115,7 @@ class SimulatedPool:
         cold_start_s: float,
         scaledown_s: float,
     ) -> None:
-        self._group, self._open_host, self._name = group, open_warm_worker, name
+        self._group, self._open_warm_worker, self._name = group, open_warm_worker, name
         self._max_containers, self._inputs = max_containers, inputs
         self._cold_start_s, self._scaledown_s = cold_start_s, scaledown_s
         self._changed = anyio.Event()
@@ -182,7 +182,7 @@ class SimulatedPool:
             with container.life:
                 await anyio.sleep(self._cold_start_s)
                 container.warm_at = anyio.current_time()
-                container.host = self._open_host(container)
+                container.host = self._open_warm_worker(container)
                 async with anyio.create_task_group() as process:
                     process.start_soon(container.host.serve)
                     await self._work(container)

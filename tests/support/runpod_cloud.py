@@ -309,7 +309,7 @@ class RunPodCloud:
 
     @property
     def jobs(self) -> dict[str, Job]:
-        """ProgressPosts of all, in the order of their submission."""
+        """Snapshots of all, in the order of their submission."""
         with self._changed:
             return {job_id: job.snapshot() for job_id, job in self._jobs.items()}
 
