@@ -4,10 +4,10 @@ A small photo can keep a decoder busy for hours, crash it, or ask for all memory
 be stopped. A function marked `in_child_process` therefore runs in a child process: it blocks its caller as before,
 and returns and raises the same things, but
 
-- more than CPU_LIMIT_S of processor time, or a crash of the decoder, is InvalidPhoto: the photo is at fault.
-Processor time is counted and not wall-clock time, so that a good photo is not refused because the machine is busy; -
-no answer for WALL_LIMIT_S, no memory, or a child killed from outside is MachineFault: another machine may read it; -
-where the caller is a thread of anyio's and its call is cancelled, the child is killed at once.
+- more than CPU_LIMIT_S of processor time, or a crash of the decoder, is InvalidPhoto: the photo is at fault. Processor
+  time is counted and not wall-clock time, so that a good photo is not refused because the machine is busy;
+- no answer for WALL_LIMIT_S, no memory, or a child killed from outside is MachineFault: another machine may read it;
+- where the caller is a thread of anyio's and its call is cancelled, the child is killed at once.
 
 A child is used again after each call that ended well: starting one costs 0.4 s of a core, a call 0.2 ms.
 """
