@@ -1,4 +1,4 @@
-"""One row of a queue that is ours, and the rules it lives by. The oracle and the SQL store both keep to them.
+"""One row of a queue that is ours, and the rules it lives by. MemoryStore and the SQL store both keep to them.
 
     pending ──lease──▶ processing ──complete──▶ completed
        ▲                │  │  │

@@ -202,7 +202,7 @@ class Yard:
         return Dispatcher(self.queues, self.pools, self.readings, self.ledger, self.rules, price_usd=PRICE_USD)
 
     def clock(self):
-        """Wall-clock seconds, as the books and the board see them."""
+        """Wall-clock seconds, as the books and the readings see them."""
         return NOON + self.ahead_s + anyio.current_time()
 
     def add(self, number=1, provider=None, **fields):

@@ -1,4 +1,4 @@
-"""A fleet as a person sees it; what its parts do together is in `test_fleet_simulation.py` and `test_modal.py`."""
+"""A fleet as a person sees it; what its parts do together is in `tests/simulation/` and `tests/on_modal/`."""
 
 import pytest
 

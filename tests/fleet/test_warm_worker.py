@@ -427,7 +427,7 @@ async def test_a_call_that_comes_back_with_its_lease_goes_on(box):
 
 @virtual_time
 async def test_a_broken_engine_fails_no_task(box):
-    """Each goes back; the board and whoever called hear what is wrong, and nothing is drained."""
+    """Each goes back; the readings and whoever called hear what is wrong, and nothing is drained."""
     async with box(fault=WeightsError("the weights are damaged")) as it:
         await anyio.wait_all_tasks_blocked()
         assert (await it.readings.pool("gpu")).failing == "the weights are damaged"

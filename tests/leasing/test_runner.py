@@ -1,4 +1,4 @@
-"""One lease: every way it can end, each with what the queue is told. The storms are in test_simulation.py."""
+"""One lease: every way it can end, each with what the queue is told. The storms are in tests/simulation/."""
 
 import threading
 from dataclasses import dataclass, field

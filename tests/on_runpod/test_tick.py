@@ -1,4 +1,4 @@
-"""What ticks find out of the jobs before them. Whole ticks, with real workers, are in test_cli_runpod.py."""
+"""What ticks find out of the jobs before them. Whole ticks, with real workers, are in tests/commands/test_runpod.py."""
 
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class Endpoint:
 
 
 async def judge(endpoint, records):
-    """What the board knows of the pool after a tick's look."""
+    """What the readings say of the pool after a tick's look."""
     readings = Readings(records)
     async with endpoint.api() as api:
         await SentJobs(api, records, "ep1").judge(readings)

@@ -1,4 +1,4 @@
-"""What every TaskQueue does, whatever its wire: the oracle, and the HTTP client against the embedded server."""
+"""What every TaskQueue does, whatever its wire: in memory, and the HTTP client against the embedded server."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -39,7 +39,7 @@ class Home(Protocol):
 
 
 class MemoryHome:
-    """The oracle's store; its clock is moved by hand."""
+    """The store in memory; its clock is moved by hand."""
 
     def __init__(self):
         self.now = 1000.0

@@ -37,7 +37,7 @@ class Subject(Protocol):
 
 
 class MemorySubject:
-    """The oracle. Its time stands still."""
+    """The store in memory. Its time stands still."""
 
     now = 1000.0
 

@@ -328,7 +328,7 @@ class Provider:
 
 @dataclass
 class PaidEngine:
-    """engines/runway.py without HTTP, files and threads: the same steps in the same order, on the real books."""
+    """engines/runway/ without HTTP, files and threads: the same steps in the same order, on the real books."""
 
     provider: Provider
     container: Container

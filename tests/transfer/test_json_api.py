@@ -1,4 +1,4 @@
-"""What the clients of JSON APIs share, on real connections; test_runpod_api.py and test_runway.py show the rest."""
+"""What the clients of JSON APIs share, on real connections. The rest is with each client's own tests."""
 
 from contextlib import asynccontextmanager, suppress
 

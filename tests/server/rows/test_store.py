@@ -1,4 +1,4 @@
-"""One suite for every store: the oracle in memory, SQLite and PostgreSQL keep the same rules."""
+"""One suite for every store: the one in memory, SQLite and PostgreSQL keep the same rules."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Random histories: after every step the SQL store's answer, refusal and rows are the oracle's."""
+"""Random histories: after every step the SQL store's answer, refusal and rows are those of the store in memory."""
 
 from typing import Any
 
@@ -32,11 +32,11 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         sql.wipe()
         self.sql = sql
-        self.oracle = MemorySubject()
+        self.memory = MemorySubject()
 
     def both(self, verb: str, *arguments: Any) -> None:
         """Calls a verb of both and compares what they say."""
-        said, expected = (self.say(subject, verb, *arguments) for subject in (self.sql, self.oracle))
+        said, expected = (self.say(subject, verb, *arguments) for subject in (self.sql, self.memory))
         assert said == expected, verb
 
     def say(self, subject, verb: str, *arguments: Any) -> Any:
@@ -51,7 +51,7 @@ class StoreMachine(RuleBasedStateMachine):
     def add(self, hint, frame_num):
         """A new item at the end of the line."""
         fields = {"id": new_id(), "photo_id": new_id(), "inference_provider": hint, "frame_num": frame_num}
-        self.oracle.add(**fields)
+        self.memory.add(**fields)
         return self.sql.add(**fields).id
 
     @rule(worker=worker, length=lease_s, lane=lane)
@@ -72,8 +72,8 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(item=items)
     def expire(self, item):
         """Its worker goes silent."""
-        if self.oracle.row(item).status == "processing":
-            self.oracle.expire(item)
+        if self.memory.row(item).status == "processing":
+            self.memory.expire(item)
             self.sql.expire(item)
 
     @rule(item=items, worker=worker, length=extend_s, said=progress, seq=lease_seq)
@@ -99,15 +99,15 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def rows_are_equal(self):
         """Row by row, without a look that would sweep."""
-        for item_id, expected in self.oracle.store.items.items():
+        for item_id, expected in self.memory.store.items.items():
             row = self.sql.row(item_id)
             assert row.model_dump(exclude=TIMES) == expected.model_dump(exclude=TIMES)
-            remaining_s, expected_s = self.sql.remaining_s(row), self.oracle.remaining_s(expected)
+            remaining_s, expected_s = self.sql.remaining_s(row), self.memory.remaining_s(expected)
             assert (remaining_s is None) == (expected_s is None)
             assert remaining_s is None or abs(remaining_s - expected_s) < TOLERANCE_S
 
 
-def test_the_sql_store_is_the_oracle(sql):
+def test_the_sql_store_does_what_the_one_in_memory_does(sql):
     """Any history of leases, beats, crashes, ends and people gives the same answers and the same rows."""
     run_state_machine_as_test(
         lambda: StoreMachine(sql),
