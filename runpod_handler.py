@@ -32,7 +32,7 @@ def settings() -> Settings:
 
 
 @functools.cache
-def endpoint() -> RunPodWorker:
+def worker() -> RunPodWorker:
     return RunPodWorker(settings())
 
 
@@ -40,7 +40,7 @@ def weights_and_gpu() -> None:
     """Loads the engine. A worker where this check fails tells RunPod that it is unhealthy and why, and takes no job."""
     logs.configure(settings().log_level)
     settings().warn_of_unread()
-    endpoint().load()
+    worker().load()
 
 
 async def handle(job: dict[str, Any]) -> dict[str, Any]:
@@ -54,10 +54,10 @@ async def handle(job: dict[str, Any]) -> dict[str, Any]:
                 await rp_http.send_result(session, {"status": "IN_PROGRESS", "output": snapshot}, job)
 
     try:
-        return await endpoint().run(job, post)
+        return await worker().run(job, post)
     finally:
         # The platform may be slow to act on `refresh_worker` in the answer; SIGTERM keeps more jobs away at once.
-        if endpoint().broken and not worker_state.IS_LOCAL_TEST:
+        if worker().broken and not worker_state.IS_LOCAL_TEST:
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -71,7 +71,7 @@ def listen() -> None:
     closing: list[asyncio.Task[None]] = []
 
     def close() -> None:
-        closing.append(loop.create_task(endpoint().close(settings().shutdown_grace_s)))
+        closing.append(loop.create_task(worker().close(settings().shutdown_grace_s)))
 
     def chain(number: signal.Signals) -> None:
         before = signal.getsignal(number)

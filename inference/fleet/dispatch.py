@@ -49,7 +49,7 @@ CALL_S = 10.0
 """How long a queue or a platform is waited for, one call."""
 
 NOTE_S = 4.0
-"""How long the readings are waited for at the end of a tick."""
+"""How long writing into the readings or the ledger may take at the end of a tick."""
 
 
 class Dispatcher:
@@ -75,7 +75,7 @@ class Dispatcher:
         self.troubles: list[str] = []  # of the last tick: a queue or a pool that did not do what it was asked
 
     async def tick(self) -> str:
-        """Leases and sends what can start now; returns what was done, in one line that is also on the readings.
+        """Leases and sends what can start now; returns what was done, in one line that the readings keep, too.
 
         Raises QueueAuthError, QueueRefused, RecordsUnavailable, PoolUnavailable where it took too long to find out
         what there is; what was leased by then was sent or handed back.

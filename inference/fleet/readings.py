@@ -46,8 +46,9 @@ class Readings:
     """Readings of a fleet. Raises RecordsUnavailable."""
 
     def __init__(self, records: Records, *, fleet: str | None = None, clock: Callable[[], float] = time.time) -> None:
-        """`fleet`: which of those that share the records; where there is one, it needs no name."""
+        """`fleet`: a name that keeps its readings apart from those of other fleets in the same records."""
         self._records, self._clock = records, clock
+        # Records that exist have this name; under another one, a fleet would have to learn anew.
         self._prefix = "board" if fleet is None else f"board/{fleet}"
 
     async def pool(self, name: PoolName) -> PoolRecord:

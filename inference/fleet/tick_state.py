@@ -53,7 +53,7 @@ class TickState:
         self.malformed = 0
 
     def has_room(self, worker_type: WorkerType | None) -> bool:
-        """Whether any task that a queue hands out for a worker_type could be sent somewhere; None: any task of all."""
+        """Whether a task from the queue for a worker_type could be sent somewhere. None: a queue of all tasks."""
         if anyio.current_time() >= self._leases_until:
             return False
         free, paid = self._is_open(DEFAULT.pool), self._is_open(PAID.pool)

@@ -27,19 +27,19 @@ LOOK_AHEAD = 3
 """How many tasks for other pools a warm container looks past before it leaves the queue to the next tick."""
 
 DRY_EVERY_S = 30.0
-"""How often a container that finds the queue empty says so on the readings."""
+"""How often a container that finds the queue empty writes that into the fleet's readings, at most."""
 
 OUTAGE_RESTS: Mapping[PoolName, tuple[PoolName, ...]] = {"gpu": ("gpu", "runway"), "runway": ("runway",)}
 """Pools to which nothing should be sent for a while, by the one that met somebody's outage."""
 
 NOTE_S = 10.0
-"""How long the fleet's readings are waited for."""
+"""How long reading or writing the fleet's records may take."""
 
 
 class BrokenEngine:
     """What stands for an engine that could not be loaded: every task goes back, and the fleet's readings say why.
 
-    No task fails for it, for none is at fault: the reason is in what the cron says and in the answer to a call.
+    No task fails, because none is at fault. The reason is in what the cron says and in the answer to each call.
     """
 
     name = "broken"
@@ -124,7 +124,7 @@ class WarmWorker:
                 outcome = await self._executor.run_lease(self._runner, current)
                 await self._judge(outcome)
                 outcomes.append(outcome)
-                if outcome.worker_should is not None:  # the next task would end just so
+                if outcome.worker_should is not None:  # the next task would end the same way
                     return
                 current = await self._next(drain_until)
 
@@ -222,9 +222,9 @@ class WarmWorker:
             await self._record(self._readings.dry())
 
     async def _record(self, writing: Awaitable[None]) -> None:
-        """Readings that cannot be written down cost a tick what it would know, not a task."""
+        """Writes a reading. Where that fails, the next tick knows less, but no task is lost."""
         try:
             with anyio.fail_after(NOTE_S):
                 await writing
         except (I2VError, TimeoutError) as error:
-            log.warning("board_not_written", error=str(error))
+            log.warning("reading_not_written", error=str(error))

@@ -76,7 +76,7 @@ class Executor:
     # Work
 
     async def run_lease(self, runner: Runner, lease: Lease) -> Outcome:
-        """Runs one lease to its end and counts it. Hands it back unspent where nothing more should begin.
+        """Runs one lease to its end and counts faults. Hands it back unstarted where nothing more should begin.
 
         Outcomes that tell the worker what it should do are no faults: what that means depends on who runs this.
         """

@@ -66,7 +66,7 @@ class Runner:
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         job = Job(tracker, purchase, keeper.check)
         log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
-        if not is_known(lease.task.provider):  # somebody hoped for what this version cannot give
+        if not is_known(lease.task.provider):  # the default provider makes it, a paid one refuses it
             log.warning("unknown_provider", **bound, provider=lease.task.provider)
         try:
             try:

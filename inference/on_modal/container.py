@@ -1,4 +1,4 @@
-"""A container's host behind calls that carry JSON, as platforms make them."""
+"""One container on Modal: its calls carry JSON, and a `WarmWorker` does what they ask."""
 
 import asyncio
 import secrets
@@ -43,25 +43,25 @@ class ModalContainer:
         logs.configure(self._settings.log_level)
         self._settings.warn_of_unread()
         opening = open_warm_worker(self._settings, pool, engine, self._records, drain=drain, by_hand=by_hand)
-        self._host = await self._stack.enter_async_context(opening)
+        self._worker = await self._stack.enter_async_context(opening)
         # In a task of its own, which no call's end cancels; platforms run functions on asyncio.
-        self._serving = asyncio.create_task(self._host.serve())
+        self._serving = asyncio.create_task(self._worker.serve())
 
     @property
     def broken(self) -> bool:
         """Whether the next call should get a new container, on another machine perhaps."""
-        return self._host.broken
+        return self._worker.broken
 
     async def run(self, lease: dict[str, Any] | None, *, drain: bool) -> list[dict[str, Any]]:
         """Runs what a call brought, and says how it ended."""
-        outcomes = await self._host.run(Lease.model_validate(lease) if lease else None, drain=drain)
+        outcomes = await self._worker.run(Lease.model_validate(lease) if lease else None, drain=drain)
         return [outcome.model_dump(mode="json") for outcome in outcomes]
 
     async def render(self, request: dict[str, Any], photo: bytes) -> dict[str, Any]:
         """One video without a queue, {"video": …, "mp4": bytes}, or {"error": one line}."""
         try:
             asked = GenerationRequest.model_validate(request)
-            video, mp4 = await render(self._settings, self._records, self._host, asked, photo)
+            video, mp4 = await render(self._settings, self._records, self._worker, asked, photo)
         except ValidationError as error:
             return {"error": explain(error)}
         except I2VError as error:
@@ -70,13 +70,13 @@ class ModalContainer:
 
     async def close(self) -> None:
         """Hands back what is held."""
-        await self._host.close()
+        await self._worker.close()
         await self._serving
         await self._stack.aclose()
 
 
 async def render(
-    settings: Settings, records: Records, host: WarmWorker, request: GenerationRequest, photo: bytes
+    settings: Settings, records: Records, worker: WarmWorker, request: GenerationRequest, photo: bytes
 ) -> tuple[Video, bytes]:
     """One video of a photo without a queue; and the bytes of its mp4.
 
@@ -85,11 +85,11 @@ async def render(
     """
     name = f"by-hand-{name_of(request, photo)}"
     purchase = build_ledger(settings, records).purchase(name, f"by-hand.{secrets.token_hex(6)}")
-    job = Job(ProgressTracker(plan(host.turns.stages), logs.stages(name)), purchase)
+    job = Job(ProgressTracker(plan(worker.turns.stages), logs.stages(name)), purchase)
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
         await anyio.to_thread.run_sync(put, path, photo)
-        async with generated(host.turns, request, path, folder, job) as video:
+        async with generated(worker.turns, request, path, folder, job) as video:
             return video, await anyio.to_thread.run_sync(video.path.read_bytes)
 
 
@@ -105,9 +105,9 @@ async def open_warm_worker(
 ) -> AsyncIterator[WarmWorker]:
     """A container's engine and what runs leases on it. Never raises for an engine that cannot be loaded.
 
-    A platform would start the next container on the same lease, and the next: so it goes back, and the
-    readings say why. A container that a person started `by_hand` writes no readings: its code and preset may be others.
-    Raises SettingsError for a queue that is not configured.
+    If it raised, the platform would start one container after another on the same lease. So the lease goes back, and
+    the readings say why. A container that a person started `by_hand` writes no readings: its code and preset may
+    differ from the fleet's. Raises SettingsError for a queue that is not configured.
     """
     own = settings.model_copy(
         update={"engine": engine_name, "worker_type": DEFAULT.worker_type if settings.queue_knows_worker_type else None}

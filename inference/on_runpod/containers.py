@@ -21,7 +21,7 @@ NOTE_S = 2.0
 
 
 class RunPodContainers:
-    """Containers: the workers of a RunPod endpoint. Direct invocations take up its slots, too."""
+    """Containers: the workers of a RunPod endpoint. Direct requests take up its slots, too."""
 
     def __init__(
         self,

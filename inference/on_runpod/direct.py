@@ -1,4 +1,4 @@
-"""A direct invocation: a photo comes with the job, and the video goes where the job says or into its answer."""
+"""A direct request: a photo comes with the job, and the video goes where the job says or into its answer."""
 
 import base64
 import re
@@ -33,7 +33,7 @@ SKEW = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class DirectContext:
-    """What invocations of one worker share."""
+    """What the direct requests of one worker share."""
 
     settings: Settings
     turns: EngineTurns
@@ -80,7 +80,7 @@ class _Target:
 async def render(
     asked: DirectInput, s3: S3Config | None, job_id: str, here: DirectContext, sink: Sink
 ) -> dict[str, Any]:
-    """The answer to one invocation. What cannot end well is refused before the GPU is touched.
+    """The answer to one direct request. What cannot end well is refused before the GPU is touched.
 
     The video goes to `upload_url`, else to the bucket of `s3`, else to the operator's, else into the answer.
     Raises InvalidRequest, InvalidPhoto, StorageError, MachineFault, EngineError, MediaError.

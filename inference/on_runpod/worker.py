@@ -4,7 +4,7 @@
     drain    so many tasks of the queue            leased, run and reported, until there are no more
     photo    no queue at all                       generated, and the video uploaded or put into the answer
 
-Every job gets an answer that JSON can hold. How jobs arrive and where snapshots go is the platform file's business.
+Every job gets an answer that JSON can hold. How jobs arrive, and how progress is posted, is up to `runpod_handler.py`.
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class RunPodWorker:
         try:
             await self._opened()
             await self._executor.run(lambda: self._work(job, post, said))
-        except Exception as error:  # no job can be answered here
+        except Exception as error:  # nothing could be opened, or all has ended: no job can be answered here
             self._is_closed = True
             log.exception("not_opened", job_id=job.get("id"))
             return _failed(error) | REFRESH
@@ -141,12 +141,12 @@ class RunPodWorker:
             self._is_closed = True
 
     async def _work(self, job: Mapping[str, Any], post: Post, said: dict[str, Any]) -> None:
-        """Fills in what is `said`, of a drain also where it is cancelled."""
-        snapshots = ProgressPosts(post)
+        """Fills in `said`. A drain that is cancelled still says which of its tasks had ended."""
+        posts = ProgressPosts(post)
         async with anyio.create_task_group() as beside:
-            beside.start_soon(snapshots.run)
-            await self._answer(job, snapshots.sink, said)
-            snapshots.finish()
+            beside.start_soon(posts.run)
+            await self._answer(job, posts.sink, said)
+            posts.finish()
 
     async def _answer(self, job: Mapping[str, Any], sink: Sink, said: dict[str, Any]) -> None:
         """The one place where an error becomes an answer."""

@@ -33,7 +33,7 @@ def records():
 
 @pytest.fixture
 def readings(records, clock):
-    """The board of one process."""
+    """The readings as one process sees them."""
     return Readings(records, clock=clock)
 
 

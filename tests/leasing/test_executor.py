@@ -82,7 +82,7 @@ async def test_a_broken_executor_spends_nothing_on_a_lease(box):
 
 @pytest.mark.parametrize("strict", [True, False])
 @virtual_time
-async def test_whether_a_lost_engine_is_asked_again_is_its_seats_to_say(box, strict):
+async def test_whether_a_lost_engine_is_asked_again_is_for_its_turns_to_say(box, strict):
     """Where another worker takes this one's place at once, it is not."""
     it = box(EngineLost("the GPU is gone"), strict=strict)
     assert await it.lease() == "released"

@@ -392,7 +392,7 @@ async def test_old_payments_are_dropped_and_open_ones_kept():
 
 @virtual_time
 async def test_other_records_beside_the_books_are_left_alone():
-    """A fleet keeps its board in the same place."""
+    """A fleet keeps its readings in the same place."""
     ledger, records, _ = books()
     await records.put("board/gpu", "anything")
     await paid(ledger, "a")

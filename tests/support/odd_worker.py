@@ -56,5 +56,5 @@ def make_noise(path: Path) -> Video:
 
 
 if __name__ == "__main__":
-    runpod_handler.endpoint()._engine = OddEngine()
+    runpod_handler.worker()._engine = OddEngine()
     runpod_handler.main()

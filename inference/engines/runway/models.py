@@ -113,7 +113,7 @@ GONE = {"gen3a_turbo", "runway_gen3a_turbo"}
 def model_for(hint: str | None, default: str) -> Model:
     """The model that a queue's hint means, or the default one where it means none of Runway's.
 
-    Raises InvalidRequest for a hint that nobody knows: it may be at another provider, and here it would cost money.
+    Raises InvalidRequest for a hint that no provider has: it may mean another service, and here it would cost money.
     """
     if not is_known(hint):
         raise InvalidRequest(f"provider is {hint!r}, which this version does not know, so nothing is paid for it")
