@@ -4,8 +4,9 @@
     fleet/warm_worker.py   a container is sent leases, and takes the next  ├▶ Executor ▶ Runner ▶ EngineTurns ▶ Engine
     on_runpod/worker.py    an endpoint is sent jobs, some with a photo    ─┘
 
-How work arrives, and who is told how it ended, is the business of those three. Faults are counted here for all of them,
-because they are faults of the machine, whichever work met them.
+How work arrives, and who is told how it ended, is the business of those three. Faults are counted here for all of
+them, because they are faults of the machine, whichever lease met them. Direct requests count where they come through
+`run`, as on an endpoint; on Modal they take a turn at the engine and count for nothing.
 """
 
 from collections.abc import Awaitable, Callable
