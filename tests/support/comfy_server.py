@@ -455,8 +455,8 @@ class ComfyServer:
         kind = spec[0]
         if kind == "FILES":  # only the top of the input folder is listed (source: `LoadImage.INPUT_TYPES`)
             kind = [name for name in self.uploads if "/" not in name]
-        elif kind in self.models:
-            kind = self.models[kind]
+        elif isinstance(kind, str):
+            kind = self.models.get(kind, kind)
         return [kind, *spec[1:]]
 
     # Validation (source: `execution.py`; recordings `bad_class`, `missing_ckpt`, `no_outputs`).
