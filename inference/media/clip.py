@@ -1,26 +1,12 @@
 """Cuts, converts and shrinks clips made elsewhere. Everything here blocks; callers run it in a thread."""
 
 import secrets
-import subprocess
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
-
 from inference.errors import EncodeFailed, MediaError
-from inference.media.video import (
-    CRF,
-    PRESET,
-    STDERR_LINES,
-    TAG_BT709,
-    TO_BT709,
-    VideoInfo,
-    from_os,
-    judge,
-    no_start,
-    probe,
-)
+from inference.media.ffmpeg import LOCAL_ONLY, judge, run
+from inference.media.video import CRF, PRESET, TAG_BT709, TO_BT709, VideoInfo, from_os, probe
 
 HD_WIDTH, SD_HEIGHT = 1280, 576
 """From this width on, and above this height, players assume BT.709 for a clip without a matrix tag."""
@@ -146,22 +132,11 @@ def _written(path: Path) -> VideoInfo:
 
 
 def _recode(source: Path, target: Path, info: VideoInfo, options: Sequence[str]) -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin"]
-    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-i", f"file:{source.absolute()}"]
+    command = ["-loglevel", "error", *LOCAL_ONLY, "-f", "mov", "-i", f"file:{source.absolute()}"]
     command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
     try:
-        ran = subprocess.run(  # noqa: S603  a fixed command and paths
-            [*command, f"file:{target}"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=RECODE_TIMEOUT_S,
-            start_new_session=True,
-        )
-    except (OSError, RuntimeError) as error:
-        raise no_start(error) from error
-    except subprocess.TimeoutExpired as error:
+        ran = run([*command, f"file:{target}"], timeout_s=RECODE_TIMEOUT_S)
+    except TimeoutError as error:
         raise EncodeFailed(f"{info.duration_s:.1f} s of video took over {RECODE_TIMEOUT_S:g} s to encode") from error
-    if ran.returncode:
-        said = ran.stderr.decode(errors="replace").replace(str(target), source.name)
-        raise judge(ran.returncode, deque(said.splitlines(), maxlen=STDERR_LINES))
+    if ran.code:
+        raise judge(ran.code, ran.said.replace(str(target), source.name).splitlines())
