@@ -129,9 +129,10 @@ def verify(path: Path) -> VideoInfo:
 def as_mp4(source: Path, target: Path, *, timeout_s: float = RECODE_TIMEOUT_S) -> VideoInfo:
     """Makes the H.264 mp4 at `target` that VideoWriter would have written of a foreign video's pictures.
 
-    Every picture keeps its own time (the last one stays as long as the one before it), transparency lies over white, odd sides lose one pixel at the right or at the
-    bottom, and sound becomes AAC. As little as possible is changed: pictures that are right already are copied, and an
-    mp4 that is right as a whole is moved, so `source` may be gone afterwards. HDR is not tone-mapped.
+    Every picture keeps its own time, and the last one stays as long as the one before it. Transparency lies over white,
+    odd sides lose one pixel at the right or at the bottom, and sound becomes AAC. As little as possible is changed:
+    pictures that are right already are copied, and an mp4 that is right as a whole is moved, so `source` may be gone
+    afterwards. HDR is not tone-mapped.
     Raises InvalidVideo where it is no video or beyond the limits above, EncodeFailed, MachineFault; `source` is
     unchanged then.
     """
