@@ -185,7 +185,9 @@ class ComfyApi(JsonApi[ComfyAnswer]):
         try:
             with anyio.fail_after(UPLOAD_LIMIT_S):
                 # With `overwrite` a second try does not become a second file: the name is this task's alone.
-                response = await self._client.post("upload/image", data={"overwrite": "true"}, files={"image": (name, file)})
+                response = await self._client.post(
+                    "upload/image", data={"overwrite": "true"}, files={"image": (name, file)}
+                )
         except FOREIGN as error:
             raise Unanswered(f"{self.host}: {reason_of(error)}", sent=not isinstance(error, NEVER_SENT)) from None
         finally:
