@@ -92,6 +92,27 @@ def tidy(
     return info
 
 
+def index_first(source: Path, target: Path) -> VideoInfo:
+    """Moves an mp4 to `target` with its index at the front, so that it plays while it loads; no picture changes.
+
+    Raises MediaError where it is no video, EncodeFailed, MachineFault; `source` is unchanged then.
+    """
+    info = probe(source)
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        if info.faststart:
+            source.replace(target)
+            return info
+        _recode(source, partial, info, ["-c", "copy"])
+        info = _written(partial)
+        partial.replace(target)
+    except OSError as error:
+        raise from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
 def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
     """Encodes an mp4 again, uncut and with the best quality that fits into `max_bytes`.
 

@@ -223,7 +223,6 @@ class ComfyServer:
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
         self._server = uvicorn.Server(config)
-        self._server.force_exit = True
         self._thread = threading.Thread(target=self._serve, args=(listener,), daemon=True)
         self._thread.start()
         patience = time.monotonic() + START_S
@@ -232,22 +231,30 @@ class ComfyServer:
             threading.Event().wait(STEP_S)
 
     def _serve(self, listener: socket.socket) -> None:
-        async def both() -> None:
-            executor = asyncio.create_task(self._execute())
-            try:
-                await self._server.serve(sockets=[listener])
-            finally:
-                executor.cancel()
-                await asyncio.gather(executor, return_exceptions=True)
-
-        asyncio.run(both())
+        asyncio.run(self._serve_until_stopped(listener))
         listener.close()
+
+    async def _serve_until_stopped(self, listener: socket.socket) -> None:
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        tasks = [asyncio.create_task(self._server.serve(sockets=[listener])), asyncio.create_task(self._execute())]
+        await self._stopped.wait()
+        # As a crash does it, and at once; uvicorn's own way waits for connections to end.
+        for server in self._server.servers:
+            server.close()
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def stop(self) -> None:
         """Is gone, as after a crash: connections break, the queue and the history are forgotten."""
         self._held.clear()
-        self._server.should_exit = True
+        if self._thread is None:
+            return
+        self._loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(START_S)
+        self._thread = None
         for prompt in [*self._waiting, *([self._running] if self._running else [])]:
             prompt.state = "lost"
         self._forget()

@@ -61,7 +61,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 
 def base_url(host: str) -> str:
     """`http://127.0.0.1:8188` of COMFY_HOST: a host with a port, or a whole URL. Raises SettingsError."""
-    text = host.strip().rstrip("/")
+    text = host.strip()
     try:
         url = httpx.URL(text if "://" in text else f"http://{text}")
         flaw = flaw_in(url)
@@ -69,7 +69,7 @@ def base_url(host: str) -> str:
         flaw = "not an address"
     if flaw or url.query or url.fragment or url.userinfo:
         raise SettingsError("COMFY_HOST must look like 127.0.0.1:8188 or https://host, without query, fragment or user")
-    return str(url)
+    return str(url).rstrip("/")
 
 
 class ComfyAnswer(json_api.ApiAnswer):
@@ -202,7 +202,9 @@ class ComfyApi(JsonApi[ComfyAnswer]):
         """
         url = f"{self.url}/view?{urlencode({'filename': filename, 'subfolder': subfolder, 'type': kind})}"
         give_up = anyio.current_time() + self._patience_s
-        async with Storage(trusted_origins=[self.url], max_download_bytes=max_bytes, transport=None) as storage:
+        async with Storage(
+            trusted_origins=[self.url], max_download_bytes=max_bytes, transport=self._transport
+        ) as storage:
             while True:
                 self._check()
                 try:
