@@ -12,7 +12,7 @@ import math
 import mimetypes
 import re
 import secrets
-from base64 import b64decode, b64encode
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +25,9 @@ import httpx
 import structlog
 from pydantic import ValidationError
 
+from inference import inputs
 from inference.errors import (
     I2VError,
-    InvalidPhoto,
     InvalidTask,
     LeaseLost,
     ObjectMissing,
@@ -44,7 +44,6 @@ from inference.errors import (
     StorageUnreached,
     one_line,
 )
-from inference.media import photo
 from inference.progress.tracker import Progress
 from inference.queues.gmanimato_wire import (
     BODY_LIMIT_BYTES,
@@ -59,14 +58,14 @@ from inference.queues.gmanimato_wire import (
     parse_job,
     progress_call,
 )
-from inference.task import Input, Lease, Video, VideoFormat, explain, identifier
+from inference.task import Lease, Video, VideoFormat, explain, identifier
 from inference.transfer.addresses import may_be_proxied
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.bucket import Bucket
 from inference.transfer.json_api import NEVER_SENT
 from inference.transfer.network import flaw_in, safe_for_a_key
 from inference.transfer.storage import Storage, redact
-from inference.transfer.storage_errors import FOREIGN, reason_of
+from inference.transfer.storage_errors import FOREIGN, MIN_SECRET_CHARS, reason_of
 
 logger = structlog.get_logger(__name__)
 
@@ -164,7 +163,7 @@ class GmAnimatoQueue:
         prefix: str = "gmanimato",
         callback_base_url: str | None = None,
         max_body_bytes: int = BODY_LIMIT_BYTES,
-        max_input_bytes: int = 50_000_000,
+        max_photo_bytes: int = 50_000_000,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """`bucket`: where videos go, under `prefix`; without, they travel in the body of the call that ends the job.
@@ -174,7 +173,7 @@ class GmAnimatoQueue:
         """
         self._worker_id = worker_id
         self._storage, self._bucket, self._prefix = storage, bucket, prefix.strip("/")
-        self._max_body_bytes, self._max_input_bytes = max_body_bytes, max_input_bytes
+        self._max_body_bytes, self._max_photo_bytes = max_body_bytes, max_photo_bytes
         self._secret = _fit_for_a_header(secret)
         try:
             identifier.validate_python(f"{worker_id}.{_token()}")
@@ -287,7 +286,7 @@ class GmAnimatoQueue:
     async def fetch_inputs(self, lease: Lease, folder: Path) -> dict[str, Path]:
         """As TaskQueue.fetch_inputs."""
         with _reaching_storage("this worker cannot reach the application's photos"):
-            return await _fetch(lease.task.inputs, folder, storage=self._storage, max_bytes=self._max_input_bytes)
+            return await inputs.fetch(lease.task.inputs, folder, storage=self._storage, max_bytes=self._max_photo_bytes)
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """As TaskQueue.deliver. Returns the plain URL of the video in the bucket; `inline:…` without a bucket.
@@ -562,7 +561,8 @@ class GmAnimatoQueue:
         raise InvalidTask(problem, item_id=job and job.id)
 
     def _clean(self, text: str) -> str:
-        return one_line(text.replace(self._secret, "…"), 300)
+        # A shorter one is nobody's secret, and replacing it would garble the text.
+        return one_line(text.replace(self._secret, "…") if len(self._secret) >= MIN_SECRET_CHARS else text, 300)
 
 
 @contextmanager
@@ -621,26 +621,6 @@ def _safe(name: str) -> str:
 
 async def _size_of(path: Path) -> int:
     return (await anyio.Path(path).stat()).st_size
-
-
-async def _fetch(wanted: Mapping[str, Input], folder: Path, *, storage: Storage, max_bytes: int) -> dict[str, Path]:
-    found = {}
-    for number, (name, each) in enumerate(wanted.items()):
-        path = folder / f"input-{number}{PurePosixPath(_safe(name)).suffix}"
-        if each.source[:5].lower() == "data:":
-            try:
-                body = b64decode(each.source.partition(",")[2], validate=True)
-            except ValueError:
-                raise InvalidPhoto(f"{name}: no base64") from None
-            if len(body) > max_bytes:
-                raise ObjectTooLarge(f"{name}: larger than {max_bytes} bytes")
-            await anyio.Path(path).write_bytes(body)
-        else:
-            await storage.download(each.source, path)
-        if each.kind == "image":
-            await anyio.to_thread.run_sync(photo.verify, path)
-        found[name] = path
-    return found
 
 
 def _token() -> str:

@@ -24,7 +24,7 @@ GATEWAYS = (502, 503, 504)
 BODY_LIMIT_BYTES = 512 * 1024
 """The longest body of a request that SvelteKit's adapter for Node takes unless BODY_SIZE_LIMIT says otherwise."""
 
-BODY_LIMIT_SETTING = "GMANIMATO_BODY_SIZE_LIMIT"
+BODY_LIMIT_SETTING = "I2V_WEBHOOK_BYTES"
 """What tells this worker that the application takes more."""
 
 ROOM = (
@@ -54,7 +54,7 @@ def _source(text: str) -> str:
 
 
 JobId = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_job_id)]
-Source = Annotated[str, Field(min_length=1, repr=False), AfterValidator(_source)]
+Source = Annotated[str, AfterValidator(_source)]
 Workflow = Annotated[dict[str, Any], Field(min_length=1)]
 
 job_id: TypeAdapter[str] = TypeAdapter(JobId)

@@ -27,6 +27,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple, Self
 
+import anyio
+import httpx
+
 BODY_LIMIT_BYTES = 512 * 1024
 """Of a request's body, by default: `BODY_SIZE_LIMIT` of SvelteKit's adapter for Node."""
 
@@ -244,6 +247,16 @@ class Application:
             if fault is not None and fault.carried_out and fault.answer is not None:
                 answer = fault.answer
             return fault, answer
+
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        """The same for `httpx.MockTransport`: no socket, and on anybody's clock."""
+        origin = f"{request.url.scheme}://{request.url.netloc.decode()}"
+        fault, answer = self.handle(request.method, request.url.path, request.headers, request.content, origin=origin)
+        if fault is not None and fault.hangs:
+            await anyio.sleep_forever()
+        if fault is not None and fault.answer is None:
+            raise httpx.ReadError("the connection was dropped")
+        return httpx.Response(answer.status, headers=answer.headers, content=answer.body)
 
     @staticmethod
     def _named(path: str) -> tuple[str, str | None]:
