@@ -147,6 +147,9 @@ def work(
     engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
+    supervised: Annotated[
+        bool, typer.Option("--supervised", help="Exit 78 for wrong settings, so that systemd does not start it again.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """A plain polling worker for any box: lease, run, repeat.
@@ -155,10 +158,11 @@ def work(
     On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
     left and exits 0; a second signal hands back at once.
     """
-    settings = choose_engine(
-        start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
-    )
-    process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
+    with process.told_errors(verbose=verbose, wrong_settings=process.WRONG_SETTINGS if supervised else 1):
+        settings = choose_engine(
+            start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
+        )
+        process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
 
 
 async def _work(settings: Settings, *, once: bool = False) -> None:
