@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-EngineName = Literal["preview", "wan", "runway"]
-"""What makes videos. `preview` is nobody's provider: it takes any task, to try things out."""
+EngineName = Literal["preview", "wan", "runway", "comfyui"]
+"""What makes videos. Two are nobody's provider: `preview` takes any task, to try things out, and `comfyui` runs the
+operator's own graph, or the one that a task brings."""
 
 WorkerType = Literal["wan", "runway"]
 """The engines that a hint can ask for, as the wire of queues calls them."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from inference.errors import InvalidRequest, InvalidTask
 
@@ -53,19 +53,55 @@ def _relative(path: str) -> str:
 StoragePath = Annotated[str, Field(max_length=1024), AfterValidator(_relative)]
 """Where a queue's storage keeps a photo or a video. The path comes from outside, so it is validated."""
 
+storage_path: TypeAdapter[str] = TypeAdapter(StoragePath)
+
+
+def _nameable(name: str) -> str:
+    """Refuses names that no line of a log could show."""
+    if not name.isprintable():
+        raise ValueError("must be printable")
+    return name
+
+
+PHOTO, LAST_PHOTO = "photo", "last_photo"
+"""The names of the two inputs that engines which generate from a photo understand: where the video begins and ends."""
+
+InputName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_nameable)]
+"""What a task calls one of its files: `photo`, `last_photo`, or the name by which its workflow refers to it."""
+
+InputKind = Literal["image", "video"]
+
+VideoFormat = Literal["mp4", "webm"]
+"""What a video may be delivered as. `mp4` is H.264 in mp4, which every browser plays."""
+
+
+class Input(Value):
+    """One file that a task brings. What it holds is verified when it is fetched, not before."""
+
+    kind: InputKind = "image"
+    source: Annotated[str, Field(min_length=1, repr=False)]  # a path in the queue's storage, a URL, or a data URI
+
 
 class Task(Value):
-    """One photo to turn into one video."""
+    """What to turn into one video: a photo, or a workflow with whatever files it needs."""
 
     item_id: Identifier  # the video item: one row of the queue
     group_id: str | None = None  # the set of photos it was uploaded with; not every queue has groups
     photo_id: str | None = None
     prompt: str = ""  # may be empty: the engine has a default
-    photo_storage_path: str  # where the queue's storage keeps the photo; relative, no `..`
+    inputs: dict[InputName, Input]  # by name; a task without a workflow has a `photo`
+    workflow: dict[str, Any] | None = None  # a ComfyUI graph in API format, which then decides everything else
+    node_weights: dict[str, float] = {}  # how long the workflow's nodes take, relative to each other, where known
     duration_s: DurationS
     names_duration: bool = True  # False: the queue named none, and `duration_s` is its default
     provider: str | None = None  # the queue's hint: wan_local, gen4_turbo, veo3.1, … (`providers.py`)
     extras: dict[str, Any] = {}  # fields that this version does not know, kept unchanged
+
+    @model_validator(mode="after")
+    def _has_something_to_begin_with(self) -> Self:
+        if self.workflow is None and PHOTO not in self.inputs:
+            raise ValueError("a task without a workflow needs an input named photo")
+        return self
 
 
 class _QueuedTask(BaseModel):
@@ -106,7 +142,7 @@ def parse_task(payload: object) -> Task:
         group_id=wire.group_id,
         photo_id=wire.photo_id,
         prompt=wire.prompt or "",
-        photo_storage_path=wire.photo_storage_path,
+        inputs={PHOTO: Input(source=wire.photo_storage_path)},
         duration_s=duration_s(wire.frame_num),
         names_duration=wire.frame_num is not None,
         provider=wire.inference_provider,
@@ -130,6 +166,7 @@ class Lease(Value):
     task: Task
     worker_id: Identifier
     length_s: Annotated[float, Field(ge=2, le=86_400)]  # how long each renewal lasts
+    beat_interval_s: Annotated[float, Field(gt=0)] | None = None  # how often the queue wants to hear; None: any
 
     @property
     def token(self) -> str:
@@ -148,22 +185,27 @@ class GenerationRequest(Value):
     steps: Annotated[int, Field(ge=1, le=200)] | None = None
     guidance: Annotated[float, Field(ge=0, le=50)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    last_photo: Path | None = None  # the last frame of the video, where the engine supports one
     provider: str | None = None  # the queue's hint at a provider's model; our own engines ignore it
+    workflow: dict[str, Any] | None = None  # a ComfyUI graph in API format, for an engine that runs those
+    node_weights: dict[str, float] = {}  # as Task.node_weights
+    video_formats: tuple[VideoFormat, ...] = ("mp4",)  # what the receiver takes; anything else becomes the first
 
     @classmethod
-    def from_task(cls, task: Task) -> Self:
+    def from_task(cls, task: Task, video_formats: tuple[VideoFormat, ...] = ("mp4",)) -> Self:
         """The request that a task stands for; what the task does not name is left to the engine."""
         return cls(
             prompt=task.prompt[:MAX_PROMPT_CHARS],
             duration_s=task.duration_s,
             names_duration=task.names_duration,
             provider=task.provider,
+            workflow=task.workflow,
+            node_weights=task.node_weights,
+            video_formats=video_formats,
         )
 
 
 class Video(Value):
-    """A finished mp4 in a local folder."""
+    """A finished video in a local folder: an mp4, or what else the request's `video_formats` name."""
 
     path: Path
     width: int  # pixels
@@ -175,6 +217,7 @@ class Video(Value):
     cost_usd: float | None = None  # what a provider charges for it, where clips are paid one by one
     as_it_came: str | None = None  # why a paid clip was left uncut or not re-encoded; None where all was done
     external_ids: dict[str, str] = {}  # ids at a paid provider, under the names that the queue's report uses
+    others: dict[str, Path] = {}  # further files that a workflow made, by file name
 
     @property
     def duration_s(self) -> float:

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from inference.task import GenerationRequest, Lease, Task, duration_s, explain
+from inference.task import GenerationRequest, Input, Lease, Task, duration_s, explain
 
 TASK = Task(
-    item_id="7b0c", group_id="g", photo_id="p", prompt="파도", photo_storage_path="g/p_original.jpg", duration_s=5.0,
-    extras={"priority": 3},
+    item_id="7b0c", group_id="g", photo_id="p", prompt="파도", inputs={"photo": Input(source="g/p_original.jpg")},
+    duration_s=5.0, extras={"priority": 3},
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from inference.payments.ledger import Purchase
 from inference.progress.tracker import ProgressTracker
 from inference.providers import EngineName, is_paid
 from inference.settings import Settings
-from inference.task import GenerationRequest, Video, asked_as
+from inference.task import LAST_PHOTO, PHOTO, GenerationRequest, Video, asked_as
 
 
 def render(  # noqa: PLR0917 - as many arguments as it has options
@@ -45,24 +45,23 @@ def render(  # noqa: PLR0917 - as many arguments as it has options
     check_mp4(output)
     settings = start("warning", verbose=verbose, engine=engine, wan_preset=preset)
     with asked_as(OPTIONS):
-        request = GenerationRequest(
-            prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed, last_photo=last
-        )
+        request = GenerationRequest(prompt=prompt, negative_prompt=negative, duration_s=seconds, seed=seed)
         refuse(settings, request)
-    process.run(lambda: _render(settings, request, photo, output.absolute()))
+    inputs = {PHOTO: photo} if last is None else {PHOTO: photo, LAST_PHOTO: last}
+    process.run(lambda: _render(settings, request, inputs, output.absolute()))
 
 
-async def _render(settings: Settings, request: GenerationRequest, photo: Path, output: Path) -> None:
+async def _render(settings: Settings, request: GenerationRequest, inputs: dict[str, Path], output: Path) -> None:
     terminal.say(f"The engine is {engine_note(settings)}.")
     started = anyio.current_time()
     turns = EngineTurns(await load_engine(settings), limit_s=math.inf)  # a person sees for how long it has been at it
     loaded_s = anyio.current_time() - started
-    purchase = await anyio.to_thread.run_sync(_purchase, settings, request, photo)
+    purchase = await anyio.to_thread.run_sync(_purchase, settings, request, inputs[PHOTO])
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.
     with temporary_folder(".i2v-", output.parent) as folder, terminal.bar("rendering") as sink:
         tracker = ProgressTracker(turns.stages, sink)
         try:
-            async with generated(turns, request, photo, Path(folder), Job(tracker, purchase)) as video:
+            async with generated(turns, request, inputs, Path(folder), Job(tracker, purchase)) as video:
                 video.path.replace(output)
                 tracker.finish()
         except anyio.get_cancelled_exc_class():

@@ -16,7 +16,7 @@ Seconds = Annotated[float, typer.Option("--seconds", "-s", help="Length of the v
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
-OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--negative", "last_photo": "--last"}
+OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--negative"}
 """The options for the fields of a request."""
 
 

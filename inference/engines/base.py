@@ -3,15 +3,15 @@
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from inference.errors import CancelRequested, I2VError
+from inference.errors import CancelRequested, I2VError, InvalidRequest
 from inference.payments.ledger import Purchase
 from inference.progress.tracker import ProgressTracker
-from inference.task import GenerationRequest, Video
+from inference.task import PHOTO, GenerationRequest, Video
 
 T = TypeVar("T")
 
@@ -34,10 +34,10 @@ class Job:
         self.purchase = purchase  # the lease's entry in the ledger, for engines whose generations are paid one by one
         self.hung = False  # a thread of the engine did not stop; this process should not generate again
 
-    def report(self, stage: str, done: float = 0, total: float = 1) -> None:
-        """Reports progress of one stage of the engine: `done` of `total`."""
+    def report(self, stage: str, done: float = 0, total: float = 1, detail: Mapping[str, Any] | None = None) -> None:
+        """Reports progress of one stage of the engine: `done` of `total`; `detail` is for queues that pass it on."""
         if self._tracker:
-            self._tracker.update(stage, done, total)
+            self._tracker.update(stage, done, total, detail)
 
     def cancel(self, reason: I2VError) -> None:
         """Makes every later `raise_if_cancelled` raise `reason`; later reasons are ignored."""
@@ -66,18 +66,36 @@ class Job:
 
 
 class Engine(Protocol):
-    """Turns one photo into one video."""
+    """Turns one photo, or a workflow with the files it names, into one video."""
 
     name: str
     stages: Mapping[str, float]  # the stages it reports, in order, with their relative durations
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+    async def check(self) -> None:
+        """Proves that a task could be made now. Cheap: a worker asks before it takes each task.
+
+        Raises ProviderUnavailable where another service has to come back first.
+        """
+        ...
+
+    async def generate(self, request: GenerationRequest, inputs: Mapping[str, Path], folder: Path, job: Job) -> Video:
         """Makes the video in `folder`, which belongs to this lease and is removed afterwards.
 
+        `inputs` are the task's files by name, each verified by its kind. An engine that generates from a photo asks
+        `photo_of` for it, takes `last_photo` where it can, and leaves all others alone.
         One call at a time, unless the engine says otherwise. A failed or cancelled call leaves the engine usable.
         Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault, EngineFailed, EngineLost.
         """
         ...
+
+
+def photo_of(request: GenerationRequest, inputs: Mapping[str, Path], engine: str) -> Path:
+    """The photo, for engines that generate from one. Raises InvalidRequest for a workflow, or where there is none."""
+    if request.workflow is not None:
+        raise InvalidRequest(f"workflow: the {engine} engine makes videos of photos; I2V_ENGINE=comfyui runs workflows")
+    if PHOTO not in inputs:
+        raise InvalidRequest(f"{PHOTO}: the {engine} engine makes videos of photos, and this task has none")
+    return inputs[PHOTO]
 
 
 async def run_in_thread(job: Job, work: Callable[[], T], *, stop_grace_s: float = STOP_GRACE_S) -> T:

@@ -15,11 +15,11 @@ import numpy.typing as npt
 import structlog
 from PIL import Image
 
-from inference.engines.base import Job, run_in_thread
+from inference.engines.base import Job, photo_of, run_in_thread
 from inference.errors import InvalidRequest
 from inference.media import photo as photos
 from inference.media.video import VideoWriter
-from inference.task import MAX_DURATION_S, MIN_DURATION_S, GenerationRequest, Video
+from inference.task import LAST_PHOTO, MAX_DURATION_S, MIN_DURATION_S, GenerationRequest, Video
 
 FPS = 24
 
@@ -170,16 +170,20 @@ class PreviewEngine:
     name = "preview"
     stages: Mapping[str, float] = {"render": 1.0}  # ffmpeg encodes at the same time
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+    async def check(self) -> None:
+        """As Engine.check: nothing outside of this process is needed."""
+
+    async def generate(self, request: GenerationRequest, inputs: Mapping[str, Path], folder: Path, job: Job) -> Video:
         """Makes `preview.mp4` in `folder`. Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault."""
         if not MIN_DURATION_S <= request.duration_s <= MAX_DURATION_S:
             raise InvalidRequest(
                 f"duration_s is {request.duration_s:g}; a preview lasts {MIN_DURATION_S:g} to {MAX_DURATION_S:g} s"
             )
-        unused = {"seed", "steps", "guidance", "negative_prompt", "last_photo"}
+        photo = photo_of(request, inputs, self.name)
+        unused = {"seed", "steps", "guidance", "negative_prompt"}
         ignored = request.model_dump(include=unused, exclude_none=True)
-        if ignored:
-            log.debug("a preview ignores these", **ignored)
+        if ignored or LAST_PHOTO in inputs:
+            log.debug("a preview ignores these", **ignored, last_photo=LAST_PHOTO in inputs)
         return await run_in_thread(job, lambda: self._make(request, photo, folder / "preview.mp4", job))
 
     def _make(self, request: GenerationRequest, photo: Path, path: Path, job: Job) -> Video:

@@ -31,13 +31,17 @@ class EngineTurns:
         """The engine's own stages, with each one's relative duration."""
         return self._engine.stages
 
+    async def check(self) -> None:
+        """As Engine.check."""
+        await self._engine.check()
+
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[None]:
         """Waits for a turn and holds it for the length of the block, so for all attempts of one request."""
         async with self._free:
             yield
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+    async def generate(self, request: GenerationRequest, inputs: Mapping[str, Path], folder: Path, job: Job) -> Video:
         """One attempt; the caller holds a turn. Raises as Engine.generate, EngineHung, and EngineLost once it hung."""
         if self.hung:
             raise EngineLost("the engine of this worker is stuck")
@@ -45,7 +49,7 @@ class EngineTurns:
             raise EngineLost("the engine of this worker failed, and is not trusted any more")
         try:
             with anyio.move_on_after(self._limit_s):
-                return await self._engine.generate(request, photo, folder, job)
+                return await self._engine.generate(request, inputs, folder, job)
         except (anyio.get_cancelled_exc_class(), GeneratorExit, KeyboardInterrupt):
             raise
         except BaseException as error:

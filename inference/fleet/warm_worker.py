@@ -5,12 +5,10 @@ calls, and `close` on the way out.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
 
 import anyio
 import structlog
 
-from inference.engines.base import Job
 from inference.engines.turns import EngineTurns
 from inference.errors import EngineLost, I2VError, InvalidTask, QueueUnavailable
 from inference.fleet.readings import Readings
@@ -19,7 +17,7 @@ from inference.leasing.runner import Runner
 from inference.leasing.taking import hand_back, lease_from
 from inference.providers import PoolName
 from inference.queues.base import TaskQueue
-from inference.task import GenerationRequest, Lease, Outcome, Task, Video
+from inference.task import Lease, Outcome, Task, Video
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +46,10 @@ class BrokenEngine:
     def __init__(self, fault: I2VError) -> None:
         self._fault = fault
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
+    async def check(self) -> None:
+        """As Engine.check: each task is told why it goes back."""
+
+    async def generate(self, *_: object) -> Video:
         """Raises EngineLost."""
         raise EngineLost(f"the engine could not be loaded: {self._fault}")
 

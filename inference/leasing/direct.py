@@ -6,7 +6,7 @@ on_runpod/direct.py        a URL or base64 to a URL or base64
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ ONE_TRY = Policy(attempts=1)
 async def generated(
     turns: EngineTurns,
     request: GenerationRequest,
-    photo: Path,
+    inputs: Mapping[str, Path],
     folder: Path,
     job: Job,
     *,
@@ -40,12 +40,13 @@ async def generated(
     delivered when the block has ended well; until then whoever asks the same again goes on with what was paid for.
     Raises InvalidPhoto, what `check` raises, and as EngineTurns.generate.
     """
-    await anyio.to_thread.run_sync(photos.verify, photo)
+    for path in inputs.values():
+        await anyio.to_thread.run_sync(photos.verify, path)
     job.report("wait")
     async with turns.taken():
         if check is not None:
             check()
-        video = await repeat(lambda: turns.generate(request, photo, folder, job), policy)
+        video = await repeat(lambda: turns.generate(request, inputs, folder, job), policy)
     yield video
     if job.purchase is not None:
         await job.purchase.end("delivered")
@@ -53,5 +54,5 @@ async def generated(
 
 def name_of(request: GenerationRequest, photo: bytes) -> str:
     """What the books know a direct request by: the same for the same photo and wishes."""
-    wishes = request.model_dump(mode="json", exclude_none=True)
+    wishes = request.model_dump(mode="json", exclude_none=True, exclude={"node_weights", "video_formats"})
     return digest(photo=hashlib.sha256(photo).hexdigest(), **wishes)

@@ -4,6 +4,7 @@ Work stops when the lease could not be renewed for two thirds of its length. Onl
 queue itself refuses a report that comes too late.
 """
 
+import math
 import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -23,7 +24,7 @@ from inference.errors import (
     QueueUnavailable,
 )
 from inference.leasing.retry import Policy, repeat
-from inference.leasing.taking import hand_back
+from inference.leasing.taking import STOPPING, hand_back
 from inference.progress.tracker import ProgressTracker
 from inference.queues.base import TaskQueue
 from inference.task import Lease
@@ -42,8 +43,8 @@ class Keeper:
         self._queue, self._lease, self._policy, self._tracker = queue, lease, policy, tracker
         length_s = lease.length_s
         # Intervals shrink with short leases, so that a few beats can fail before work has to stop.
-        self._interval_s = min(policy.heartbeat_interval_s, 0.4 * length_s)
-        self._second_beat_s = min(policy.second_beat_s, 0.2 * length_s)
+        self._interval_s = min(policy.heartbeat_interval_s, 0.4 * length_s, lease.beat_interval_s or math.inf)
+        self._second_beat_s = min(policy.second_beat_s, 0.2 * length_s, self._interval_s)
         self._timeout_s = min(policy.beat_timeout_s, 0.2 * length_s)
         self._retry_s = min(policy.beat_retry_s, length_s / 30)
         self._renewed_at = anyio.current_time()
@@ -136,12 +137,12 @@ class Keeper:
             raise failure
         return result
 
-    async def release(self) -> None:
+    async def release(self, reason: str | None = None) -> None:
         """Tries to hand the lease back. If that fails, the lease expires by itself."""
         if self._released:
             return
         self._released = True
-        await hand_back(self._queue, self._lease, self._policy)
+        await hand_back(self._queue, self._lease, self._policy, reason)
 
     async def _keep(self, scope: anyio.CancelScope, job: Job) -> None:
         try:
@@ -150,7 +151,7 @@ class Keeper:
             # The worker is being stopped and will write nothing more, so the task is handed back before the engine's
             # thread has noticed: the platform may kill this process before it has.
             if not self._over:
-                await self.release()
+                await self.release(STOPPING)
             raise
 
     async def _beat_on(self, scope: anyio.CancelScope, job: Job) -> None:

@@ -12,6 +12,7 @@ from inference.errors import (
     EngineHung,
     I2VError,
     InvalidTask,
+    ProviderUnavailable,
     QueueFailed,
     QueueUnavailable,
     SettingsError,
@@ -116,13 +117,15 @@ class Worker:
             lease, pause_s = None, self._poll_interval_s * random.uniform(0.8, 1.2)
             waits_for_more = at_most is None
             try:
+                await self._runner.turns.check()
                 lease = await lease_from(self._queue)
                 self._unanswered = 0
-            except QueueUnavailable as error:
+            except (QueueUnavailable, ProviderUnavailable) as error:
                 if not waits_for_more:
                     self._fault = self._fault or error
                 pause_s = self._backoff_s(error, pause_s)
-                log.warning("queue_unavailable", error=str(error), next_try_s=round(pause_s, 1))
+                event = "engine_unavailable" if isinstance(error, ProviderUnavailable) else "queue_unavailable"
+                log.warning(event, error=str(error), next_try_s=round(pause_s, 1))
             except InvalidTask as error:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
                 waits_for_more = True
@@ -140,7 +143,7 @@ class Worker:
                     return
             await anyio.sleep(pause_s if left else 0.0)
 
-    def _backoff_s(self, error: QueueUnavailable, interval_s: float) -> float:
+    def _backoff_s(self, error: QueueUnavailable | ProviderUnavailable, interval_s: float) -> float:
         """The pause after a question that brought no task. A queue that answers, if only 5xx, is asked as ever."""
         if isinstance(error, QueueFailed):
             self._unanswered = 0

@@ -1,6 +1,6 @@
 """One lease, from its first heartbeat to its report.
 
-    first heartbeat → fetch photo → wait for the engine → generate → deliver → complete
+    first heartbeat → fetch inputs → wait for the engine → generate → deliver → complete
                       heartbeats continue beside all of these (`keeper.py`)
     any error → one Outcome, in `_settle`
 
@@ -21,7 +21,7 @@ from inference.errors import CancelRequested, I2VError, LeaseLost
 from inference.leasing.keeper import Keeper
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import scratch_folder
-from inference.leasing.taking import hand_back
+from inference.leasing.taking import STOPPING, hand_back
 from inference.payments.ledger import Ledger, Purchase
 from inference.progress.tracker import ProgressTracker, Sink, plan
 from inference.providers import is_known
@@ -76,8 +76,8 @@ class Runner:
             except Exception as error:  # noqa: BLE001 - the one place where errors become an outcome
                 outcome = await self._settle(lease, error, keeper)
         except anyio.get_cancelled_exc_class():
-            await keeper.release()
-            log.info("lease_ended", **bound, status="released", error="this worker is stopping")
+            await keeper.release(STOPPING)
+            log.info("lease_ended", **bound, status="released", error=STOPPING)
             raise
         outcome = outcome.model_copy(
             update={
@@ -99,11 +99,11 @@ class Runner:
     ) -> Outcome:
         async def work() -> Outcome:
             job.report("download")
-            photo = await keeper.stage(lambda: self._queue.fetch_photo(lease, folder))
+            inputs = await keeper.stage(lambda: self._queue.fetch_inputs(lease, folder))
             job.report("wait")
-            request = GenerationRequest.from_task(lease.task)
+            request = GenerationRequest.from_task(lease.task, self._queue.video_formats)
             async with self.turns.taken():
-                video = await keeper.stage(lambda: self.turns.generate(request, photo, folder, job))
+                video = await keeper.stage(lambda: self.turns.generate(request, inputs, folder, job))
             job.report("upload")
             storage_path = await keeper.stage(lambda: self._queue.deliver(lease, video))
             job.report("report")
@@ -138,6 +138,7 @@ class Runner:
     async def _settle(self, lease: Lease, error: Exception, keeper: Keeper) -> Outcome:
         """The one place where an error becomes an outcome and is reported to the queue."""
         item_id = lease.task.item_id
+        worker_should: Literal["stop", "wait"] | None = None
         match error:
             case LeaseLost():  # if no beat was ever answered, this machine may be unable to reach the queue
                 unheard = not (error.confirmed or keeper.heard)
@@ -145,21 +146,20 @@ class Runner:
             case CancelRequested():
                 await keeper.release()
                 return Outcome(status="cancelled", item_id=item_id, error=str(error))
-            case I2VError(hand_back=True):
-                await keeper.release()
-                # In an outage elsewhere no machine is at fault: any other one would fail as well.
-                worker_should: Literal["stop", "wait"] | None = (
-                    "stop" if error.stops_worker else "wait" if error.is_outage else None
-                )
-                return Outcome(
-                    status="released",
-                    item_id=item_id,
-                    error=str(error),
-                    machine_at_fault=not error.is_outage,
-                    worker_should=worker_should,
-                )
             case I2VError():
-                message, machine_at_fault = str(error), not error.task_at_fault
+                message = str(error)
+                # In an outage elsewhere no machine is at fault: any other one would fail as well.
+                machine_at_fault = not (error.is_outage if error.hand_back else error.task_at_fault)
+                worker_should = "stop" if error.stops_worker else "wait" if error.is_outage else None
+                if error.hand_back and self._queue.hands_back:
+                    await keeper.release(message)
+                    return Outcome(
+                        status="released",
+                        item_id=item_id,
+                        error=message,
+                        machine_at_fault=machine_at_fault,
+                        worker_should=worker_should,
+                    )
             case _:
                 log.error("unexpected_error", item_id=item_id, exc_info=error)
                 message, machine_at_fault = f"internal error: {type(error).__name__}: {error}", True
@@ -172,8 +172,20 @@ class Runner:
             # Not released: the next holder would spend as much on it, and no failure would be counted.
             lost = isinstance(unreported, LeaseLost)
             told = f"{message} (not reported: {unreported})"
-            return Outcome(status="lease_lost", item_id=item_id, error=told, machine_at_fault=not lost)
-        return Outcome(status="failed", item_id=item_id, error=message, machine_at_fault=machine_at_fault)
+            return Outcome(
+                status="lease_lost",
+                item_id=item_id,
+                error=told,
+                machine_at_fault=not lost,
+                worker_should=worker_should,
+            )
+        return Outcome(
+            status="failed",
+            item_id=item_id,
+            error=message,
+            machine_at_fault=machine_at_fault,
+            worker_should=worker_should,
+        )
 
     async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
         """Reports a failure once: after a lost answer, a beat shows whether it was counted before it is repeated.

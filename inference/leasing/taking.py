@@ -20,11 +20,17 @@ RELEASE_LIMIT_S = 6.0
 """How long handing a lease back may take, while a worker is stopping."""
 
 
-async def hand_back(queue: TaskQueue, lease: Lease, policy: Policy | None = None) -> None:
+STOPPING = "the worker that had this task was stopped before its video was finished"
+"""Why a lease is handed back by a worker that ends."""
+
+
+async def hand_back(
+    queue: TaskQueue, lease: Lease, policy: Policy | None = None, reason: str | None = STOPPING
+) -> None:
     """Tries to hand a lease back. If that fails, the lease expires by itself."""
     with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):
         try:
-            await repeat(lambda: queue.release(lease), policy or Policy())
+            await repeat(lambda: queue.release(lease, reason), policy or Policy())
         except I2VError as error:
             log.info("release_failed", item_id=lease.task.item_id, error=str(error))
 

@@ -26,7 +26,7 @@ from inference.payments.records import MemoryRecords, Records
 from inference.progress.tracker import ProgressTracker, plan
 from inference.providers import DEFAULT, EngineName, PoolName
 from inference.settings import Settings
-from inference.task import GenerationRequest, Lease, Task, Video, explain
+from inference.task import PHOTO, GenerationRequest, Lease, Task, Video, explain
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +89,7 @@ async def render(
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
         await anyio.to_thread.run_sync(put, path, photo)
-        async with generated(worker.turns, request, path, folder, job) as video:
+        async with generated(worker.turns, request, {PHOTO: path}, folder, job) as video:
             return video, await anyio.to_thread.run_sync(video.path.read_bytes)
 
 

@@ -22,7 +22,7 @@ from inference.media.clip import shrink
 from inference.on_runpod.wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
 from inference.progress.tracker import ProgressTracker, Sink, both, plan
 from inference.settings import Settings
-from inference.task import Video, asked_as
+from inference.task import PHOTO, Video, asked_as
 from inference.transfer.bucket import Bucket
 from inference.transfer.storage import Storage
 from inference.transfer.url_expiry import ends_at, flaw
@@ -102,7 +102,9 @@ async def render(
             url = asked.photo_url
             await repeat(lambda: here.storage.download(url, photo), policy)
         check = target.refuse_flawed if target else None
-        async with generated(here.turns, asked.request, photo, folder, job, policy=policy, check=check) as video:
+        async with generated(
+            here.turns, asked.request, {PHOTO: photo}, folder, job, policy=policy, check=check
+        ) as video:
             job.report("upload")
             if target is not None:
                 await target.take(video.path, policy)

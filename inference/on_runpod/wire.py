@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from inference.errors import InvalidRequest, InvalidTask, one_line
 from inference.task import (
@@ -19,12 +19,12 @@ from inference.task import (
     Identifier,
     Lease,
     Outcome,
-    StoragePath,
     Task,
     Video,
     asked_as,
     explain,
     parse_task,
+    storage_path,
 )
 from inference.transfer.network import flaw_in
 
@@ -58,9 +58,6 @@ def _is_http(url: str) -> str:
 
 
 HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(_is_http)]
-
-
-storage_path: TypeAdapter[str] = TypeAdapter(StoragePath)
 
 
 class _Wire(BaseModel):
@@ -219,7 +216,8 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
             task = parse_task(given.task)
         else:
             task = Task.model_validate(given.task)
-            storage_path.validate_python(task.photo_storage_path)
+            for given_input in task.inputs.values():
+                storage_path.validate_python(given_input.source)
         return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
     except ValidationError as error:
         raise InvalidRequest(f"task: {explain(error)}") from None

@@ -3,6 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import Field
 
 from inference.task import Value
 
@@ -17,6 +20,7 @@ class Progress(Value):
     done: float  # of `total`, in units of the stage
     total: float
     fraction: float  # of the whole job, 0..1; below 1 until the queue accepted the report
+    detail: Mapping[str, Any] = Field(default_factory=dict)  # what else the engine says, for queues that pass it on
 
 
 Sink = Callable[[Progress], None]
@@ -66,7 +70,7 @@ class ProgressTracker:
         self._seconds: dict[str, float] = {}
         self.latest: Progress | None = None
 
-    def update(self, stage: str, done: float = 0, total: float = 1) -> None:
+    def update(self, stage: str, done: float = 0, total: float = 1, detail: Mapping[str, Any] | None = None) -> None:
         """Reports `done` of `total` for a stage; naming another stage ends the one before."""
         with self._lock:
             self._count_time()
@@ -74,7 +78,7 @@ class ProgressTracker:
             before, share = self._span.get(stage, (last, 0.0))
             inside = min(max(done / total, 0.0), 1.0) if total > 0 else 0.0
             fraction = max(last, min(before + share * inside, self.CEILING))
-            self.latest = Progress(stage=stage, done=done, total=total, fraction=fraction)
+            self.latest = Progress(stage=stage, done=done, total=total, fraction=fraction, detail=dict(detail or {}))
             snapshot = self.latest
         if self._sink:
             self._sink(snapshot)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from inference.progress.tracker import Progress
-from inference.task import Lease, Video
+from inference.task import Lease, Video, VideoFormat
 
 
 class TaskQueue(Protocol):
@@ -16,7 +16,14 @@ class TaskQueue(Protocol):
 
     Raises, from any method: QueueUnavailable, its subclass QueueFailed where the queue itself answered that it failed,
     QueueAuthError, QueueRefused.
+
+    `hands_back`: whether a task can be given to another worker. Where it cannot, a task that was taken ends here:
+    whatever would hand it back reports it as failed instead.
+    `video_formats`: what the queue takes as a video; the first is what anything else is turned into.
     """
+
+    hands_back: bool
+    video_formats: tuple[VideoFormat, ...]
 
     async def check(self) -> None:
         """Proves that the queue answers and accepts the key, without leasing a task."""
@@ -56,10 +63,10 @@ class TaskQueue(Protocol):
         """
         ...
 
-    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
-        """Puts the task's photo into `folder` and returns its path. The photo was decoded once to verify it.
+    async def fetch_inputs(self, lease: Lease, folder: Path) -> dict[str, Path]:
+        """Puts every input of the task into `folder`; returns their paths by name. Each was verified by its kind.
 
-        Raises StorageError, InvalidPhoto, MachineFault, LeaseLost, CancelRequested.
+        Raises StorageError, MediaError, MachineFault, LeaseLost, CancelRequested.
         """
         ...
 
@@ -82,9 +89,10 @@ class TaskQueue(Protocol):
         """
         ...
 
-    async def release(self, lease: Lease) -> None:
+    async def release(self, lease: Lease, reason: str | None = None) -> None:
         """Hands the task back, so that another worker can lease it at once; no failure is counted.
 
-        A task whose cancellation was requested ends cancelled instead. Raises LeaseLost.
+        A task whose cancellation was requested ends cancelled instead. A queue that takes nothing back reports the task
+        failed, with `reason` for people. Raises LeaseLost.
         """
         ...

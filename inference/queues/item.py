@@ -22,7 +22,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from inference.task import Task, Value, duration_s
+from inference.task import PHOTO, Input, Task, Value, duration_s
 
 MAX_FAILURES = 3
 """An item that failed this often is handed out no more (Life-is-Short API: `retry_count < 3`)."""
@@ -88,7 +88,7 @@ class Item(Value):
             group_id=self.group_id,
             photo_id=self.photo_id,
             prompt=self.prompt,
-            photo_storage_path=self.photo_storage_path,
+            inputs={PHOTO: Input(source=self.photo_storage_path)},
             duration_s=self.duration_s,
             names_duration=self.frame_num is not None,
             provider=self.inference_provider,

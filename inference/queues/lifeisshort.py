@@ -51,7 +51,7 @@ from inference.queues.lifeisshort_wire import (
     SignedDownload,
     SignedUpload,
 )
-from inference.task import Lease, Video, explain, identifier, parse_task
+from inference.task import PHOTO, Lease, Video, VideoFormat, explain, identifier, parse_task
 from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
@@ -85,6 +85,9 @@ class LifeIsShortQueue:
 
     Raises SettingsError for an address, key, worker_id or length that cannot work.
     """
+
+    hands_back = True
+    video_formats: tuple[VideoFormat, ...] = ("mp4",)
 
     CONFIRM_AFTER_S: ClassVar[float] = 2.5
     """Pause before a heartbeat answered 404 is repeated: the real server says 404 for a database hiccup, too."""
@@ -211,9 +214,12 @@ class LifeIsShortQueue:
             if data["cancel_requested"] is True:
                 raise CancelRequested(f"task {lease.task.item_id}: cancelled by a person")
 
-    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
-        """As TaskQueue.fetch_photo. If the URL has expired or its object is missing, it is presigned again, once."""
-        path = folder / f"photo{_suffix(lease.task.photo_storage_path)}"
+    async def fetch_inputs(self, lease: Lease, folder: Path) -> dict[str, Path]:
+        """As TaskQueue.fetch_inputs: this queue's tasks have a photo in its storage, and nothing else.
+
+        If the URL has expired or its object is missing, it is presigned again, once.
+        """
+        path = folder / f"photo{_suffix(_photo_path(lease))}"
         url = await self._presign_download(lease)
         with _reaching_storage():
             try:
@@ -221,7 +227,7 @@ class LifeIsShortQueue:
             except (UrlExpired, ObjectMissing):
                 await self._storage.download(await self._presign_download(lease), path)
         await anyio.to_thread.run_sync(photo.verify, path)
-        return path
+        return {PHOTO: path}
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """As TaskQueue.deliver.
@@ -250,8 +256,9 @@ class LifeIsShortQueue:
         """As TaskQueue.fail. Each report that the server accepts increments the task's retry_count."""
         await self._report(lease, {"status": "failed", "error_message": _bounded(message) or "no reason given"})
 
-    async def release(self, lease: Lease) -> None:
+    async def release(self, lease: Lease, reason: str | None = None) -> None:
         """As TaskQueue.release: the lease is cut to one second, the shortest the API takes."""
+        del reason  # the task goes on elsewhere
         await self._renew(lease, RELEASE_S)
 
     async def _renew(self, lease: Lease, extend_s: int, **said: Any) -> Any:
@@ -305,7 +312,7 @@ class LifeIsShortQueue:
             logger.warning("malformed task could not be reported", item_id=item_id, problem=str(error))
 
     async def _presign_download(self, lease: Lease) -> str:
-        path = lease.task.photo_storage_path
+        path = _photo_path(lease)
         answer = await self._ask("presign", {"operation": "download", "storage_path": path})
         # Supabase presigns only objects that exist, and its "Object not found" means so whatever the status code. A 404
         # of the API itself may also be a hiccup of its database; ObjectUnsigned is retryable for that reason.
@@ -323,7 +330,7 @@ class LifeIsShortQueue:
         to a fresh path tells the cases apart: it fails only if the storage is down. Presigning stores nothing.
         Raises ObjectUnsigned, StorageAway, LeaseLost.
         """
-        path, said = lease.task.photo_storage_path, f"presign: {unsigned.status} {unsigned.error}"
+        path, said = _photo_path(lease), f"presign: {unsigned.status} {unsigned.error}"
         try:
             await self._presign_upload(lease, _unique_extension(lease))
         except QueueFailed as error:
@@ -435,6 +442,10 @@ def _fence(lease: Lease) -> dict[str, Any]:
     if isinstance(lease_seq, int) and not isinstance(lease_seq, bool):
         fence[LEASE_SEQ] = lease_seq
     return fence
+
+
+def _photo_path(lease: Lease) -> str:
+    return lease.task.inputs[PHOTO].source
 
 
 def _suffix(path: str) -> str:

@@ -25,7 +25,7 @@ from inference.media import photo
 from inference.progress.tracker import Progress
 from inference.providers import WorkerType
 from inference.queues.item import RELEASE_S, Item, ItemProgress
-from inference.task import Lease, Video
+from inference.task import PHOTO, Lease, Video, VideoFormat
 from inference.testing.memory_store import MemoryStore
 
 T = TypeVar("T")
@@ -56,6 +56,8 @@ class MemoryQueue:
     worker_type: WorkerType | None = None
     faults: Faults = field(default_factory=Faults)
     random: Random = field(default_factory=lambda: Random(0))
+    hands_back: bool = True
+    video_formats: tuple[VideoFormat, ...] = ("mp4",)
 
     async def check(self) -> None:
         """See TaskQueue."""
@@ -87,16 +89,16 @@ class MemoryQueue:
         if item.cancel_requested:
             raise CancelRequested("the task was cancelled")
 
-    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
+    async def fetch_inputs(self, lease: Lease, folder: Path) -> dict[str, Path]:
         """See TaskQueue."""
-        path = lease.task.photo_storage_path
+        path = lease.task.inputs[PHOTO].source
         body = await self._call(lambda: self.store.objects.get(path))
         if body is None:
             raise ObjectMissing(f"the photo {path} is not in storage")
         target = folder / Path(path).name
         target.write_bytes(body)
         photo.verify(target)
-        return target
+        return {PHOTO: target}
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """See TaskQueue."""
@@ -125,8 +127,9 @@ class MemoryQueue:
         """See TaskQueue."""
         await self._write(lambda: self.store.fail(lease.task.item_id, lease.worker_id, message))
 
-    async def release(self, lease: Lease) -> None:
+    async def release(self, lease: Lease, reason: str | None = None) -> None:
         """See TaskQueue."""
+        del reason  # the task goes on elsewhere
         await self._write(lambda: self.store.heartbeat(lease.task.item_id, lease.worker_id, RELEASE_S))
 
     async def _overtaking_lease(self, worker_id: str, item_id: str | None) -> Item | None:

@@ -96,10 +96,10 @@ class Shop(MemoryStore):
 class Line(MemoryQueue):
     """A connection on which everything takes its time."""
 
-    async def fetch_photo(self, lease, folder):
+    async def fetch_inputs(self, lease, folder):
         """See TaskQueue."""
         await anyio.sleep(PHOTO_S)
-        return await MemoryQueue.fetch_photo(self, lease, folder)
+        return await MemoryQueue.fetch_inputs(self, lease, folder)
 
     async def deliver(self, lease, video):
         """See TaskQueue."""
@@ -206,10 +206,10 @@ def documented(reload_s: float) -> Callable:
                 await anyio.sleep(POLL_S)
                 continue
             await queue.heartbeat(lease)
-            await queue.fetch_photo(lease, day.folder)
+            await queue.fetch_inputs(lease, day.folder)
             await anyio.sleep(reload_s)
             engine = SimulatedEngine("rented", day.clip_s, day.generations)
-            video = await engine.generate(_Request(lease.task.prompt), day.folder, day.folder, _Job())
+            video = await engine.generate(_Request(lease.task.prompt), {"photo": day.folder}, day.folder, _Job())
             await queue.complete(lease, await queue.deliver(lease, video), video)
 
     return loop

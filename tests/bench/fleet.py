@@ -101,7 +101,10 @@ class FixedEngine:
     name: str = "fixed"
     stages: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request: GenerationRequest, inputs: dict[str, Path], folder: Path, job: Job) -> Video:  # noqa: ARG002
         """See Engine."""
         started_at = time.monotonic()
         await anyio.sleep(self.seconds)

@@ -221,7 +221,7 @@ class Subject:
         with self._measuring() as (watch, measured):
             watch.mark("begin")
             with suppress(CancelRequested):
-                anyio.run(engine.generate, request, self.photo, self._folder, job)
+                anyio.run(engine.generate, request, {"photo": self.photo}, self._folder, job)
         offload = engine._models.offload
         self._spoilt |= offload != self.parts.offload  # memory was short, and what has left does not come back
         return measured | {"offload": offload.name.lower()}

@@ -58,7 +58,13 @@ def main() -> None:
 
     job = Job(ProgressTracker(engine.stages, follow))
     try:
-        anyio.run(engine.generate, GenerationRequest.model_validate_json(asked.request), asked.photo, asked.folder, job)
+        anyio.run(
+            engine.generate,
+            GenerationRequest.model_validate_json(asked.request),
+            {"photo": asked.photo},
+            asked.folder,
+            job,
+        )
     except CancelRequested:
         phases, before = {}, asked.spawned_at
         for name, at in marks.items():

@@ -856,9 +856,9 @@ def run_here(queue, lease):
     begun = []
 
     class Engine(PreviewEngine):
-        async def generate(self, request, photo, folder, job):
+        async def generate(self, request, inputs, folder, job):
             begun.append(request)
-            return await super().generate(request, photo, folder, job)
+            return await super().generate(request, inputs, folder, job)
 
     settings = Settings.isolated(api_url=queue.url, api_key=KEY, worker_id="endpoint")
 

@@ -88,14 +88,16 @@ class EngineContract:
     @pytest.mark.anyio
     async def test_makes_the_video_it_describes(self, engine, photo, folder):
         """Width, height, rate, frames and bytes in the value are the file's own, and the length is what was asked."""
-        video = await engine.generate(self.request_, photo, folder, Job())
+        video = await engine.generate(self.request_, {"photo": photo}, folder, Job())
         self._is_real(video, folder)
         assert video.duration_s == pytest.approx(self.request_.duration_s, abs=4 / video.fps)  # models make 4k+1
 
     @pytest.mark.anyio
     async def test_keeps_the_shape_of_the_photo(self, engine, tmp_path, folder):
         """A portrait stays one, and the size stays within the area that was asked for."""
-        video = await engine.generate(self.request_, landscape(tmp_path / "p.jpg", (180, 320)), folder, Job())
+        video = await engine.generate(
+            self.request_, {"photo": landscape(tmp_path / "p.jpg", (180, 320))}, folder, Job()
+        )
         assert video.height > video.width
         assert video.width % 2 == video.height % 2 == 0
         if self.makes_its_own_size:
@@ -109,14 +111,14 @@ class EngineContract:
         exif[0x0112] = 6
         with Image.open(landscape(tmp_path / "stored.jpg")) as image:
             image.save(sideways, exif=exif)
-        video = await engine.generate(self.request_, sideways, folder, Job())
+        video = await engine.generate(self.request_, {"photo": sideways}, folder, Job())
         assert video.height > video.width
 
     @pytest.mark.anyio
     async def test_leaves_the_photo_alone(self, engine, photo, folder):
         """The photo is the lease's, and may be needed for another try."""
         before = photo.read_bytes()
-        await engine.generate(self.request_, photo, folder, Job())
+        await engine.generate(self.request_, {"photo": photo}, folder, Job())
         assert photo.read_bytes() == before
 
     @pytest.mark.anyio
@@ -124,7 +126,7 @@ class EngineContract:
         """Only stages it declared, each in its turn, `done` never falling, the last one reported whole."""
         heard: list[Progress] = []
         await engine.generate(
-            self.request_, photo, folder, Job(ProgressTracker(plan(engine.stages), sink=heard.append))
+            self.request_, {"photo": photo}, folder, Job(ProgressTracker(plan(engine.stages), sink=heard.append))
         )
         order = list(engine.stages)
         turns = [order.index(each.stage) for each in heard]
@@ -141,7 +143,7 @@ class EngineContract:
         job = Job()
         job.cancel(CancelRequested("cancelled in the queue"))
         with pytest.raises(CancelRequested, match="in the queue"):
-            await engine.generate(self.request_, photo, folder, job)
+            await engine.generate(self.request_, {"photo": photo}, folder, job)
         assert list(folder.iterdir()) == []
 
     @pytest.mark.anyio
@@ -155,10 +157,10 @@ class EngineContract:
 
         job = Job(ProgressTracker(engine.stages, sink=cancel))
         with pytest.raises(CancelRequested, match="a person"):
-            await engine.generate(self.request_, photo, folder, job)
+            await engine.generate(self.request_, {"photo": photo}, folder, job)
         assert len(reports) <= 2
         assert list(folder.iterdir()) == []
-        self._is_real(await engine.generate(self.request_, photo, folder, Job()), folder)
+        self._is_real(await engine.generate(self.request_, {"photo": photo}, folder, Job()), folder)
 
     @pytest.mark.anyio
     async def test_stops_when_its_scope_is_cancelled(self, engine, photo, folder):
@@ -173,11 +175,11 @@ class EngineContract:
 
         job = Job(ProgressTracker(engine.stages, sink=cancel))
         with anyio.move_on_after(self.patience_s) as scope:
-            await engine.generate(self.request_, photo, folder, job)
+            await engine.generate(self.request_, {"photo": photo}, folder, job)
         assert scope.cancelled_caught
         assert not job.hung
         assert list(folder.iterdir()) == []
-        self._is_real(await engine.generate(self.request_, photo, folder, Job()), folder)
+        self._is_real(await engine.generate(self.request_, {"photo": photo}, folder, Job()), folder)
 
     @pytest.mark.anyio
     async def test_stops_while_it_reads_the_photo(self, engine, photo, tmp_path, folder):
@@ -186,11 +188,11 @@ class EngineContract:
         slow.write_bytes(many_scans(9999, 195))
         job = Job()
         with anyio.move_on_after(0.3) as scope:
-            await engine.generate(self.request_, slow, folder, job)
+            await engine.generate(self.request_, {"photo": slow}, folder, job)
         assert scope.cancelled_caught
         assert anyio.current_time() - scope.deadline < 1
         assert not job.hung
-        self._is_real(await engine.generate(self.request_, photo, folder, Job()), folder)
+        self._is_real(await engine.generate(self.request_, {"photo": photo}, folder, Job()), folder)
 
     @pytest.mark.anyio
     async def test_refuses_what_is_not_a_photo(self, engine, photo, tmp_path, folder):
@@ -198,21 +200,21 @@ class EngineContract:
         broken = tmp_path / "broken.jpg"
         broken.write_bytes(photo.read_bytes()[:300])
         with pytest.raises(InvalidPhoto):
-            await engine.generate(self.request_, broken, folder, Job())
+            await engine.generate(self.request_, {"photo": broken}, folder, Job())
         assert list(folder.iterdir()) == []
-        self._is_real(await engine.generate(self.request_, photo, folder, Job()), folder)
+        self._is_real(await engine.generate(self.request_, {"photo": photo}, folder, Job()), folder)
 
     @pytest.mark.anyio
     async def test_names_the_field_it_cannot_do(self, engine, photo, folder):
         """An unsupported length is refused before any work, by the name of its field."""
         request = self.request_.model_copy(update={"duration_s": self.unsupported_duration_s})
         with pytest.raises(InvalidRequest, match="duration_s"):
-            await engine.generate(request, photo, folder, Job())
+            await engine.generate(request, {"photo": photo}, folder, Job())
         assert list(folder.iterdir()) == []
 
     @pytest.mark.anyio
     async def test_raises_nothing_foreign(self, engine, photo, tmp_path):
         """A folder that is not there is an error of our tree too, of one line."""
         with pytest.raises(I2VError) as caught:
-            await engine.generate(self.request_, photo, tmp_path / "missing", Job())
+            await engine.generate(self.request_, {"photo": photo}, tmp_path / "missing", Job())
         assert "\n" not in str(caught.value)

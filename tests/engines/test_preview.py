@@ -268,4 +268,4 @@ def test_preview_frames_stay_as_wan_frames_them():
 
 async def _generate(tmp_path, **request):
     photo = await anyio.to_thread.run_sync(landscape, tmp_path / "photo.jpg")
-    return await PreviewEngine().generate(GenerationRequest(**request), photo, tmp_path, Job())
+    return await PreviewEngine().generate(GenerationRequest(**request), {"photo": photo}, tmp_path, Job())

@@ -27,7 +27,7 @@ from inference.fleet.readings import Readings
 from inference.payments.ledger import HALF_A_CENT, RESERVED_S, Ledger
 from inference.payments.records import MemoryRecords
 from inference.settings import Settings
-from inference.task import Lease, Task
+from inference.task import Input, Lease, Task
 from inference.testing.memory_queue import Faults, MemoryQueue
 from inference.testing.memory_store import MemoryStore
 from tests.simulation.leases import quiet
@@ -50,7 +50,7 @@ def task(provider=None, duration_s=5.0, item_id="item"):
         item_id=item_id,
         group_id="g",
         photo_id="p",
-        photo_storage_path="g/p.jpg",
+        inputs={"photo": Input(source="g/p.jpg")},
         duration_s=duration_s,
         provider=provider,
     )
@@ -128,11 +128,11 @@ class WatchedQueue(MemoryQueue):
         await anyio.sleep(self.takes_s.get("backlog", 0.0))
         return await MemoryQueue.backlog(self) if self.counts else None
 
-    async def release(self, lease):
+    async def release(self, lease, reason=None):
         """See TaskQueue."""
         self.returned.append(lease)
         await anyio.sleep(self.takes_s.get("release", 0.0))
-        await MemoryQueue.release(self, lease)
+        await MemoryQueue.release(self, lease, reason)
 
 
 @dataclass

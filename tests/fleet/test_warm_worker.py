@@ -44,20 +44,23 @@ class BusyEngine(SleepyEngine):
     seconds: float = CLIP_S
     began_at: list[float] = field(default_factory=list)
 
-    async def generate(self, request, photo, folder, job):
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request, inputs, folder, job):
         """See Engine."""
         self.began_at.append(anyio.current_time())
-        return await SleepyEngine.generate(self, request, photo, folder, job)
+        return await SleepyEngine.generate(self, request, inputs, folder, job)
 
 
 @dataclass
 class Road(WatchedQueue):
     """A connection on which photos and videos take their time."""
 
-    async def fetch_photo(self, lease, folder):
+    async def fetch_inputs(self, lease, folder):
         """See TaskQueue."""
         await anyio.sleep(self.takes_s.get("photo", 0.0))
-        return await WatchedQueue.fetch_photo(self, lease, folder)
+        return await WatchedQueue.fetch_inputs(self, lease, folder)
 
     async def deliver(self, lease, video):
         """See TaskQueue."""
@@ -607,7 +610,7 @@ async def test_a_photo_by_hand_takes_its_turn(box, tmp_path):
             await anyio.sleep(1)
             async with it.host.turns.taken():
                 request = GenerationRequest(duration_s=5)
-                video = await it.host.turns.generate(request, tmp_path / "p.jpg", tmp_path, Job())
+                video = await it.host.turns.generate(request, {"photo": tmp_path / "p.jpg"}, tmp_path, Job())
         assert video.frames == 25
         assert it.engine.began_at == [0, CLIP_S]
 

@@ -31,7 +31,7 @@ async def test_what_is_no_photo_never_gets_a_turn(tmp_path):
     engine = SleepyEngine(seconds=0)
     (tmp_path / "photo").write_bytes(b"hello")
     with pytest.raises(InvalidPhoto):
-        async with generated(EngineTurns(engine), REQUEST, tmp_path / "photo", tmp_path, Job()):
+        async with generated(EngineTurns(engine), REQUEST, {"photo": tmp_path / "photo"}, tmp_path, Job()):
             pass
     assert engine.runs == 0
 
@@ -40,12 +40,12 @@ async def test_tries_are_the_callers_to_choose(tmp_path, photo):
     """One for a person who waits; as many as a lease has where nobody does."""
     engine = SleepyEngine(seconds=0, errors=[EngineFailed("no")] * 3)
     with pytest.raises(EngineFailed):
-        async with generated(EngineTurns(engine), REQUEST, photo, tmp_path, Job()):
+        async with generated(EngineTurns(engine), REQUEST, {"photo": photo}, tmp_path, Job()):
             pass
     assert engine.runs == 1
     with anyio.fail_after(30):
         patient = Policy(attempts=3, retry_wait_s=0)
-        async with generated(EngineTurns(engine), REQUEST, photo, tmp_path, Job(), policy=patient) as video:
+        async with generated(EngineTurns(engine), REQUEST, {"photo": photo}, tmp_path, Job(), policy=patient) as video:
             assert video.frames == 25
     assert engine.runs == 4
 
@@ -60,7 +60,7 @@ async def test_what_ran_out_while_it_waited_is_not_generated_for(tmp_path, photo
         raise UrlExpired("it ended")
 
     with pytest.raises(UrlExpired):
-        async with generated(turns, REQUEST, photo, tmp_path, Job(tracker), check=check):
+        async with generated(turns, REQUEST, {"photo": photo}, tmp_path, Job(tracker), check=check):
             pass
     assert engine.runs == 0
 
@@ -77,10 +77,14 @@ async def test_a_payment_is_delivered_when_the_video_was_taken_away(tmp_path, ph
         return purchase
 
     with pytest.raises(OSError, match="full"):
-        async with generated(EngineTurns(SleepyEngine(seconds=0)), REQUEST, photo, tmp_path, Job(None, await pay())):
+        async with generated(
+            EngineTurns(SleepyEngine(seconds=0)), REQUEST, {"photo": photo}, tmp_path, Job(None, await pay())
+        ):
             raise OSError("full")
     assert await ledger.is_paid_for("x")
-    async with generated(EngineTurns(SleepyEngine(seconds=0)), REQUEST, photo, tmp_path, Job(None, await pay())):
+    async with generated(
+        EngineTurns(SleepyEngine(seconds=0)), REQUEST, {"photo": photo}, tmp_path, Job(None, await pay())
+    ):
         assert await ledger.is_paid_for("x")
     assert [payment.status for payment in await ledger.payments()] == ["delivered"]
 

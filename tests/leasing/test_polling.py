@@ -139,7 +139,7 @@ async def test_settings_that_end_tasks_stop_the_worker_at_once(box):
     """Every task goes back, and what to set is what the worker ends with."""
     it = box(tasks=5, concurrency=1)
     refused = AddressRefused("10.0.0.1 is not public: set I2V_ALLOW_PRIVATE_ADDRESSES=true")
-    it.queue.script["fetch_photo"] = [refused] * 5
+    it.queue.script["fetch_inputs"] = [refused] * 5
     with pytest.raises(SettingsError, match="I2V_ALLOW_PRIVATE_ADDRESSES"):
         await it.worker.run()
     assert it.statuses() == ["pending"] * 5
@@ -184,7 +184,7 @@ async def test_a_clip_ends_the_wait(box):
 async def test_a_wait_ends_when_a_task_that_ran_on_is_completed(box):
     """Not half an hour later: the provider works again."""
     it = box(tasks=3, engine=SleepyEngine(seconds=70), concurrency=2)
-    it.queue.script["fetch_photo"] = [None, *[StorageAway("no URL for anything")] * 6]  # three tries for each task
+    it.queue.script["fetch_inputs"] = [None, *[StorageAway("no URL for anything")] * 6]  # three tries for each task
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stop_at, it, 400)
         tasks.start_soon(it.worker.run)
@@ -354,7 +354,10 @@ async def test_a_stuck_engine_is_told_even_when_the_worker_was_stopped(box):
     never = threading.Event()
 
     class Stuck(SleepyEngine):
-        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+        async def check(self):
+            """See Engine."""
+
+        async def generate(self, request, inputs, folder, job):  # noqa: ARG002
             return await run_in_thread(job, never.wait, stop_grace_s=0.05)
 
     it = box(tasks=1, engine=Stuck(), grace_s=0.05)
@@ -393,3 +396,34 @@ async def test_a_queue_that_is_away_for_minutes_ends_no_worker(box):
         await it.worker.run()
     assert [outcome.status for outcome in it.outcomes] == ["lease_lost"] * 3
     assert not any(outcome.machine_at_fault for outcome in it.outcomes)
+
+
+@virtual_time
+async def test_no_task_is_taken_while_the_engine_could_make_none(box):
+    """Not every queue takes a task back: an engine whose server is away is waited for before any task is taken."""
+
+    class Away(SleepyEngine):
+        async def check(self):
+            if anyio.current_time() < 400:
+                raise ProviderUnavailable("ComfyUI does not answer")
+
+    it = box(tasks=1, engine=Away(seconds=1), poll_interval_s=5)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 500)
+        await it.worker.run()
+    assert 400 <= it.queue.asked_at[0] < 460
+    assert it.statuses() == ["completed"]
+
+
+@virtual_time
+async def test_a_single_task_is_not_waited_for(box):
+    """With a number of tasks to take, an engine that is away ends the worker with its error, and nothing was taken."""
+
+    class Away(SleepyEngine):
+        async def check(self):
+            raise ProviderUnavailable("ComfyUI does not answer")
+
+    it = box(tasks=1, engine=Away())
+    with pytest.raises(ProviderUnavailable):
+        await it.worker.run(at_most=1)
+    assert it.statuses() == ["pending"]

@@ -21,6 +21,7 @@ from inference.errors import (
     I2VError,
     InvalidRequest,
     LeaseLost,
+    ProviderUnavailable,
     QueueAuthError,
     QueueFailed,
     QueueRefused,
@@ -58,10 +59,10 @@ class ScriptedQueue(MemoryQueue):
         await self._turn("heartbeat")
         await MemoryQueue.heartbeat(self, lease, progress)
 
-    async def fetch_photo(self, lease, folder):
+    async def fetch_inputs(self, lease, folder):
         """See TaskQueue."""
-        await self._turn("fetch_photo")
-        return await MemoryQueue.fetch_photo(self, lease, folder)
+        await self._turn("fetch_inputs")
+        return await MemoryQueue.fetch_inputs(self, lease, folder)
 
     async def deliver(self, lease, video):
         """See TaskQueue."""
@@ -78,10 +79,10 @@ class ScriptedQueue(MemoryQueue):
         await self._turn("fail")
         await MemoryQueue.fail(self, lease, message)
 
-    async def release(self, lease):
+    async def release(self, lease, reason=None):
         """See TaskQueue."""
         await self._turn("release")
-        await MemoryQueue.release(self, lease)
+        await MemoryQueue.release(self, lease, reason)
 
 
 @dataclass
@@ -94,7 +95,10 @@ class SleepyEngine:
     name: str = "sleepy"
     stages: dict[str, float] = field(default_factory=lambda: {"sleep": 1.0})
 
-    async def generate(self, request, photo, folder, job):  # noqa: ARG002
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request, inputs, folder, job):  # noqa: ARG002
         """See Engine."""
         self.runs += 1
         job.report("sleep", 1, 2)
@@ -162,7 +166,7 @@ async def test_a_lease_in_order(scene):
     it = scene()
     outcome = await it.run()
     assert outcome.status == "completed"
-    assert [call for call in it.queue.calls if call != "heartbeat"] == ["fetch_photo", "deliver", "complete"]
+    assert [call for call in it.queue.calls if call != "heartbeat"] == ["fetch_inputs", "deliver", "complete"]
     assert it.queue.calls[0] == "heartbeat"
     assert it.store.objects[outcome.storage_path] == b"frames"
     assert (it.now.status, it.now.video_storage_path) == ("completed", outcome.storage_path)
@@ -222,7 +226,10 @@ async def test_a_process_that_was_paused_spends_nothing(scene):
     spent = []
 
     class Frozen(SleepyEngine):
-        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+        async def check(self):
+            """See Engine."""
+
+        async def generate(self, request, inputs, folder, job):  # noqa: ARG002
             job.raise_if_lease_ended()
             trio.lowlevel.current_clock().jump(250)
             job.raise_if_lease_ended()
@@ -284,7 +291,7 @@ async def test_the_deadline_counts_from_before_the_beat_was_sent(scene):
 async def test_a_queue_that_is_away_is_waited_for(scene):
     """Presigning and completing go on being tried for as long as the lease lives; the video is made once."""
     it = scene()
-    it.queue.script["fetch_photo"] = [QueueUnavailable("away")] * 8
+    it.queue.script["fetch_inputs"] = [QueueUnavailable("away")] * 8
     it.queue.script["complete"] = [QueueUnavailable("away")] * 8
     outcome = await it.run()
     assert outcome.status == "completed"
@@ -302,7 +309,7 @@ async def test_a_report_outlives_the_work_but_not_the_lease(scene):
     assert anyio.current_time() == pytest.approx(304)  # the second beat was sent at 4 s
 
 
-@pytest.mark.parametrize("stage", ["fetch_photo", "deliver"])
+@pytest.mark.parametrize("stage", ["fetch_inputs", "deliver"])
 def test_storage_is_tried_three_times_five_seconds_apart(scene, stage):
     """The documents' table; then the task fails, with the reason."""
 
@@ -428,7 +435,7 @@ async def test_a_failure_whose_answer_was_lost_is_asked_about(scene):
 @virtual_time
 async def test_a_queue_that_says_it_cannot_is_asked_a_few_times(scene):
     """An answer is no outage: while beats are answered, three tries are enough to know that it is this task."""
-    for call in ("fetch_photo", "deliver"):
+    for call in ("fetch_inputs", "deliver"):
         it = scene()
         it.queue.script[call] = [QueueFailed("500")] * 2
         assert (await it.run()).status == "completed"
@@ -499,7 +506,7 @@ def test_what_is_nobodys_task_goes_back_and_tells_the_worker_what_to_do(scene, e
     @virtual_time
     async def check():
         it = scene()
-        it.queue.script["fetch_photo"] = [error] * 3
+        it.queue.script["fetch_inputs"] = [error] * 3
         outcome = await it.run()
         assert (outcome.status, outcome.worker_should, outcome.machine_at_fault) == ("released", advice, suspect)
         assert (it.now.status, it.now.retry_count) == ("pending", 0)
@@ -508,7 +515,7 @@ def test_what_is_nobodys_task_goes_back_and_tells_the_worker_what_to_do(scene, e
     check()
 
 
-@pytest.mark.parametrize("call", ["fetch_photo", "deliver", "complete"])
+@pytest.mark.parametrize("call", ["fetch_inputs", "deliver", "complete"])
 @pytest.mark.parametrize("error", [QueueRefused("400 malformed"), QueueUnavailable("502")])
 def test_a_call_that_fails_for_this_task_alone_ends_it(scene, call, error):
     """Beats are answered, one call never works: the task fails, counted, instead of going round for ever."""
@@ -581,14 +588,17 @@ async def test_the_lease_is_handed_back_before_the_engine_has_stopped(scene):
     released = threading.Event()
 
     class LongStep(SleepyEngine):
-        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+        async def check(self):
+            """See Engine."""
+
+        async def generate(self, request, inputs, folder, job):  # noqa: ARG002
             return await run_in_thread(job, lambda: released.wait(20))
 
     it = scene(engine=LongStep())
     tell = it.queue.release
 
-    async def release(lease):
-        await tell(lease)
+    async def release(lease, reason=None):
+        await tell(lease, reason)
         released.set()
 
     it.queue.release = release
@@ -619,7 +629,7 @@ async def test_leases_share_one_engine(scene):
         for lease in leases:
             tasks.start_soon(it.runner.run, lease)
     assert anyio.current_time() == 200
-    assert it.queue.calls.count("fetch_photo") == 2
+    assert it.queue.calls.count("fetch_inputs") == 2
     assert {item.status for item in it.store.items.values()} == {"completed"}
 
 
@@ -629,7 +639,10 @@ async def test_a_thread_that_does_not_obey_is_left_behind(scene):
     never = threading.Event()
 
     class Stuck(SleepyEngine):
-        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+        async def check(self):
+            """See Engine."""
+
+        async def generate(self, request, inputs, folder, job):  # noqa: ARG002
             self.runs += 1
             return await run_in_thread(job, never.wait, stop_grace_s=0.05)
 
@@ -651,7 +664,10 @@ async def test_a_thread_that_obeys_is_waited_for(scene):
     steps = []
 
     class Stepping(SleepyEngine):
-        async def generate(self, request, photo, folder, job):  # noqa: ARG002
+        async def check(self):
+            """See Engine."""
+
+        async def generate(self, request, inputs, folder, job):  # noqa: ARG002
             def work():
                 pause = threading.Event()
                 for step in range(10_000):
@@ -677,3 +693,48 @@ def test_the_first_reason_to_cancel_stays():
     job.cancel(CancelRequested("second"))
     with pytest.raises(LeaseLost):
         job.raise_if_cancelled()
+
+
+@virtual_time
+async def test_what_cannot_be_handed_back_is_failed_with_the_reason(scene):
+    """A queue that takes nothing back would keep the task for ever: it is told, and the worker still learns why."""
+    it = scene(engine=SleepyEngine(errors=[EngineLost("the GPU is gone")]))
+    it.queue.hands_back = False
+    outcome = await it.run()
+    assert (outcome.status, outcome.machine_at_fault) == ("failed", True)
+    assert (it.now.status, it.now.error_message) == ("failed", "the GPU is gone")
+    assert "release" not in it.queue.calls
+
+
+@virtual_time
+async def test_an_outage_that_cannot_be_handed_back_is_failed_and_waited_for(scene):
+    """The machine is not at fault, and the next task would meet the same outage."""
+    it = scene(engine=SleepyEngine(errors=[ProviderUnavailable("ComfyUI is away")]))
+    it.queue.hands_back = False
+    outcome = await it.run()
+    assert (outcome.status, outcome.machine_at_fault, outcome.worker_should) == ("failed", False, "wait")
+
+
+@virtual_time
+async def test_a_queue_is_heard_of_as_often_as_it_asks(scene):
+    """A lease may ask for beats far more often than this worker is set to send them."""
+    it = scene(engine=SleepyEngine(seconds=21))
+    it.lease = (await it.queue.lease()).model_copy(update={"beat_interval_s": 2.0})
+    await it.runner.run(it.lease)
+    assert it.queue.calls.count("heartbeat") >= 10
+
+
+@virtual_time
+async def test_the_engine_is_told_what_the_queue_takes(scene):
+    """Which formats of video; what the task brings as a workflow goes along."""
+    asked = []
+
+    class Asked(SleepyEngine):
+        async def generate(self, request, inputs, folder, job):
+            asked.append((request.video_formats, list(inputs)))
+            return await SleepyEngine.generate(self, request, inputs, folder, job)
+
+    it = scene(engine=Asked())
+    it.queue.video_formats = ("mp4", "webm")
+    await it.run()
+    assert asked == [(("mp4", "webm"), ["photo"])]

@@ -15,14 +15,21 @@ from inference.on_runpod.api import MAX_UNKNOWN, PATIENCE_S, QUIET_S, TRIES, Hea
 from inference.on_runpod.containers import NoContainers, RunPodContainers
 from inference.on_runpod.wire import TaskInput, parse
 from inference.settings import Settings
-from inference.task import Lease, Task
+from inference.task import Input, Lease, Task
 from inference.transfer.storage_errors import FOREIGN
 from tests.support.virtual import virtual_time
 
 KEY = "rpa_secret"
 TAKEN = {"id": "j1", "status": "IN_QUEUE"}
 LEASE = Lease(
-    task=Task(item_id="i1", group_id="g", photo_id="p", photo_storage_path="g/p.jpg", duration_s=5, extras={"a": 1}),
+    task=Task(
+        item_id="i1",
+        group_id="g",
+        photo_id="p",
+        inputs={"photo": Input(source="g/p.jpg")},
+        duration_s=5,
+        extras={"a": 1},
+    ),
     worker_id="cron.1f",
     length_s=300,
 )

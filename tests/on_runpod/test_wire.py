@@ -17,7 +17,7 @@ from inference.on_runpod.wire import (
     parse,
     parse_s3,
 )
-from inference.task import Lease, Outcome, Task
+from inference.task import Input, Lease, Outcome, Task
 
 WIRE_TASK = {
     "item_id": "a1",
@@ -51,7 +51,7 @@ def test_a_task_as_the_queue_hands_it_out():
 
 def test_a_lease_of_ours():
     """What a dispatcher sends arrives as the same value."""
-    task = Task(item_id="a1", group_id="g", photo_id="p", photo_storage_path="g/p.jpg", duration_s=2.5)
+    task = Task(item_id="a1", group_id="g", photo_id="p", inputs={"photo": Input(source="g/p.jpg")}, duration_s=2.5)
     lease = Lease(task=task, worker_id="cron.1", length_s=860)
     assert read(lease.model_dump(mode="json")).lease == lease
 

@@ -56,7 +56,10 @@ class FakeEngine:
         self.before = anyio.lowlevel.checkpoint
         self.stopped = False
 
-    async def generate(self, request, photo, folder, job):  # noqa: ARG002
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request, inputs, folder, job):  # noqa: ARG002
         self.runs += 1
         self.started.set()
         await self.before()

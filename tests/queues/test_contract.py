@@ -198,8 +198,9 @@ async def test_a_whole_life(home, photo_bytes, video, tmp_path):
     assert (lease.task.item_id, lease.task.prompt, lease.task.duration_s) == (item_id, "파도가 친다", 3.0)
     assert lease.worker_id.startswith("me.")
     await queue.heartbeat(lease)
-    photo = await queue.fetch_photo(lease, tmp_path)
-    assert photo.read_bytes() == photo_bytes
+    inputs = await queue.fetch_inputs(lease, tmp_path)
+    assert list(inputs) == ["photo"]
+    assert inputs["photo"].read_bytes() == photo_bytes
     path = await queue.deliver(lease, video(b"frames"))
     await queue.complete(lease, path, video(b"frames"))
     item = home.item(item_id)
@@ -438,7 +439,7 @@ async def test_a_photo_that_is_none_is_refused(home, tmp_path):
     queue = home.connect()
     lease = await queue.lease()
     with pytest.raises(InvalidPhoto):
-        await queue.fetch_photo(lease, tmp_path)
+        await queue.fetch_inputs(lease, tmp_path)
 
 
 async def test_a_photo_that_is_gone_is_said_to_be(home, photo_bytes, tmp_path):
@@ -448,7 +449,7 @@ async def test_a_photo_that_is_gone_is_said_to_be(home, photo_bytes, tmp_path):
     lease = await queue.lease()
     home.remove(home.item(item_id).photo_storage_path)
     with pytest.raises(ObjectMissing):
-        await queue.fetch_photo(lease, tmp_path)
+        await queue.fetch_inputs(lease, tmp_path)
 
 
 async def test_many_ask_at_once_and_nobody_shares(home, photo_bytes):

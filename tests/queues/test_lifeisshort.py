@@ -42,7 +42,7 @@ from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.progress.tracker import Progress
 from inference.queues.lifeisshort import LifeIsShortQueue
-from inference.task import GenerationRequest, Lease, Task, Video, parse_task
+from inference.task import GenerationRequest, Input, Lease, Task, Video, parse_task
 from inference.transfer.storage import Storage
 from tests.leasing.test_runner import SleepyEngine
 
@@ -277,7 +277,7 @@ def test_a_task_as_the_wire_has_it():
         group_id=WIRE_TASK["group_id"],
         photo_id=WIRE_TASK["photo_id"],
         prompt="waves roll in",
-        photo_storage_path="7d1c/7d1c_original.JPG",
+        inputs={"photo": Input(source="7d1c/7d1c_original.JPG")},
         duration_s=3.0,
         provider="wan_local",
         extras={"lease_seq": 7, "mood": {"calm": True}},
@@ -352,7 +352,7 @@ def test_any_payload_is_a_task_or_an_invalid_one(payload):
         task = parse_task(payload)
     except InvalidTask:
         return
-    assert ".." not in task.photo_storage_path.split("/")
+    assert ".." not in task.inputs["photo"].source.split("/")
     assert 0 < task.duration_s <= 60
 
 
@@ -626,15 +626,15 @@ def test_release_is_the_shortest_lease():
 # Photos
 
 
-async def test_fetch_photo(tmp_path, photo_bytes):
+async def test_fetch_inputs(tmp_path, photo_bytes):
     """The file is in the folder, and an expired URL was presigned again."""
     server = RealServer()
     server.objects["photos/7d1c/7d1c_original.JPG"] = photo_bytes
     server.expired = 1
     async with queue_on(server) as queue:
-        path = await queue.fetch_photo(held(), tmp_path)
-    assert path == tmp_path / "photo.jpg"
-    assert path.read_bytes() == photo_bytes
+        inputs = await queue.fetch_inputs(held(), tmp_path)
+    assert inputs == {"photo": tmp_path / "photo.jpg"}
+    assert inputs["photo"].read_bytes() == photo_bytes
     assert len(server.sent("presign")) == 2
 
 
@@ -645,7 +645,7 @@ async def test_presigning_again_is_done_once(tmp_path, video):
     server.expired = 99
     async with queue_on(server) as queue:
         with pytest.raises(UrlExpired):
-            await queue.fetch_photo(held(), tmp_path)
+            await queue.fetch_inputs(held(), tmp_path)
         with pytest.raises(UrlExpired):
             await queue.deliver(held(), video)
     assert len(server.sent("presign")) == 4
@@ -657,7 +657,7 @@ async def test_a_photo_that_does_not_decode(tmp_path):
     server.objects["photos/7d1c/7d1c_original.JPG"] = b"not a photo"
     async with queue_on(server) as queue:
         with pytest.raises(InvalidPhoto):
-            await queue.fetch_photo(held(), tmp_path)
+            await queue.fetch_inputs(held(), tmp_path)
 
 
 @pytest.mark.parametrize("call", ["presign", "GET", "PUT"])
@@ -718,7 +718,7 @@ async def test_an_empty_photo_is_the_tasks_own_fault(tmp_path):
     server.objects["photos/7d1c/7d1c_original.JPG"] = b""
     async with queue_on(server) as queue:
         with pytest.raises(I2VError, match="empty") as caught:
-            await queue.fetch_photo(held(), tmp_path)
+            await queue.fetch_inputs(held(), tmp_path)
     assert caught.value.task_at_fault
 
 
@@ -727,12 +727,12 @@ async def test_a_missing_photo_is_told_from_a_storage_that_is_away(tmp_path):
     server = RealServer()
     async with queue_on(server) as queue:
         with pytest.raises(ObjectUnsigned, match="Failed to generate download URL") as missing:
-            await queue.fetch_photo(held(), tmp_path)
+            await queue.fetch_inputs(held(), tmp_path)
     assert [body["operation"] for body in server.sent("presign")] == ["download", "upload"]
     assert (missing.value.retryable, missing.value.task_at_fault) == (True, True)
     async with queue_on(lambda request: failed(json.loads(request.content)["operation"])) as queue:
         with pytest.raises(StorageAway, match="Failed to generate upload URL") as away:
-            await queue.fetch_photo(held(), tmp_path)
+            await queue.fetch_inputs(held(), tmp_path)
     assert (away.value.retryable, away.value.hand_back, away.value.is_outage) == (True, True, True)
 
 
@@ -766,7 +766,7 @@ def test_missing_photos_fail_within_seconds_and_stop_no_worker(tmp_path):
 async def test_a_photo_that_cannot_be_presigned(tmp_path, status, error, expected):
     """Supabase signs only what exists, so a missing photo shows here."""
     with pytest.raises(I2VError, match=error) as caught:
-        await answering(status, json={"success": False, "error": error}).fetch_photo(held(), tmp_path)
+        await answering(status, json={"success": False, "error": error}).fetch_inputs(held(), tmp_path)
     assert type(caught.value) is expected
 
 

@@ -336,7 +336,10 @@ class PaidEngine:
     name: str = "paid"
     stages: dict[str, float] = field(default_factory=lambda: {"order": 1.0, "render": 9.0})
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request: GenerationRequest, inputs: dict[str, Path], folder: Path, job: Job) -> Video:  # noqa: ARG002
         """See Engine."""
         item_id = request.prompt
         model = model_for(request.provider, self.model)

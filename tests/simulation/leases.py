@@ -96,7 +96,10 @@ class SimulatedEngine:
     name: str = "simulated"
     stages: dict[str, float] = field(default_factory=lambda: {"render": 1.0})
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:  # noqa: ARG002
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request: GenerationRequest, inputs: dict[str, Path], folder: Path, job: Job) -> Video:  # noqa: ARG002
         """See Engine."""
         started_at = anyio.current_time()
         paused_at = None
@@ -137,12 +140,12 @@ class MortalQueue(MemoryQueue):
             number = int(lease.task.item_id.rsplit("-", 1)[1])
             raise (QueueRefused if number % 2 else QueueFailed)(f"{call} never works for this task")
 
-    async def fetch_photo(self, lease: Lease, folder: Path) -> Path:
+    async def fetch_inputs(self, lease: Lease, folder: Path) -> dict[str, Path]:
         """See TaskQueue."""
         self._curse(lease, "fetch")
-        photo = await MemoryQueue.fetch_photo(self, lease, folder)
+        inputs = await MemoryQueue.fetch_inputs(self, lease, folder)
         self.pause()
-        return photo
+        return inputs
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """See TaskQueue."""

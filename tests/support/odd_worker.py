@@ -28,7 +28,10 @@ class OddEngine:
     def __init__(self) -> None:
         self.stages = {"render": 1.0}
 
-    async def generate(self, request, photo, folder, job):  # noqa: ARG002
+    async def check(self):
+        """See Engine."""
+
+    async def generate(self, request, inputs, folder, job):  # noqa: ARG002
         """See Engine."""
         if request.prompt == "lost":
             raise EngineLost("the GPU does not work any more: CUDA error: unspecified launch failure")

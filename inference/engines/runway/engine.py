@@ -13,7 +13,7 @@ import anyio.to_thread
 import httpx
 import structlog
 
-from inference.engines.base import Job
+from inference.engines.base import Job, photo_of
 from inference.engines.runway.models import is_gone, model_for, refuse_settings
 from inference.engines.runway.paid import Order, PaidTask
 from inference.engines.runway.wire import DATA_URI_BYTES, GONE, RunwayApi, RunwayTask
@@ -23,6 +23,7 @@ from inference.errors import (
     EngineFailed,
     EngineHung,
     I2VError,
+    InvalidRequest,
     LeaseLost,
     MachineFault,
     ObjectMissing,
@@ -34,7 +35,7 @@ from inference.errors import (
 from inference.media import photo as photos
 from inference.media.clip import tidy
 from inference.media.video import VideoInfo, probe
-from inference.task import GenerationRequest, Video
+from inference.task import LAST_PHOTO, GenerationRequest, Video
 from inference.transfer.storage import Storage
 
 log = structlog.get_logger(__name__)
@@ -98,7 +99,10 @@ class RunwayEngine:
         """Raises InvalidRequest, naming the field, for what the model cannot do. Sends nothing."""
         model_for(request.provider, self._model).refuse(request)
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+    async def check(self) -> None:
+        """As Engine.check: Runway is asked only with an order, whose answer says whether it works."""
+
+    async def generate(self, request: GenerationRequest, inputs: Mapping[str, Path], folder: Path, job: Job) -> Video:
         """Makes `runway.mp4` in `folder`, or continues with what was paid for already, according to the ledger.
 
         Raises InvalidRequest, ContentRefused, InvalidPhoto, EngineFailed, EngineHung, PaymentInDoubt,
@@ -108,7 +112,10 @@ class RunwayEngine:
         if self._default_duration_s is not None and not request.names_duration:
             request = request.model_copy(update={"duration_s": self._default_duration_s})
         try:
+            photo = photo_of(request, inputs, self.name)
             self.refuse(request)
+            if LAST_PHOTO in inputs:
+                raise InvalidRequest(f"{LAST_PHOTO} is given; Runway's models are used without")
             storage = Storage(
                 trusted_origins=self._trusted_origins,
                 allow_private=self._allow_private,

@@ -81,7 +81,7 @@ class Model:
             raise InvalidRequest(f"prompt has {units} UTF-16 code units; {self.name} takes {MAX_PROMPT_UNITS}")
         if request.seed is not None and request.seed > MAX_SEED:
             raise InvalidRequest(f"seed is {request.seed}; {self.name} takes 0 to {MAX_SEED}")
-        for field in ("negative_prompt", "last_photo", "steps", "guidance"):
+        for field in ("negative_prompt", "steps", "guidance"):
             if getattr(request, field) and not (field == "negative_prompt" and self.takes_negative_prompt):
                 raise InvalidRequest(f"{field} is given; {self.name} is used without")
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import structlog
 import torch
 
-from inference.engines.base import Job, run_in_thread
+from inference.engines.base import Job, photo_of, run_in_thread
 from inference.engines.wan import tokens, vae
 from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, mapped
 from inference.engines.wan.frames import stream
@@ -39,7 +39,7 @@ from inference.errors import (
 )
 from inference.media import photo as photos
 from inference.media.video import VideoWriter
-from inference.task import GenerationRequest, Video
+from inference.task import LAST_PHOTO, PHOTO, GenerationRequest, Video
 
 WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
 """Aspect ratios of phone photos (portrait has as many tokens as landscape), and durations that apps offer."""
@@ -150,28 +150,32 @@ class WanEngine:
         stride = self._models.vae.config.scale_factor_spatial
         return (frames - 1) // FRAME_STRIDE + 1, height // stride, width // stride
 
-    async def generate(self, request: GenerationRequest, photo: Path, folder: Path, job: Job) -> Video:
+    async def check(self) -> None:
+        """As Engine.check: nothing outside of this process is needed."""
+
+    async def generate(self, request: GenerationRequest, inputs: Mapping[str, Path], folder: Path, job: Job) -> Video:
         """Makes `wan.mp4` in `folder`.
 
         Raises InvalidRequest, InvalidPhoto, EncodeFailed, MachineFault; EngineFailed, after one try with more offload
         where the GPU ran out of memory; EngineLost when the GPU does not answer any more.
         """
+        photo_of(request, inputs, self.name)
         self.preset.refuse(request)
         return await run_in_thread(
-            job, lambda: self._generate(request, photo, folder / "wan.mp4", job), stop_grace_s=STOP_GRACE_S
+            job, lambda: self._generate(request, inputs, folder / "wan.mp4", job), stop_grace_s=STOP_GRACE_S
         )
 
-    def _generate(self, request: GenerationRequest, photo: Path, path: Path, job: Job) -> Video:
-        plan = self._plan(request, photo)
+    def _generate(self, request: GenerationRequest, inputs: Mapping[str, Path], path: Path, job: Job) -> Video:
+        plan = self._plan(request, inputs)
         started = time.perf_counter()
         with _peak_memory(self._models.device) as peak:
             try:
-                video = self._attempt(request, plan, photo, path, job)
+                video = self._attempt(request, plan, inputs, path, job)
             except OutOfRoom as error:
                 if not self._offload_more(str(error)):
                     raise self._too_large(error, plan) from None
                 try:
-                    video = self._attempt(request, plan, photo, path, job)
+                    video = self._attempt(request, plan, inputs, path, job)
                 except OutOfRoom as again:
                     raise self._too_large(again, plan) from None
         log.info(
@@ -204,11 +208,13 @@ class WanEngine:
             f"{self._models.offload.name.lower()}; a smaller I2V_WAN_AREA may fit"
         )
 
-    def _attempt(self, request: GenerationRequest, plan: ClipPlan, photo: Path, path: Path, job: Job) -> Video:
+    def _attempt(
+        self, request: GenerationRequest, plan: ClipPlan, inputs: Mapping[str, Path], path: Path, job: Job
+    ) -> Video:
         """Raises OutOfRoom and errors of our tree, after which the GPU holds the weights and nothing else."""
         try:
             with torch.inference_mode():
-                return self._stages(request, plan, photo, path, job)
+                return self._stages(request, plan, inputs, path, job)
         except Exception as error:  # noqa: BLE001 - whatever a model or a driver comes up with
             raised = mapped(error)
         if self._models.device.type == "cuda":
@@ -216,20 +222,22 @@ class WanEngine:
                 torch.cuda.empty_cache()
         raise raised
 
-    def _stages(self, request: GenerationRequest, plan: ClipPlan, photo: Path, path: Path, job: Job) -> Video:
+    def _stages(
+        self, request: GenerationRequest, plan: ClipPlan, inputs: Mapping[str, Path], path: Path, job: Job
+    ) -> Video:
         job.report("encode")
         guide = self._guide(request, plan)
         job.raise_if_cancelled()
-        condition = self._condition(request, plan, photo, job)
+        condition = self._condition(inputs, plan, job)
         job.report("encode", 1)
         generator = torch.Generator().manual_seed(plan.seed)  # on the CPU: the same noise on every GPU
         latents = self._denoise(plan, guide, condition, generator, job)
         return self._decode(plan, latents, path, job)
 
-    def _plan(self, request: GenerationRequest, photo: Path) -> ClipPlan:
+    def _plan(self, request: GenerationRequest, inputs: Mapping[str, Path]) -> ClipPlan:
         """Raises InvalidRequest, InvalidPhoto."""
         preset = self.preset
-        info = photos.measure(photo)
+        info = photos.measure(inputs[PHOTO])
         area_px = request.max_area_px or self._area_px
         try:
             width, height = photos.fit(info.width, info.height, max_area_px=area_px, multiple=preset.multiple_px)
@@ -239,7 +247,7 @@ class WanEngine:
         guided = max(guidance) > 1
         if request.negative_prompt is not None and not guided:
             log.warning("ignored", field="negative_prompt", because=f"preset {preset.name} runs without guidance")
-        if request.last_photo is not None and not preset.takes_last_photo:
+        if LAST_PHOTO in inputs and not preset.takes_last_photo:
             log.warning("ignored", field="last_photo", because=f"preset {preset.name} starts from one photo")
         frames = preset.frames(request.duration_s)
         if frames > preset.trained_frames:
@@ -265,8 +273,8 @@ class WanEngine:
         negative = None if plan.negative_prompt is None else encode(plan.negative_prompt)
         return Guide(encode(request.prompt), negative, plan.guidance)
 
-    def _condition(self, request: GenerationRequest, plan: ClipPlan, photo: Path, job: Job) -> torch.Tensor:
-        """The photo as conditioning input of the transformer, fp32, with z the channels of a latent.
+    def _condition(self, inputs: Mapping[str, Path], plan: ClipPlan, job: Job) -> torch.Tensor:
+        """The photo, and the last one, as conditioning input of the transformer, fp32, with z the channels of a latent.
 
         5B: [1, z, 1, h, w], the first latent frame. A14B: [1, 4 + z, T, h, w], for each latent frame which of its
         four frames are given, and the latents of a clip that is blank but for them.
@@ -277,10 +285,10 @@ class WanEngine:
             picture = torch.from_numpy(photos.load(path, (plan.width, plan.height)))
             return vae.to_pixels(picture.to(models.device))
 
-        first = pixels(photo)
+        first = pixels(inputs[PHOTO])
         if preset.first_frame_is_clean:
             return vae.encode(models.vae, first, None, 1)
-        last = None if request.last_photo is None else pixels(request.last_photo)
+        last = pixels(inputs[LAST_PHOTO]) if LAST_PHOTO in inputs else None
         latents = vae.encode(models.vae, first, last, plan.frames, job.raise_if_cancelled)
         given = torch.zeros_like(latents[:, :FRAME_STRIDE])
         given[:, :, 0] = 1

@@ -176,7 +176,7 @@ class TestModels:
         """It may be at another provider, and here it would cost money."""
         request = ASKED.model_copy(update={"provider": "comfyui"})
         with pytest.raises(InvalidRequest, match="provider is 'comfyui', which this version does not know"):
-            await engine_of(runway).generate(request, photo, folder, Job())
+            await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
         assert runway.tasks == []
 
     @pytest.mark.parametrize(
@@ -238,7 +238,6 @@ class TestModels:
             ("prompt", "🦊" * 501),
             ("seed", 2**32),
             ("negative_prompt", "blur"),
-            ("last_photo", Path("last.jpg")),
             ("steps", 4),
             ("guidance", 3.0),
             ("duration_s", 11.0),
@@ -248,13 +247,21 @@ class TestModels:
         """The field is named, and nothing was asked of Runway."""
         request = ASKED.model_copy(update={field: value})
         with failing(InvalidRequest, runway, field):
-            await engine_of(runway).generate(request, photo, folder, Job())
+            await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
+        assert runway.requests == []
+
+    async def test_a_last_photo_or_a_workflow_costs_nothing(self, runway, photo, folder):
+        """Neither can be done there; nothing was asked of Runway."""
+        with failing(InvalidRequest, runway, "last_photo"):
+            await engine_of(runway).generate(ASKED, {"photo": photo, "last_photo": photo}, folder, Job())
+        with failing(InvalidRequest, runway, "workflow"):
+            await engine_of(runway).generate(ASKED.model_copy(update={"workflow": {}}), {}, folder, Job())
         assert runway.requests == []
 
     async def test_a_prompt_of_the_longest_is_taken(self, runway, photo, folder):
         """Counted in UTF-16 code units, of which an emoji has two; not cut."""
         request = ASKED.model_copy(update={"prompt": "🦊" * 500})
-        await engine_of(runway).generate(request, photo, folder, Job())
+        await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
         assert runway.tasks[0].prompt == "🦊" * 500
 
     async def test_a_model_nobody_knows_is_a_mistake_of_the_settings(self):
@@ -269,7 +276,7 @@ class TestOrder:
     async def test_an_order_is_what_was_asked_for(self, runway, photo, folder):
         """Model, whole seconds, the size of the photo's shape, prompt, seed."""
         request = ASKED.model_copy(update={"seed": 7, "provider": "runway_gen4_turbo"})
-        video = await engine_of(runway, model="gen4.5").generate(request, photo, folder, Job())
+        video = await engine_of(runway, model="gen4.5").generate(request, {"photo": photo}, folder, Job())
         [task] = runway.tasks
         assert (task.model, task.seconds, task.ratio) == ("gen4_turbo", 5, "1280:720")
         assert (task.prompt, task.seed) == ("slow push", 7)
@@ -283,15 +290,17 @@ class TestOrder:
         """Every other engine is silent. The books have the price of what was ordered, before and after."""
         for audio, cost_usd in ((False, silent_usd), (True, sound_usd)):
             books = Books(budget_usd=cost_usd)  # enough, and not a cent more
-            video = await engine_of(runway, model=model, audio=audio).generate(ASKED, photo, folder, books.job())
+            video = await engine_of(runway, model=model, audio=audio).generate(
+                ASKED, {"photo": photo}, folder, books.job()
+            )
             assert (runway.tasks[-1].audio, video.cost_usd) == (audio, pytest.approx(cost_usd))
             with failing(BudgetSpent, runway, rf"this would cost \${cost_usd:.2f}"):
                 other = ASKED.model_copy(update={"prompt": "another"})
-                await engine_of(runway, model=model, audio=audio).generate(other, photo, folder, books.job())
+                await engine_of(runway, model=model, audio=audio).generate(other, {"photo": photo}, folder, books.job())
 
     async def test_a_silent_model_has_no_say_in_sound(self, runway, photo, folder):
         """Runway refuses a key that the model does not have."""
-        await engine_of(runway, audio=True).generate(ASKED, photo, folder, Job())
+        await engine_of(runway, audio=True).generate(ASKED, {"photo": photo}, folder, Job())
         assert not runway.tasks[0].audio
 
     @pytest.mark.parametrize("said, sent", [("blur, text ", "blur, text"), ("", None), (None, None)])
@@ -299,30 +308,30 @@ class TestOrder:
         """Veo takes it; it is part of what was paid for."""
         request = ASKED.model_copy(update={"negative_prompt": said})
         books, engine = Books(), engine_of(runway, model="veo3.1_fast")
-        await engine.generate(request, photo, folder, books.job())
+        await engine.generate(request, {"photo": photo}, folder, books.job())
         assert runway.tasks[0].negative_prompt == sent
-        await engine.generate(ASKED, photo, folder, books.job())
+        await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert len(runway.tasks) == (2 if sent else 1)
 
     @pytest.mark.parametrize("names_duration, seconds", [(True, 5), (False, 8)])
     async def test_a_length_of_our_own_for_who_names_none(self, runway, photo, folder, names_duration, seconds):
         """RUNWAY_DEFAULT_DURATION; what was asked for stays as it is."""
         request = ASKED.model_copy(update={"names_duration": names_duration})
-        await engine_of(runway, default_duration_s=8).generate(request, photo, folder, Job())
+        await engine_of(runway, default_duration_s=8).generate(request, {"photo": photo}, folder, Job())
         assert runway.tasks[0].seconds == seconds
 
     @pytest.mark.parametrize("model, sent", [("gen4_turbo", False), ("veo3.1", False), ("gen4.5", True)])
     async def test_no_prompt(self, runway, photo, folder, model, sent):
         """None is sent, or a default where Runway takes no order without."""
         request = ASKED.model_copy(update={"prompt": "  "})
-        await engine_of(runway, model=model).generate(request, photo, folder, Job())
+        await engine_of(runway, model=model).generate(request, {"photo": photo}, folder, Job())
         assert bool(runway.tasks[0].prompt) is sent
 
     async def test_a_configured_size(self, runway, photo, folder):
         """Whatever the shape of the photo; a task whose own model does not make it gets the nearest to its photo."""
-        await engine_of(runway, ratio="960:960").generate(ASKED, photo, folder, Job())
+        await engine_of(runway, ratio="960:960").generate(ASKED, {"photo": photo}, folder, Job())
         veo = ASKED.model_copy(update={"provider": "veo3.1"})
-        await engine_of(runway, ratio="960:960").generate(veo, photo, folder, Job())
+        await engine_of(runway, ratio="960:960").generate(veo, {"photo": photo}, folder, Job())
         assert runway.tasks[0].ratio == "960:960"
         assert runway.tasks[1].ratio in MODELS["veo3.1"].ratios
 
@@ -331,8 +340,8 @@ class TestOrder:
         engine = engine_of(runway)
         request = ASKED.model_copy(update={"provider": "gen3a_turbo"})
         with capture_logs() as logs:
-            await engine.generate(request, photo, folder, Job())
-            await engine.generate(request, photo, folder, Job())
+            await engine.generate(request, {"photo": photo}, folder, Job())
+            await engine.generate(request, {"photo": photo}, folder, Job())
         told = [line for line in logs if line["event"] == "model_gone"]
         assert [(line["asked_for"], line["used"]) for line in told] == [("gen3a_turbo", "gen4_turbo")]
 
@@ -344,7 +353,7 @@ class TestOrder:
         path = tmp_path / "sideways.jpg"
         with Image.open(landscape(tmp_path / "stored.jpg")) as image:
             image.save(path, exif=exif)
-        await engine_of(runway).generate(ASKED, path, folder, Job())
+        await engine_of(runway).generate(ASKED, {"photo": path}, folder, Job())
         [task] = runway.tasks
         with Image.open(io.BytesIO(task.photo)) as sent:
             assert (sent.size, dict(sent.getexif()), sent.format) == ((180, 320), {}, "JPEG")
@@ -358,7 +367,7 @@ class TestOrder:
         """Runway refuses more than 2:1, and needs no more pixels than it makes."""
         path = tmp_path / "odd.png"
         Image.new("RGBA", size, (20, 90, 160, 128)).save(path)
-        await engine_of(runway).generate(ASKED, path, folder, Job())
+        await engine_of(runway).generate(ASKED, {"photo": path}, folder, Job())
         with Image.open(io.BytesIO(runway.tasks[0].photo)) as image:
             assert image.size == sent
 
@@ -367,7 +376,7 @@ class TestOrder:
         path = tmp_path / "noise.png"
         noise = np.random.default_rng(0).integers(0, 256, (1500, 1800, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path, compress_level=1)
-        await engine_of(runway).generate(ASKED, path, folder, Job())
+        await engine_of(runway).generate(ASKED, {"photo": path}, folder, Job())
         assert (runway.asked("upload"), runway.asked("form"), runway.asked("create")) == (1, 1, 1)
         assert runway.tasks[0].photo_uri.startswith("runway://")
         assert len(runway.tasks[0].photo) > 4_000_000
@@ -384,14 +393,14 @@ class TestOrder:
         runway.faults[call] += [fault] * 4
         books = Books()
         with failing(ProviderUnavailable, runway):
-            await engine_of(runway).generate(ASKED, path, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": path}, folder, books.job())
         assert (runway.tasks, await books.statuses(), runway.asked(call)) == ([], [], 4)
 
     @pytest.mark.parametrize("seconds, frames", [(5.0, 120), (4.0, 96), (0.5, 12)])
     async def test_a_clip_is_cut_to_the_frame(self, runway, photo, folder, seconds, frames):
         """Veo makes 4, 6 or 8 s: what is beyond the length asked for goes."""
         request = ASKED.model_copy(update={"duration_s": seconds, "provider": "veo3.1"})
-        video = await engine_of(runway).generate(request, photo, folder, Job())
+        video = await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
         assert (video.frames, probe(video.path).frames) == (frames, frames)
         assert (video.fps, runway.tasks[0].seconds) == (pytest.approx(24), 6 if seconds == 5 else 4)
 
@@ -400,7 +409,7 @@ class TestOrder:
         runway.running_looks = 4
         heard = []
         tracker = ProgressTracker(plan(RunwayEngine.stages), heard.append)
-        await engine_of(runway).generate(ASKED, photo, folder, Job(tracker))
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job(tracker))
         generated = [it.done for it in heard if it.stage == "generate"]
         assert generated == sorted(generated)
         assert len(set(generated)) > 3
@@ -432,11 +441,11 @@ class TestPaying:
         books, engine = Books(), engine_of(runway)
         for _ in range(2):  # under this lease, and the next
             with failing(PaymentInDoubt, runway, r"\$0.25.*i2v payments --forget item-1"):
-                await engine.generate(ASKED, photo, folder, books.job())
+                await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert (runway.asked("create"), len(runway.tasks)) == (1, made)
         assert await books.statuses() == ["intended"]
         assert (await books.ledger.forget("item-1")).cost_usd == pytest.approx(0.25)
-        await engine.generate(ASKED, photo, folder, books.job())
+        await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["in_doubt", "created"]
         assert await books.ledger.spent_usd() == pytest.approx(0.50)
 
@@ -447,7 +456,7 @@ class TestPaying:
         runway.faults["create"] += [REPLY_LOST, REPLY_LOST]
         for _ in range(2):
             with failing(PaymentInDoubt, runway):
-                await engine.generate(ASKED, photo, folder, books.job())
+                await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert runway.asked("create") == 2
         assert await books.statuses() == ["in_doubt", "intended"]
 
@@ -455,7 +464,7 @@ class TestPaying:
         """Both payments are in the books."""
         books = Books()
         runway.faults["create"].append(DROPPED)
-        await engine_of(runway, replays=1).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway, replays=1).generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["in_doubt", "created"]
         assert len(runway.tasks) == 1
 
@@ -466,12 +475,12 @@ class TestPaying:
         runway.hold()
         with anyio.move_on_after(30) as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(engine_of(runway).generate, ASKED, photo, folder, books.job())
+                tasks.start_soon(engine_of(runway).generate, ASKED, {"photo": photo}, folder, books.job())
                 await until(lambda: runway.asked("poll") > 1)
                 scope.cancel()
         assert (await books.statuses(), runway.asked("delete")) == (["created"], 0)
         runway.release()
-        video = await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        video = await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert (len(runway.tasks), video.external_ids["runway_task_id"]) == (1, runway.tasks[0].id)
         assert await books.statuses() == ["created"]  # the queue has not accepted the video yet
 
@@ -482,7 +491,7 @@ class TestPaying:
         runway.faults["create"].append(SLOW)
         with anyio.move_on_after(30) as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(engine_of(runway).generate, ASKED, photo, folder, books.job())
+                tasks.start_soon(engine_of(runway).generate, ASKED, {"photo": photo}, folder, books.job())
                 await until(lambda: runway.tasks)
                 scope.cancel()
                 with anyio.CancelScope(shield=True):
@@ -496,8 +505,8 @@ class TestPaying:
     async def test_another_prompt_is_another_payment(self, runway, photo, folder):
         """An item that was put back with other words has its own."""
         books, engine = Books(), engine_of(runway)
-        await engine.generate(ASKED, photo, folder, books.job())
-        await engine.generate(ASKED.model_copy(update={"prompt": "pan left"}), photo, folder, books.job())
+        await engine.generate(ASKED, {"photo": photo}, folder, books.job())
+        await engine.generate(ASKED.model_copy(update={"prompt": "pan left"}), {"photo": photo}, folder, books.job())
         assert runway.paid == {"slow push": 1, "pan left": 1}
         assert await books.statuses() == ["superseded", "created"]
 
@@ -506,10 +515,10 @@ class TestPaying:
         books, engine = Books(), engine_of(runway)
         runway.faults["create"] += [DAILY_CAP] * 4
         with failing(AccountError, runway, "429 You have reached your daily task limit"):
-            await engine.generate(ASKED, photo, folder, books.job())
+            await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert (runway.asked("create"), await books.statuses()) == (4, [])
         runway.faults["create"] += [DAILY_CAP] * 3
-        await engine.generate(ASKED, photo, folder, books.job())
+        await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert (len(runway.tasks), await books.statuses()) == (1, ["created"])
 
     @pytest.mark.parametrize("fault", [BAD_GATEWAY, UNAVAILABLE, GATEWAY_TIMEOUT])
@@ -518,10 +527,10 @@ class TestPaying:
         books, engine = Books(), engine_of(runway)
         runway.faults["create"] += [fault] * 4
         with failing(ProviderUnavailable, runway, str(fault.status)):
-            await engine.generate(ASKED, photo, folder, books.job())
+            await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert (runway.asked("create"), await books.statuses()) == (4, [])
         runway.faults["create"] += [fault] * 3
-        await engine.generate(ASKED, photo, folder, books.job())
+        await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert (len(runway.tasks), await books.statuses()) == (1, ["created"])
 
     @virtual_time
@@ -552,7 +561,7 @@ class TestPaying:
             engine = engine_of(gone)
         books = Books()
         with failing(ProviderUnavailable, runway, "cannot be reached"):
-            await engine.generate(ASKED, photo, folder, books.job())
+            await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == []
 
     async def test_an_order_that_is_never_taken_costs_no_task(self, runway, photo, folder):
@@ -560,7 +569,9 @@ class TestPaying:
         runway.faults["create"] += [UNAVAILABLE] * 4
         books = Books()
         with failing(ProviderUnavailable, runway, "RUNWAY_TIMEOUT"):
-            await engine_of(runway, timeout_s=0.2, poll_interval_s=30).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway, timeout_s=0.2, poll_interval_s=30).generate(
+                ASKED, {"photo": photo}, folder, books.job()
+            )
         assert await books.statuses() == []
 
     @pytest.mark.parametrize(
@@ -582,22 +593,22 @@ class TestPaying:
         books = Books()
         runway.faults["create"].append(fault)
         with failing(kind, runway, said):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert (await books.statuses(), runway.asked("create")) == ([], 1)
 
     async def test_a_wrong_key(self, runway, photo, folder):
         """Named by its setting, never shown."""
         with failing(AccountError, runway, "RUNWAYML_API_SECRET") as caught:
-            await engine_of(runway, key="key_wrong").generate(ASKED, photo, folder, Job())
+            await engine_of(runway, key="key_wrong").generate(ASKED, {"photo": photo}, folder, Job())
         assert "key_wrong" not in str(caught.value)
 
     async def test_the_day_has_a_limit(self, runway, photo, folder):
         """Found in the books before anything is ordered."""
         books = Books(budget_usd=0.30)
-        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         other = ASKED.model_copy(update={"prompt": "another"})
         with failing(BudgetSpent, runway, "I2V_RUNWAY_BUDGET"):
-            await engine_of(runway).generate(other, photo, folder, books.job())
+            await engine_of(runway).generate(other, {"photo": photo}, folder, books.job())
         assert len(runway.tasks) == 1
 
     async def test_a_lease_that_ended_meanwhile_pays_nothing(self, runway, photo, folder):
@@ -608,21 +619,21 @@ class TestPaying:
             raise LeaseLost("it could not be renewed in time", confirmed=False)
 
         with pytest.raises(LeaseLost):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job(check=check))
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job(check=check))
         assert (runway.tasks, await books.statuses()) == ([], [])
 
     async def test_without_books_nothing_is_paid(self, runway, photo, folder):
         """An intent that cannot be written down is none."""
         books = Books(BrokenRecords({"add"}))
         with failing(RecordsUnavailable, runway):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert runway.requests == []
 
     async def test_books_that_break_after_the_payment(self, runway, photo, folder):
         """The process still knows what it paid for, and says so."""
         books = Books(BrokenRecords({"put"}))
         with capture_logs() as logs:
-            video = await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            video = await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert video.external_ids == {"runway_task_id": runway.tasks[0].id}
         told = [line["runway_task_id"] for line in logs if line["event"] == "runway_task_unrecorded"]
         assert set(told) == {runway.tasks[0].id}
@@ -641,7 +652,7 @@ class TestWaiting:
         """None of it says anything of the task."""
         faults = [UNAVAILABLE, DROPPED, MALFORMED, DAILY_CAP, unknown_status(), NOT_FOUND, BAD_GATEWAY, NOT_FOUND]
         runway.faults["poll"] += [*faults, NOT_FOUND, unknown_status("PAUSED"), Fault(200, b"[]")]
-        await engine_of(runway).generate(ASKED, photo, folder, Job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job())
         assert (len(runway.tasks), runway.asked("delete")) == (1, 0)
 
     async def test_more_than_the_tier_allows_waits_there(self, runway, photo, tmp_path):
@@ -652,7 +663,7 @@ class TestWaiting:
         async def generate(number: int) -> None:
             folder = tmp_path / str(number)
             folder.mkdir()
-            await engine.generate(ASKED.model_copy(update={"prompt": str(number)}), photo, folder, Job())
+            await engine.generate(ASKED.model_copy(update={"prompt": str(number)}), {"photo": photo}, folder, Job())
 
         async with anyio.create_task_group() as tasks:
             for number in range(3):
@@ -664,10 +675,10 @@ class TestWaiting:
         books, engine = Books(), engine_of(runway)
         runway.faults["poll"] += [NOT_FOUND] * 3
         with failing(EngineFailed, runway, "is gone"):
-            await engine.generate(ASKED, photo, folder, books.job())
+            await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         [payment] = await books.ledger.payments()
         assert (payment.status, payment.failures, payment.cost_usd) == ("failed", ("GONE",), pytest.approx(0.25))
-        await engine.generate(ASKED, photo, folder, books.job())
+        await engine.generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["failed", "created"]
 
     async def test_a_key_that_stops_working(self, runway, photo, folder):
@@ -675,9 +686,9 @@ class TestWaiting:
         books = Books()
         runway.faults["poll"].append(Fault(401))
         with failing(AccountError, runway):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["created"]
-        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert len(runway.tasks) == 1
 
     @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
@@ -686,7 +697,7 @@ class TestWaiting:
         runway.endings.append("HANGS")
         books = Books()
         with failing(EngineHung, runway, "RUNWAY_TIMEOUT"):
-            await engine_of(runway, timeout_s=0.3).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway, timeout_s=0.3).generate(ASKED, {"photo": photo}, folder, books.job())
         assert (runway.tasks[0].status, runway.tasks[0].deleted) == ("CANCELLED", True)
         assert await books.statuses() == ["cancelled"]
         assert not EngineHung.retryable
@@ -695,7 +706,7 @@ class TestWaiting:
         """THROTTLED for ever is no end, either; and money comes back for what never began."""
         runway.concurrency = 0
         with failing(EngineHung, runway):
-            await engine_of(runway, timeout_s=0.3).generate(ASKED, photo, folder, Job())
+            await engine_of(runway, timeout_s=0.3).generate(ASKED, {"photo": photo}, folder, Job())
         assert runway.tasks[0].refunded
 
     @pytest.mark.parametrize("fault", [UNAVAILABLE, DAILY_CAP, DROPPED])
@@ -704,16 +715,16 @@ class TestWaiting:
         runway.faults["poll"] += [fault] * 10_000
         books = Books()
         with failing(ProviderUnavailable, runway, "which is paid for"):
-            await engine_of(runway, timeout_s=0.3).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway, timeout_s=0.3).generate(ASKED, {"photo": photo}, folder, books.job())
         assert (runway.asked("delete"), await books.statuses()) == (0, ["created"])
         runway.faults["poll"].clear()
-        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert len(runway.tasks) == 1
 
     async def test_a_refusal_to_tell_is_no_end_of_the_task(self, runway, photo, folder):
         """Only `not found` says that a task is gone: of anything else it would be paid for a second time."""
         runway.faults["poll"] += [Fault(400), Fault(405), Fault(308), Fault(422)]
-        await engine_of(runway).generate(ASKED, photo, folder, Books().job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Books().job())
         assert len(runway.tasks) == 1
 
     async def test_a_task_that_could_not_be_stopped_stays_open(self, runway, photo, folder):
@@ -722,11 +733,11 @@ class TestWaiting:
         runway.faults["delete"].append(UNAVAILABLE)
         books = Books()
         with failing(EngineHung, runway):
-            await engine_of(runway, timeout_s=0.3).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway, timeout_s=0.3).generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["created"]
         runway.finish(runway.tasks[0].id)
         runway.tasks[0].ending, runway.tasks[0].status = "SUCCEEDED", "SUCCEEDED"
-        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert len(runway.tasks) == 1
 
 
@@ -738,7 +749,7 @@ class TestStopping:
         runway.hold()
         with anyio.move_on_after(30) as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(engine_of(runway).generate, ASKED, photo, folder, job)
+                tasks.start_soon(engine_of(runway).generate, ASKED, {"photo": photo}, folder, job)
                 await until(lambda: runway.asked("poll") > 1)
                 if reason is not None:
                     job.cancel(reason)
@@ -775,7 +786,7 @@ class TestStopping:
         loser = books.job()
         with anyio.move_on_after(30) as scope:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(engine_of(runway).generate, ASKED, photo, folder, loser)
+                tasks.start_soon(engine_of(runway).generate, ASKED, {"photo": photo}, folder, loser)
                 await until(lambda: runway.asked("poll") > 1)
                 [payment] = await books.ledger.payments()
                 await books.ledger.purchase("item-1", "successor").resume(payment.request)
@@ -796,9 +807,9 @@ class TestStopping:
 
         job._tracker._sink = cancel
         with anyio.CancelScope() as scope:
-            await engine_of(runway).generate(ASKED, photo, folder, job)
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, job)
         assert (runway.asked("delete"), await books.statuses()) == (0, ["created"])
-        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert len(runway.tasks) == 1
 
 
@@ -824,7 +835,7 @@ class TestFailures:
         books = Books()
         runway.endings.append(code)
         with failing(kind, runway):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         [payment] = await books.ledger.payments()
         assert (payment.status, payment.failures) == ("failed", (code,))
         assert payment.cost_usd == pytest.approx(0.25 if kind is ContentRefused else 0)
@@ -836,25 +847,27 @@ class TestFailures:
         runway.endings.append(code)
         for _ in range(3):
             with failing(ContentRefused if "SAFETY" in code else InvalidRequest, runway, code):
-                await engine_of(runway).generate(ASKED, photo, folder, books.job())
+                await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert runway.asked("create") == 1
-        await engine_of(runway).generate(ASKED.model_copy(update={"prompt": "kinder"}), photo, folder, books.job())
+        await engine_of(runway).generate(
+            ASKED.model_copy(update={"prompt": "kinder"}), {"photo": photo}, folder, books.job()
+        )
 
     async def test_bad_output_is_tried_once_more(self, runway, photo, folder):
         """Then it is the photo."""
         books = Books()
         runway.endings += ["INTERNAL.BAD_OUTPUT.CODE01"] * 2
         with failing(EngineFailed, runway):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         with failing(InvalidRequest, runway, "twice"):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
 
     async def test_cancelled_over_there(self, runway, photo, folder):
         """By somebody at Runway's own page."""
         books = Books()
         runway.endings.append("CANCELLED")
         with failing(EngineFailed, runway, "cancelled there"):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["cancelled"]
 
 
@@ -865,7 +878,7 @@ class TestClip:
         """Addresses of clips do not live long."""
         expired = Fault(403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")
         runway.faults["output"] += [expired, Fault(403, b"<Error><Code>AccessDenied</Code></Error>")]
-        await engine_of(runway).generate(ASKED, photo, folder, Job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job())
         assert runway.asked("output") == 3
 
     async def test_a_clip_that_is_gone(self, runway, photo, folder, monkeypatch):
@@ -880,7 +893,7 @@ class TestClip:
 
         monkeypatch.setattr(PaidTask, "pause", pausing)
         with failing(EngineFailed, runway, "its clip is gone"):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert await books.statuses() == ["failed"]
         assert {1, 2} <= set(asked)  # it had time to come
 
@@ -897,15 +910,15 @@ class TestClip:
         books = Books()
         runway.faults["output"] += faults
         with failing(kind, runway):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert list(folder.iterdir()) == []
-        await engine_of(runway).generate(ASKED, photo, folder, books.job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert (len(runway.tasks), await books.statuses()) == (1, ["created"])
 
     async def test_a_clip_is_asked_for_again(self, runway, photo, folder):
         """One failure on the way is no outage."""
         runway.faults["output"] += [UNAVAILABLE, DROPPED]
-        await engine_of(runway).generate(ASKED, photo, folder, Job())
+        await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job())
         assert (runway.asked("output"), len(runway.tasks)) == (3, 1)
 
     async def test_fetching_has_a_time_of_its_own(self, runway, photo, folder):
@@ -919,13 +932,13 @@ class TestClip:
                 runway.release_hanging()
 
             tasks.start_soon(release)
-            await engine_of(runway, timeout_s=0.5).generate(ASKED, photo, folder, Job())
+            await engine_of(runway, timeout_s=0.5).generate(ASKED, {"photo": photo}, folder, Job())
         assert len(runway.tasks) == 1
 
     async def test_an_address_inside_is_not_visited(self, runway, photo, folder):
         """Unless it is the operator's own."""
         with failing(AddressRefused, runway):
-            await engine_of(runway, trusted_origins=[]).generate(ASKED, photo, folder, Job())
+            await engine_of(runway, trusted_origins=[]).generate(ASKED, {"photo": photo}, folder, Job())
         assert runway.asked("output") == 0
 
     async def test_what_is_no_video(self, runway, photo, folder):
@@ -933,7 +946,7 @@ class TestClip:
         runway.clip = b"\x00\x00\x00\x18ftypmp42 and then nothing that plays"
         books = Books()
         with failing(MediaError, runway, "not a video"):
-            await engine_of(runway).generate(ASKED, photo, folder, books.job())
+            await engine_of(runway).generate(ASKED, {"photo": photo}, folder, books.job())
         assert (await books.statuses(), list(folder.iterdir())) == (["created"], [])
 
     @pytest.mark.parametrize(
@@ -947,21 +960,21 @@ class TestClip:
     async def test_a_clip_of_another_kind_is_made_to_play_everywhere(self, runway, photo, tmp_path, folder, options):
         """H.264, yuv420p, index at the front; as many frames as there were."""
         runway.clip = encoded(tmp_path, *options)
-        video = await engine_of(runway).generate(ASKED, photo, folder, Job())
+        video = await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job())
         info = probe(video.path)
         assert (info.codec, info.pix_fmt, info.faststart, info.frames) == ("h264", "yuv420p", True, 120)
 
     async def test_a_clip_as_it_should_be_stays_as_it_is(self, runway, photo, tmp_path, folder):
         """Byte for byte, sound included."""
         runway.clip = encoded(tmp_path, "-c", "copy", "-movflags", "+faststart")
-        video = await engine_of(runway).generate(ASKED, photo, folder, Job())
+        video = await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job())
         assert video.path.read_bytes() == runway.clip
 
     async def test_a_clip_of_variable_rate_is_cut(self, runway, photo, folder):
         """As a provider made it: 19 frames lie in its first second, whatever their mean rate says."""
         runway.clip = (CASES / "vfr.mp4").read_bytes()
         request = ASKED.model_copy(update={"duration_s": 1.0})
-        video = await engine_of(runway).generate(request, photo, folder, Job())
+        video = await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
         assert (video.frames, video.as_it_came) == (19, None)
         assert video.duration_s == pytest.approx(1, abs=0.05)
 
@@ -971,7 +984,7 @@ class TestClip:
         request = ASKED.model_copy(update={"duration_s": 1.0})
         fake_ffmpeg("echo '[libx264 @ 0x1] broken' >&2; exit 1", but_for="framecrc")  # it can be probed
         with capture_logs() as logs:
-            video = await engine_of(runway).generate(request, photo, folder, Job())
+            video = await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
         assert video.path.read_bytes() == runway.clip
         assert (video.frames, video.as_it_came) == (39, "ffmpeg ended with 1: broken")
         assert [line["wanted_s"] for line in logs if line["event"] == "clip_as_it_came"] == [1.0]
@@ -982,7 +995,7 @@ class TestClip:
         runway.clip = encoded(tmp_path, "-c", "copy", sound=True)
         request = ASKED.model_copy(update={"duration_s": 3.0})
         request = request.model_copy(update={"provider": "veo3.1"})
-        video = await engine_of(runway).generate(request, photo, folder, Job())
+        video = await engine_of(runway).generate(request, {"photo": photo}, folder, Job())
         assert video.frames == 72
         assert sound_s(video.path) == pytest.approx(3.0, abs=0.1)
 
@@ -991,7 +1004,7 @@ class TestClip:
         books = Books()
         with small_disk(tmp_path / "disk", "4k") as disk:
             with failing(DiskFull, runway):
-                await engine_of(runway).generate(ASKED, photo, disk, books.job())
+                await engine_of(runway).generate(ASKED, {"photo": photo}, disk, books.job())
             assert (await books.statuses(), list(disk.iterdir())) == (["created"], [])
 
 

@@ -88,12 +88,12 @@ def stock_latents(preset, request, photo, plan, last=None) -> torch.Tensor:
         ).frames
 
 
-def our_latents(engine, request, photo, plan) -> torch.Tensor:
+def our_latents(engine, request, inputs, plan) -> torch.Tensor:
     """The same from the engine, up to where it decodes."""
     job = Job()
     with torch.inference_mode():
         guide = engine._guide(request, plan)
-        condition = engine._condition(request, plan, photo, job)
+        condition = engine._condition(inputs, plan, job)
         return engine._denoise(plan, guide, condition, torch.Generator().manual_seed(plan.seed), job)
 
 
@@ -105,8 +105,8 @@ def test_latents_are_those_of_the_pipeline(shape, schedule, guidance, photo):
     preset = replace(PRESETS[shape], schedule=schedule, guidance=guidance)
     engine = WanEngine(preset, shared_models(shape))
     request = GenerationRequest(prompt="천천히  줌인 &amp; pan\nleft", duration_s=0.5, max_area_px=96 * 64, seed=7)
-    plan = engine._plan(request, photo)
-    ours = our_latents(engine, request, photo, plan)
+    plan = engine._plan(request, {"photo": photo})
+    ours = our_latents(engine, request, {"photo": photo}, plan)
     stock = stock_latents(preset, request, photo, plan)
     assert ours.shape == stock.shape
     assert stock.std() > 0.1
@@ -118,12 +118,13 @@ def test_a_last_photo_is_where_the_clip_ends(photo, tmp_path):
     preset = PRESETS["tiny-a14b"]
     engine = WanEngine(preset, shared_models("tiny-a14b"))
     last = landscape(tmp_path / "last.jpg", (180, 320))
-    request = GenerationRequest(prompt="", duration_s=0.5, max_area_px=96 * 64, seed=0, last_photo=last)
-    plan = engine._plan(request, photo)
-    ours = our_latents(engine, request, photo, plan)
+    request = GenerationRequest(prompt="", duration_s=0.5, max_area_px=96 * 64, seed=0)
+    inputs = {"photo": photo, "last_photo": last}
+    plan = engine._plan(request, inputs)
+    ours = our_latents(engine, request, inputs, plan)
     stock = stock_latents(preset, request, photo, plan, last)
     assert (ours - stock).abs().max() < 2e-4 * stock.abs().max()
-    without = our_latents(engine, request.model_copy(update={"last_photo": None}), photo, plan)
+    without = our_latents(engine, request, {"photo": photo}, plan)
     assert (ours - without).abs().max() > 1e-3
 
 

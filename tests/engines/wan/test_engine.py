@@ -79,7 +79,7 @@ async def test_the_same_seed_gives_the_same_frames(engine, photo, folder):
     for number, request in enumerate(requests):
         own = folder / str(number)
         own.mkdir()
-        videos.append(await engine.generate(request, photo, own, Job()))
+        videos.append(await engine.generate(request, {"photo": photo}, own, Job()))
     first, other, again = map(frames_of, videos)
     assert [video.seed for video in videos] == [0, 1, 0]
     assert torch.equal(first, again)
@@ -91,9 +91,9 @@ async def test_the_same_seed_gives_the_same_frames(engine, photo, folder):
 @pytest.mark.anyio
 async def test_a_drawn_seed_can_be_given_again(engine, photo, folder):
     """No seed asked for: one is drawn and reported, and makes the same clip."""
-    drawn = await engine.generate(SMALL.model_copy(update={"seed": None}), photo, folder, Job())
+    drawn = await engine.generate(SMALL.model_copy(update={"seed": None}), {"photo": photo}, folder, Job())
     frames = frames_of(drawn)
-    again = await engine.generate(SMALL.model_copy(update={"seed": drawn.seed}), photo, folder, Job())
+    again = await engine.generate(SMALL.model_copy(update={"seed": drawn.seed}), {"photo": photo}, folder, Job())
     assert torch.equal(frames_of(again), frames)
 
 
@@ -102,7 +102,7 @@ async def test_cancel_is_obeyed_at_each_step(shape, photo, folder):
     """At every report there is, the next step does not happen, and nothing stays in the folder."""
     engine = make_engine(shape)
     whole = Cancels(engine, at=0)
-    expected = frames_of(await engine.generate(SMALL, photo, folder, whole.job))
+    expected = frames_of(await engine.generate(SMALL, {"photo": photo}, folder, whole.job))
     (folder / "wan.mp4").unlink()
     forwards = []
     hooks = [
@@ -113,7 +113,7 @@ async def test_cancel_is_obeyed_at_each_step(shape, photo, folder):
             forwards.clear()
             cancels = Cancels(engine, at)
             with pytest.raises(CancelRequested, match="enough"):
-                await engine.generate(SMALL, photo, folder, cancels.job)
+                await engine.generate(SMALL, {"photo": photo}, folder, cancels.job)
             assert len(cancels.heard) <= at + 1
             assert len(forwards) == (
                 done if stage == "denoise" else 0 if stage == "encode" else engine.preset.schedule.steps
@@ -122,7 +122,7 @@ async def test_cancel_is_obeyed_at_each_step(shape, photo, folder):
     finally:
         for hook in hooks:
             hook.remove()
-    assert torch.equal(frames_of(await engine.generate(SMALL, photo, folder, Job())), expected)
+    assert torch.equal(frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())), expected)
 
 
 STAGES = {
@@ -164,14 +164,14 @@ async def test_a_failure_at_any_stage_leaves_the_engine_as_new(shape, number, ph
     """The error is one of ours, of one line; no file stays; the next clip is what it would have been."""
     engine = make_engine(shape)
     request = SMALL.model_copy(update={"prompt": f"never seen {number}"})  # the text encoder has work to do
-    expected = frames_of(await engine.generate(SMALL, photo, folder, Job()))
+    expected = frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job()))
     (folder / "wan.mp4").unlink()
     make_error, kind = ERRORS[number % len(ERRORS)]
     with failing(engine, list(STAGES)[number], make_error), pytest.raises(kind) as caught:
-        await engine.generate(request, photo, folder, Job())
+        await engine.generate(request, {"photo": photo}, folder, Job())
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
-    assert torch.equal(frames_of(await engine.generate(SMALL, photo, folder, Job())), expected)
+    assert torch.equal(frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())), expected)
 
 
 @pytest.mark.anyio
@@ -186,11 +186,11 @@ async def test_a_killed_encoder_is_the_machines_fault(photo, folder):
     hook = engine._models.vae.decoder.register_forward_pre_hook(kill)
     try:
         with pytest.raises(MachineFault, match="SIGKILL"):
-            await engine.generate(SMALL, photo, folder, Job())
+            await engine.generate(SMALL, {"photo": photo}, folder, Job())
     finally:
         hook.remove()
     assert list(folder.iterdir()) == []
-    await engine.generate(SMALL, photo, folder, Job())
+    await engine.generate(SMALL, {"photo": photo}, folder, Job())
 
 
 @pytest.mark.anyio
@@ -210,7 +210,7 @@ async def test_an_encoder_that_stops_reading_does_not_hold_the_engine(photo, fol
     hook = decoder.register_forward_pre_hook(lambda *_: None if pids else stop())
     try:
         with pytest.raises(CancelRequested, match="enough"):
-            await engine.generate(SMALL.model_copy(update={"max_area_px": 160 * 96}), photo, folder, job)
+            await engine.generate(SMALL.model_copy(update={"max_area_px": 160 * 96}), {"photo": photo}, folder, job)
     finally:
         hook.remove()
     assert pids
@@ -255,10 +255,10 @@ def out_of_memory() -> Exception:
 @pytest.mark.parametrize("stage", ["photo", "last step", "third chunk"])
 async def test_out_of_memory_is_tried_once_more_with_more_offload(shape, stage, photo, folder):
     """The clip is made all the same, and the same; the engine stays more careful from then on."""
-    expected = frames_of(await make_engine(shape).generate(SMALL, photo, folder, Job()))
+    expected = frames_of(await make_engine(shape).generate(SMALL, {"photo": photo}, folder, Job()))
     engine = make_engine(shape, offload=Offload.NONE)
     with structlog.testing.capture_logs() as logs, failing(engine, stage, out_of_memory):
-        video = await engine.generate(SMALL, photo, folder, Job())
+        video = await engine.generate(SMALL, {"photo": photo}, folder, Job())
     assert torch.equal(frames_of(video), expected)
     assert engine._models.offload == Offload.TEXT
     assert [line["offload"] for line in logs if line["event"] == "out_of_memory"] == ["text"]
@@ -271,11 +271,11 @@ async def test_out_of_memory_for_good_is_a_failure_that_can_be_retried(photo, fo
     with failing(engine, "first step", out_of_memory, times=9) as calls:
         for tries in (2, 3):
             with pytest.raises(EngineFailed, match=r"96x32, 13 frames, offload blocks.*I2V_WAN_AREA") as caught:
-                await engine.generate(SMALL, photo, folder, Job())
+                await engine.generate(SMALL, {"photo": photo}, folder, Job())
             assert len(calls) == tries
             assert caught.value.retryable
     assert list(folder.iterdir()) == []
-    await engine.generate(SMALL, photo, folder, Job())
+    await engine.generate(SMALL, {"photo": photo}, folder, Job())
 
 
 def live_tensors() -> int:
@@ -308,11 +308,11 @@ async def test_many_requests_leave_nothing(shape, requests, tmp_path, folder):
             match number % 4:
                 case 0:
                     with failing(engine, "last step", ERRORS[0][0]):
-                        await engine.generate(request, photo, folder, Job())
+                        await engine.generate(request, {"photo": photo}, folder, Job())
                 case 1 | 2:
-                    await engine.generate(request, photo, folder, Cancels(engine, at=1 + number % 4).job)
+                    await engine.generate(request, {"photo": photo}, folder, Cancels(engine, at=1 + number % 4).job)
                 case _:
-                    await engine.generate(request, photo, folder, Job())
+                    await engine.generate(request, {"photo": photo}, folder, Job())
         except I2VError as error:
             errors.append(error)
 
@@ -333,9 +333,9 @@ def _resident_bytes() -> int:
 @pytest.mark.anyio
 async def test_what_a_preset_ignores_it_says_once(photo, folder):
     """A negative prompt without guidance, a last photo where there is one frame to give: one line each."""
-    request = SMALL.model_copy(update={"negative_prompt": "blurry", "last_photo": photo})
+    request = SMALL.model_copy(update={"negative_prompt": "blurry"})
     with structlog.testing.capture_logs() as logs:
-        await make_engine("tiny").generate(request, photo, folder, Job())
+        await make_engine("tiny").generate(request, {"photo": photo, "last_photo": photo}, folder, Job())
     assert [line["field"] for line in logs if line["event"] == "ignored"] == ["negative_prompt", "last_photo"]
 
 
@@ -344,15 +344,20 @@ async def test_a_negative_prompt_counts_where_there_is_guidance(shape, photo, fo
     """The preset's own unless the request has one; each is encoded once, and the second request finds it."""
     preset = replace(PRESETS[shape], schedule=Schedule("unipc", 2, 5.0), guidance=(4.0, 4.0))
     engine = WanEngine(preset, shared_models(shape))
-    plans = [engine._plan(SMALL.model_copy(update={"negative_prompt": each}), photo) for each in (None, "", "grey")]
+    plans = [
+        engine._plan(SMALL.model_copy(update={"negative_prompt": each}), {"photo": photo})
+        for each in (None, "", "grey")
+    ]
     assert [plan.negative_prompt for plan in plans] == [preset.negative_prompt, "", "grey"]
     clips = []
     for negative in ("", "grey"):
-        video = await engine.generate(SMALL.model_copy(update={"negative_prompt": negative}), photo, folder, Job())
+        video = await engine.generate(
+            SMALL.model_copy(update={"negative_prompt": negative}), {"photo": photo}, folder, Job()
+        )
         clips.append(frames_of(video))
     assert not torch.equal(*clips)
     with failing(engine, "text", RuntimeError) as calls:
-        await engine.generate(SMALL.model_copy(update={"negative_prompt": "grey"}), photo, folder, Job())
+        await engine.generate(SMALL.model_copy(update={"negative_prompt": "grey"}), {"photo": photo}, folder, Job())
     assert calls == []
 
 
@@ -360,7 +365,7 @@ def test_long_clips_are_warned_of(photo):
     """Ten seconds are made, since apps sell them, but not silently."""
     engine = make_engine("tiny-a14b")
     with structlog.testing.capture_logs() as logs:
-        plan = engine._plan(SMALL.model_copy(update={"duration_s": 10}), photo)
+        plan = engine._plan(SMALL.model_copy(update={"duration_s": 10}), {"photo": photo})
     assert plan.frames == 161
     assert [line["frames"] for line in logs if line["event"] == "long_clip"] == [161]
 
@@ -376,6 +381,6 @@ async def test_the_area_of_the_engine_is_the_default_of_its_clips(photo, folder)
     """A request without one gets it; a request with one gets its own."""
     engine = WanEngine(PRESETS["tiny"], shared_models("tiny"), area_px=96 * 64)
     request = GenerationRequest(duration_s=0.5)
-    assert (engine._plan(request, photo).height, engine._plan(SMALL, photo).height) == (64, 32)
-    video = await engine.generate(request, photo, folder, Job())
+    assert (engine._plan(request, {"photo": photo}).height, engine._plan(SMALL, {"photo": photo}).height) == (64, 32)
+    video = await engine.generate(request, {"photo": photo}, folder, Job())
     assert probe(video.path).width * probe(video.path).height == 96 * 64

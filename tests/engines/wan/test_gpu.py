@@ -42,10 +42,10 @@ class TestContract(EngineContract):
 def test_latents_are_those_of_the_cpu(shape, offload, compiled, photo):
     """Within what bf16 rounds, wherever the weights lie and whoever runs the blocks."""
     exact = make_engine(shape)
-    plan = exact._plan(SMALL, photo)
-    expected = our_latents(exact, SMALL, photo, plan)
+    plan = exact._plan(SMALL, {"photo": photo})
+    expected = our_latents(exact, SMALL, {"photo": photo}, plan)
     engine = on_gpu(shape, offload=offload, compile=compiled)
-    latents = our_latents(engine, SMALL, photo, plan).cpu()
+    latents = our_latents(engine, SMALL, {"photo": photo}, plan).cpu()
     assert (latents - expected).norm() < 0.03 * expected.norm()
 
 
@@ -53,7 +53,7 @@ def test_latents_are_those_of_the_cpu(shape, offload, compiled, photo):
 def test_attention_is_installed_as_it_was_chosen(shape, attention, photo):
     """Self-attention and cross-attention of both shapes run on it."""
     engine = on_gpu(shape, attention=attention)
-    latents = our_latents(engine, SMALL, photo, engine._plan(SMALL, photo))
+    latents = our_latents(engine, SMALL, {"photo": photo}, engine._plan(SMALL, {"photo": photo}))
     assert torch.isfinite(latents).all()
 
 
@@ -61,14 +61,14 @@ def test_attention_is_installed_as_it_was_chosen(shape, attention, photo):
 async def test_memory_returns_to_what_it_was(shape, photo, folder):
     """After a clip, a cancelled one and one that ran out of memory for good, the GPU holds the weights alone."""
     engine = on_gpu(shape, offload=Offload.BLOCKS)
-    await engine.generate(SMALL, photo, folder, Job())
+    await engine.generate(SMALL, {"photo": photo}, folder, Job())
     before = torch.cuda.memory_allocated()
-    usual = frames_of(await engine.generate(SMALL, photo, folder, Job()))
+    usual = frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job()))
     assert torch.cuda.memory_allocated() == before
     with pytest.raises(CancelRequested):
-        await engine.generate(SMALL, photo, folder, Cancels(engine, at=4).job)
+        await engine.generate(SMALL, {"photo": photo}, folder, Cancels(engine, at=4).job)
     assert torch.cuda.memory_allocated() == before
     with failing(engine, "third chunk", out_of_memory, times=9), pytest.raises(Exception, match="out of memory"):
-        await engine.generate(SMALL, photo, folder, Job())
+        await engine.generate(SMALL, {"photo": photo}, folder, Job())
     assert torch.cuda.memory_allocated() == before
-    assert torch.equal(frames_of(await engine.generate(SMALL, photo, folder, Job())), usual)
+    assert torch.equal(frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())), usual)

@@ -120,8 +120,8 @@ def in_bf16(preset):
 
 def distance(engine, exact, photo) -> float:
     """Between the latents of two engines, relative to the second's."""
-    plan = exact._plan(SMALL, photo)
-    ours, theirs = (our_latents(each, SMALL, photo, plan) for each in (engine, exact))
+    plan = exact._plan(SMALL, {"photo": photo})
+    ours, theirs = (our_latents(each, SMALL, {"photo": photo}, plan) for each in (engine, exact))
     return float((ours - theirs).norm() / theirs.norm())
 
 
@@ -131,7 +131,7 @@ async def test_bf16_makes_what_fp32_does(shape, weights_dir, photo, folder):
     engine, exact = WanEngine.load(in_bf16(PRESETS[shape]), weights_dir, device=CPU), make_engine(shape)
     off = distance(engine, exact, photo)
     assert 0 < off < 0.02
-    assert (await engine.generate(SMALL, photo, folder, Job())).frames > 1
+    assert (await engine.generate(SMALL, {"photo": photo}, folder, Job())).frames > 1
 
 
 def test_shared_timesteps_change_nothing(photo):
@@ -238,14 +238,14 @@ def test_nothing_is_asked_of_the_network(shape, weights_dir, monkeypatch):
 @pytest.mark.anyio
 async def test_two_shapes_warm_up_for_all(weights_dir, photo, folder):
     """After them, a clip of another shape and length compiles nothing more; and the clip is the usual one."""
-    usual = frames_of(await make_engine("tiny").generate(SMALL, photo, folder, Job())).float()
+    usual = frames_of(await make_engine("tiny").generate(SMALL, {"photo": photo}, folder, Job())).float()
     torch.compiler.reset()
     engine = WanEngine.load(
         PRESETS["tiny"], weights_dir, device=CPU, switches=Switches(compile="eager"), area_px=64 * 64
     )
     compiled = dict(counters["stats"])
     assert compiled["unique_graphs"] > 0
-    clip = frames_of(await engine.generate(SMALL, photo, folder, Job())).float()
+    clip = frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())).float()
     assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"]
     assert (clip - usual).abs().mean() < 1
 

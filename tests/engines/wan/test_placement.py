@@ -93,8 +93,8 @@ def test_the_host_knows_what_it_may_take():
 @pytest.mark.parametrize("offload", [Offload.TEXT, Offload.MODELS, Offload.BLOCKS])
 async def test_every_level_makes_the_same_clip(shape, offload, photo, folder):
     """Where weights lie is nobody's business but the memory's."""
-    expected = frames_of(await make_engine(shape).generate(SMALL, photo, folder, Job()))
+    expected = frames_of(await make_engine(shape).generate(SMALL, {"photo": photo}, folder, Job()))
     engine = make_engine(shape, offload=offload)
     assert engine._models.offload == offload
     for _ in range(2):
-        assert torch.equal(frames_of(await engine.generate(SMALL, photo, folder, Job())), expected)
+        assert torch.equal(frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())), expected)
