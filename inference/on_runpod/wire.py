@@ -44,10 +44,11 @@ INLINE_S = INLINE_BYTES * 8 / INLINE_BITS_PER_S
 MAX_DRAIN = 1000
 MAX_ERROR_CHARS = 1000
 
-KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt"
+KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt, or a workflow"
 
 
-def _is_http(url: str) -> str:
+def is_http(url: str) -> str:
+    """The URL itself. Raises ValueError for what no client could fetch."""
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError):
@@ -57,16 +58,16 @@ def _is_http(url: str) -> str:
     return url
 
 
-HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(_is_http)]
+HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(is_http)]
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
     """JSON types are not converted: a number in quotes is a mistake, and so is an unknown field."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class S3Config(_Wire):
+class S3Config(Wire):
     """`s3Config`, beside `input`, as RunPod documents it; `region` is our addition."""
 
     accessId: Annotated[str, Field(min_length=1)]  # noqa: N815 - RunPod's names
@@ -76,7 +77,7 @@ class S3Config(_Wire):
     region: str | None = None
 
 
-class DirectInput(_Wire):
+class DirectInput(Wire):
     """One photo to one video, without a queue."""
 
     photo_url: HttpUrl | None = None
@@ -107,13 +108,13 @@ class DirectInput(_Wire):
             raise InvalidRequest("photo_base64: not base64") from None
 
 
-class DrainInput(_Wire):
+class DrainInput(Wire):
     """Asks the worker to lease tasks from the queue itself."""
 
     drain: Annotated[int, Field(ge=1, le=MAX_DRAIN)]
 
 
-class _TaskInput(_Wire):
+class _TaskInput(Wire):
     task: dict[str, Any]
     worker_id: Identifier | None = None
     length_s: float | None = None
@@ -202,7 +203,7 @@ def _translated(name: str, value: Any) -> tuple[str, Any]:
     return SYNONYMS.get(name, name), value
 
 
-def _hint(name: str, kind: type[_Wire]) -> str:
+def _hint(name: str, kind: type[Wire]) -> str:
     """The field that may have been meant by an unknown one."""
     if kind is DirectInput and name in MEANT:
         return MEANT[name]
