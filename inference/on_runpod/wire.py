@@ -13,6 +13,7 @@ from inference.errors import InvalidRequest, InvalidTask, one_line
 from inference.task import (
     MAX_DURATION_S,
     MAX_PROMPT_CHARS,
+    PHOTO,
     QUEUE_FPS,
     DurationS,
     GenerationRequest,
@@ -216,7 +217,7 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
         if given.length_s is None:
             task = parse_task(given.task)
         else:
-            task = Task.model_validate(given.task)
+            task = Task.model_validate(_with_inputs(given.task))
             for given_input in task.inputs.values():
                 storage_path.validate_python(given_input.source)
         return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
@@ -224,6 +225,16 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
         raise InvalidRequest(f"task: {explain(error)}") from None
     except InvalidTask as error:
         raise InvalidRequest(f"task: {error}") from None
+
+
+def _with_inputs(task: dict[str, Any]) -> dict[str, Any]:
+    """A task of a Lease value; senders of an earlier version name the photo's path in a field of its own."""
+    if "inputs" in task:
+        return task
+    if "photo_storage_path" not in task:
+        raise InvalidRequest("task: photo_storage_path: field required, or inputs")
+    others = {name: value for name, value in task.items() if name != "photo_storage_path"}
+    return others | {"inputs": {PHOTO: {"source": task["photo_storage_path"]}}}
 
 
 def parse_s3(payload: object) -> S3Config | None:
