@@ -4,7 +4,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +27,11 @@ from inference.leasing.scratch import sweep
 from inference.payments.ledger import Ledger
 from inference.payments.records import Records, SqliteRecords
 from inference.progress.tracker import Sink
-from inference.providers import PAID, EngineName, is_paid
+from inference.providers import PAID, EngineName, QueueName, is_paid
 from inference.queues.base import TaskQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
-from inference.settings import Settings
+from inference.settings import QUEUE_URL_FIELDS, Settings
+from inference.settings_base import names_of
 from inference.task import GenerationRequest, Lease, Outcome, Task
 from inference.transfer.bucket import Bucket, bucket_named_in
 from inference.transfer.network import is_this_machine
@@ -57,10 +58,15 @@ def choose_engine(settings: Settings) -> Settings:
         return settings
     if settings.runway_key is not None:
         return settings.model_copy(update={"engine": PAID.worker_type})
-    if settings.api_url and not is_this_machine(httpx.URL(settings.api_url).host):
+    if settings.queue == "gmanimato":
         raise SettingsError(
-            f"I2V_ENGINE is not set: set it to wan, or to runway with RUNWAYML_API_SECRET, for the queue at "
-            f"{settings.api_url}; preview ({PREVIEW_NOTE}) is the default only for a queue on this machine"
+            f"I2V_ENGINE is not set: for GmAnimato's queue at {settings.queue_url} set it to comfyui, which runs the "
+            "graphs that its tasks bring"
+        )
+    if settings.queue_url and not is_this_machine(httpx.URL(settings.queue_url).host):
+        raise SettingsError(
+            f"I2V_ENGINE is not set: set it to wan, comfyui, or runway with RUNWAYML_API_SECRET, for the queue at "
+            f"{settings.queue_url}; preview ({PREVIEW_NOTE}) is the default only for a queue on this machine"
         )
     return settings
 
@@ -229,10 +235,10 @@ def open_storage(settings: Settings, trusted_origins: Sequence[str] | None = Non
     `trusted_origins` may be anywhere. None: the queue's own host, which the operator named. Its presigned URLs may lead
     back there, to whichever port: the app and its storage often are two servers of one machine.
     """
-    own = [url for url in (settings.api_url, settings.public_url) if url] if trusted_origins is None else []
+    own = [settings.queue_url, settings.public_url, settings.bucket_url] if trusted_origins is None else []
     return Storage(
         trusted_origins=trusted_origins or (),
-        trusted_hosts=own,
+        trusted_hosts=[url for url in own if url],
         allow_private=settings.allow_private_addresses,
         max_download_bytes=settings.max_photo_bytes,
     )
@@ -240,24 +246,32 @@ def open_storage(settings: Settings, trusted_origins: Sequence[str] | None = Non
 
 @asynccontextmanager
 async def open_queue(settings: Settings) -> AsyncIterator[TaskQueue]:
-    """A connection to the queue at `settings.api_url`. Raises SettingsError."""
-    if not settings.api_url:
-        raise SettingsError("VERCEL_API_URL or NEXT_API_URL is not set")
-    async with (
-        open_storage(settings) as storage,
-        LifeIsShortQueue(
-            settings.api_url,
-            settings.api_key.get_secret_value() if settings.api_key else None,
-            worker_id=settings.worker_id,
-            storage=storage,
-            auth_scheme=settings.auth_scheme,
-            worker_type=settings.worker_type,
-            lease_s=settings.lease_duration_s,
-            extension_s=settings.lease_extension_s,
-            bypass=settings.vercel_bypass.get_secret_value() if settings.vercel_bypass else None,
-        ) as queue,
-    ):
+    """A connection to the queue that `settings` names. Raises SettingsError."""
+    if not settings.queue_url:
+        names = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])
+        raise SettingsError(f"{' or '.join(names)} is not set")
+    async with open_storage(settings) as storage, QUEUES[settings.queue](settings, storage) as queue:
         yield queue
+
+
+def _life_is_short(settings: Settings, storage: Storage) -> LifeIsShortQueue:
+    return LifeIsShortQueue(
+        settings.api_url or "",
+        settings.api_key.get_secret_value() if settings.api_key else None,
+        worker_id=settings.worker_id,
+        storage=storage,
+        auth_scheme=settings.auth_scheme,
+        worker_type=settings.worker_type,
+        lease_s=settings.lease_duration_s,
+        extension_s=settings.lease_extension_s,
+        bypass=settings.vercel_bypass.get_secret_value() if settings.vercel_bypass else None,
+    )
+
+
+QUEUES: dict[QueueName, Callable[[Settings, Storage], AbstractAsyncContextManager[TaskQueue]]] = {
+    "lifeisshort": _life_is_short,
+}
+"""The place where a queue is added."""
 
 
 def build_policy(settings: Settings) -> Policy:
@@ -265,6 +279,8 @@ def build_policy(settings: Settings) -> Policy:
     return Policy(
         heartbeat_interval_s=settings.heartbeat_interval_s,
         attempt_limit_s=settings.attempt_limit_s,
+        attempts=settings.max_tries,
+        patience_attempts=settings.webhook_retries,
         keep_temp=not settings.auto_cleanup_temp,
     )
 
@@ -314,10 +330,12 @@ def build_worker(
 ) -> Worker:
     """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
     pays = is_paid(settings.engine)
+    # A task that cannot be handed back is not taken before the engine is free for it: another worker may be idle.
+    held = settings.concurrency if queue.hands_back or "concurrency" in settings.model_fields_set else 1
     return Worker(
         queue,
         build_runner(settings, queue, engine, ledger=build_ledger(settings) if pays else None, sink=sink),
-        concurrency=max(settings.concurrency, settings.runway_concurrency) if pays else settings.concurrency,
+        concurrency=max(held, settings.runway_concurrency) if pays else held,
         poll_interval_s=settings.poll_interval_s,
         grace_s=settings.shutdown_grace_s,
         on_outcome=on_outcome,

@@ -15,7 +15,7 @@ import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from inference.errors import SettingsError
-from inference.providers import RUNWAY, EngineName, WorkerType
+from inference.providers import RUNWAY, EngineName, QueueName, WorkerType
 from inference.settings_base import LoadableSettings, names_of, setting
 from inference.task import MIN_DURATION_S
 from inference.transfer.addresses import worker_api_url
@@ -28,9 +28,14 @@ WAN_PRESETS = ("5b-fast", "5b-turbo", "5b-quality", "a14b-fast", "a14b-quality",
 RUNWAY_MODELS = tuple(dict.fromkeys(model for model in RUNWAY.models.values() if model))
 """What can be chosen. Only names, so that settings need no engine; the engines have what is behind them."""
 
+QUEUE_URL_FIELDS: dict[QueueName, str] = {"lifeisshort": "api_url", "gmanimato": "gmanimato_url"}
+"""The setting that holds the address of each queue."""
+
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
 OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_path"}
 OF_ONE_MACHINE |= {"runpod_endpoint_id", "runpod_url", "runpod_max_workers", "runpod_init_timeout_s", "runpod_webhook"}
+OF_ONE_MACHINE |= {"queue", "gmanimato_url", "gmanimato_callback_url", "webhook_bytes"}
+OF_ONE_MACHINE |= {"comfy_host", "comfy_workflow", "comfy_mapping", "comfy_patience_s"}
 OF_ONE_MACHINE |= {"bucket_url", "bucket_name", "bucket_key_id", "bucket_region"}
 """Settings that mean something else, or nothing, in a container: its address of the queue comes with its secret."""
 
@@ -39,6 +44,11 @@ class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
 
     # The queue a worker takes its tasks from
+    queue: QueueName = setting(
+        "lifeisshort",
+        "I2V_QUEUE",
+        about="Whose queue it is: `lifeisshort`, which `i2v serve` speaks, too, or `gmanimato`.",
+    )
     api_url: str | None = setting(
         None,
         "VERCEL_API_URL",
@@ -71,7 +81,11 @@ class Settings(LoadableSettings):
         False, "I2V_QUEUE_LANES", about="The queue hands out tasks by worker_type; a dispatcher then asks for each."
     )
     poll_interval_s: Annotated[float, Field(ge=0.1, le=3600)] = setting(
-        5.0, "POLL_INTERVAL", "POLLING_INTERVAL", about="Seconds between questions to an empty queue."
+        5.0,
+        "POLL_INTERVAL",
+        "POLLING_INTERVAL",
+        "WORKER_POLL_INTERVAL",
+        about="Seconds between questions to an empty queue.",
     )
     lease_duration_s: Annotated[float, Field(ge=2, le=86_400)] = setting(
         600.0, "LEASE_DURATION", about="Seconds for which a task is taken: longer than a cold start."
@@ -83,19 +97,48 @@ class Settings(LoadableSettings):
         120.0, "HEARTBEAT_INTERVAL", about="Seconds between heartbeats; at most half of I2V_LEASE_EXTENSION."
     )
 
+    # A queue of GmAnimato, where I2V_QUEUE says so
+    gmanimato_url: str | None = setting(
+        None,
+        "GMANIMATO_API_URL",
+        "WORKER_API_URL",
+        about="Base URL of the application; needed to take its tasks.",
+    )
+    gmanimato_secret: SecretStr | None = setting(
+        None, "WORKER_TASK_SECRET", about="Secret of the application's task route, the same as it has itself."
+    )
+    gmanimato_callback_url: str | None = setting(
+        None,
+        "CALLBACK_BASE_URL",
+        about="Base URL under which this worker reaches the application's webhook. Default: what each task says.",
+    )
+    webhook_bytes: Annotated[int, Field(ge=100_000)] = setting(
+        524_288,
+        "I2V_WEBHOOK_BYTES",
+        about="Bytes that the application takes in one request, its BODY_SIZE_LIMIT: without a bucket, a video has to "
+        "fit into them as base64.",
+    )
+    webhook_retries: Annotated[int, Field(ge=5, le=1000)] = setting(
+        40, "I2V_WEBHOOK_RETRIES", about="How often a call is tried while the queue does not answer, its last one too."
+    )
+
     # The worker
     engine: EngineName = setting(
         "preview",
         "I2V_ENGINE",
         about="What makes the videos. `preview`: a camera move over the photo, no model. `wan`: Wan2.2 on this GPU. "
-        "`runway`: Runway's API, paid by the clip. Where this is not set, a Runway key makes `i2v work` take "
-        "`runway`; without one it takes `preview`, and only for a queue on this machine.",
+        "`runway`: Runway's API, paid by the clip. `comfyui`: graphs on a ComfyUI server. Where this is not set, a "
+        "Runway key makes `i2v work` take `runway`; without one it takes `preview`, but only for a queue on this "
+        "machine.",
     )
     concurrency: Annotated[int, Field(ge=1, le=64)] = setting(
         2, "I2V_CONCURRENCY", about="Tasks held at once: one generates while the others download and upload."
     )
     attempt_limit_s: Seconds = setting(
         1800.0, "I2V_ATTEMPT_LIMIT", about="Seconds after which a generation counts as hung, and its task as failed."
+    )
+    max_tries: Annotated[int, Field(ge=1, le=20)] = setting(
+        3, "WORKER_MAX_RETRIES", about="Tries of a download, a generation or an upload whose error may pass."
     )
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = setting(
         8.0, "I2V_SHUTDOWN_GRACE", about="Seconds to finish in after SIGTERM, then tasks are handed back."
@@ -152,6 +195,24 @@ class Settings(LoadableSettings):
     )
     wan_fp8: bool = setting(
         False, "I2V_WAN_FP8", about="Keep the transformers in 8 bits: half the memory, a little less exact."
+    )
+
+    # The ComfyUI engine
+    comfy_host: str = setting(
+        "127.0.0.1:8188", "COMFY_HOST", about="Where ComfyUI listens: host and port, or a URL such as https://…"
+    )
+    comfy_workflow: Path | None = setting(
+        None,
+        "I2V_COMFY_WORKFLOW",
+        about="Graph in API format for tasks that bring a photo and no graph; `i2v comfy check` reads it.",
+    )
+    comfy_mapping: Path | None = setting(
+        None,
+        "I2V_COMFY_MAPPING",
+        about="JSON file that says where photo and prompt go in that graph, instead of titles such as `i2v:photo`.",
+    )
+    comfy_patience_s: Seconds = setting(
+        120.0, "I2V_COMFY_PATIENCE", about="Seconds for which a ComfyUI that went away in mid-task is waited for."
     )
 
     # The Runway engine
@@ -291,7 +352,13 @@ class Settings(LoadableSettings):
         about="Days after which the server deletes tasks that ended, with their photos and videos. Default: never.",
     )
 
-    @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook")
+    @property
+    def queue_url(self) -> str | None:
+        """The address of the queue that is used."""
+        url: str | None = getattr(self, QUEUE_URL_FIELDS[self.queue])
+        return url
+
+    @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook", "gmanimato_url", "gmanimato_callback_url")
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
         if not value:
@@ -338,6 +405,7 @@ class Settings(LoadableSettings):
 
     @field_validator(
         "api_key",
+        "gmanimato_secret",
         "vercel_bypass",
         "runway_key",
         "runpod_key",

@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 from inference.errors import SettingsError
 
-PREFIXES = ("I2V_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
+PREFIXES = ("I2V_", "GMANIMATO_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
 """Prefixes that only this project uses, so that an unknown name with one of them is a mistake. VERCEL_, MODAL_ and
 RUNPOD_ are left out, because those platforms set variables of their own."""
 

@@ -28,7 +28,18 @@ from inference.build import (
 from inference.commands.payments import payments
 from inference.commands.render import render
 from inference.commands.runpod import app as runpod_app
-from inference.commands.start import Photo, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
+from inference.commands.start import (
+    Photo,
+    Prompt,
+    QueueUrl,
+    Seconds,
+    Url,
+    Verbose,
+    check_mp4,
+    queue_url_field,
+    start,
+    temporary_folder,
+)
 from inference.commands.weights import app as weights_app
 from inference.errors import (
     EngineFailed,
@@ -38,9 +49,10 @@ from inference.errors import (
 )
 from inference.on_modal.doctor import examine_modal
 from inference.progress.tracker import Sink
-from inference.providers import EngineName, is_paid
+from inference.providers import EngineName, QueueName, is_paid
 from inference.server.client import QueueClient
-from inference.settings import Settings
+from inference.settings import QUEUE_URL_FIELDS, Settings
+from inference.settings_base import names_of
 from inference.task import Lease, Outcome
 
 log = structlog.get_logger(__name__)
@@ -142,15 +154,22 @@ def serve(
 
 @app.command(epilog="Example: `VERCEL_API_URL=https://app.example.com WORKER_API_KEY=… i2v work`")
 def work(
-    url: Url = None,
+    url: QueueUrl = None,
+    queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Tasks held at once.", min=1, max=64)] = None,
     engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    poll_interval: Annotated[
+        float | None, typer.Option(help="Seconds between questions to an empty queue.", min=0.1, max=3600)
+    ] = None,
+    max_retries: Annotated[int | None, typer.Option(help="Instead of WORKER_MAX_RETRIES.", min=1, max=20)] = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
     supervised: Annotated[
         bool, typer.Option("--supervised", help="Exit 78 for wrong settings, so that systemd does not start it again.")
     ] = False,
-    verbose: Verbose = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", "--debug", help="Show every step, and tracebacks of errors.")
+    ] = False,
 ) -> None:
     """A plain polling worker for any box: lease, run, repeat.
 
@@ -159,8 +178,19 @@ def work(
     left and exits 0; a second signal hands back at once.
     """
     with process.told_errors(verbose=verbose, wrong_settings=process.WRONG_SETTINGS if supervised else 1):
+        url_field = queue_url_field(queue)
         settings = choose_engine(
-            start(None, "api_url", verbose=verbose, api_url=url, concurrency=concurrency, engine=engine)
+            start(
+                None,
+                url_field,
+                verbose=verbose,
+                queue=queue,
+                concurrency=concurrency,
+                engine=engine,
+                poll_interval_s=poll_interval,
+                max_tries=max_retries,
+                **{url_field: url},
+            )
         )
         process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
 
@@ -177,14 +207,15 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
         worker = build_worker(settings, queue, engine, sink=sink)
-        log.info("worker_started", queue=settings.api_url, worker_id=settings.worker_id, engine=engine.name)
+        log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
         try:
             await worker.run(at_most=1 if once else None)
         except QueueFailed:  # it is there
             raise
         except QueueUnavailable as error:
-            raise QueueUnavailable(f"no queue at {settings.api_url}, see VERCEL_API_URL or --url: {error}") from None
+            name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
+            raise QueueUnavailable(f"no queue at {settings.queue_url}, see {name} or --url: {error}") from None
         tasks.cancel_scope.cancel()
     if once and not taken:
         log.info("no_task")
@@ -313,7 +344,9 @@ def doctor(
     deployment: Annotated[
         Literal["modal"] | None, typer.Argument(help="What to deploy to, instead of what runs here.")
     ] = None,
-    url: Url = None,
+    url: QueueUrl = None,
+    queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
+    engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
     *,
     verbose: Verbose = False,
 ) -> None:
@@ -321,7 +354,7 @@ def doctor(
     logs.configure("debug" if verbose else "error")
 
     def load() -> Settings:
-        return Settings.load(api_url=url)
+        return Settings.load(queue=queue, engine=engine, **{queue_url_field(queue): url})
 
     async def main() -> bool:
         sound = True

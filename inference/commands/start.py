@@ -1,6 +1,7 @@
 """What commands share: common arguments, reading settings, configuring logs, and checking outputs early."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,12 +9,17 @@ import typer
 
 from inference import logs
 from inference.errors import SettingsError, write_error
-from inference.settings import Settings
+from inference.providers import QueueName
+from inference.settings import QUEUE_URL_FIELDS, Settings
 
 Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
 Prompt = Annotated[str, typer.Argument(help="What should happen, e.g. “slow dolly-in”.")]
 Seconds = Annotated[float, typer.Option("--seconds", "-s", help="Length of the video.", min=0.5, max=60)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]
+QueueUrl = Annotated[
+    str | None,
+    typer.Option("--url", "--api-url", help="The queue, instead of VERCEL_API_URL or GMANIMATO_API_URL."),
+]
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
 OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--negative"}
@@ -29,6 +35,17 @@ def start(level: str | None, *required: str, verbose: bool, **overrides: Any) ->
         raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
     settings.warn_of_unread()
     return settings
+
+
+def queue_url_field(queue: QueueName | None) -> str:
+    """The setting that `--url` stands for, which depends on the queue: `--queue`, or else I2V_QUEUE.
+
+    Mistakes in other settings are left to whoever loads them next, which tells all at once.
+    """
+    if queue is None:
+        with suppress(SettingsError):
+            queue = Settings.load().queue
+    return QUEUE_URL_FIELDS[queue or "lifeisshort"]
 
 
 def check_mp4(output: Path) -> None:

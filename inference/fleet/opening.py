@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from inference.build import build_ledger, open_queue, price_usd
+from inference.errors import SettingsError
 from inference.fleet.containers import Containers
 from inference.fleet.dispatch import Dispatcher
 from inference.fleet.readings import Readings
@@ -41,6 +42,11 @@ async def open_dispatcher(
     Raises SettingsError, RecordsUnavailable.
     """
     own = for_a_cold_start(settings, shape)
+    if settings.queue != "lifeisshort":
+        raise SettingsError(
+            f"I2V_QUEUE={settings.queue}: this queue takes no task back, so none is taken for a container that may "
+            "never start; run `i2v work` on a box"
+        )
     worker_types: list[WorkerType | None] = [settings.worker_type]
     if settings.queue_knows_worker_type:  # those that have to be paid for first, before others overflow to there
         worker_types = [each.worker_type for each in sorted(PROVIDERS, key=lambda each: not each.is_paid)]

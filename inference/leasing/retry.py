@@ -31,6 +31,7 @@ class Policy:
     beat_retry_s: float = 10
     attempt_limit_s: float = 1800  # a generation that takes longer counts as hung
     attempts: int = 3  # per stage; Life-is-Short documents
+    patience_attempts: int = PATIENCE_ATTEMPTS
     retry_wait_s: float = 5  # between attempts; Life-is-Short documents
     keep_temp: bool = False  # keep the folder of each lease for inspection
 
@@ -57,7 +58,7 @@ async def repeat(
     patiently = tenacity.AsyncRetrying(
         sleep=anyio.sleep,
         retry=tenacity.retry_if_exception(is_away),
-        stop=tenacity.stop_after_attempt(PATIENCE_ATTEMPTS),
+        stop=tenacity.stop_after_attempt(policy.patience_attempts),
         wait=tenacity.wait_random_exponential(multiplier=1, max=30),
         before_sleep=_tell,
         reraise=True,

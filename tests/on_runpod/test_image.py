@@ -531,7 +531,9 @@ OF_THE_CALLER = {"RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID", "RUNPOD_ENDPOINT_BASE_U
 OF_THE_CALLER |= {"I2V_RUNPOD_MAX_WORKERS", "I2V_RUNPOD_WEBHOOK", "I2V_OVERFLOW_AFTER", "I2V_OVERFLOW_WAN_LOCAL"}
 OF_THE_SERVER = {"I2V_HOST", "I2V_PORT", "I2V_DATA_DIR", "I2V_DATABASE_URL", "I2V_PUBLIC_URL", "I2V_MAX_VIDEO_BYTES"}
 OF_THE_SERVER |= {"I2V_RETENTION_DAYS"}
-OF_A_POLLING_WORKER = {"POLL_INTERVAL"}
+OF_A_POLLING_WORKER = {"POLL_INTERVAL", "I2V_QUEUE", "I2V_WEBHOOK_BYTES", "CALLBACK_BASE_URL"}
+OF_A_POLLING_WORKER |= {"GMANIMATO_API_URL", "WORKER_TASK_SECRET", "I2V_WEBHOOK_RETRIES", "WORKER_MAX_RETRIES"}
+OF_COMFYUI = {"COMFY_HOST", "I2V_COMFY_WORKFLOW", "I2V_COMFY_MAPPING", "I2V_COMFY_PATIENCE"}
 OF_OTHER_PLATFORMS = re.compile("I2V_MODAL_|RUNWAY|I2V_RUNWAY_|I2V_LEDGER")
 
 
@@ -572,7 +574,7 @@ def test_everything_a_worker_may_need_is_asked_for(listing):
     """Each setting is there, or is none of a worker's; what makes it work is not hidden among the rest."""
     asked = [it.key for it in listing.config.env]
     assert len(asked) == len(set(asked))
-    others = OF_THE_IMAGE | OF_THE_MACHINE | OF_THE_CALLER | OF_THE_SERVER | OF_A_POLLING_WORKER
+    others = OF_THE_IMAGE | OF_THE_MACHINE | OF_THE_CALLER | OF_THE_SERVER | OF_A_POLLING_WORKER | OF_COMFYUI
     assert others <= set(FIELDS)
     assert set(asked) == {name for name in FIELDS if name not in others and not OF_OTHER_PLATFORMS.match(name)}
     shown = {it.key for it in listing.config.env if it.input and not it.input.advanced}
