@@ -35,6 +35,7 @@
     │   └── AddressRefused   HS  the URL leads to an address that this worker's settings do not allow
     ├── MediaError
     │   ├── InvalidPhoto      T  not a photo we can use; says why
+    │   ├── InvalidVideo      T  not a video we can use; says why
     │   └── EncodeFailed         ffmpeg ended badly
     ├── MachineFault          H  no memory, no ffmpeg, a process killed from outside
     │   ├── DiskFull          H  no room left on the disk
@@ -269,6 +270,12 @@ class MediaError(I2VError):
 
 class InvalidPhoto(MediaError):
     """The photo cannot be read, or is not one we can use."""
+
+    task_at_fault = True
+
+
+class InvalidVideo(MediaError):
+    """The video cannot be read, or is not one we can use."""
 
     task_at_fault = True
 

@@ -16,6 +16,7 @@ FLOORS = [
     ("errors", "private"),  # every error, drawn as a tree; files for this user alone
     ("task", "providers"),  # the values that travel; who serves which hint
     ("progress", "media", "transfer", "payments"),  # what any queue or engine may need
+    ("inputs",),  # what a task brings, put into a folder
     ("queues", "engines"),  # where tasks come from; what makes videos
     ("leasing", "server", "testing"),  # one lease, from first beat to report; the embedded queue; fakes that ship
     ("settings_base", "logs", "assets"),
