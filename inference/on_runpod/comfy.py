@@ -12,7 +12,6 @@ Fields that nothing here reads are ignored, as worker-comfyui does: a payload th
 """
 
 import base64
-import binascii
 import json
 import mimetypes
 import re
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import anyio.to_thread
 import structlog
 from pydantic import Field, ValidationError
@@ -28,12 +28,16 @@ from pydantic import Field, ValidationError
 from inference import logs
 from inference.build import build_policy
 from inference.engines.base import Job
-from inference.errors import EncodeFailed, InvalidRequest, SettingsError, StorageError
+from inference.errors import EncodeFailed, I2VError, InvalidRequest, SettingsError, StorageError
+from inference.inputs import fetch
 from inference.leasing.retry import Policy, repeat
-from inference.leasing.scratch import put, scratch_folder
+from inference.leasing.scratch import scratch_folder
+from inference.media import foreign
 from inference.media.clip import shrink
+from inference.on_runpod.callback import Callback
 from inference.on_runpod.direct import DirectContext, Target, bucket_in
-from inference.on_runpod.wire import INLINE_BYTES, S3Config, Wire, answer, is_http
+from inference.on_runpod.progress_posts import ProgressPosts
+from inference.on_runpod.wire import INLINE_BYTES, HttpUrl, S3Config, Wire, answer, is_http
 from inference.progress.tracker import ProgressTracker, Sink, both, plan
 from inference.task import (
     DEFAULT_FRAME_NUM,
@@ -75,6 +79,7 @@ class WorkflowInput(Wire):
     images: list[_Image] = Field(default_factory=list)
     videos: list[_Video] = Field(default_factory=list)
     node_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    callback_url: HttpUrl | None = None  # of an application that is told, too
 
     @property
     def inputs(self) -> dict[str, Input]:
@@ -129,7 +134,7 @@ def workflow_in(payload: object, job_id: str) -> WorkflowInput | None:
             return None
     if not isinstance(payload, Mapping) or payload.get("workflow") is None:
         return None
-    given = {name: value for name, value in payload.items() if value is not None}
+    given = {name: value for name, value in payload.items() if value is not None and value != ""}
     if other := [name for name in ELSEWHERE if name in given]:
         raise InvalidRequest(f"input: workflow and {' and '.join(other)} exclude each other")
     if ignored := sorted(given.keys() - WorkflowInput.model_fields.keys()):
@@ -143,10 +148,36 @@ def workflow_in(payload: object, job_id: str) -> WorkflowInput | None:
 async def run_workflow(
     asked: WorkflowInput, s3: S3Config | None, job_id: str, here: DirectContext, sink: Sink
 ) -> dict[str, Any]:
-    """The answer to a job with a workflow. What cannot end well is refused before the GPU is touched.
+    """The answer to a job with a workflow, of which its `callback_url` is told as well.
 
-    Its files go to the bucket of `s3`, else to the operator's, else as base64 into the answer, as far as they fit.
-    Raises InvalidRequest, StorageError, MachineFault, EngineError, MediaError.
+    Raises StorageError, MachineFault, EngineError, MediaError.
+    """
+    if asked.callback_url is None:
+        return await _run(asked, s3, job_id, here, sink)
+    failed: Exception | None = None
+    allow_private = here.settings.allow_private_addresses
+    async with Callback(asked.callback_url, job_id, allow_private=allow_private) as callback:
+        posts = ProgressPosts(callback.progress)
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(posts.run)
+            try:
+                said = await _run(asked, s3, job_id, here, both(sink, posts.sink))
+            except Exception as error:  # noqa: BLE001 - raised below, when progress has stopped
+                failed = error
+            posts.finish()
+        if failed is not None:
+            await callback.failed(str(failed) if isinstance(failed, I2VError) else "internal error of the worker")
+            raise failed
+        await callback.completed(said.get("files") or said["images"][:1])
+    return said
+
+
+async def _run(
+    asked: WorkflowInput, s3: S3Config | None, job_id: str, here: DirectContext, sink: Sink
+) -> dict[str, Any]:
+    """What cannot end well is refused before the GPU is touched.
+
+    Files go to the bucket of `s3`, else to the operator's, else as base64 into the answer, as far as they fit.
     """
     settings, policy = here.settings, build_policy(here.settings)
     if settings.engine != "comfyui":
@@ -162,7 +193,9 @@ async def run_workflow(
     job = Job(tracker)
     with scratch_folder(settings.temp_dir, keep=policy.keep_temp) as folder:
         job.report("download")
-        fetched = await repeat(lambda: _fetch(inputs, folder, here.storage, settings.max_photo_bytes), policy)
+        fetched = await repeat(
+            lambda: fetch(inputs, folder, storage=here.storage, max_bytes=settings.max_photo_bytes), policy
+        )
         job.report("wait")
         async with here.turns.taken():
             video = await repeat(lambda: here.turns.generate(asked.request, fetched, folder, job), policy)
@@ -258,14 +291,21 @@ def _inline(video: Video, folder: Path) -> tuple[Video, _Stored]:
 
 
 def _shrunk(video: Video, folder: Path) -> Video:
-    """The video encoded again, so that an answer holds it. Raises EncodeFailed where none does."""
-    smaller = folder / "smaller" / f"{video.path.stem}.mp4"
-    smaller.parent.mkdir(exist_ok=True)
-    try:
-        shrink(video.path, smaller, INLINE_BYTES)
-    except EncodeFailed as error:
-        raise EncodeFailed(f"{error}: {TOO_LARGE}") from None
-    return video.model_copy(update={"path": smaller, "size_bytes": smaller.stat().st_size})
+    """The video as an mp4 that an answer holds, encoded again as little as that takes.
+
+    Raises EncodeFailed where no encoding fits, MediaError, MachineFault.
+    """
+    mp4, smaller = (folder / stage / f"{video.path.stem}.mp4" for stage in ("mp4", "smaller"))
+    for path in (mp4, smaller):
+        path.parent.mkdir(exist_ok=True)
+    foreign.as_mp4(video.path, mp4)
+    if mp4.stat().st_size > INLINE_BYTES:
+        try:
+            shrink(mp4, smaller, INLINE_BYTES)
+        except EncodeFailed as error:
+            raise EncodeFailed(f"{error}: {TOO_LARGE}") from None
+        mp4 = smaller
+    return video.model_copy(update={"path": mp4, "size_bytes": mp4.stat().st_size})
 
 
 def _files_of(video: Video) -> list[tuple[str, Path]]:
@@ -286,23 +326,3 @@ def as_worker_comfyui(post: Callable[[dict[str, object]], Awaitable[None]]) -> C
         await post(snapshot | theirs)
 
     return posting
-
-
-async def _fetch(inputs: Mapping[str, Input], folder: Path, storage: Storage, max_bytes: int) -> dict[str, Path]:
-    """Stands for inference.inputs.fetch until it is there."""
-    found = {}
-    for number, (name, given) in enumerate(inputs.items()):
-        path = folder / f"input-{number}"
-        if given.source.startswith("data:"):
-            text = given.source.partition(",")[2]
-            try:
-                content = base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError):
-                raise InvalidRequest(f"{name}: not base64") from None
-            if len(content) > max_bytes:
-                raise InvalidRequest(f"{name}: larger than {max_bytes} bytes")
-            await anyio.to_thread.run_sync(put, path, content)
-        else:
-            await storage.download(given.source, path)
-        found[name] = path
-    return found

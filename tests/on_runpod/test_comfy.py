@@ -10,17 +10,21 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import anyio
 import anyio.lowlevel
 import httpx
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import structlog
 from PIL import Image
 
-from inference.errors import InvalidRequest
+from inference.errors import EngineError, InvalidRequest
 from inference.media.video import VideoWriter, probe
+from inference.on_runpod import callback as callback_module
 from inference.on_runpod import comfy
 from inference.on_runpod.api import RunPodJob
+from inference.on_runpod.callback import Callback
 from inference.on_runpod.comfy import as_worker_comfyui, workflow_in
 from inference.on_runpod.worker import RunPodWorker
 from inference.progress.tracker import Progress
@@ -58,6 +62,9 @@ class FakeComfy:
         self.others = {"ComfyUI_00001_.png": PNG}
         self.noise_frames = 0
         self.video_name = "Wan22_00001_.mp4"
+        self.webm_name = None
+        self.fails_with = None
+        self.before = anyio.lowlevel.checkpoint
 
     async def check(self):
         """See Engine."""
@@ -66,7 +73,9 @@ class FakeComfy:
         """A video of three black frames, or of noise, which does not compress."""
         self.asked.append((request, {name: path.read_bytes() for name, path in inputs.items()}))
         job.report("workflow", 1, 4, {"completed_nodes": 1, "total_nodes": 4, "current_node": "44"})
-        await anyio.lowlevel.checkpoint()
+        await self.before()
+        if self.fails_with:
+            raise self.fails_with
         noise = np.random.default_rng(1)
         made = folder / "made"
         made.mkdir()
@@ -74,11 +83,17 @@ class FakeComfy:
             for _ in range(self.noise_frames or 3):
                 picture = np.zeros((64, 96, 3), np.uint8)
                 writer.write(noise.integers(0, 256, picture.shape, np.uint8) if self.noise_frames else picture)
+        video = writer.video(seed=7)
+        if self.webm_name:
+            webm = made / self.webm_name
+            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", video.path, "-c:v", "libvpx"]
+            await anyio.run_process([*command, "-b:v", "4M", "-deadline", "realtime", webm])
+            video = video.model_copy(update={"path": webm, "size_bytes": webm.stat().st_size})
         others = {}
         for name, content in self.others.items():
             others[name] = made / name
             others[name].write_bytes(content)
-        return writer.video(seed=7).model_copy(update={"others": others})
+        return video.model_copy(update={"others": others})
 
 
 class Box:
@@ -150,6 +165,7 @@ def test_other_inputs_are_left_to_others(payload):
         ({"workflow": GRAPH, "images": [{"name": "a\nb", "image": "A"}]}, "images.0.name: must be printable"),
         ({"workflow": GRAPH, "images": [{"name": "x", "image": "https://"}]}, "images.0: has to be a URL"),
         ({"workflow": GRAPH, "videos": [{"name": "x", "image": "A"}]}, "videos.0.video: field required"),
+        ({"workflow": GRAPH, "callback_url": "app/hook"}, "callback_url: has to be a URL"),
         ({"workflow": GRAPH, "node_weights": {"4": "15"}}, "node_weights.4: input should be a valid number"),
         ({"workflow": GRAPH, "node_weights": {"4": -1}}, "node_weights.4: input should be greater than or equal to 0"),
         (
@@ -178,12 +194,12 @@ def test_the_same_file_twice_is_one():
 
 
 async def test_what_nothing_reads_is_ignored_and_said(box):
-    """Names only: GmAnimato's callback_url is a capability, and the key of comfy.org a secret."""
+    """Names only: the key of comfy.org is a secret."""
     with structlog.testing.capture_logs() as logs:
-        answer = await box.run({**INPUT, "callback_url": "https://app/hush", "comfy_org_api_key": "hush", "x": 1})
+        answer = await box.run({**INPUT, "callback_url": "", "comfy_org_api_key": "hush", "x": 1})
     assert "images" in answer
     [line] = [it for it in logs if it["event"] == "fields_ignored"]
-    assert line["fields"] == ["callback_url", "comfy_org_api_key", "x"]
+    assert line["fields"] == ["comfy_org_api_key", "x"]
     assert "hush" not in str(logs)
 
 
@@ -201,10 +217,15 @@ async def test_images_come_as_base64_in_any_dress(box, given):
 
 
 class Site:
-    """A server on loopback that has one picture and takes what is PUT, but for pictures."""
+    """A server on loopback that has one picture, takes what is PUT, but for pictures, and what is POSTed to it.
+
+    `statuses` are its next answers to POST; None: it says nothing until the caller has gone.
+    """
 
     def __init__(self):
         self.stored, self.content_types = {}, {}
+        self.calls, self.statuses = [], []
+        self.gone = threading.Event()
         site = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -219,6 +240,15 @@ class Site:
                     return
                 site.stored[path], site.content_types[path] = body, self.headers["Content-Type"]
                 self.answer(200, b"")
+
+            def do_POST(self):
+                call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                site.calls.append(call)
+                status = site.statuses.pop(0) if site.statuses else 201
+                if status is None:
+                    site.gone.wait(5)
+                else:
+                    self.answer(status, b"{}")
 
             def answer(self, status, body):
                 self.send_response(status)
@@ -239,8 +269,9 @@ def site():
     """See Site."""
     found = Site()
     with found.server as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield found
+        found.gone.set()
         server.shutdown()
 
 
@@ -363,6 +394,18 @@ async def test_an_answer_holds_what_fits(box, monkeypatch):
     )
 
 
+async def test_a_webm_stays_one_while_it_fits(box, monkeypatch):
+    """What is too large becomes an mp4, and is called so."""
+    box.engine.noise_frames, box.engine.others, box.engine.webm_name = 16, {}, "Wan22_00001_.webm"
+    [webm] = (await box.run())["images"]
+    assert webm["filename"] == "Wan22_00001_.webm"
+    content = base64.b64decode(webm["data"])
+    assert content.startswith(b"\x1a\x45\xdf\xa3")
+    monkeypatch.setattr(comfy, "INLINE_BYTES", min(60_000, len(content) - 1))
+    [mp4] = (await box.run())["images"]
+    assert (mp4["filename"], base64.b64decode(mp4["data"])[4:8]) == ("Wan22_00001_.mp4", b"ftyp")
+
+
 async def test_a_video_that_fits_in_no_size_says_what_would_take_it(box, monkeypatch):
     """There is no answer without it."""
     monkeypatch.setattr(comfy, "INLINE_BYTES", 1000)
@@ -387,3 +430,103 @@ async def test_progress_has_both_words(box):
     theirs = {"type": "progress", "value": 12, "max": 25, "percent": 45.6, "node": "44"}
     assert told == [ours.model_dump(mode="json") | theirs]
     assert RunPodJob(id="j1", status="IN_PROGRESS", output=told[0]).progress == ours
+
+
+# The callback
+
+
+@pytest.fixture
+def told(tmp_path, site, monkeypatch):
+    """An endpoint with a bucket, and what an application is told by it, without pauses."""
+    monkeypatch.setattr(Callback, "PAUSE_S", 0.0)
+    own = {"bucket_url": site.url, "bucket_name": "b", "bucket_key_id": "k", "bucket_secret": "s"}
+    box = Box(tmp_path / "temp", allow_private_addresses=True, **own)
+    box.engine.others = {}
+    box.asked = INPUT | {"callback_url": f"{site.url}/api/i2v-webhook/v1"}
+    return box
+
+
+async def test_an_application_is_told_how_far_a_job_is_and_how_it_ended(told, site):
+    """As the webhook of GmAnimato reads it: RunPod's id, progress, then the plain URL of the video, and no more."""
+
+    async def until_told():
+        while not site.calls:
+            await anyio.sleep(0.01)
+
+    told.engine.before = until_told
+    answer = await told.run(told.asked)
+    *progress, end = site.calls
+    assert end == {"id": "j1", "status": "completed", "files": answer["files"]}
+    assert end["files"][0]["data"] == f"{site.url}/b/j1/Wan22_00001_.mp4"
+    assert progress
+    assert {(call["id"], call["status"]) for call in progress} == {("j1", "processing")}
+    assert all(0 <= call["progress"]["percentage"] <= 100 for call in progress)
+
+
+async def test_progress_names_the_nodes(site):
+    """As far as the engine does, and within bounds: the webhook takes any percentage."""
+    detail = {"completed_nodes": 3, "total_nodes": 9, "current_node": "44", "current_node_progress": 50.0}
+    snapshot = Progress(stage="workflow", done=1, total=2, fraction=2.5, detail=detail | {"other": 1})
+    async with Callback(f"{site.url}/hook", "j1", allow_private=True) as callback:
+        await callback.progress(snapshot.model_dump(mode="json"))
+    [call] = site.calls
+    assert call == {"id": "j1", "status": "processing", "progress": {"percentage": 100.0} | detail}
+
+
+async def test_an_application_is_told_why_there_is_no_video(told, site):
+    """In one line, once; RunPod is told the same."""
+    told.engine.fails_with = EngineError("node 44 (Sampler): the\nsizes do not match")
+    answer = await told.run(told.asked)
+    [end] = [call for call in site.calls if call["status"] != "processing"]
+    assert end == {"id": "j1", "status": "failed", "error": "node 44 (Sampler): the sizes do not match"}
+    assert answer["error"] == end["error"]
+
+
+async def test_a_bug_is_told_without_its_words(told, site):
+    """They are for our log."""
+    told.engine.fails_with = RuntimeError("hush")
+    assert (await told.run(told.asked))["refresh_worker"]
+    assert site.calls[-1] == {"id": "j1", "status": "failed", "error": "internal error of the worker"}
+
+
+async def test_an_end_that_is_not_taken_is_told_again(site, monkeypatch):
+    """Five times at most; what RunPod says is there all the same."""
+    monkeypatch.setattr(Callback, "PAUSE_S", 0.0)
+    site.statuses = [500, 502, 201]
+    async with Callback(f"{site.url}/hook", "j1", allow_private=True) as callback:
+        await callback.completed([])
+        assert len(site.calls) == 3
+        site.statuses = [500] * 9
+        await callback.failed("why")
+    assert len(site.calls) == 3 + 5
+
+
+async def test_an_application_that_is_not_there_costs_no_video(told):
+    """Nor one at an address where no stranger may send a worker; neither shows the query of its URL."""
+    nobody = told.asked | {"callback_url": "http://127.0.0.1:1/hook?token=hush"}
+    with structlog.testing.capture_logs() as logs:
+        assert "images" in await told.run(nobody)
+        async with Callback("http://127.0.0.1:1/hook?token=hush", "j1") as callback:
+            await callback.completed([])
+    problems = [it["problem"] for it in logs if it["event"] == "callback_not_taken"]
+    assert len(problems) == 10
+    assert "not a public address" in problems[-1]
+    assert "hush" not in str(logs)
+
+
+async def test_the_end_waits_after_progress_that_nobody_answered(site, monkeypatch):
+    """The server may carry that out late, and the end would be undone."""
+    monkeypatch.setattr(callback_module, "PROGRESS_LIMIT_S", 0.05)
+    monkeypatch.setattr(Callback, "SETTLE_S", 0.1)
+    site.statuses = [None]
+    snapshot = Progress(stage="workflow", done=1, total=2, fraction=0.5).model_dump(mode="json")
+    async with Callback(f"{site.url}/hook", "j1", allow_private=True) as callback:
+        await callback.progress(snapshot)
+        before = anyio.current_time()
+        await callback.completed([])
+        assert anyio.current_time() - before >= 0.1
+        await callback.progress(snapshot)
+        before = anyio.current_time()
+        await callback.completed([])
+        assert anyio.current_time() - before < 0.1
+    assert [call["status"] for call in site.calls] == ["processing", "completed"] * 2
