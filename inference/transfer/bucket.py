@@ -93,7 +93,7 @@ def bucket_named_in(endpoint_url: str) -> str | None:
     url = httpx.URL(endpoint_url)
     if path := url.path.strip("/"):
         return None if "/" in path else path
-    found = re.fullmatch(r"(.+?)\.s3[.-].+\.amazonaws\.com(?:\.cn)?", url.host)
+    found = re.fullmatch(r"(.+?)\.s3(?:[.-].+)?\.amazonaws\.com(?:\.cn)?", url.host)
     return found[1] if found else None
 
 
