@@ -244,8 +244,8 @@ class _Shelf:
         stored, taken = _Stored(), set[str]()
         for name, path in _files_of(video):
             key = self._key(name)
-            while key in taken:  # two names that are one in a key
-                key = self._key(f"{len(taken)}-{name}")
+            if key in taken:  # two names that are one in a key
+                key = self._key(name, f"{len(taken)}-")
             taken.add(key)
             content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
             target = await anyio.to_thread.run_sync(self._target, key, content_type)
@@ -261,9 +261,9 @@ class _Shelf:
             stored.files.append(entry | {"data": self.bucket.object_url(key)})
         return stored
 
-    def _key(self, name: str) -> str:
+    def _key(self, name: str, prefix: str = "") -> str:
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-MAX_NAME_CHARS:].lstrip(".") or "file"
-        return f"{re.sub(r'[^A-Za-z0-9_-]', '_', self.job_id)}/{plain}"
+        return f"{re.sub(r'[^A-Za-z0-9_-]', '_', self.job_id)}/{prefix}{plain}"
 
     def _target(self, key: str, content_type: str) -> Target:
         """Signs. Half a second the first time, for all that it imports."""

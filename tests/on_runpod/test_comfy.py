@@ -23,6 +23,7 @@ from inference.errors import EngineError, InvalidRequest
 from inference.media.video import VideoWriter, probe
 from inference.on_runpod import callback as callback_module
 from inference.on_runpod import comfy
+from inference.on_runpod.answer import completed
 from inference.on_runpod.api import RunPodJob
 from inference.on_runpod.callback import Callback
 from inference.on_runpod.comfy import as_worker_comfyui, workflow_in
@@ -330,6 +331,15 @@ async def test_the_answer_is_worker_comfyuis_with_the_video_first(box):
     assert "base64" not in facts  # it would not fit twice
     assert (answer["seed"], answer["timings"].keys()) == (7, {"download", "wait", "workflow", "upload"})
     assert list(box.settings.temp_dir.iterdir()) == []
+
+
+async def test_our_own_client_reads_the_answer(box, tmp_path, site):
+    """`i2v runpod fetch` saves the video of a workflow, wherever it went."""
+    own = {"bucket_url": site.url, "bucket_name": "b", "bucket_key_id": "k", "bucket_secret": "s"}
+    for endpoint, where in ((box, "base64"), (Box(tmp_path, **own), "url")):
+        answer = await endpoint.run()
+        made = completed(RunPodJob(id="j1", status="COMPLETED", output=answer)).made
+        assert getattr(made, where) == answer["images"][0]["data"]
 
 
 async def test_a_bucket_gets_everything(tmp_path):
