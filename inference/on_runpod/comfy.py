@@ -243,9 +243,9 @@ class _Shelf:
         """Stores the video and what else there is. Raises StorageError where the video could not be stored."""
         stored, taken = _Stored(), set[str]()
         for name, path in _files_of(video):
-            key = self._key(name)
-            if key in taken:  # two names that are one in a key
-                key = self._key(name, f"{len(taken)}-")
+            key, number = self._key(name), len(taken)
+            while key in taken:  # two names that are one in a key
+                key, number = self._key(name, f"{number}-"), number + 1
             taken.add(key)
             content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
             target = await anyio.to_thread.run_sync(self._target, key, content_type)
