@@ -33,7 +33,7 @@ from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
 from inference.task import GenerationRequest, Lease, Outcome, Task
-from inference.transfer.bucket import Bucket
+from inference.transfer.bucket import Bucket, bucket_named_in
 from inference.transfer.network import is_this_machine
 from inference.transfer.storage import Storage
 
@@ -395,9 +395,10 @@ def _origin(url: str) -> str:
 def bucket_of(settings: Settings) -> Bucket | None:
     """The operator's bucket. Raises SettingsError where only half of it is said."""
     secret = settings.bucket_secret.get_secret_value() if settings.bucket_secret else None
+    name = settings.bucket_name or (bucket_named_in(settings.bucket_url) if settings.bucket_url else None)
     needed = {
         "BUCKET_ENDPOINT_URL": settings.bucket_url,
-        "BUCKET_NAME": settings.bucket_name,
+        "BUCKET_NAME": name,
         "BUCKET_ACCESS_KEY_ID": settings.bucket_key_id,
         "BUCKET_SECRET_ACCESS_KEY": secret,
     }
@@ -408,7 +409,7 @@ def bucket_of(settings: Settings) -> Bucket | None:
         raise SettingsError(f"{', '.join(missing)}: not set, though other settings of the bucket are")
     return Bucket(
         settings.bucket_url or "",
-        settings.bucket_name or "",
+        name or "",
         settings.bucket_key_id or "",
         secret or "",
         settings.bucket_region,
