@@ -1,15 +1,19 @@
 """`i2v comfy check`: what it says of a workflow and of a server, and how it ends."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from inference.engines.comfyui.places import ROLES
+from inference.engines.comfyui.template import Template
 from tests.engines.comfyui.graphs import wan
 from tests.support.comfy_server import ComfyServer
 from tests.support.processes import i2v_here
 
 EXAMPLE = Path(__file__).parents[1] / "cases" / "comfy" / "wan22_i2v_template.json"
+GUIDE = Path(__file__).parents[2] / "docs" / "comfyui.md"
 NOBODY = "127.0.0.1:9"
 """A port where nothing listens."""
 
@@ -34,6 +38,19 @@ def test_a_workflow_is_checked_without_a_server(check):
         *("photo", "prompt", "negative_prompt", "frames", "fps", "width", "height", "seed", "frames", "server")
     ]
     assert lines[-1].startswith("note  server           node types and models were not checked: no ComfyUI answers at")
+
+
+def test_the_guide_shows_what_the_command_says(check):
+    """Its titles and its mapping are those that work."""
+    guide = GUIDE.read_text()
+    _, lines, _ = check(EXAMPLE, "--host", NOBODY)
+    assert "\n".join(lines[:-1]) in guide
+    mapping = json.loads(re.search(r"```json\n(.+?)\n```", guide)[1])
+    titled, mapped = Template.load(EXAMPLE), Template(json.loads(EXAMPLE.read_text()), mapping)
+    assert not mapped.problems
+    assert mapped.places | {"fps": ()} == titled.places | {"fps": ()}
+    for role in ROLES:
+        assert f"`i2v:{role}`" in guide
 
 
 def test_settings_stand_in_for_arguments_and_a_server_is_asked(check, tmp_path):
