@@ -10,6 +10,7 @@ from PIL import Image
 from inference.engines.comfyui.api import ComfyApi
 from inference.engines.comfyui.engine import ComfyEngine
 from inference.engines.comfyui.run import Run
+from inference.leasing.executor import MAX_FAULTS_IN_A_ROW
 from inference.media.video import probe
 from inference.on_runpod.worker import RunPodWorker
 from inference.settings import Settings
@@ -37,6 +38,7 @@ def comfy(monkeypatch):
     monkeypatch.setattr(ComfyApi, "pause_s", 0.01)
     for name in ("look_s", "end_s", "lost_s", "first_pause_s", "longest_pause_s", "stop_pause_s"):
         monkeypatch.setattr(Run, name, 0.02)
+    monkeypatch.setattr(Run, "socket_s", 0.3)
     with ComfyServer(pace_s=0) as server:
         server.models["checkpoints"] = ["wan.safetensors"]
         yield server
@@ -80,16 +82,36 @@ async def test_a_workflow_of_worker_comfyui_comes_back_with_its_video(comfy, tmp
     assert list((tmp_path / "temp").iterdir()) == []
 
 
-async def test_a_workflow_that_cannot_run_says_which_node(comfy, tmp_path):
-    """Another endpoint may have what this one lacks; a graph without a video has none anywhere."""
+async def test_what_the_image_lacks_costs_nobody_a_worker(comfy, tmp_path):
+    """Callers may ask for any node; other workers of the endpoint have no more, and other jobs go on here."""
     box = Box(tmp_path, comfy)
     lacking = wan() | {"6": {"class_type": "WanMoeKSampler", "inputs": {}, "_meta": {"title": "Wan MoE KSampler"}}}
-    image = {"name": "x.png", "image": base64.b64encode(PNG).decode()}
-    answer = await box.run("j1", {"workflow": lacking, "images": [image]})
-    assert "WanMoeKSampler" in answer["error"]
-    answer = await box.run("j2", {"workflow": still()})
+    picture = base64.b64encode(PNG).decode()
+    images = [{"name": "x.png", "image": picture}]
+    answers = [await box.run("j1", {"workflow": lacking, "images": images}) for _ in range(MAX_FAULTS_IN_A_ROW)]
+    answers.append(await box.run("j2", {"photo_base64": picture, "prompt": "zoom in"}))
+    assert "WanMoeKSampler" in answers[0]["error"]
+    assert "I2V_COMFY_WORKFLOW" in answers[-1]["error"]
+    assert [(answer["retryable"], "refresh_worker" in answer) for answer in answers] == [(False, False)] * len(answers)
+    assert "images" in await box.run("j3", {"workflow": wan(), "images": images})
+
+
+async def test_a_workflow_without_a_video_says_so(comfy, tmp_path):
+    """It has none anywhere."""
+    answer = await Box(tmp_path, comfy).run("j2", {"workflow": still()})
     assert "no video" in answer["error"]
     assert not answer["retryable"]
+
+
+async def test_a_comfyui_that_died_ends_its_worker(comfy, tmp_path):
+    """Jobs may be sent again, and after three the platform is asked for a worker with another one."""
+    box = Box(tmp_path, comfy)
+    await box.run("j1", {"workflow": still()})
+    comfy.stop()
+    box.endpoint._engine._patience_s = 0.05
+    answers = [await box.run("j2", {"workflow": still()}) for _ in range(MAX_FAULTS_IN_A_ROW)]
+    assert all(answer["retryable"] for answer in answers)
+    assert ["refresh_worker" in answer for answer in answers] == [False, False, True]
 
 
 async def test_a_job_that_gmanimato_sends_to_runpod(comfy, tmp_path):
