@@ -69,11 +69,10 @@ def check(
 
 async def _ask_server(host: str, template: Template) -> list[str]:
     """Tells, and returns, what the server lacks. It may be off, which is no fault of the workflow."""
-    filled = {place for places in template.places.values() for place in places}
     try:
         async with ComfyApi(base_url(host), patience_s=0) as api:
             await api.system_stats()
-            missing = await lacking(api, template.graph, filled)
+            missing = await lacking(api, template.graph, template.filled)
     except (ProviderUnavailable, EngineFailed) as error:
         _line("server", "note", f"node types and models were not checked: {error}")
         return []

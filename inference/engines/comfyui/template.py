@@ -95,6 +95,11 @@ class Template:
             if ROLES[role].required and role not in self.places and role not in search.misnamed:
                 self._problem(self._missing(role))
 
+    @property
+    def filled(self) -> set[Place]:
+        """The inputs that tasks replace."""
+        return {place for places in self.places.values() for place in places}
+
     @classmethod
     def read(cls, path: Path, mapping: Path | None = None) -> Self:
         """Reads a graph and its mapping. Raises SettingsError where a file is no such thing."""
