@@ -66,12 +66,6 @@ OWN = {
         "inference/doctor.py",
         "inference/on_modal/deployment.py",
     ),
-    "inference.engines.comfyui": (
-        "inference/engines/comfyui/",
-        "inference/build.py",
-        "inference/doctor.py",
-        "inference/commands/",
-    ),
     # Nothing prints but commands, and the end of the process that they are. `modal run app.py` is one, too.
     "inference.terminal": ("inference/commands/", "inference/process.py", "inference/on_modal/one_off.py"),
 }
