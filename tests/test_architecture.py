@@ -60,12 +60,6 @@ OWN = {
         "inference/on_modal/doctor.py",
         "inference/commands/",
     ),
-    "inference.engines.comfyui": (
-        "inference/engines/comfyui/",
-        "inference/build.py",
-        "inference/doctor.py",
-        "inference/commands/",
-    ),
     "inference.engines.runway": (
         "inference/engines/runway/",
         "inference/build.py",

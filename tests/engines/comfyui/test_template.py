@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from inference.engines.comfyui.template import Template
@@ -391,6 +391,7 @@ MAPPINGS = st.dictionaries(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example({"1": {"class_type": "", "inputs": {"text": [[], 0]}, "_meta": {"title": "i2v:prompt"}}}, None)
 @given(st.one_of(JSON, GRAPHS), st.none() | MAPPINGS | JSON)
 def test_any_json_is_loaded_or_refused(tmp_path, graph, mapping):
     """By SettingsError, in legible lines that are not endless."""
