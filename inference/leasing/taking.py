@@ -20,8 +20,8 @@ RELEASE_LIMIT_S = 6.0
 """How long handing a lease back may take, while a worker is stopping."""
 
 END_LIMIT_S = 20.0
-"""The same where the queue takes nothing back, and is told that the task failed: no lease runs out there, so a task that
-nobody reported would wait for ever."""
+"""The same where the queue takes nothing back, and is told that the task failed: no lease runs out there, so a task
+that nobody reported would wait for ever."""
 
 
 STOPPING = "the worker that had this task was stopped before its video was finished"
