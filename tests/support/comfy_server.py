@@ -241,11 +241,13 @@ class ComfyServer:
         # As a crash does it, and at once; uvicorn's own way waits for connections to end.
         for server in self._server.servers:
             server.close()
-        for connection in list(self._server.server_state.connections):
-            connection.transport.abort()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for _ in range(5):  # connections that were about to be made are made first, and then cut
+            for connection in list(self._server.server_state.connections):
+                connection.transport.abort()
+            await asyncio.sleep(0)
 
     def stop(self) -> None:
         """Is gone, as after a crash: connections break, the queue and the history are forgotten."""

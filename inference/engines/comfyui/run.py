@@ -238,8 +238,8 @@ class Run:
                 raise failed(self._graph, message[1], of_task=self._of_task)
         if status.get("status_str") == "error":
             raise EngineFailed("ComfyUI could not run the workflow, and does not say why")
-        total = self._progress.total
-        self._job.report(self._run_stage, total, total, self._progress.detail)
+        self._progress.finish()
+        self._report()
         self._job.raise_if_cancelled()
         return entry.get("outputs")
 
