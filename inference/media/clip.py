@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inference.errors import EncodeFailed, MediaError
-from inference.media.ffmpeg import LOCAL_ONLY, judge, run
+from inference.media.ffmpeg import UNTRUSTED, judge, run
 from inference.media.video import CRF, PRESET, TAG_BT709, TO_BT709, VideoInfo, from_os, probe
 
 HD_WIDTH, SD_HEIGHT = 1280, 576
@@ -195,7 +195,7 @@ def _recode(
     demuxer: str = "mov",
     timeout_s: float = RECODE_TIMEOUT_S,
 ) -> None:
-    command = ["-loglevel", "error", *LOCAL_ONLY, "-f", demuxer, "-i", f"file:{source.absolute()}"]
+    command = ["-loglevel", "error", *UNTRUSTED, "-f", demuxer, "-i", f"file:{source.absolute()}"]
     command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
     try:
         ran = run([*command, f"file:{target}"], timeout_s=timeout_s)

@@ -5,7 +5,7 @@ inputs → uploaded under names of this task → the graph, sent once → follow
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -56,7 +56,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 
 
 class Template(Protocol):
-    def refuse(self, request: GenerationRequest) -> None: ...
+    def refuse(self, request: GenerationRequest, names: Collection[str]) -> None: ...
 
     def fill(
         self, request: GenerationRequest, uploaded: Mapping[str, str], photo_size: tuple[int, int], seed: int
@@ -134,7 +134,7 @@ class ComfyEngine:
         photo_of(request, inputs, self.name)
         if request.duration_s < MIN_DURATION_S:
             raise InvalidRequest(f"duration_s is {request.duration_s:g}; a video lasts at least {MIN_DURATION_S:g} s")
-        self._template.refuse(request)
+        self._template.refuse(request, inputs)
         return self._template
 
     async def _filled(
