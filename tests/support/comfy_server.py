@@ -44,7 +44,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-QUIET = {"log_config": None, "log_level": "critical", "lifespan": "off", "proxy_headers": False}
+QUIET = {"log_config": None, "log_level": None, "access_log": False, "lifespan": "off", "proxy_headers": False}
 """What uvicorn would do beside. A proxy's headers would be read by something that stands before the connection."""
 
 START_S = 10.0

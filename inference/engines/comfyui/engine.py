@@ -15,7 +15,7 @@ import structlog
 
 from inference.engines.base import Job, photo_of, run_in_thread
 from inference.engines.comfyui.api import ComfyApi, base_url
-from inference.engines.comfyui.graph import Graph, checked, rename, save_under
+from inference.engines.comfyui.graph import Graph, checked, load_there, rename, save_under
 from inference.engines.comfyui.outputs import Output, chosen, listed
 from inference.engines.comfyui.progress import RunProgress
 from inference.engines.comfyui.refusals import OutOfMemory, refused
@@ -192,6 +192,8 @@ async def _bring_inputs(api: ComfyApi, job: Job, graph: Graph, inputs: Mapping[s
         names[name] = await api.upload(f"{FOLDER}-{token}-{number}-{_safe(called)}", content)
         job.raise_if_cancelled()
     unnamed = set(names) - rename(graph, names)
+    if unnamed == {PHOTO} == set(names) and load_there(graph, PHOTO, names[PHOTO]):
+        unnamed = set()
     if unnamed:
         log.warning("comfyui_input_unused", inputs=sorted(unnamed), hint="no node of the workflow names it")
 

@@ -123,6 +123,26 @@ async def test_an_input_that_nothing_names_is_told(engine, photo, folder):
 
 
 @pytest.mark.anyio
+async def test_a_photo_that_the_graph_does_not_name_goes_to_its_only_loader(engine, comfy, photo, folder):
+    """Older tasks bring the address of a photo, and a graph whose loader still has a file of its author."""
+    await engine.generate(asks(wan("example.png")), {"photo": photo}, folder, Job())
+    (name,) = comfy.uploads
+    assert comfy.prompts[0].graph["4"]["inputs"]["image"] == name
+
+
+@pytest.mark.anyio
+async def test_of_two_loaders_the_titled_one_gets_the_photo(engine, comfy, photo, folder):
+    """The other one keeps its own file."""
+    workflow = wan("example.png")
+    workflow["10"] = {"class_type": "LoadImage", "inputs": {"image": "style.png"}}
+    workflow["4"]["_meta"]["title"] = "Start i2v:photo"
+    await engine.generate(asks(workflow), {"photo": photo}, folder, Job())
+    (name,) = comfy.uploads
+    graph = comfy.prompts[0].graph
+    assert [graph[node]["inputs"]["image"] for node in ("4", "10")] == [name, "style.png"]
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("name", ["../../etc/x.png", "ünïcode 1.png", "a" * 200 + ".png", "photo", "-"])
 async def test_any_name_can_be_uploaded(name, engine, comfy, photo, folder):
     """Names come from strangers; what is uploaded has a plain one, at the top of the input folder."""
