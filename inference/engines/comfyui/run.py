@@ -90,7 +90,7 @@ class Run:
             except (I2VError, OutOfMemory) as error:  # out of the group, which would wrap it
                 failure = error
                 await self._withdraw()
-            except anyio.get_cancelled_exc_class():
+            except BaseException:  # cancelled: on trio that can be a group, where a connection was just being made
                 await self._withdraw()
                 raise
             tasks.cancel_scope.cancel()
