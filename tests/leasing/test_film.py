@@ -65,7 +65,7 @@ class ClipEngine:
         step = self.script.pop(0) if self.script else None
         if isinstance(step, Exception):
             raise step
-        if step is not None and inspect.isawaitable(waiting := step()):
+        if step is not None and inspect.iscoroutine(waiting := step()):
             await waiting
         await anyio.lowlevel.checkpoint()
         job.raise_if_cancelled()
