@@ -37,7 +37,8 @@ log = structlog.get_logger(__name__)
 
 STAGES: Mapping[str, float] = {"download": 2, "segments": 86, "join": 4, "upload": 6, "report": 2}
 """Stages of a lease whose task is a film, and their share of the whole, in percent. Joining clips of one size copies
-them; with cross-fades, 60 clips of 5 s take five minutes of two cores, and their generation an hour of a GPU."""
+them, in seconds; with cross-fades, 60 clips of 5 s take four minutes of two cores, and their generation an hour or two
+of a GPU."""
 
 KEY_CHARS = 32
 """Hexadecimal: 128 bits. Keys of several customers may lie in one bucket."""

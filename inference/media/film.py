@@ -41,7 +41,7 @@ SAMPLE_RATE, CHANNELS = 48_000, 2
 
 LIMIT_S, LIMIT_PER_S = 120.0, 30.0
 """Longest time for a film: a fixed part, and a part for each of its seconds. Two cores encode a second of 1280x704 in
-about one (tests/bench/film.py)."""
+less than one (tests/bench/film.py)."""
 
 DECODER_THREADS = "2"
 """Decoding is far faster than encoding, and every thread of a decoder holds frames of its own."""
