@@ -49,6 +49,7 @@
         ├── PaymentInDoubt       a paid call was sent and its answer lost: a person decides whether to pay again
         ├── JobInDoubt           a job was sent to a platform and the answer lost: a GPU may be working on it
         ├── ProviderUnavailable HO a provider is overloaded or unreachable, also after several tries
+        ├── PartsMissing      H  this machine lacks node types, models or the template that a task needs; says which
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
             ├── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
             └── AccountError  HO a provider does not accept the key, or will not work for it now
@@ -342,6 +343,15 @@ class ProviderUnavailable(EngineError):
 
     hand_back = True
     is_outage = True
+
+
+class PartsMissing(EngineError):
+    """This machine's ComfyUI lacks node types or models that a workflow needs, or has no template for photo tasks.
+
+    Another machine may have them, and other workflows may work here.
+    """
+
+    hand_back = True
 
 
 class EngineLost(EngineError):

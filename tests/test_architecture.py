@@ -41,12 +41,15 @@ FOREIGN = {
     "uvicorn": "inference/server/",
     "sqlalchemy": "inference/server/",
     "typer": "inference/commands/",
+    "httpx_ws": "inference/engines/comfyui/",
+    "wsproto": "inference/engines/comfyui/",
 }
 """Heavy or optional packages, and the only place that imports each."""
 
 OWN = {
     # A queue's wire belongs to its adapter, and queues are opened in one place.
     "inference.queues.lifeisshort": ("inference/queues/", "inference/build.py"),
+    "inference.queues.gmanimato": ("inference/queues/", "inference/build.py"),
     # Engines are built in one place. What else knows one of them looks after what that engine needs: its weights on
     # disk, its prices, what a platform has to have for it.
     "inference.engines.wan": (

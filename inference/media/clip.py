@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from inference.errors import EncodeFailed, MediaError
-from inference.media.ffmpeg import LOCAL_ONLY, judge, run
+from inference.media.ffmpeg import UNTRUSTED, judge, run
 from inference.media.video import CRF, PRESET, TAG_BT709, TO_BT709, VideoInfo, from_os, probe
 
 HD_WIDTH, SD_HEIGHT = 1280, 576
@@ -84,6 +84,27 @@ def tidy(
         info = _written(partial)
         if info.frames != frames:
             raise EncodeFailed(f"{source.name} became {info.frames} frames, not {frames}")
+        partial.replace(target)
+    except OSError as error:
+        raise from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
+def index_first(source: Path, target: Path) -> VideoInfo:
+    """Moves an mp4 to `target` with its index at the front, so that it plays while it loads; no picture changes.
+
+    Raises MediaError where it is no video, EncodeFailed, MachineFault; `source` is unchanged then.
+    """
+    info = probe(source)
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        if info.faststart:
+            source.replace(target)
+            return info
+        _recode(source, partial, info, ["-c", "copy"])
+        info = _written(partial)
         partial.replace(target)
     except OSError as error:
         raise from_os(error) from error
@@ -180,7 +201,7 @@ def _recode(
     demuxer: str = "mov",
     timeout_s: float = RECODE_TIMEOUT_S,
 ) -> None:
-    command = ["-loglevel", "error", *LOCAL_ONLY, "-f", demuxer, "-i", f"file:{source.absolute()}"]
+    command = ["-loglevel", "error", *UNTRUSTED, "-f", demuxer, "-i", f"file:{source.absolute()}"]
     command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
     try:
         ran = run([*command, f"file:{target}"], timeout_s=timeout_s)

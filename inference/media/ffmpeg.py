@@ -1,7 +1,7 @@
 """Starting ffmpeg, and what its end means. The binary is the one imageio-ffmpeg ships (it has no ffprobe).
 
 Files that it reads are untrusted: every caller names the demuxer (`-f`), so that a playlist named .mp4 is not followed,
-and passes LOCAL_ONLY, so that no file can make ffmpeg open a URL.
+and passes UNTRUSTED before `-i`.
 """
 
 import re
@@ -18,8 +18,11 @@ import imageio_ffmpeg
 from inference.errors import DiskFull, EncodeFailed, MachineFault, one_line
 from inference.media.child_process import raise_if_cancelled
 
-LOCAL_ONLY = ("-protocol_whitelist", "file,pipe")
-"""An input option: what the file refers to is opened only where it is a file, and most demuxers open nothing else."""
+MAX_PIXELS = 4096 * 4096
+"""Of one picture of a video, above 4K: a header of a few bytes may ask for gigabytes of memory."""
+
+UNTRUSTED = ("-protocol_whitelist", "file,pipe", "-max_pixels", str(MAX_PIXELS))
+"""Options for every input: it can make ffmpeg open no URL, and no larger picture is decoded."""
 
 POLL_S = 0.05
 """How often a waiting caller looks whether it was cancelled. The end of ffmpeg wakes it at once."""

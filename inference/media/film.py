@@ -13,7 +13,6 @@ Everything here blocks; callers run it in a thread, and cancelling them ends eve
 """
 
 import os
-import re
 import secrets
 import select
 import subprocess
@@ -33,8 +32,8 @@ import numpy.typing as npt
 from inference.errors import EncodeFailed, MediaError
 from inference.media.child_process import raise_if_cancelled
 from inference.media.clip import has_our_pixels, is_tagged, to_our_pixels
-from inference.media.ffmpeg import LOCAL_ONLY, POLL_S, STOPPED, judge, no_start, run, stopped
-from inference.media.video import PROBE_TIMEOUT_S, VideoInfo, VideoWriter, described, from_os, probe
+from inference.media.ffmpeg import POLL_S, STOPPED, UNTRUSTED, judge, no_start, run, stopped
+from inference.media.video import VideoInfo, VideoWriter, from_os, probe
 
 SAMPLE_RATE, CHANNELS = 48_000, 2
 """Of the film's sound: what video is recorded with. Each sample is 16 bits."""
@@ -62,8 +61,6 @@ class Clip:
 
     path: Path
     info: VideoInfo
-    parameters: str  # of its decoder: clips can be joined as they are only where these are equal
-    has_sound: bool
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def overlaps(clip_frames: Sequence[int], fade_frames: int) -> tuple[int, ...]:
 
 def plan(clips: Sequence[Path], *, fade_s: float = 0.0) -> Plan:
     """Reads all clips, without decoding them. Raises MediaError naming the one that is no video, MachineFault."""
-    found = tuple(_read(path) for path in clips)
+    found = tuple(Clip(path, probe(path)) for path in clips)
     first = found[0].info
     rate = rate_of(first.fps)
     frames = tuple(_frames_at(rate, clip.info) for clip in found)
@@ -151,7 +148,7 @@ def join(
             made = partial(".mp4")
             if not (_is_uniform(planned) and _copy(planned, made, partial(".txt"), checked)):
                 _encode(planned, made, checked, report)
-            if any(clip.has_sound for clip in planned.clips):
+            if any(clip.info.has_sound for clip in planned.clips):
                 sound, pictures, made = partial(".pcm"), made, partial(".mp4")
                 _write_sound(planned, sound, checked)
                 _add_sound(pictures, sound, made, give_up_at - time.monotonic())
@@ -175,23 +172,6 @@ def rate_of(fps: float) -> Fraction:
     near = (Fraction(round(fps)), Fraction(round(fps * 1.001) * 1000, 1001))
     best = min(near, key=lambda rate: abs(rate - fps))
     return best if best and abs(best - fps) < SAME_RATE * fps else Fraction(fps).limit_denominator(1001)
-
-
-def _read(path: Path) -> Clip:
-    options = [*LOCAL_ONLY, "-f", "mov", "-i", f"file:{path.absolute()}", "-map", "0:v:0", "-c", "copy"]
-    try:
-        ran = run([*options, "-f", "framecrc", "pipe:1"], timeout_s=PROBE_TIMEOUT_S)
-    except TimeoutError as error:
-        raise MediaError(f"{path.name} could not be probed within {PROBE_TIMEOUT_S:g} s") from error
-    if ran.code in STOPPED:
-        raise stopped(ran.code)
-    info = described(ran, path)
-    if ran.code or info is None:
-        raise MediaError(f"{path.name} is not a video that can be read")
-    # Of H.264 the extradata are the sequence and picture parameters; of it, ffmpeg prints size and checksum.
-    found = re.findall(rb"(?m)^#(?:extradata|codec_id|dimensions|sar) 0: *(.+)$", ran.out)
-    parameters = b" ".join(found).decode(errors="replace")
-    return Clip(path, info, parameters, re.search(r"(?m)^  Stream #0:\d+.*?: Audio: ", ran.said) is not None)
 
 
 def _frames_at(rate: Fraction, info: VideoInfo) -> int:
@@ -218,7 +198,7 @@ def _is_uniform(planned: Plan) -> bool:
     """Whether all clips are as VideoWriter writes them, and one decoder can go from each to the next."""
     return (
         not any(planned.overlaps)
-        and len({clip.parameters for clip in planned.clips}) == 1
+        and len({clip.info.parameters for clip in planned.clips}) == 1
         and all(
             has_our_pixels(clip.info) and is_tagged(clip.info) and _is_regular(planned.rate, clip.info)
             for clip in planned.clips
@@ -230,7 +210,7 @@ def _copy(planned: Plan, target: Path, script: Path, check: Callable[[], None]) 
     """Joins the pictures without encoding them; False where the result is not exact, so that they have to be."""
     check()
     script.write_text("ffconcat version 1.0\n" + "".join(_entries(planned)))
-    options = ["-loglevel", "error", *LOCAL_ONLY, "-f", "concat", "-safe", "0", "-i", f"file:{script}"]
+    options = ["-loglevel", "error", *UNTRUSTED, "-f", "concat", "-safe", "0", "-i", f"file:{script}"]
     options += ["-map", "0:v:0", "-an", "-c", "copy", "-movflags", "+faststart", "-f", "mp4", "-y", f"file:{target}"]
     ran = run(options, timeout_s=LIMIT_S)
     if ran.code in STOPPED:
@@ -298,7 +278,7 @@ def _mixed(before: Frame, after: Frame, share: float) -> Frame:
 
 def _decoded(planned: Plan, clip: Clip, frames: int, check: Callable[[], None]) -> Frames:
     """Exactly `frames` frames of a clip in the film's size and rate; a clip that ends early stays on its last frame."""
-    options = ["-loglevel", "error", "-threads", DECODER_THREADS, *LOCAL_ONLY, "-f", "mov"]
+    options = ["-loglevel", "error", "-threads", DECODER_THREADS, *UNTRUSTED, "-f", "mov"]
     options += ["-i", f"file:{clip.path.absolute()}", "-map", "0:v:0", "-vf", ",".join(_filters(planned, clip.info))]
     options += ["-frames:v", str(frames), "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
     with tempfile.TemporaryFile() as said:
@@ -383,8 +363,8 @@ def _write_sound(planned: Plan, path: Path, check: Callable[[], None]) -> None:
 def _samples(clip: Clip, count: int) -> npt.NDArray[np.int16]:
     """The first samples of a clip's sound, then silence: int16 [count, 2]."""
     samples = np.zeros((count, CHANNELS), np.int16)
-    if clip.has_sound:
-        options = ["-loglevel", "error", *LOCAL_ONLY, "-f", "mov", "-i", f"file:{clip.path.absolute()}"]
+    if clip.info.has_sound:
+        options = ["-loglevel", "error", *UNTRUSTED, "-f", "mov", "-i", f"file:{clip.path.absolute()}"]
         options += ["-map", "0:a:0", "-af", "aresample=async=1:first_pts=0", "-t", f"{count / SAMPLE_RATE:.6f}"]
         options += ["-ar", str(SAMPLE_RATE), "-ac", str(CHANNELS), "-f", "s16le", "pipe:1"]
         ran = run(options, timeout_s=LIMIT_S)
@@ -396,7 +376,7 @@ def _samples(clip: Clip, count: int) -> npt.NDArray[np.int16]:
 
 
 def _add_sound(pictures: Path, sound: Path, target: Path, timeout_s: float) -> None:
-    options = ["-loglevel", "error", *LOCAL_ONLY, "-f", "mov", "-i", f"file:{pictures}", *LOCAL_ONLY, "-f", "s16le"]
+    options = ["-loglevel", "error", *UNTRUSTED, "-f", "mov", "-i", f"file:{pictures}", "-f", "s16le"]
     options += ["-ar", str(SAMPLE_RATE), "-ac", str(CHANNELS), "-i", f"file:{sound}", "-map", "0:v:0", "-map", "1:a:0"]
     options += ["-c:v", "copy", "-c:a", "aac", "-b:a", "192k", "-movflags", "+faststart", "-f", "mp4", "-y"]
     ran = run([*options, f"file:{target}"], timeout_s=timeout_s)

@@ -20,8 +20,8 @@ import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from inference.errors import NO_ROOM_ERRNOS, DiskFull, EncodeFailed, MachineFault, MediaError
-from inference.media.ffmpeg import LOCAL_ONLY, STDERR_LINES, STOPPED, Ran, judge, no_start, run, stopped
+from inference.errors import NO_ROOM_ERRNOS, DiskFull, EncodeFailed, InvalidVideo, MachineFault, MediaError
+from inference.media.ffmpeg import MAX_PIXELS, STDERR_LINES, STOPPED, UNTRUSTED, judge, no_start, run, stopped
 from inference.task import Video
 
 CRF = 18
@@ -222,33 +222,31 @@ class VideoInfo:
     starts_s: tuple[float, ...]  # when each frame is shown, from the first one on
     duration_s: float  # from the first frame to the end of the last
     faststart: bool  # the index lies before the pictures: it plays while it loads
+    parameters: str  # those of its decoder; clips can be joined without encoding them only where these are equal
+    has_sound: bool
 
 
 def probe(path: Path, *, demuxer: str = "mov") -> VideoInfo:
-    """Reads a video's packets, without decoding them. Raises MediaError, and MachineFault as VideoWriter does.
+    """Reads a video's packets, without decoding them.
+
+    Raises MediaError, of which InvalidVideo where its pictures are too large, and MachineFault as VideoWriter does.
 
     `demuxer` is ffmpeg's reader for the file's format: `mov` is the one for mp4.
     """
-    options = [*LOCAL_ONLY, "-f", demuxer, "-i", f"file:{path.absolute()}", "-map", "0:v:0"]
+    options = [*UNTRUSTED, "-f", demuxer, "-i", f"file:{path.absolute()}", "-map", "0:v:0"]
     try:
         ran = run([*options, "-c", "copy", "-f", "framecrc", "pipe:1"], timeout_s=PROBE_TIMEOUT_S)
     except TimeoutError as error:
         raise MediaError(f"{path.name} could not be probed within {PROBE_TIMEOUT_S:g} s") from error
     if ran.code in STOPPED:
         raise stopped(ran.code)
-    info = described(ran, path)
-    if ran.code or info is None:
-        raise MediaError(f"{path.name} is not a video that can be read")
-    return info
-
-
-def described(ran: Ran, path: Path) -> VideoInfo | None:
-    """What ffmpeg told of `path` while it copied its pictures to `framecrc`; None where it found none."""
+    if too_large := TOO_LARGE.search(ran.said):
+        raise InvalidVideo(f"the video is {too_large[1]}: more than {MAX_PIXELS / 1e6:.0f} megapixels")
     stream = STREAM_LINE.search(ran.said)
     packets = re.findall(rb"(?m)^0, +-?\d+, +(-?\d+), +(\d+),", ran.out)  # (pts, duration) in ticks
     tick = re.search(rb"(?m)^#tb 0: (\d+)/(\d+)$", ran.out)
-    if stream is None or tick is None or not packets:
-        return None
+    if ran.code or stream is None or tick is None or not packets:
+        raise MediaError(f"{path.name} is not a video that can be read")
     starts = sorted(int(pts) for pts, _ in packets)
     tick_s = Fraction(int(tick[1]), int(tick[2]))
     duration_s = float((max(int(pts) + int(length) for pts, length in packets) - starts[0]) * tick_s)
@@ -263,6 +261,9 @@ def described(ran: Ran, path: Path) -> VideoInfo | None:
         starts_s=tuple(float((start - starts[0]) * tick_s) for start in starts),
         duration_s=duration_s,
         faststart=_index_comes_first(path),
+        # For H.264, the "extradata" are its sequence and picture parameter sets; ffmpeg tells their size and checksum.
+        parameters=b" ".join(re.findall(rb"(?m)^#(?:extradata|codec_id|dimensions|sar) 0: *(.+)$", ran.out)).decode(),
+        has_sound=AUDIO_LINE.search(ran.said) is not None,
     )
 
 
@@ -272,6 +273,11 @@ STREAM_LINE = re.compile(
     r"(?m)^  Stream #0:\d+.*?: Video: (?P<codec>\w+).*?, (?P<pix_fmt>[a-z]\w*)(?:\((?P<notes>[^)]*)\))?,"
     r" (?P<width>\d+)x(?P<height>\d+)"
 )
+
+
+AUDIO_LINE = re.compile(r"(?m)^  Stream #0:\d+.*?: Audio: ")
+
+TOO_LARGE = re.compile(r"Picture size (\d+x\d+) exceeds specified max pixel count")
 
 
 def _colour(notes: str) -> dict[str, str]:

@@ -231,7 +231,7 @@ def test_a_setting_that_nothing_reads_is_said(here):
     ran = here("work", "--once", "--url", "http://127.0.0.1:1", I2V_ENGIN="wan", WORKER_API_KEY=KEY)
     assert ran.err.count("I2V_ENGIN (I2V_ENGINE?)") == 1
     ran = here("doctor", I2V_ENGIN="wan")
-    assert "skip  settings      nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
+    assert "skip  settings       nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
 
 
 def test_a_port_in_use_is_said(here):
@@ -353,9 +353,9 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
     """Sound, and with a key that the queue does not take."""
     ran = home.i2v("doctor", "--url", site.url, WORKER_API_KEY=KEY)
     assert (ran.exit_code, ran.err) == (0, "")
-    verdicts = {line[6:18].strip(): line[:4].strip() for line in ran.out.splitlines()}
+    verdicts = {line[6:19].strip(): line[:4].strip() for line in ran.out.splitlines()}
     assert verdicts == dict.fromkeys(
-        ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan"], "ok"
+        ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan", "extra comfyui"], "ok"
     )
     ran = here("doctor", "--url", site.url, WORKER_API_KEY="another-key")
     assert ran.exit_code == 1

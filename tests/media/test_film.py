@@ -200,7 +200,7 @@ def test_a_film_without_sound_has_no_track_for_it(tmp_path):
     """Silence is only added beside sound."""
     path = clip(tmp_path / "a.mp4", 50)
     join([path, path], tmp_path / "film.mp4")
-    assert not plan([tmp_path / "film.mp4"]).clips[0].has_sound
+    assert not plan([tmp_path / "film.mp4"]).clips[0].info.has_sound
 
 
 # --- what goes wrong
