@@ -90,7 +90,7 @@ class Run:
             except (I2VError, OutOfMemory) as error:  # out of the group, which would wrap it
                 failure = error
                 await self._withdraw()
-            except anyio.get_cancelled_exc_class():
+            except BaseException:  # cancelled: on trio that can be a group, where a connection was just being made
                 await self._withdraw()
                 raise
             tasks.cancel_scope.cancel()
@@ -127,6 +127,7 @@ class Run:
             self.id = str(answer.payload.get("prompt_id") or self.id)  # before 2025-08 it makes an id of its own
             errors = answer.payload.get("node_errors")
             self.node_errors = errors if isinstance(errors, dict) else {}
+            log.info("comfyui_sent", prompt_id=self.id)
             return True
         if answer.status >= 500:
             log.warning("comfyui_prompt_in_doubt", prompt_id=self.id, error=f"{answer.status} {answer.said}")
