@@ -143,7 +143,7 @@ async def test_files_are_bounded_together_as_well(tmp_path):
         await fetched(tmp_path, inputs, {"/a": content}, max_total_bytes=limit)
     with pytest.raises(ObjectTooLarge, match=r"^c: the data URI holds more than 1 bytes"):
         await fetched(tmp_path, inputs, {"/a": content}, max_total_bytes=limit + 1)
-    with pytest.raises(ObjectTooLarge, match=r"inputs: the task brings 33 files"):
+    with pytest.raises(ObjectTooLarge, match=r"inputs: the task brings 61 files"):
         await fetched(tmp_path, {str(n): image(data(content)) for n in range(MAX_INPUTS + 1)})
 
 

@@ -41,6 +41,7 @@ from inference.errors import (
 from inference.media import photo
 from inference.progress.tracker import Progress
 from inference.providers import WorkerType
+from inference.queues.base import SegmentStore
 from inference.queues.item import RELEASE_S
 from inference.queues.lifeisshort_wire import (
     BYPASS_HEADER,
@@ -228,6 +229,11 @@ class LifeIsShortQueue:
                 await self._storage.download(await self._presign_download(lease), path)
         await anyio.to_thread.run_sync(photo.verify, path)
         return {PHOTO: path}
+
+    def segments(self, lease: Lease) -> SegmentStore | None:
+        """See TaskQueue."""
+        del lease  # its tasks have one photo
+        return None
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """As TaskQueue.deliver.
