@@ -37,6 +37,10 @@ NO_SORTING = "SET LOCAL enable_sort = off"
 
 SCHEMA_LOCK = 0x693276  # "i2v": an advisory lock of PostgreSQL, so that servers starting at once do not collide
 
+SILENCE = {"tcp_user_timeout": 15_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A network that swallows packets is noticed after about 15 s, which Linux alone would wait out for a quarter of an
+hour. Options of libpq: milliseconds the first, then seconds."""
+
 Row = dict[str, Any]
 
 
@@ -285,7 +289,7 @@ def _open_postgresql(url: URL) -> Engine:
         pool_size=10,
         max_overflow=10,
         pool_timeout=BUSY_S,
-        connect_args={"connect_timeout": 5, "prepare_threshold": None},
+        connect_args={"connect_timeout": 5, "prepare_threshold": None, **SILENCE},
     )
 
 
