@@ -47,6 +47,12 @@ FOREIGN = {
 OWN = {
     # A queue's wire belongs to its adapter, and queues are opened in one place.
     "inference.queues.lifeisshort": ("inference/queues/", "inference/build.py"),
+    "inference.queues.video_jobs": (
+        "inference/queues/",
+        "inference/testing/memory_jobs.py",
+        "inference/push/",
+        "inference/build.py",
+    ),
     # Engines are built in one place. What else knows one of them looks after what that engine needs: its weights on
     # disk, its prices, what a platform has to have for it.
     "inference.engines.wan": (
