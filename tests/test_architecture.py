@@ -41,12 +41,15 @@ FOREIGN = {
     "uvicorn": "inference/server/",
     "sqlalchemy": ("inference/server/", "inference/sql/", "inference/queues/video_jobs/"),
     "typer": "inference/commands/",
+    "httpx_ws": "inference/engines/comfyui/",
+    "wsproto": "inference/engines/comfyui/",
 }
 """Heavy or optional packages, and the only place that imports each."""
 
 OWN = {
     # A queue's wire belongs to its adapter, and queues are opened in one place.
     "inference.queues.lifeisshort": ("inference/queues/", "inference/build.py"),
+    "inference.queues.gmanimato": ("inference/queues/", "inference/build.py"),
     "inference.queues.video_jobs": (
         "inference/queues/",
         "inference/testing/memory_jobs.py",
@@ -68,12 +71,6 @@ OWN = {
         "inference/build.py",
         "inference/doctor.py",
         "inference/on_modal/deployment.py",
-    ),
-    "inference.engines.comfyui": (
-        "inference/engines/comfyui/",
-        "inference/build.py",
-        "inference/doctor.py",
-        "inference/commands/",
     ),
     # Nothing prints but commands, and the end of the process that they are. `modal run app.py` is one, too.
     "inference.terminal": ("inference/commands/", "inference/process.py", "inference/on_modal/one_off.py"),

@@ -30,6 +30,12 @@ pytestmark = pytest.mark.anyio
 MAX_BYTES = 100_000
 
 
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request) -> str:
+    """Both event loops."""
+    return request.param
+
+
 def picture(kind: str = "PNG", size: tuple[int, int] = (32, 24)) -> bytes:
     """A photo as a file."""
     file = io.BytesIO()

@@ -40,8 +40,11 @@ class TaskQueue(Protocol):
     hands_back: bool
     video_formats: tuple[VideoFormat, ...]
 
-    async def check(self) -> None:
-        """Proves that the queue answers and accepts the key, without leasing a task."""
+    async def check(self) -> str | None:
+        """Proves that the queue answers and accepts the key, without leasing a task.
+
+        Returns what stays open, for a queue where not all of this can be known so; None where nothing does.
+        """
         ...
 
     async def check_storage(self) -> str | None:

@@ -148,12 +148,13 @@ class LifeIsShortQueue:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def check(self) -> None:
+    async def check(self) -> str | None:
         """As TaskQueue.check: sends a heartbeat for a task that cannot exist."""
         body = {"item_id": str(uuid.uuid4()), "worker_id": f"{self._worker_id}.check", "extend_seconds": 1}
         answer = await self._ask("heartbeat", body)
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
+        return None
 
     async def check_storage(self) -> str | None:
         """As TaskQueue.check_storage, from an upload URL for a task that cannot exist; nothing is uploaded.

@@ -88,9 +88,9 @@ class MemoryQueue:
     video_formats: tuple[VideoFormat, ...] = ("mp4",)
     kept: SegmentStore | None = None
 
-    async def check(self) -> None:
+    async def check(self) -> str | None:
         """See TaskQueue."""
-        await self._call(lambda: None)
+        return await self._call(lambda: None)
 
     async def check_storage(self) -> str | None:
         """See TaskQueue: photos and videos are in memory, too."""
