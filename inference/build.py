@@ -350,12 +350,15 @@ def open_jobs(settings: Settings) -> "JobStore":
     return JobStore(url, names, stale_s=settings.jobs_stale_s, worker_type=settings.worker_type)
 
 
-def migrate_jobs(settings: Settings) -> None:
-    """Makes the table of jobs, or adds what it lacks. Blocks. Raises SettingsError, QueueUnavailable."""
+def migrate_jobs(settings: Settings) -> list[str]:
+    """Makes the table of jobs, or adds what it lacks; returns what was made, in words. Blocks.
+
+    Raises SettingsError, QueueUnavailable.
+    """
     url, names = _jobs_table(settings)
     from inference.queues.video_jobs.store import create  # noqa: PLC0415 - an extra
 
-    create(url, names)
+    return create(url, names)
 
 
 def _jobs_table(settings: Settings) -> "tuple[str, Names]":

@@ -55,8 +55,8 @@ class Settings(LoadableSettings):
     queue: QueueName = setting(
         "lifeisshort",
         "I2V_QUEUE",
-        about="Whose queue it is: `lifeisshort`, which `i2v serve` speaks, too, `gmanimato`, or `video_jobs`, a table in "
-        "a PostgreSQL of yours.",
+        about="Whose queue it is: `lifeisshort`, which `i2v serve` speaks, too, `gmanimato`, or `video_jobs`, a table "
+        "of jobs in PostgreSQL.",
     )
     api_url: str | None = setting(
         None,

@@ -5,11 +5,11 @@ So there is no separate look for cancellations. Each acquire has an attempt id o
 write is fenced; it is the last part of the lease's worker_id.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 import anyio
@@ -27,6 +27,7 @@ from inference.errors import (
     LeaseLost,
     NotHolder,
     ObjectMissing,
+    QueueRefused,
     SettingsError,
     StorageAway,
     StorageUnavailable,
@@ -36,7 +37,7 @@ from inference.errors import (
 )
 from inference.progress.tracker import Progress
 from inference.queues.base import SegmentStore
-from inference.queues.video_jobs.store import ONGOING, JobRow, Jobs
+from inference.queues.video_jobs.job import ONGOING, WAITING_S, JobRow, Jobs, Standing, Swept
 from inference.queues.video_jobs.wire import parse_job, progress_json
 from inference.task import Input, Lease, Video, VideoFormat, explain, identifier
 from inference.transfer.bucket import Bucket
@@ -61,19 +62,6 @@ must not take the threads that other work needs."""
 MAX_MESSAGE_CHARS = 1000
 MAX_SEGMENT_BYTES = 500_000_000
 """Of one finished segment, which we made ourselves: ten minutes of 1080p at a high quality."""
-
-
-class Ended(NamedTuple):
-    """The job was over before anybody asked."""
-
-    job: JobRow
-
-
-class Held(NamedTuple):
-    """Somebody else is at work on the job, and alive."""
-
-    job: JobRow
-    retry_after_s: float  # until its holder counts as dead, if it is not heard of again
 
 
 class VideoJobsQueue:
@@ -119,17 +107,47 @@ class VideoJobsQueue:
         await self._storage.check(url)
         return httpx.URL(url).host
 
-    async def acquire(self, job_id: str) -> Lease | Ended | Held:
-        """The given job, for whichever kind of worker it waits, or why it cannot be had.
+    async def insert(self, given: Mapping[str, Any], job_id: str) -> str:
+        """Adds a job that waits, unless there is one of that id, which stays as it is; returns its id.
+
+        Raises InvalidTask for an input that no worker could take, QueueRefused for an id that no job can have.
+        """
+        try:
+            identifier.validate_python(job_id)
+        except ValidationError:
+            raise QueueRefused(f"{one_line(job_id, 100)}: no id of a job; use letters, digits and ._:-") from None
+        parse_job(job_id, given)
+        await self._in_thread(self.jobs.add, job_id, given)
+        return job_id
+
+    async def acquire(self, job_id: str) -> Lease | Standing:
+        """The given job, for whichever kind of worker it waits, or where it stands instead.
 
         Raises ItemMissing; InvalidTask for a malformed job, which was reported failed; and as TaskQueue.lease.
         """
-        if (lease := await self._acquire_given(job_id, any_kind=True)) is not None:
-            return lease
-        job = await self._in_thread(self.jobs.get, job_id)
-        if job.status not in ONGOING:
-            return Ended(job)
-        return Held(job, max(1.0, self.jobs.stale_s - (job.silent_s or 0.0)))
+        lease = await self._acquire_given(job_id, any_kind=True)
+        return await self.standing(job_id) if lease is None else lease
+
+    async def standing(self, job_id: str) -> Standing:
+        """Where a job stands. Raises ItemMissing."""
+        job = await self._in_thread(self.jobs.get, _known(job_id))
+        silent_s = self.jobs.stale_s if job.silent_s is None else job.silent_s
+        is_held = job.status == "processing" and silent_s < self.jobs.stale_s
+        return Standing(
+            job_status=job.status,
+            attempt_id=job.attempt_id,
+            has_ended=job.status not in ONGOING,
+            is_held=is_held,
+            retry_after_s=max(1.0, self.jobs.stale_s - silent_s) if is_held else None,
+        )
+
+    async def sweep(self, waiting_s: float = WAITING_S) -> Swept:
+        """Ends what nobody may acquire again, frees the jobs of dead holders, and lists what waits for too long.
+
+        Redelivery alone saves none of them: a caller stops after some attempts, mostly long before a dead holder counts
+        as one, and whoever adds a job may be killed before it has asked for it. Two sweeps at once do no harm.
+        """
+        return await self._in_thread(self.jobs.sweep, waiting_s)
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
         """As TaskQueue.lease."""
@@ -139,12 +157,8 @@ class VideoJobsQueue:
         return None if job is None else await self._lease_of(job)
 
     async def _acquire_given(self, job_id: str, *, any_kind: bool) -> Lease | None:
-        try:
-            identifier.validate_python(job_id)
-        except ValidationError:
-            raise ItemMissing(f"no task {one_line(job_id, 100)}") from None
         acquire = partial(self.jobs.acquire_given, any_kind=any_kind)
-        job = await self._in_thread(acquire, job_id, str(uuid4()), self._worker_id)
+        job = await self._in_thread(acquire, _known(job_id), str(uuid4()), self._worker_id)
         return None if job is None else await self._lease_of(job)
 
     async def _lease_of(self, job: JobRow) -> Lease:
@@ -296,6 +310,14 @@ class BucketSegments:
 
     def _key(self, key: str) -> str:
         return f"{folder_of(self._lease)}/segments/{key}.mp4"
+
+
+def _known(job_id: str) -> str:
+    """Raises ItemMissing for what no job is called."""
+    try:
+        return identifier.validate_python(job_id)
+    except ValidationError:
+        raise ItemMissing(f"no task {one_line(job_id, 100)}") from None
 
 
 def folder_of(lease: Lease) -> str:

@@ -1,14 +1,5 @@
 """The table of jobs: our own, or one that an application has already.
 
-    queued ──acquire──▶ processing ──complete──▶ completed
-      ▲                  │  │  │
-      │◀────release──────┘  │  └──────fail─────▶ failed
-      │                     │
-      └──── no beat ────────┘   (MAX_CRASHES or MAX_LOST times: failed; cancel_requested: canceled)
-
-    cancel_requested: a queued job ends `canceled` at once; one that is worked on when its holder writes next, releases
-    it, or is found dead.
-
 Every column can have another name. Columns that we do not know are never touched, and none is dropped or altered:
 `migrate` only adds what is missing. Times are the database's own. `lease_beat_at` is when the holder was heard of last;
 nothing but an acquire and its beats writes it.
@@ -17,17 +8,14 @@ nothing but an acquire and its beats writes it.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, MetaData, Table, Text, text
 from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from inference.errors import SettingsError
-
-JobStatus = Literal["queued", "processing", "completed", "failed", "canceled"]
-
-STATUSES: tuple[JobStatus, ...] = ("queued", "processing", "completed", "failed", "canceled")
+from inference.queues.video_jobs.job import STATUSES
 
 DEFAULT_TABLE = "video_jobs"
 
@@ -66,8 +54,6 @@ RULES: Mapping[str, _Rule] = {
     "cancel_requested": _Rule(("boolean",), "boolean NOT NULL DEFAULT false"),
     "artifact_key": _Rule(TEXTS, "text"),  # the video, in the bucket
     "error": _Rule(TEXTS, "text"),
-    "dispatched_at": _Rule(MOMENT, "timestamptz"),  # when somebody was last called for it; NULL: nobody yet
-    "dispatches": _Rule(INTEGERS, "integer NOT NULL DEFAULT 0"),
     "created_at": _Rule(ANY_MOMENT, "timestamptz NOT NULL DEFAULT now()"),
     "updated_at": _Rule(ANY_MOMENT, "timestamptz NOT NULL DEFAULT now()"),
 }
@@ -157,15 +143,17 @@ def _found(connection: Connection, names: Names) -> dict[str, _Found]:
     return {name: _Found(kind, tuple(labels)) for name, kind, labels in rows}
 
 
-def migrate(connection: Connection, names: Names) -> None:
+def migrate(connection: Connection, names: Names) -> list[str]:
     """Makes the table, or adds the columns that it lacks, and the index of what waits. Changes nothing else.
 
-    Raises SettingsError for a table that is not one of jobs, as `described`.
+    Returns what was made, in words. Raises SettingsError for a table that is not one of jobs, as `described`.
     """
     there = _found(connection, names)
     added = {ours: rule for ours, rule in RULES.items() if names.column(ours) not in there}
     made = [f'"{names.column(ours)}" {rule.made}' for ours, rule in added.items()]
+    told = [f"column {names.column(ours)} of {names.table}" for ours in added]
     if not there:
+        told = [f"table {names.table}"]
         status, words = f'"{names.column("status")}"', ", ".join(f"'{word}'" for word in STATUSES)
         made.append(f"CHECK ({status} IN ({words}))")
         connection.exec_driver_sql(f"CREATE TABLE {names.quoted} ({', '.join(made)})")
@@ -182,6 +170,7 @@ def migrate(connection: Connection, names: Names) -> None:
         f'CREATE INDEX IF NOT EXISTS "{names.bare[:50]}_i2v_line" ON {names.quoted} ({line}) '
         f"""WHERE "{names.column("status")}" IN ('queued', 'processing')"""
     )
+    return told
 
 
 def described(connection: Connection, names: Names) -> Table:

@@ -33,7 +33,7 @@ from sqlalchemy.sql.expression import ColumnElement
 
 from inference.providers import DEFAULT, PROVIDERS, WorkerType
 from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_LOST
-from inference.queues.video_jobs.schema import STATUSES
+from inference.queues.video_jobs.job import STATUSES
 from inference.sql.statement import Statement, constant
 
 QUEUED, PROCESSING, COMPLETED, FAILED, CANCELED = map(constant, STATUSES)
@@ -117,7 +117,7 @@ class Statements:
         self.end_swept = Statement(
             "end_swept",
             "Ends what nobody may acquire again: canceled while nobody worked on it, or its last holder is dead.",
-            end.returning(c.id.label("id")),
+            end.returning(c.id.label("id"), c.status.label("status")),
         )
         abandoned = self._skipping_locked(
             [
@@ -129,14 +129,13 @@ class Statements:
         )
         self.requeue = Statement(
             "requeue",
-            "Puts jobs with a dead holder back in their places in the line, as if nobody had been called for them yet.",
+            "Puts jobs with a dead holder back in their places in the line.",
             update(table)
             .where(c.id == abandoned.c.id)
             .values(
                 status=self._status(QUEUED),
                 attempt_id=null(),
                 lease_beat_at=null(),
-                dispatched_at=null(),
                 **self._counted(true()),
                 updated_at=CLOCK,
             )
@@ -283,27 +282,15 @@ class Statements:
             )
             .returning(*row),
         )
-        self.note_dispatch = Statement(
-            "note_dispatch",
-            "Somebody was called for the job.",
-            update(table)
-            .where(the_job)
-            .values(dispatched_at=CLOCK, dispatches=self._number("dispatches") + ONE)
-            .returning(c.id.label("id")),
-        )
 
         # -------------------------------------------------------- reads
 
         self.get = Statement("get", "One job.", select(*row).where(the_job))
-        self.undispatched = Statement(
-            "undispatched",
-            "Jobs that wait although nobody was called for them, or that was long ago; the oldest first.",
-            select(c.id.label("id"), c.dispatches.label("dispatches"))
-            .where(
-                c.status == QUEUED,
-                c.cancel_requested.is_not(true()),
-                func.coalesce(c.dispatched_at, c.created_at) <= _ago(bindparam("age_s", type_=Double)),
-            )
+        self.waiting = Statement(
+            "waiting",
+            "Jobs that have waited for some time, the oldest first.",
+            select(c.id.label("id"))
+            .where(c.status == QUEUED, c.created_at <= _ago(bindparam("age_s", type_=Double)))
             .order_by(c.created_at, c.id)
             .limit(bindparam("limit", type_=Integer)),
         )
@@ -335,7 +322,7 @@ class Statements:
 
     def _defaults(self) -> dict[str, ColumnElement[Any]]:
         """Columns of an application may be without defaults of their own."""
-        zeros = dict.fromkeys(("attempts", "crashes", "losses", "dispatches"), ZERO)
+        zeros = dict.fromkeys(("attempts", "crashes", "losses"), ZERO)
         return {**zeros, "beaten": FALSE, "cancel_requested": FALSE}
 
     def _all_done(self) -> ColumnElement[Any]:

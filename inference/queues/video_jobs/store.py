@@ -7,77 +7,19 @@ value that the database cannot hold.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, Self
 from uuid import UUID
 
 from sqlalchemy import Connection, Table
 
 from inference.errors import ItemMissing, NotHolder, SettingsError, WrongState
 from inference.providers import WorkerType
+from inference.queues.video_jobs.job import AT_ONCE, WAITING_S, JobRow, Swept
 from inference.queues.video_jobs.schema import Names, described, migrate
 from inference.queues.video_jobs.statements import Statements
 from inference.sql.database import Database, Row
 from inference.sql.statement import Statement
-from inference.task import Value
-
-ONGOING = frozenset({"queued", "processing"})
-
-
-class JobRow(Value):
-    """One row of the table."""
-
-    id: str
-    status: str  # a JobStatus, or a word of the application's own, which is no business of ours
-    input: Any
-    attempt_id: str | None = None  # who holds it, or ended it
-    worker: str | None = None
-    silent_s: float | None = None  # seconds since its holder was heard of; None where nobody holds it
-    beaten: bool = False  # this holder was heard of
-    attempts: int = 0
-    crashes: int = 0
-    losses: int = 0
-    progress: Any = None
-    cancel_requested: bool = False
-    artifact_key: str | None = None
-    error: str | None = None
-    dispatches: int = 0
-
-
-class Undispatched(NamedTuple):
-    """A job that waits, and that somebody should be called for."""
-
-    id: str
-    dispatches: int  # how often somebody was called before
-
-
-class Swept(NamedTuple):
-    """What a sweep did; ids of jobs."""
-
-    ended: list[str]  # canceled, or failed as a killer of its holders
-    requeued: list[str]  # their holder was dead
-
-
-class Jobs(Protocol):
-    """What a VideoJobsQueue needs of a table."""
-
-    stale_s: float  # without a beat for so long, a holder is dead
-
-    def check(self) -> None: ...
-    def acquire(self, attempt_id: str, worker: str) -> JobRow | None: ...
-    def acquire_given(self, job_id: str, attempt_id: str, worker: str, *, any_kind: bool = False) -> JobRow | None: ...
-    def backlog(self) -> int: ...
-    def get(self, job_id: str) -> JobRow: ...
-    def beat(self, job_id: str, attempt_id: str, progress: Mapping[str, Any] | None = None) -> bool: ...
-    def look(self, job_id: str, attempt_id: str) -> bool: ...
-    def complete(self, job_id: str, attempt_id: str, artifact_key: str) -> str: ...
-    def fail(self, job_id: str, attempt_id: str, message: str) -> str: ...
-    def release(self, job_id: str, attempt_id: str) -> str: ...
-    def end_swept(self) -> list[str]: ...
-    def sweep(self) -> Swept: ...
-    def undispatched(self, age_s: float, limit: int = 100) -> list[Undispatched]: ...
-    def note_dispatch(self, job_id: str) -> None: ...
-    def close(self) -> None: ...
 
 
 class JobStore:
@@ -133,25 +75,23 @@ class JobStore:
             return job
         raise WrongState(f"the task is {job.status}: there is nothing to cancel")
 
-    # ------------------------------------------------------------ calling somebody
+    def sweep(self, waiting_s: float = WAITING_S) -> Swept:
+        """Ends what nobody may acquire again, and puts the jobs of other dead holders back into the line.
 
-    def note_dispatch(self, job_id: str) -> None:
-        """Somebody was called for the job. Raises ItemMissing."""
-        if not self._database.write(self._sql.note_dispatch, job_id=self._id(job_id)):
-            raise ItemMissing(f"no task {job_id}")
+        Lists jobs that were added at least `waiting_s` ago and wait.
+        """
+        ended = self._end_swept()
+        requeued = self._database.write(self._sql.requeue)
+        waiting = self._database.read(self._sql.waiting, age_s=waiting_s, limit=AT_ONCE)
+        return Swept(
+            requeued=_ids(requeued),
+            canceled=_ids(row for row in ended if row["status"] == "canceled"),
+            failed=_ids(row for row in ended if row["status"] == "failed"),
+            waiting=_ids(waiting),
+        )
 
-    def undispatched(self, age_s: float, limit: int = 100) -> list[Undispatched]:
-        """Jobs that wait, for which nobody was called in the last `age_s`, nor were they added since."""
-        rows = self._database.read(self._sql.undispatched, age_s=age_s, limit=limit)
-        return [Undispatched(str(row["id"]), int(row["dispatches"])) for row in rows]
-
-    def sweep(self) -> Swept:
-        """Ends what nobody may acquire again, and puts the jobs of other dead holders back into the line."""
-        return Swept(self.end_swept(), _ids(self._database.write(self._sql.requeue)))
-
-    def end_swept(self) -> list[str]:
-        """The first half of a sweep."""
-        return _ids(self._database.write(self._sql.end_swept))
+    def _end_swept(self) -> list[Row]:
+        return self._database.write(self._sql.end_swept)
 
     # ------------------------------------------------------------ workers
 
@@ -169,7 +109,7 @@ class JobStore:
         values = {"job_id": self._id(job_id), "attempt_id": attempt_id, "worker": worker}
         for row in self._database.write(statement, **values):
             return _job(row)
-        self.end_swept()
+        self._end_swept()
         self.get(job_id)
         return None
 
@@ -235,9 +175,11 @@ class JobStore:
             raise ItemMissing(f"no task {job_id}: ids are UUIDs here") from None
 
 
-def create(url: str, names: Names | None = None) -> None:
+def create(url: str, names: Names | None = None) -> list[str]:
     """Makes the table, or adds what it lacks, as `schema.migrate`. Raises SettingsError, QueueUnavailable."""
-    _connect(url, lambda connection: migrate(connection, names or Names())).close()
+    made: list[str] = []
+    _connect(url, lambda connection: made.extend(migrate(connection, names or Names()))).close()
+    return made
 
 
 def _connect(url: str, prepare: Callable[[Connection], None]) -> Database:
@@ -250,8 +192,8 @@ def _refusal(job: JobRow) -> NotHolder:
     return NotHolder(f"the task is {job.status} and not held by this attempt")
 
 
-def _ids(rows: list[Row]) -> list[str]:
-    return [str(row["id"]) for row in rows]
+def _ids(rows: Iterable[Row]) -> tuple[str, ...]:
+    return tuple(str(row["id"]) for row in rows)
 
 
 def _job(row: Row) -> JobRow:
