@@ -8,7 +8,7 @@ value that the database cannot hold.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Self
 from uuid import UUID
 
 from sqlalchemy import Connection, Table
