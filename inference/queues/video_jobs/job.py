@@ -32,7 +32,7 @@ class JobRow(Value):
 
     id: str
     status: str  # one of STATUSES, or a word of the application's own, which is no business of ours
-    input: Any
+    input: Any = None  # as the application wrote it; see `wire.py`
     attempt_id: str | None = None  # who holds it, or ended it
     worker: str | None = None
     silent_s: float | None = None  # seconds since its holder was heard of; None where nobody holds it

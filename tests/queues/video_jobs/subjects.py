@@ -36,6 +36,8 @@ CREATE TABLE app.jobs (
     cancel boolean,
     tries smallint,
     so_far json,
+    error varchar(40),
+    worker varchar(3),
     inserted_at timestamp NOT NULL DEFAULT now()
 );
 """

@@ -4,11 +4,16 @@ import pytest
 
 from inference.errors import ItemMissing, NotHolder, WrongState
 from inference.queues.item import CRASHED, LOST, MAX_LOST
-from tests.queues.video_jobs.subjects import STALE_S, uuid
+from tests.queues.video_jobs.subjects import STALE_S, THEIRS, uuid
 
 PHOTO = {"photo": "a.jpg"}
 JOB, OTHER = uuid(1), uuid(2)
 A, B, C, D = (uuid(number) for number in range(100, 104))
+
+
+def told(subject, message):
+    """As much of a message as the table takes."""
+    return message[:40] if getattr(subject, "names", None) is THEIRS else message
 
 
 def test_a_whole_life(subject):
@@ -193,7 +198,7 @@ def test_the_third_dead_holder_is_the_last(subject):
     assert store.backlog() == 0
     assert store.acquire(D, "w") is None
     job = store.get(JOB)
-    assert (job.status, job.error, job.crashes) == ("failed", CRASHED, 3)
+    assert (job.status, job.error, job.crashes) == ("failed", told(subject, CRASHED), 3)
 
 
 def test_the_third_dead_holder_is_the_last_for_who_asks_for_the_job(subject):
@@ -227,7 +232,7 @@ def test_a_holder_that_was_never_heard_of_says_nothing_about_the_job(subject):
         subject.expire(JOB)
     assert store.acquire(D, "w") is None
     job = store.get(JOB)
-    assert (job.status, job.error, job.losses) == ("failed", LOST, MAX_LOST)
+    assert (job.status, job.error, job.losses) == ("failed", told(subject, LOST), MAX_LOST)
 
 
 def test_a_sweep_frees_what_the_dead_hold_and_lists_what_waits(subject):
