@@ -40,7 +40,7 @@ class JobRow(Value):
     attempts: int = 0
     crashes: int = 0
     losses: int = 0
-    progress: Any = None
+    progress: Any = None  # see `wire.py`; None where no beat told any
     cancel_requested: bool = False
     artifact_key: str | None = None
     error: str | None = None
