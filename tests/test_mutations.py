@@ -23,6 +23,7 @@ PYTEST = (
 )
 SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation/leases.py", "--stop", "--seeds", "400")
 CHECKS = {
+    "inference/leasing/film.py": [(*PYTEST, "tests/leasing/test_film.py", "-k", "boundary")],
     "inference/leasing/keeper.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/leasing/executor.py": [
         (*PYTEST, "tests/leasing/test_executor.py"),
