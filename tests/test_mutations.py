@@ -37,6 +37,9 @@ CHECKS = {
     "inference/fleet/warm_worker.py": [(*PYTEST, "tests/fleet/test_warm_worker.py")],
     "inference/testing/memory_store.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "memory")],
     "inference/server/rows/removal.py": [(*PYTEST, "tests/server/rows/test_removal.py", "-k", "sqlite")],
+    "inference/queues/video_jobs/statements.py": [
+        (*PYTEST, "tests/queues/video_jobs/test_store.py", "-k", "ours"),
+    ],
     "inference/server/rows/statements.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "sqlite")],
 }
 """What has to turn red when a fence of the module is taken out: one of these, quickest first."""
