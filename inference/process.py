@@ -56,6 +56,21 @@ async def drain_on_signal(worker: Worker, grace_s: float) -> None:
             worker.stop_now()
 
 
+async def drain_calls_on_signal(drain: Callable[[float], Awaitable[None]], grace_s: float) -> None:
+    """Drains a server of calls on the first SIGINT or SIGTERM, and stops it at once on the second."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            is_draining = False
+            async for number in signals:
+                if is_draining:
+                    tasks.start_soon(drain, 0.0)
+                    continue
+                is_draining = True
+                log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
+                terminal.tell(f"Finishing for up to {grace_s:g} s, then handing jobs back; again to hand back now.")
+                tasks.start_soon(drain, grace_s)
+
+
 @contextmanager
 def told_errors(*, verbose: bool) -> Iterator[None]:
     """Ends the process with one line for each of our errors; tracebacks are for bugs, and for `verbose`."""
