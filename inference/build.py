@@ -13,6 +13,7 @@ import httpx
 
 from inference import private
 from inference.engines.base import Engine, Job, run_in_thread
+from inference.engines.comfyui.template import Template
 from inference.engines.preview import PreviewEngine
 from inference.engines.runway.engine import RunwayEngine
 from inference.engines.runway.models import model_for
@@ -29,11 +30,12 @@ from inference.payments.records import Records, SqliteRecords
 from inference.progress.tracker import Sink
 from inference.providers import PAID, EngineName, QueueName, is_paid
 from inference.queues.base import TaskQueue
+from inference.queues.gmanimato import GmAnimatoQueue
 from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
 from inference.task import GenerationRequest, Lease, Outcome, Task
-from inference.transfer.bucket import Bucket
+from inference.transfer.bucket import Bucket, bucket_named_in
 from inference.transfer.network import is_this_machine
 from inference.transfer.storage import Storage
 
@@ -54,6 +56,11 @@ def choose_engine(settings: Settings) -> Settings:
     Nobody gets previews for finished work by accident: only a queue on this machine, where things are tried out, has
     them by default. Raises SettingsError for any other where nothing was chosen.
     """
+    if settings.engine == "comfyui" and settings.comfy_workflow is None and settings.queue == "lifeisshort":
+        raise SettingsError(
+            "I2V_COMFY_WORKFLOW is not set: tasks of this queue bring a photo and no graph; export one for them from "
+            "ComfyUI (Workflow, Export (API)), and try it with `i2v comfy check`"
+        )
     if "engine" in settings.model_fields_set:
         return settings
     if settings.runway_key is not None:
@@ -139,6 +146,24 @@ def _build_runway(settings: Settings) -> RunwayEngine:
     )
 
 
+def load_template(settings: Settings) -> Template | None:
+    """The graph for tasks that bring a photo and none of their own; None where there is none. Raises SettingsError."""
+    if settings.comfy_workflow is None:
+        return None
+    return Template.load(settings.comfy_workflow, settings.comfy_mapping)
+
+
+def _build_comfyui(settings: Settings) -> Engine:
+    with needing_extra("comfyui", "the ComfyUI engine"):
+        from inference.engines.comfyui.engine import ComfyEngine  # noqa: PLC0415 - an extra
+    return ComfyEngine(settings.comfy_host, template=load_template(settings), patience_s=settings.comfy_patience_s)
+
+
+def _comfyui_note(settings: Settings) -> str:
+    graph = f"the graph {settings.comfy_workflow.name}" if settings.comfy_workflow else "graphs that tasks bring"
+    return f"comfyui at {settings.comfy_host}: {graph}"
+
+
 def _wan_note(settings: Settings) -> str:
     preset = PRESETS[settings.wan_preset]
     return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
@@ -204,6 +229,11 @@ ENGINES: dict[EngineName, _EngineParts] = {
         note=_wan_note,
         refuse=lambda settings, request: PRESETS[settings.wan_preset].refuse(request),
     ),
+    "comfyui": _EngineParts(
+        build=lambda settings, _check: _build_comfyui(settings),
+        note=_comfyui_note,
+        refuse=lambda _settings, _request: None,  # the graph says, when a task is filled in
+    ),
     "runway": _EngineParts(
         build=lambda settings, _check: _build_runway(settings),
         note=_runway_note,
@@ -268,8 +298,22 @@ def _life_is_short(settings: Settings, storage: Storage) -> LifeIsShortQueue:
     )
 
 
+def _gmanimato(settings: Settings, storage: Storage) -> GmAnimatoQueue:
+    return GmAnimatoQueue(
+        settings.gmanimato_url or "",
+        settings.gmanimato_secret.get_secret_value() if settings.gmanimato_secret else None,
+        worker_id=settings.worker_id,
+        storage=storage,
+        bucket=bucket_of(settings),
+        callback_base_url=settings.gmanimato_callback_url,
+        max_body_bytes=settings.webhook_bytes,
+        max_photo_bytes=settings.max_photo_bytes,
+    )
+
+
 QUEUES: dict[QueueName, Callable[[Settings, Storage], AbstractAsyncContextManager[TaskQueue]]] = {
     "lifeisshort": _life_is_short,
+    "gmanimato": _gmanimato,
 }
 """The place where a queue is added."""
 
@@ -395,9 +439,10 @@ def _origin(url: str) -> str:
 def bucket_of(settings: Settings) -> Bucket | None:
     """The operator's bucket. Raises SettingsError where only half of it is said."""
     secret = settings.bucket_secret.get_secret_value() if settings.bucket_secret else None
+    name = settings.bucket_name or (bucket_named_in(settings.bucket_url) if settings.bucket_url else None)
     needed = {
         "BUCKET_ENDPOINT_URL": settings.bucket_url,
-        "BUCKET_NAME": settings.bucket_name,
+        "BUCKET_NAME": name,
         "BUCKET_ACCESS_KEY_ID": settings.bucket_key_id,
         "BUCKET_SECRET_ACCESS_KEY": secret,
     }
@@ -408,7 +453,7 @@ def bucket_of(settings: Settings) -> Bucket | None:
         raise SettingsError(f"{', '.join(missing)}: not set, though other settings of the bucket are")
     return Bucket(
         settings.bucket_url or "",
-        settings.bucket_name or "",
+        name or "",
         settings.bucket_key_id or "",
         secret or "",
         settings.bucket_region,

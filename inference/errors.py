@@ -35,6 +35,7 @@
     │   └── AddressRefused   HS  the URL leads to an address that this worker's settings do not allow
     ├── MediaError
     │   ├── InvalidPhoto      T  not a photo we can use; says why
+    │   ├── InvalidVideo      T  not a video we can use; says why
     │   └── EncodeFailed         ffmpeg ended badly
     ├── MachineFault          H  no memory, no ffmpeg, a process killed from outside
     │   ├── DiskFull          H  no room left on the disk
@@ -48,6 +49,7 @@
         ├── PaymentInDoubt       a paid call was sent and its answer lost: a person decides whether to pay again
         ├── JobInDoubt           a job was sent to a platform and the answer lost: a GPU may be working on it
         ├── ProviderUnavailable HO a provider is overloaded or unreachable, also after several tries
+        ├── PartsMissing      H  this machine lacks node types, models or the template that a task needs; says which
         └── EngineLost        H  the engine cannot work here any more (GPU gone)
             ├── WeightsError  H  weights are missing, damaged or not what was pinned; says what puts them there
             └── AccountError  HO a provider does not accept the key, or will not work for it now
@@ -273,6 +275,12 @@ class InvalidPhoto(MediaError):
     task_at_fault = True
 
 
+class InvalidVideo(MediaError):
+    """The video cannot be read, or is not one we can use."""
+
+    task_at_fault = True
+
+
 class EncodeFailed(MediaError):
     """ffmpeg did not produce the video."""
 
@@ -335,6 +343,15 @@ class ProviderUnavailable(EngineError):
 
     hand_back = True
     is_outage = True
+
+
+class PartsMissing(EngineError):
+    """This machine's ComfyUI lacks node types or models that a workflow needs, or has no template for photo tasks.
+
+    Another machine may have them, and other workflows may work here.
+    """
+
+    hand_back = True
 
 
 class EngineLost(EngineError):

@@ -10,10 +10,13 @@ import anyio
 import structlog
 
 from inference import terminal
-from inference.errors import EngineHung, I2VError
+from inference.errors import EngineHung, I2VError, SettingsError
 from inference.leasing.polling import Worker
 
 log = structlog.get_logger(__name__)
+
+WRONG_SETTINGS = 78
+"""EX_CONFIG of sysexits.h: a supervisor that starts commands again when they fail leaves these to a person."""
 
 
 def run(
@@ -72,8 +75,11 @@ async def drain_calls_on_signal(drain: Callable[[float], Awaitable[None]], grace
 
 
 @contextmanager
-def told_errors(*, verbose: bool) -> Iterator[None]:
-    """Ends the process with one line for each of our errors; tracebacks are for bugs, and for `verbose`."""
+def told_errors(*, verbose: bool, wrong_settings: int = 1) -> Iterator[None]:
+    """Ends the process with one line for each of our errors; tracebacks are for bugs, and for `verbose`.
+
+    The exit code is 1, or `wrong_settings` for a SettingsError.
+    """
     try:
         yield
     except Exception as raised:
@@ -90,7 +96,7 @@ def told_errors(*, verbose: bool) -> Iterator[None]:
         if isinstance(error, EngineHung):  # the thread that hangs would keep the process from ending
             sys.stderr.flush()
             os._exit(1)
-        sys.exit(1)
+        sys.exit(wrong_settings if isinstance(error, SettingsError) else 1)
 
 
 def _only(error: BaseException) -> BaseException:

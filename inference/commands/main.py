@@ -164,6 +164,9 @@ def work(
     max_retries: Annotated[int | None, typer.Option(help="Instead of WORKER_MAX_RETRIES.", min=1, max=20)] = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
+    supervised: Annotated[
+        bool, typer.Option("--supervised", help="Exit 78 for wrong settings, so that systemd does not start it again.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", "--debug", help="Show every step, and tracebacks of errors.")
     ] = False,
@@ -174,21 +177,22 @@ def work(
     On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
     left and exits 0; a second signal hands back at once.
     """
-    url_field = queue_url_field(queue)
-    settings = choose_engine(
-        start(
-            None,
-            url_field,
-            verbose=verbose,
-            queue=queue,
-            concurrency=concurrency,
-            engine=engine,
-            poll_interval_s=poll_interval,
-            max_tries=max_retries,
-            **{url_field: url},
+    with process.told_errors(verbose=verbose, wrong_settings=process.WRONG_SETTINGS if supervised else 1):
+        url_field = queue_url_field(queue)
+        settings = choose_engine(
+            start(
+                None,
+                url_field,
+                verbose=verbose,
+                queue=queue,
+                concurrency=concurrency,
+                engine=engine,
+                poll_interval_s=poll_interval,
+                max_tries=max_retries,
+                **{url_field: url},
+            )
         )
-    )
-    process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
+        process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
 
 
 async def _work(settings: Settings, *, once: bool = False) -> None:

@@ -218,7 +218,7 @@ async def _bring(
         answer = runpod_answer.completed(job)
         sink(Progress(stage="fetch", done=0, total=1, fraction=0.99))
         video = await runpod_answer.saved(
-            settings, job.id, answer.video, folder=Path(folder), output=output, again=again, say=terminal.say
+            settings, job.id, answer.made, folder=Path(folder), output=output, again=again, say=terminal.say
         )
     seed = "" if answer.seed is None else f" · seed {answer.seed}"
     execution_s = (job.execution_ms or 0) / 1000

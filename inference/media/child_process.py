@@ -102,7 +102,7 @@ class _Child:
         try:
             self._pipe.send((cpu_limit_s, request))
             while not self._pipe.poll(POLL_S):
-                _raise_if_cancelled()
+                raise_if_cancelled()
                 if time.monotonic() > give_up_at:
                     raise MachineFault(f"this machine did not decode the photo within {WALL_LIMIT_S:g} s")
             answer: tuple[bool, Any] = self._pipe.recv()
@@ -200,7 +200,8 @@ def serve(fd: int) -> None:
             pipe.send(answer)
 
 
-def _raise_if_cancelled() -> None:
+def raise_if_cancelled() -> None:
+    """Raises where the caller is a thread of anyio's whose call was cancelled."""
     try:
         anyio.from_thread.check_cancelled()
     except RuntimeError:  # not a thread of anyio, so the call cannot be cancelled

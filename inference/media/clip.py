@@ -1,26 +1,13 @@
 """Cuts, converts and shrinks clips made elsewhere. Everything here blocks; callers run it in a thread."""
 
+import re
 import secrets
-import subprocess
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
-
 from inference.errors import EncodeFailed, MediaError
-from inference.media.video import (
-    CRF,
-    PRESET,
-    STDERR_LINES,
-    TAG_BT709,
-    TO_BT709,
-    VideoInfo,
-    from_os,
-    judge,
-    no_start,
-    probe,
-)
+from inference.media.ffmpeg import UNTRUSTED, judge, run
+from inference.media.video import CRF, PRESET, TAG_BT709, TO_BT709, VideoInfo, from_os, probe
 
 HD_WIDTH, SD_HEIGHT = 1280, 576
 """From this width on, and above this height, players assume BT.709 for a clip without a matrix tag."""
@@ -29,7 +16,7 @@ RECODE_TIMEOUT_S = 120.0
 """The longest clip that is encoded again, ten seconds of 1080p, takes eight seconds in practice."""
 
 COPY_TAGGED = (
-    "-c",
+    "-c:v",
     "copy",
     "-bsf:v",
     "h264_metadata=video_full_range_flag=0:colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1",
@@ -45,8 +32,33 @@ SHRINK_SHARES = (0.92, 0.6, 0.3)
 percent, and by more for a clip that is short or noisy."""
 
 
-def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoInfo:
-    """Moves a foreign mp4 to `target` in the format that VideoWriter writes, cut to `length_s`.
+ALPHA = re.compile("rgba|bgra|argb|abgr|gbrap|yuva|ya|pal8")
+"""How pixel formats begin that have transparency."""
+
+RGB = re.compile("rgb|bgr|argb|abgr|gbr|pal8|gray|ya")
+"""How pixel formats begin to which no matrix belongs."""
+
+OVER_WHITE = (
+    "format=rgba,split[under][over];[under]drawbox=color=white:replace=1:t=fill[white];[white][over]overlay=format=rgb"
+)
+"""Pictures with transparency, composed over white as photos are. Without it, whatever colour lies below would show."""
+
+EVEN = "crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0"
+"""H.264 with 4:2:0 chroma needs even sides; at most one pixel is cut off, at the right and at the bottom."""
+
+
+def tidy(
+    source: Path,
+    target: Path,
+    *,
+    length_s: float | None = None,
+    demuxer: str = "mov",
+    keep_container: bool = True,
+    timeout_s: float = RECODE_TIMEOUT_S,
+) -> VideoInfo:
+    """Moves a foreign video to `target` in the format that VideoWriter writes, cut to `length_s`.
+
+    `demuxer` is ffmpeg's reader for its format, `keep_container` says whether that is an mp4, which may stay as it is.
 
     A cut is exact at any frame rate: it keeps the frames that lie within that time by half at least.
 
@@ -54,22 +66,45 @@ def tidy(source: Path, target: Path, *, length_s: float | None = None) -> VideoI
     only tags or the index are wrong, no picture is encoded again. Sound stays.
     Raises MediaError where it is no video, EncodeFailed, MachineFault; `source` is unchanged then.
     """
-    info = probe(source)
+    info = probe(source, demuxer=demuxer)
+    sound = ["-c:a", "copy" if keep_container else "aac"]
     frames = info.frames if length_s is None else _frames_within(info, length_s)
     as_wanted = _has_our_pixels(info) and frames == info.frames
     partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        if as_wanted and info.faststart and _is_tagged(info):
+        if as_wanted and keep_container and info.faststart and _is_tagged(info):
             source.replace(target)
             return info
         if as_wanted:
-            _recode(source, partial, info, COPY_TAGGED)
+            _recode(source, partial, info, [*COPY_TAGGED, *sound], demuxer=demuxer, timeout_s=timeout_s)
         else:
             cut = () if frames == info.frames else _cut(info, frames)
-            _recode(source, partial, info, [*_encode(info), "-crf", str(CRF), "-c:a", "aac", *cut])
+            options = [*_encode(info), "-crf", str(CRF), "-c:a", "aac", *cut]
+            _recode(source, partial, info, options, demuxer=demuxer, timeout_s=timeout_s)
         info = _written(partial)
         if info.frames != frames:
             raise EncodeFailed(f"{source.name} became {info.frames} frames, not {frames}")
+        partial.replace(target)
+    except OSError as error:
+        raise from_os(error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return info
+
+
+def index_first(source: Path, target: Path) -> VideoInfo:
+    """Moves an mp4 to `target` with its index at the front, so that it plays while it loads; no picture changes.
+
+    Raises MediaError where it is no video, EncodeFailed, MachineFault; `source` is unchanged then.
+    """
+    info = probe(source)
+    partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        if info.faststart:
+            source.replace(target)
+            return info
+        _recode(source, partial, info, ["-c", "copy"])
+        info = _written(partial)
         partial.replace(target)
     except OSError as error:
         raise from_os(error) from error
@@ -120,8 +155,14 @@ def _matrix(info: VideoInfo) -> str:
 
 def _encode(info: VideoInfo) -> list[str]:
     """Options to encode the pictures of a clip as a VideoWriter does, each at its own time."""
-    unsaid = f"setparams=colorspace={_matrix(info)}," if info.color_space == "unknown" else ""
-    return ["-vf", f"{unsaid}{TO_BT709},{TAG_BT709}", "-c:v", "libx264", "-preset", PRESET, *EVERY_FRAME]
+    filters = [TO_BT709, TAG_BT709]
+    if info.color_space == "unknown" and not RGB.match(info.pix_fmt):
+        filters.insert(0, f"setparams=colorspace={_matrix(info)}")
+    if ALPHA.match(info.pix_fmt):
+        filters.insert(0, OVER_WHITE)
+    if info.width % 2 or info.height % 2:
+        filters.insert(0, EVEN)
+    return ["-vf", ",".join(filters), "-c:v", "libx264", "-preset", PRESET, *EVERY_FRAME]
 
 
 def _frames_within(info: VideoInfo, length_s: float) -> int:
@@ -145,23 +186,20 @@ def _written(path: Path) -> VideoInfo:
         raise EncodeFailed(f"what ffmpeg wrote cannot be read: {error}") from None
 
 
-def _recode(source: Path, target: Path, info: VideoInfo, options: Sequence[str]) -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-nostdin"]
-    command += ["-protocol_whitelist", "file,pipe", "-f", "mov", "-i", f"file:{source.absolute()}"]
+def _recode(
+    source: Path,
+    target: Path,
+    info: VideoInfo,
+    options: Sequence[str],
+    *,
+    demuxer: str = "mov",
+    timeout_s: float = RECODE_TIMEOUT_S,
+) -> None:
+    command = ["-loglevel", "error", *UNTRUSTED, "-f", demuxer, "-i", f"file:{source.absolute()}"]
     command += ["-map", "0:v:0", "-map", "0:a:0?", *options, "-movflags", "+faststart", "-f", "mp4", "-y"]
     try:
-        ran = subprocess.run(  # noqa: S603  a fixed command and paths
-            [*command, f"file:{target}"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=RECODE_TIMEOUT_S,
-            start_new_session=True,
-        )
-    except (OSError, RuntimeError) as error:
-        raise no_start(error) from error
-    except subprocess.TimeoutExpired as error:
-        raise EncodeFailed(f"{info.duration_s:.1f} s of video took over {RECODE_TIMEOUT_S:g} s to encode") from error
-    if ran.returncode:
-        said = ran.stderr.decode(errors="replace").replace(str(target), source.name)
-        raise judge(ran.returncode, deque(said.splitlines(), maxlen=STDERR_LINES))
+        ran = run([*command, f"file:{target}"], timeout_s=timeout_s)
+    except TimeoutError as error:
+        raise EncodeFailed(f"{info.duration_s:.1f} s of video took over {timeout_s:g} s to encode") from error
+    if ran.code:
+        raise judge(ran.code, ran.said.replace(str(target), source.name).splitlines())

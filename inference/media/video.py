@@ -1,11 +1,10 @@
 """Writes videos by streaming frames into ffmpeg, and probes finished files.
 
-Both block; callers run them in a thread. The ffmpeg binary is the one imageio-ffmpeg ships (it has no ffprobe).
+Both block; callers run them in a thread.
 """
 
 import re
 import secrets
-import signal
 import subprocess
 import threading
 from collections import deque
@@ -21,7 +20,8 @@ import imageio_ffmpeg
 import numpy as np
 import numpy.typing as npt
 
-from inference.errors import NO_ROOM_ERRNOS, DiskFull, EncodeFailed, MachineFault, MediaError, one_line
+from inference.errors import NO_ROOM_ERRNOS, DiskFull, EncodeFailed, InvalidVideo, MachineFault, MediaError
+from inference.media.ffmpeg import MAX_PIXELS, STDERR_LINES, STOPPED, UNTRUSTED, judge, no_start, run, stopped
 from inference.task import Video
 
 CRF = 18
@@ -45,20 +45,6 @@ FINISH_TIMEOUT_S = 120.0
 
 PROBE_TIMEOUT_S = 60.0
 """Probing reads packets without decoding them: milliseconds in practice."""
-
-STDERR_LINES = 20
-"""How much of what ffmpeg said last is kept."""
-
-MAX_REASON_CHARS = 500
-
-# Signals sent to ffmpeg from outside, by the kernel out of memory or a shutdown. On SIGTERM and SIGINT it exits with
-# 255 and no message. A crash (SIGSEGV, SIGABRT) may happen again with the same frames on any machine.
-STOPPED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
-STOPPED_CODE = 255
-NO_MEMORY = "Cannot allocate memory"
-
-NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
-"""NO_ROOM_ERRNOS in words, as ffmpeg passes them on."""
 
 
 class VideoWriter:
@@ -232,31 +218,26 @@ class VideoInfo:
     faststart: bool  # the index lies before the pictures: it plays while it loads
 
 
-def probe(path: Path) -> VideoInfo:
-    """Reads an mp4's packets, without decoding them. Raises MediaError, and MachineFault as VideoWriter does."""
-    # The file is untrusted: a playlist named .mp4 must not make ffmpeg open URLs.
-    options = ["-hide_banner", "-nostdin", "-protocol_whitelist", "file,pipe", "-f", "mov"]
-    options += ["-i", f"file:{path.absolute()}", "-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"]
+def probe(path: Path, *, demuxer: str = "mov") -> VideoInfo:
+    """Reads a video's packets, without decoding them.
+
+    Raises MediaError, of which InvalidVideo where its pictures are too large, and MachineFault as VideoWriter does.
+
+    `demuxer` is ffmpeg's reader for the file's format: `mov` is the one for mp4.
+    """
+    options = [*UNTRUSTED, "-f", demuxer, "-i", f"file:{path.absolute()}", "-map", "0:v:0"]
     try:
-        ran = subprocess.run(  # noqa: S603  a fixed command and a path
-            [imageio_ffmpeg.get_ffmpeg_exe(), *options],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=PROBE_TIMEOUT_S,
-            start_new_session=True,
-        )
-    except (OSError, RuntimeError) as error:
-        raise no_start(error) from error
-    except subprocess.TimeoutExpired as error:
+        ran = run([*options, "-c", "copy", "-f", "framecrc", "pipe:1"], timeout_s=PROBE_TIMEOUT_S)
+    except TimeoutError as error:
         raise MediaError(f"{path.name} could not be probed within {PROBE_TIMEOUT_S:g} s") from error
-    if ran.returncode in STOPPED:
-        raise _stopped(ran.returncode)
-    said = ran.stderr.decode(errors="replace")
-    stream = STREAM_LINE.search(said)
-    packets = re.findall(rb"(?m)^0, +-?\d+, +(-?\d+), +(\d+),", ran.stdout)  # (pts, duration) in ticks
-    tick = re.search(rb"(?m)^#tb 0: (\d+)/(\d+)$", ran.stdout)
-    if ran.returncode or stream is None or tick is None or not packets:
+    if ran.code in STOPPED:
+        raise stopped(ran.code)
+    if too_large := TOO_LARGE.search(ran.said):
+        raise InvalidVideo(f"the video is {too_large[1]}: more than {MAX_PIXELS / 1e6:.0f} megapixels")
+    stream = STREAM_LINE.search(ran.said)
+    packets = re.findall(rb"(?m)^0, +-?\d+, +(-?\d+), +(\d+),", ran.out)  # (pts, duration) in ticks
+    tick = re.search(rb"(?m)^#tb 0: (\d+)/(\d+)$", ran.out)
+    if ran.code or stream is None or tick is None or not packets:
         raise MediaError(f"{path.name} is not a video that can be read")
     starts = sorted(int(pts) for pts, _ in packets)
     tick_s = Fraction(int(tick[1]), int(tick[2]))
@@ -275,11 +256,15 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
-# Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709, progressive), 1280x704 [SAR …
+# A line of its own: a file's title, which anybody may choose, is printed with more in front of it.
+#   Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv, bt709, progressive), 1280x704 [SAR …
 STREAM_LINE = re.compile(
-    r"Stream #0:\d+.*?: Video: (?P<codec>\w+).*?, (?P<pix_fmt>[a-z]+\d\w*)(?:\((?P<notes>[^)]*)\))?,"
+    r"(?m)^  Stream #0:\d+.*?: Video: (?P<codec>\w+).*?, (?P<pix_fmt>[a-z]\w*)(?:\((?P<notes>[^)]*)\))?,"
     r" (?P<width>\d+)x(?P<height>\d+)"
 )
+
+
+TOO_LARGE = re.compile(r"Picture size (\d+x\d+) exceeds specified max pixel count")
 
 
 def _colour(notes: str) -> dict[str, str]:
@@ -308,31 +293,6 @@ def _index_comes_first(path: Path) -> bool:
                 break
             file.seek(size - 8, 1)
     return False
-
-
-def no_start(error: OSError | RuntimeError) -> MachineFault:
-    """The error for an ffmpeg that did not start. imageio-ffmpeg raises RuntimeError when it finds no binary."""
-    return MachineFault(one_line(f"ffmpeg did not start: {error}", MAX_REASON_CHARS))
-
-
-def _stopped(code: int) -> MachineFault:
-    by = signal.Signals(-code).name if code < 0 else "a signal"
-    return MachineFault(f"ffmpeg was stopped by {by}: this machine is out of memory or shutting down")
-
-
-def judge(code: int, said: deque[str]) -> EncodeFailed | MachineFault:
-    text = " ".join(said)
-    if any(reason in text for reason in NO_ROOM) or code == -signal.SIGXFSZ:
-        return DiskFull("there is no room left for the video on this machine's disk")
-    if NO_MEMORY in text:
-        return MachineFault("this machine has no memory left to encode the video")
-    if code in STOPPED or (code == STOPPED_CODE and not said):
-        return _stopped(code)
-    if code < 0:
-        return EncodeFailed(f"ffmpeg crashed: {signal.Signals(-code).name}")
-    # Without the prefix of ffmpeg's component: [libx264 @ 0x55…]
-    reason = re.sub(r"^\[[^]]*\] *", "", said[0].strip()) if said else "it did not say why"
-    return EncodeFailed(one_line(f"ffmpeg ended with {code}: {reason}", MAX_REASON_CHARS))
 
 
 def from_os(error: OSError) -> EncodeFailed | MachineFault:

@@ -56,12 +56,26 @@ class _Made(BaseModel):
     url: str | None = None
 
 
+class _MadeFile(BaseModel):
+    """One file of a workflow (`comfy.run_workflow`)."""
+
+    type: str
+    data: str
+
+
 class WorkerAnswer(BaseModel):
     """The fields of a worker's answer (`wire.answer`) that are needed here."""
 
     video: _Made
     seed: int | None = None
     timings: dict[str, float] = {}
+    images: list[_MadeFile] = []  # of a workflow: what it made, the video first
+
+    @property
+    def made(self) -> _Made:
+        """Where the video is, whichever kind of job it was."""
+        inside = [file.data for file in self.images[:1] if file.type == "base64"]
+        return _Made(base64=inside[0]) if inside else self.video
 
 
 def kept(job_id: str, again: Again) -> str:
@@ -75,7 +89,7 @@ def completed(job: RunPodJob) -> WorkerAnswer:
         case "COMPLETED":
             with suppress(ValidationError):
                 answer = WorkerAnswer.model_validate(job.output)
-                if answer.video.base64 or answer.video.url:
+                if answer.made.base64 or answer.made.url:
                     return answer
             raise EngineError(one_line(f"job {job.id} brought no video{_why_none(job.output)}", MAX_ERROR_CHARS))
         case "CANCELLED":

@@ -84,8 +84,11 @@ class RunPodJob(_Told):
     @property
     def progress(self) -> Progress | None:
         """The last progress that its worker reported, if any."""
+        if self.has_ended or not isinstance(self.output, dict):
+            return None
+        ours = {name: value for name, value in self.output.items() if name in Progress.model_fields}
         try:
-            return None if self.has_ended else Progress.model_validate(self.output)
+            return Progress.model_validate(ours)
         except ValidationError:
             return None
 

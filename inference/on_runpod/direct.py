@@ -43,8 +43,8 @@ class DirectContext:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Where a video goes, and under which URL its caller finds it."""
+class Target:
+    """Where a file goes, and under which URL its caller finds it."""
 
     storage: Storage
     put_url: str
@@ -58,8 +58,8 @@ class _Target:
         if end is not None and end <= datetime.now(UTC) - SKEW:
             raise UrlExpired(f"upload_url: it ended at {end:%Y-%m-%d %H:%M:%S} UTC; sign a new one, for longer")
 
-    async def take(self, video: Path, policy: Policy) -> None:
-        """Stores a video. Raises StorageError.
+    async def take(self, file: Path, policy: Policy, *, content_type: str = "video/mp4") -> None:
+        """Stores a file. Raises StorageError.
 
         A second try that finds something there finds our own: the answer to the first one was lost.
         """
@@ -69,7 +69,7 @@ class _Target:
             nonlocal tries
             tries += 1
             try:
-                await self.storage.upload(self.put_url, video)
+                await self.storage.upload(self.put_url, file, content_type=content_type)
             except ObjectExists:
                 if tries == 1:
                     raise
@@ -113,11 +113,11 @@ async def render(
             return answer(inline, tracker.stage_seconds(), base64=mp4)
 
 
-def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: DirectContext) -> _Target | None:
+def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: DirectContext) -> Target | None:
     """None: the video comes with the answer. Signing takes half a second the first time, for all that it imports."""
     if asked.upload_url is not None:
         bare = httpx.URL(asked.upload_url).copy_with(query=None, fragment=None, userinfo=b"")
-        return _Target(here.storage, asked.upload_url, str(bare))
+        return Target(here.storage, asked.upload_url, str(bare))
     bucket = bucket_in(s3) or here.bucket
     if bucket is None:
         return None
@@ -126,7 +126,7 @@ def _target(asked: DirectInput, s3: S3Config | None, job_id: str, here: DirectCo
         put_url, url = bucket.upload_url(key, content_type="video/mp4"), bucket.download_url(key)
     except SettingsError as error:
         raise InvalidRequest(f"s3Config: {error}") from None
-    return _Target(here.storage if s3 else here.own_storage, put_url, url)
+    return Target(here.storage if s3 else here.own_storage, put_url, url)
 
 
 def bucket_in(s3: S3Config | None) -> Bucket | None:

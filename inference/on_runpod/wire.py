@@ -13,6 +13,7 @@ from inference.errors import InvalidRequest, InvalidTask, one_line
 from inference.task import (
     MAX_DURATION_S,
     MAX_PROMPT_CHARS,
+    PHOTO,
     QUEUE_FPS,
     DurationS,
     GenerationRequest,
@@ -44,10 +45,11 @@ INLINE_S = INLINE_BYTES * 8 / INLINE_BITS_PER_S
 MAX_DRAIN = 1000
 MAX_ERROR_CHARS = 1000
 
-KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt"
+KINDS = "task, drain, photo_url and photo_base64, the last two with a prompt, or a workflow"
 
 
-def _is_http(url: str) -> str:
+def is_http(url: str) -> str:
+    """The URL itself. Raises ValueError for what no client could fetch."""
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError):
@@ -57,16 +59,16 @@ def _is_http(url: str) -> str:
     return url
 
 
-HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(_is_http)]
+HttpUrl = Annotated[str, Field(max_length=8192), AfterValidator(is_http)]
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
     """JSON types are not converted: a number in quotes is a mistake, and so is an unknown field."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-class S3Config(_Wire):
+class S3Config(Wire):
     """`s3Config`, beside `input`, as RunPod documents it; `region` is our addition."""
 
     accessId: Annotated[str, Field(min_length=1)]  # noqa: N815 - RunPod's names
@@ -76,7 +78,7 @@ class S3Config(_Wire):
     region: str | None = None
 
 
-class DirectInput(_Wire):
+class DirectInput(Wire):
     """One photo to one video, without a queue."""
 
     photo_url: HttpUrl | None = None
@@ -107,13 +109,13 @@ class DirectInput(_Wire):
             raise InvalidRequest("photo_base64: not base64") from None
 
 
-class DrainInput(_Wire):
+class DrainInput(Wire):
     """Asks the worker to lease tasks from the queue itself."""
 
     drain: Annotated[int, Field(ge=1, le=MAX_DRAIN)]
 
 
-class _TaskInput(_Wire):
+class _TaskInput(Wire):
     task: dict[str, Any]
     worker_id: Identifier | None = None
     length_s: float | None = None
@@ -202,7 +204,7 @@ def _translated(name: str, value: Any) -> tuple[str, Any]:
     return SYNONYMS.get(name, name), value
 
 
-def _hint(name: str, kind: type[_Wire]) -> str:
+def _hint(name: str, kind: type[Wire]) -> str:
     """The field that may have been meant by an unknown one."""
     if kind is DirectInput and name in MEANT:
         return MEANT[name]
@@ -215,7 +217,7 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
         if given.length_s is None:
             task = parse_task(given.task)
         else:
-            task = Task.model_validate(given.task)
+            task = Task.model_validate(_with_inputs(given.task))
             for given_input in task.inputs.values():
                 storage_path.validate_python(given_input.source)
         return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
@@ -223,6 +225,16 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
         raise InvalidRequest(f"task: {explain(error)}") from None
     except InvalidTask as error:
         raise InvalidRequest(f"task: {error}") from None
+
+
+def _with_inputs(task: dict[str, Any]) -> dict[str, Any]:
+    """A task of a Lease value; senders of an earlier version name the photo's path in a field of its own."""
+    if "inputs" in task:
+        return task
+    if "photo_storage_path" not in task:
+        raise InvalidRequest("task: photo_storage_path: field required, or inputs")
+    others = {name: value for name, value in task.items() if name != "photo_storage_path"}
+    return others | {"inputs": {PHOTO: {"source": task["photo_storage_path"]}}}
 
 
 def parse_s3(payload: object) -> S3Config | None:

@@ -1,8 +1,9 @@
-"""A worker behind an endpoint: one engine, and jobs of three kinds from whoever calls it, several at once.
+"""A worker behind an endpoint: one engine, and jobs of four kinds from whoever calls it, several at once.
 
     task     a lease that somebody else took       renewed, then run and reported as everywhere
     drain    so many tasks of the queue            leased, run and reported, until there are no more
     photo    no queue at all                       generated, and the video uploaded or put into the answer
+    workflow no queue either, and ComfyUI's graph  run there, and all files uploaded or put into the answer
 
 Every job gets an answer that JSON can hold. How jobs arrive, and how progress is posted, is up to `runpod_handler.py`.
 """
@@ -33,6 +34,7 @@ from inference.errors import EngineLost, I2VError, InvalidRequest, SettingsError
 from inference.leasing.executor import Executor
 from inference.leasing.polling import Worker
 from inference.leasing.taking import hand_back
+from inference.on_runpod.comfy import WorkflowInput, as_worker_comfyui, run_workflow, workflow_in
 from inference.on_runpod.direct import DirectContext, render
 from inference.on_runpod.progress_posts import ProgressPosts
 from inference.on_runpod.wire import DirectInput, DrainInput, TaskInput, answer_of, failure, parse, parse_s3
@@ -142,7 +144,7 @@ class RunPodWorker:
 
     async def _work(self, job: Mapping[str, Any], post: Post, said: dict[str, Any]) -> None:
         """Fills in `said`. A drain that is cancelled still says which of its tasks had ended."""
-        posts = ProgressPosts(post)
+        posts = ProgressPosts(as_worker_comfyui(post) if self._settings.engine == "comfyui" else post)
         async with anyio.create_task_group() as beside:
             beside.start_soon(posts.run)
             await self._answer(job, posts.sink, said)
@@ -151,8 +153,11 @@ class RunPodWorker:
     async def _answer(self, job: Mapping[str, Any], sink: Sink, said: dict[str, Any]) -> None:
         """The one place where an error becomes an answer."""
         settings = self._settings
+        payload, job_id = job.get("input"), str(job.get("id") or "video")
         try:
-            asked = parse(job.get("input"), worker_id=settings.worker_id, lease_s=settings.lease_extension_s)
+            asked = workflow_in(payload, job_id) or parse(
+                payload, worker_id=settings.worker_id, lease_s=settings.lease_extension_s
+            )
             match asked:
                 case TaskInput():
                     said |= await self._run(asked.lease, sink)
@@ -160,8 +165,11 @@ class RunPodWorker:
                     await self._drain(asked.drain, sink, said)
                 case DirectInput():
                     self._refuse_unfit()
-                    job_id = str(job.get("id") or "video")
                     said |= await render(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
+                    self._executor.worked()
+                case WorkflowInput():
+                    self._refuse_unfit()
+                    said |= await run_workflow(asked, parse_s3(job.get("s3Config")), job_id, self._here, sink)
                     self._executor.worked()
         except I2VError as error:
             log.warning("job_failed", job_id=job.get("id"), error=str(error))

@@ -55,6 +55,10 @@ class Bucket:
         """A presigned GET that holds for a week. Raises SettingsError."""
         return self._signed("get_object", key, DOWNLOAD_S)
 
+    def object_url(self, key: str) -> str:
+        """The URL without a signature, for who has a key of their own, or where everybody may read."""
+        return f"{self.endpoint}/{self.name}/{key}"
+
     def _signed(self, operation: str, key: str, expires_s: int, **parameters: Any) -> str:
         try:
             import boto3  # noqa: PLC0415 - comes with the runpod extra
@@ -79,6 +83,18 @@ class Bucket:
             )
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
             raise SettingsError(f"the S3 storage: {error}") from None
+
+
+def bucket_named_in(endpoint_url: str) -> str | None:
+    """The bucket that an endpoint names, as RunPod's own workers are told theirs; None where it names none.
+
+    R2's dashboard shows it as the path, AWS as the first part of the host.
+    """
+    url = httpx.URL(endpoint_url)
+    if path := url.path.strip("/"):
+        return None if "/" in path else path
+    found = re.fullmatch(r"(.+?)\.s3(?:[.-].+)?\.amazonaws\.com(?:\.cn)?", url.host)
+    return found[1] if found else None
 
 
 def _region_of(origin: str) -> str:

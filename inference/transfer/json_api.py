@@ -90,6 +90,9 @@ class JsonApi(Generic[A]):
         except FOREIGN as error:
             why = self._clean(f"{self._client.base_url.host}: {reason_of(error)}")
             raise Unanswered(why, sent=not isinstance(error, NEVER_SENT)) from None
+        return self._read(response)
+
+    def _read(self, response: httpx.Response) -> A:
         try:
             payload = response.json()
         except (ValueError, RecursionError):

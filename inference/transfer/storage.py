@@ -95,13 +95,14 @@ class Storage:
         except httpcore.ConnectError as error:
             raise StorageUnavailable(f"{redact(url)}: {error}") from None
 
-    async def download(self, url: str, path: Path) -> int:
+    async def download(self, url: str, path: Path, *, max_bytes: int | None = None) -> int:
         """Fetches an object into `path`, which appears only when complete; returns its size in bytes.
 
+        `max_bytes` replaces this storage's own limit.
         Raises AddressRefused, UrlExpired, ObjectMissing, ObjectEmpty, ObjectTooLarge, StorageUnavailable,
         StorageRefused, DiskFull.
         """
-        return await _map_errors(url, self._download(url, path))
+        return await _map_errors(url, self._download(url, path, max_bytes or self._max_download_bytes))
 
     async def upload(self, url: str, path: Path, *, content_type: str = "video/mp4") -> None:
         """Stores a file. After StorageUnavailable it may have been stored all the same.
@@ -115,31 +116,31 @@ class Storage:
         """Stores bytes through a presigned form, as a browser would (S3's POST). Raises as `upload`."""
         await _map_errors(url, self._submit(url, fields, (name, body, content_type)))
 
-    async def _download(self, url: str, path: Path) -> int:
+    async def _download(self, url: str, path: Path, max_bytes: int) -> int:
         for _ in range(MAX_REDIRECTS + 1):
             request = _request("GET", url)
             async with self._answer(request) as response:
                 if not response.has_redirect_location:
-                    return await self._save(response, url, path)
+                    return await self._save(response, url, path, max_bytes)
                 url = str(request.url.join(response.headers["Location"]))
         raise StorageRefused(f"{redact(url)}: more than {MAX_REDIRECTS} redirects")
 
-    async def _save(self, response: httpx.Response, url: str, path: Path) -> int:
+    async def _save(self, response: httpx.Response, url: str, path: Path, max_bytes: int) -> int:
         if response.status_code != 200 or media_type(response) in PAGES:
             raise refusal(response, await beginning(response, MAX_REFUSAL_BYTES), url)
         if coding := compression(response):
             raise StorageRefused(f"{redact(url)}: compressed with {coding}, though identity was asked for")
         declared = _declared_bytes(response)
-        if declared is not None and declared > self._max_download_bytes:
-            raise self._too_large(url)
+        if declared is not None and declared > max_bytes:
+            raise _too_large(url, max_bytes)
         partial = anyio.Path(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"))
         try:
             received, unwritten = 0, bytearray()
             async with await anyio.open_file(partial, "wb") as file, arriving(response) as parts:
                 async for part in parts:
                     received += len(part)
-                    if received > self._max_download_bytes:
-                        raise self._too_large(url)
+                    if received > max_bytes:
+                        raise _too_large(url, max_bytes)
                     unwritten += part
                     if len(unwritten) >= CHUNK_BYTES:
                         await file.write(unwritten)
@@ -154,9 +155,6 @@ class Storage:
             with anyio.CancelScope(shield=True):
                 await partial.unlink(missing_ok=True)
         return received
-
-    def _too_large(self, url: str) -> ObjectTooLarge:
-        return ObjectTooLarge(f"{redact(url)}: larger than {self._max_download_bytes} bytes")
 
     async def _upload(self, url: str, path: Path, content_type: str) -> None:
         async with await anyio.open_file(path, "rb") as file:
@@ -249,6 +247,10 @@ def _accept(response: httpx.Response, page: bytes, url: str) -> None:
     """Raises StorageError where an upload was not accepted, also if the status says otherwise."""
     if not response.is_success or media_type(response) == "text/html" or said_by(response, page).status >= 400:
         raise refusal(response, page, url)
+
+
+def _too_large(url: str, max_bytes: int) -> ObjectTooLarge:
+    return ObjectTooLarge(f"{redact(url)}: larger than {max_bytes} bytes")
 
 
 def _declared_bytes(response: httpx.Response) -> int | None:

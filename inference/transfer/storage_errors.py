@@ -99,7 +99,12 @@ def reason_of(error: Exception) -> str:
 
 
 def redact(url: str) -> str:
-    """scheme://host/path of a URL, for logs and errors: no query, userinfo or fragment. Never raises."""
+    """scheme://host/path of a URL, for logs and errors: no query, userinfo or fragment. Never raises.
+
+    Of a data URI, which is a photo written as a URL, nothing is left but its scheme.
+    """
+    if url[:5].lower() == "data:":
+        return "data:…"
     bare = re.split(r"[?#]", url, maxsplit=1)[0]
     return one_line(re.sub(r"//[^/]*@", "//", bare), MAX_REASON_CHARS)
 

@@ -56,6 +56,13 @@ def test_a_lease_of_ours():
     assert read(lease.model_dump(mode="json")).lease == lease
 
 
+def test_a_lease_of_ours_from_before_there_were_inputs():
+    """A dispatcher may be older than the workers that it sends to."""
+    asked = read({"task": OURS, "worker_id": "cron.1", "length_s": 860})
+    assert asked.lease.task.inputs == {"photo": Input(source="g/p.jpg")}
+    assert asked.lease.length_s == 860
+
+
 def test_a_photo_and_a_drain():
     """The other two kinds, with what is left out."""
     asked = read({**PHOTO, "seed": 7})

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from inference.transfer.bucket import Bucket
+from inference.transfer.bucket import Bucket, bucket_named_in
 from inference.transfer.storage import Storage
 from tests.support.s3_server import S3Server
 
@@ -28,6 +28,25 @@ def test_the_path_of_an_endpoint_is_kept(endpoint, path):
     for url in (bucket.upload_url("a.mp4", content_type="video/mp4"), bucket.download_url("a.mp4")):
         assert httpx.URL(url).raw_path.partition(b"?")[0].decode() == path
     assert url.startswith(f"{bucket.origin}/")
+
+
+@pytest.mark.parametrize(
+    "endpoint, name",
+    [
+        ("https://clips.s3.eu-central-1.amazonaws.com", "clips"),
+        ("https://my.clips.s3-eu-west-1.amazonaws.com/", "my.clips"),
+        ("https://clips.s3.amazonaws.com", "clips"),
+        ("https://0123.r2.cloudflarestorage.com/clips/", "clips"),
+        ("https://s3.eu-central-1.amazonaws.com", None),
+        ("https://0123.r2.cloudflarestorage.com", None),
+        ("https://ref.supabase.co/storage/v1/s3", None),
+    ],
+)
+def test_an_endpoint_may_name_the_bucket(endpoint, name):
+    """As workers of RunPod's Hub are told theirs, who have no BUCKET_NAME."""
+    assert bucket_named_in(endpoint) == name
+    if name:
+        assert Bucket(endpoint, name, "key", "secret").object_url("a/b.mp4").endswith(f"/{name}/a/b.mp4")
 
 
 async def test_a_storage_behind_a_path_takes_what_was_signed(tmp_path):
