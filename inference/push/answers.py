@@ -25,6 +25,10 @@ Word = Literal[
 ]  # fmt: skip
 
 
+ENDS = ("completed", "failed", "canceled")
+"""What a job's status is called once it has ended."""
+
+
 class Answer(Value):
     """One answer: its HTTP status, and what its body says."""
 
@@ -91,6 +95,10 @@ def ended(outcome: Outcome, attempt_id: str, found: Standing | None) -> Answer:
             http_status, word, job_status = 200, "canceled", "canceled"
         case "failed" if found is None or found.has_ended:
             http_status, word, job_status = 200, "failed", "failed"
+        case "lease_lost" if found and found.has_ended and (
+            found.job_status == "canceled" or (found.attempt_id == attempt_id and found.job_status in ENDS)
+        ):  # it ended under this attempt, whose report was refused, or accepted in an answer that was lost
+            http_status, word, job_status = 200, found.job_status, found.job_status
         case "lease_lost" if found and (found.has_ended or (found.is_held and found.attempt_id != attempt_id)):
             http_status, word, job_status = 200, "self_fenced", found.job_status
         case _:  # released; failed with a try left; lost, and nobody is known to have it

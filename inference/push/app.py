@@ -7,6 +7,7 @@ GET  /jobs/health                 whether the store of jobs answers; needs no to
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
 
@@ -145,10 +146,11 @@ def stopping() -> JSONResponse:
 
 async def _body_of(request: Request, limit_bytes: int) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > limit_bytes:
-            raise _Malformed(413, f"body: more than {limit_bytes} bytes")
-        body += chunk
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            if len(body) + len(chunk) > limit_bytes:
+                raise _Malformed(413, f"body: more than {limit_bytes} bytes")
+            body += chunk
     return bytes(body)
 
 
