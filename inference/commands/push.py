@@ -43,9 +43,7 @@ def push(
     """Serves calls, unless a sub-command is given."""
     if context.invoked_subcommand is not None:
         return
-    settings = choose_engine(
-        start(None, verbose=verbose, queue="video_jobs", host=host, port=port, engine=engine)
-    )
+    settings = choose_engine(start(None, verbose=verbose, queue="video_jobs", host=host, port=port, engine=engine))
     process.run(lambda: _serve(settings), cancel_on_signal=False)
 
 
@@ -58,9 +56,7 @@ async def _serve(settings: Settings) -> None:
     async with opening.open_jobs(settings) as jobs:
         await jobs.check()  # no database, no service: an answer of 404 to every job would end them all
         engine = await load_engine(settings)
-        runner = build_runner(
-            settings, jobs, engine, ledger=ledger, sink=lambda lease: logs.stages(lease.task.item_id)
-        )
+        runner = build_runner(settings, jobs, engine, ledger=ledger, sink=lambda lease: logs.stages(lease.task.item_id))
         here = Here(jobs, runner, at_once=settings.push_at_once)
         ask = opening.ask_of(tasks)
         sweeper = Sweeper(jobs, ask=ask, here=None if ask else here)

@@ -95,8 +95,10 @@ def ended(outcome: Outcome, attempt_id: str, found: Standing | None) -> Answer:
             http_status, word, job_status = 200, "canceled", "canceled"
         case "failed" if found is None or found.has_ended:
             http_status, word, job_status = 200, "failed", "failed"
-        case "lease_lost" if found and found.has_ended and (
-            found.job_status == "canceled" or (found.attempt_id == attempt_id and found.job_status in ENDS)
+        case "lease_lost" if (
+            found
+            and found.has_ended
+            and (found.job_status == "canceled" or (found.attempt_id == attempt_id and found.job_status in ENDS))
         ):  # it ended under this attempt, whose report was refused, or accepted in an answer that was lost
             http_status, word, job_status = 200, found.job_status, found.job_status
         case "lease_lost" if found and (found.has_ended or (found.is_held and found.attempt_id != attempt_id)):

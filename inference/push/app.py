@@ -6,6 +6,7 @@ GET  /jobs/health                 whether the store of jobs answers; needs no to
 """
 
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -42,6 +43,9 @@ ANSWER_MARGIN = 0.05
 """The share of a deadline, and at most ANSWER_MARGIN_S, that is kept for the way back of the answer."""
 
 ANSWER_MARGIN_S = 10.0
+
+LINGER_S = 10.0
+"""How long the rest of a body that is too large is read."""
 
 HEALTH_LIMIT_S = 10.0
 
@@ -145,12 +149,17 @@ def stopping() -> JSONResponse:
 
 
 async def _body_of(request: Request, limit_bytes: int) -> bytes:
-    body = bytearray()
+    body, deadline = bytearray(), math.inf
     async with aclosing(request.stream()) as chunks:
-        async for chunk in chunks:
-            if len(body) + len(chunk) > limit_bytes:
-                raise _Malformed(413, f"body: more than {limit_bytes} bytes")
-            body += chunk
+        with anyio.CancelScope() as scope:
+            async for chunk in chunks:
+                if len(body) <= limit_bytes:
+                    body += chunk
+                elif deadline == math.inf:
+                    # A client that still sends may lose an early answer, so the rest is read and thrown away.
+                    deadline = scope.deadline = anyio.current_time() + LINGER_S
+    if len(body) > limit_bytes:
+        raise _Malformed(413, f"body: more than {limit_bytes} bytes")
     return bytes(body)
 
 

@@ -311,7 +311,7 @@ async def test_settings_that_would_end_every_job_end_the_process(shop):
 
 
 @virtual_time
-async def test_a_stuck_engine_ends_the_process(shop, tmp_path):
+async def test_a_stuck_engine_ends_the_process(shop):
     """A thread that does not come back blocks the engine for all that follows."""
     it = shop()
     it.here._executor.turns.hung = True
