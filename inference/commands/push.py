@@ -13,9 +13,9 @@ from inference import logs, process, terminal
 from inference.build import build_ledger, build_runner, choose_engine, load_engine, needing_extra
 from inference.commands.start import Verbose, start
 from inference.errors import SettingsError
+from inference.providers import EngineName, is_paid
 from inference.push.here import Here
 from inference.push.sweeping import Sweeper
-from inference.providers import EngineName, is_paid
 from inference.settings import Settings
 
 log = structlog.get_logger(__name__)

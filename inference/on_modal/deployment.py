@@ -26,6 +26,11 @@ def on_modal(settings: Settings) -> Shape:
     return Shape(sizes=sizes, startup_timeout_s=settings.modal_startup_timeout_s)
 
 
+def takes_calls(settings: Settings) -> bool:
+    """Whether a web endpoint is deployed: only where somebody but everybody may call it."""
+    return bool(settings.push_token or settings.push_audience)
+
+
 def refuse_deployment(settings: Settings) -> None:
     """Raises SettingsError, one line a problem, for mistakes that otherwise only a container would find."""
     problems = []
@@ -37,6 +42,8 @@ def refuse_deployment(settings: Settings) -> None:
             f"I2V_MODAL_TIMEOUT ({settings.modal_timeout_s} s) has to be longer than I2V_ATTEMPT_LIMIT "
             f"({settings.attempt_limit_s:g} s): the platform would end a generation before its own limit does"
         )
+    if settings.push_audience and not settings.push_callers.strip(" ,"):
+        problems.append("I2V_PUSH_CALLERS: list the service accounts that may call, since I2V_PUSH_AUDIENCE is set")
     unfree = [each for each in PRESETS[settings.wan_preset].repositories if not each.commercial_use]
     if unfree and not settings.accept_non_commercial:
         problems.append(

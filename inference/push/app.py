@@ -8,7 +8,7 @@ GET  /jobs/health                 whether the store of jobs answers; needs no to
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 from typing import Any, Protocol
 
@@ -72,8 +72,15 @@ class _Malformed(Exception):
         self.status = status
 
 
-def create_app(auth: Auth, *, runs: Runs | None = None, wake: Wake | None = None, deadline_s: float) -> Starlette:
-    """The application. `deadline_s`: how long a caller waits who does not say.
+def create_app(
+    auth: Auth,
+    *,
+    runs: Runs | None = None,
+    wake: Wake | None = None,
+    deadline_s: float,
+    lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
+) -> Starlette:
+    """The application. `deadline_s`: how long a caller waits who does not say. `lifespan`: open while it is served.
 
     Without `runs` there is no `/jobs/run`, and without `wake` no `/wake`.
     """
@@ -82,7 +89,7 @@ def create_app(auth: Auth, *, runs: Runs | None = None, wake: Wake | None = None
         routes.append(Route("/jobs/run", partial(_run, auth, runs, deadline_s), methods=["POST"]))
     if wake is not None:
         routes.append(Route("/wake", partial(_wake, auth, wake), methods=["POST"]))
-    return Starlette(routes=routes, exception_handlers={Exception: _unexpected})
+    return Starlette(routes=routes, exception_handlers={Exception: _unexpected}, lifespan=lifespan)
 
 
 async def _run(auth: Auth, runs: Runs, default_s: float, request: Request) -> JSONResponse:

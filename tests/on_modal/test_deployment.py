@@ -119,6 +119,7 @@ def fleet(folder: Path, **settings: object) -> Iterator[Fleet]:
         } | settings
         (source / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
         keys = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY, "RUNWAYML_API_SECRET": runway.key}
+        keys |= {"I2V_PUSH_TOKEN": str(settings["I2V_PUSH_TOKEN"])} if "I2V_PUSH_TOKEN" in settings else {}
         cloud.create_secret(APP, keys)
         deployed = cloud.deploy(source / "app.py")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
@@ -389,3 +390,28 @@ def test_by_hand_at_runway_is_paid_once(tmp_path):
         assert command.returncode == 0, said
         assert probe(it.source / "out.mp4").frames == 120
         assert it.runway.paid.total() == 2
+
+
+def test_a_wake_is_a_tick_now(tmp_path):
+    """A call starts the work at once; a burst of fifty makes one tick and one more; nobody gets in without the token."""
+    with fleet(tmp_path, I2V_PUSH_TOKEN="token-of-callers") as it:
+        cloud = it.cloud
+        assert cloud.answer(cloud.post("calls", "/wake", b"{}"))[0] == 401
+        assert cloud.answer(cloud.post("calls", "/wake", b"{}", authorization="Bearer wrong"))[0] == 401
+        assert cloud.answer(cloud.post("calls", "/jobs/run", b"{}"))[0] == 404  # this queue's tasks have no calls
+        assert cloud.answer(cloud.post("calls", "/jobs/health", method="GET"))[0] == 200
+        assert cloud.calls("dispatch") == []
+        ids = submit(it.site)
+        bearer = "Bearer token-of-callers"
+        burst = [cloud.post("calls", "/wake", b'{"type": "INSERT"}', authorization=bearer) for _ in range(50)]
+        assert {cloud.answer(each)[0] for each in burst} == {202}
+        it.until_done()
+        assert it.statuses(ids) == ["completed"]
+        assert 1 <= len(cloud.calls("dispatch")) <= 2
+        assert "calls/tick-asked" not in cloud.entries(f"{APP}-records")
+        assert probe(download(it.site, ids[0], tmp_path / "clip.mp4")).codec == "h264"
+        # A tick that cannot be started is no secret, and the next call is not lost to it.
+        cloud.refuse_spawns("dispatch", 1)
+        assert cloud.answer(cloud.post("calls", "/wake", authorization=bearer))[0] == 503
+        assert cloud.answer(cloud.post("calls", "/wake", x_worker_token="token-of-callers"))[0] == 202
+        it.until_done()

@@ -1,5 +1,6 @@
 """The real client of Cloud Tasks, a queue on loopback that delivers, OIDC tokens of a test's key, and the application
-behind a real server."""
+behind a real server.
+"""
 
 import threading
 import time
@@ -80,9 +81,7 @@ class Site:
 
     def tasks_of(self, target, url):
         """The real client."""
-        return Tasks(
-            open_client(target), QUEUE, url, deadline_s=30, service_account=ACCOUNT, audience=AUDIENCE
-        )
+        return Tasks(open_client(target), QUEUE, url, deadline_s=30, service_account=ACCOUNT, audience=AUDIENCE)
 
     async def submit(self, job_id="j-1"):
         """A row and its task."""
@@ -204,7 +203,7 @@ async def test_draining_in_mid_job(site):
         await it.submit()
         await it.until(lambda: it.engine.runs == 1)
         await it.here.drain(0.1)
-        await it.until(lambda: it.statuses())
+        await it.until(it.statuses)
         assert it.statuses()[0] == 503
         assert it.store.get("j-1").status == "pending"
 
@@ -265,7 +264,7 @@ def test_names_of_tasks():
     assert task_id("7f0c1e0e-8a5c-4e7b") == "7f0c1e0e-8a5c-4e7b"
 
 
-def test_a_task_without_a_token_is_not_made(site):
+def test_a_task_without_a_token_is_not_made():
     """It could only ever be refused."""
     with pytest.raises(SettingsError, match="I2V_PUSH_SERVICE_ACCOUNT"):
         Tasks(None, QUEUE, "https://x.example/jobs/run", deadline_s=30)

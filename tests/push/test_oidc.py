@@ -46,7 +46,8 @@ async def test_a_listed_account_is_admitted(google):
 
 async def test_what_is_not_admitted(google):
     """Wrong audience, a prefix of it, no audience, wrong issuer, too old, from the future: 401. Others' accounts and
-    addresses that are not verified: 403."""
+    addresses that are not verified: 403.
+    """
     issuer, tokens = google
     now = int(time.time())
     for claims in (

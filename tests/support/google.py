@@ -222,9 +222,7 @@ class CloudTasks:
             status = None
             with suppress(httpx.HTTPError):
                 deadline_s = task.dispatch_deadline.total_seconds() or 600
-                status = httpx.post(
-                    request.url, content=request.body, headers=headers, timeout=deadline_s
-                ).status_code
+                status = httpx.post(request.url, content=request.body, headers=headers, timeout=deadline_s).status_code
             attempts += 1
             self.deliveries.append(Delivered(name, headers, status))
             if status is not None and 200 <= status < 300:
