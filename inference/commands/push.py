@@ -3,22 +3,32 @@
 import json
 import secrets
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import anyio
 import structlog
 import typer
+from anyio.abc import TaskStatus
 
 from inference import logs, process, terminal
 from inference.build import build_ledger, build_runner, choose_engine, load_engine, needing_extra
 from inference.commands.start import Verbose, start
 from inference.errors import SettingsError
+from inference.leasing.polling import Worker
 from inference.providers import EngineName, is_paid
 from inference.push.here import Here
 from inference.push.sweeping import Sweeper
 from inference.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+
+class Listen(Protocol):
+    """Runs until cancelled; started once calls are taken."""
+
+    async def __call__(self, worker: Worker, *, task_status: TaskStatus[None]) -> None: ...  # noqa: D102 - see above
+
+
 
 app = typer.Typer(
     name="push",
@@ -51,6 +61,7 @@ async def _serve(settings: Settings) -> None:
     with needing_extra("push", "`i2v push`"):
         from inference.push import opening  # noqa: PLC0415 - an extra
         from inference.push.app import create_app  # noqa: PLC0415
+        from inference.server.listening import listen  # noqa: PLC0415
     auth, tasks = opening.build_auth(settings), opening.build_tasks(settings)
     ledger = build_ledger(settings) if is_paid(settings.engine) else None
     async with opening.open_jobs(settings) as jobs:
@@ -62,7 +73,7 @@ async def _serve(settings: Settings) -> None:
         sweeper = Sweeper(jobs, ask=ask, here=None if ask else here)
         app = create_app(auth, runs=here, wake=sweeper.wake, deadline_s=settings.push_deadline_s)
         async with anyio.create_task_group() as around:
-            bound = await around.start(opening.serve_calls, app, settings.host, settings.port)
+            bound = await around.start(opening.serve_calls, app, listen(settings.host, settings.port))
             log.info("push_open", host=bound[0], port=bound[1], engine=engine.name)
             terminal.tell(f"Jobs are taken at http://{bound[0]}:{bound[1]}/jobs/run, engine {engine.name}.")
             async with anyio.create_task_group() as beside:
@@ -72,6 +83,31 @@ async def _serve(settings: Settings) -> None:
                 beside.cancel_scope.cancel()
             around.cancel_scope.cancel()
     log.info("push_closed")
+
+
+def prepare_wake(settings: Settings) -> Listen:
+    """What listens for `POST /wake` and cuts a worker's poll short. Raises SettingsError where it would be open to all.
+
+    The port is taken here, before anything that takes long.
+    """
+    with needing_extra("push", "I2V_WAKE_PORT"):
+        from inference.push import opening  # noqa: PLC0415 - an extra
+        from inference.push.app import create_app  # noqa: PLC0415
+        from inference.server.listening import listen as bind  # noqa: PLC0415
+    auth = opening.build_auth(settings)
+    listener = bind(settings.host, settings.wake_port or 0)
+
+    async def listen(worker: Worker, *, task_status: TaskStatus[None]) -> None:
+        async def wake() -> None:
+            worker.wake()
+
+        app = create_app(auth, wake=wake, deadline_s=settings.push_deadline_s)
+        async with anyio.create_task_group() as tasks:
+            host, port = await tasks.start(opening.serve_calls, app, listener)
+            log.info("wake_open", host=host, port=port)
+            task_status.started()
+
+    return listen
 
 
 @app.command(epilog="Example: `i2v push submit photo.jpg 'slow dolly-in'`")

@@ -16,7 +16,7 @@ from inference.push.app import stopping
 from inference.push.auth import Auth
 from inference.push.jobs import JobQueue
 from inference.push.sweeping import Ask
-from inference.server.listening import listen, serve_app
+from inference.server.listening import serve_app
 from inference.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -78,12 +78,10 @@ async def open_jobs(settings: Settings) -> AsyncIterator[JobQueue]:
 
 async def serve_calls(
     app: ASGIApp,
-    host: str,
-    port: int,
+    listener: socket.socket,
     *,
-    listener: socket.socket | None = None,
     task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves the application until cancelled; as `serve_app`. Raises SettingsError where it cannot listen."""
-    with listener or listen(host, port) as bound:
-        await serve_app(app, bound, stopping=stopping(), task_status=task_status)
+    """Serves the application until cancelled, and closes the listener; as `serve_app`."""
+    with listener:
+        await serve_app(app, listener, stopping=stopping(), task_status=task_status)

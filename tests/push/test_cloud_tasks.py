@@ -24,6 +24,7 @@ from inference.push.jobs import Swept
 from inference.push.oidc import Certificates, GoogleTokens
 from inference.push.opening import serve_calls
 from inference.push.sweeping import Sweeper
+from inference.server.listening import listen
 from inference.testing.memory_store import MemoryStore
 from tests.leasing.test_runner import SleepyEngine
 from tests.push.memory_jobs import MemoryJobs
@@ -67,7 +68,7 @@ class Site:
             app = create_app(Auth(None, "x", tokens), runs=self.here, deadline_s=30)
             async with anyio.create_task_group() as group:
                 await group.start(self.here.serve)
-                host, port = await group.start(serve_calls, app, "127.0.0.1", 0)
+                host, port = await group.start(serve_calls, app, listen("127.0.0.1", 0))
                 self.tasks = self.tasks_of(target, f"http://{host}:{port}/jobs/run")
                 yield self
                 await self.here.drain(0)
