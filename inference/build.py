@@ -1,5 +1,6 @@
 """Builds the parts from settings. Entry points do this once, at their start; nothing below them reads settings."""
 
+import json
 import os
 import secrets
 import tempfile
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
+import anyio.to_thread
 import httpx
 
 from inference import private
@@ -40,6 +43,8 @@ from inference.transfer.network import is_this_machine
 from inference.transfer.storage import Storage
 
 if TYPE_CHECKING:
+    from inference.queues.video_jobs.schema import Names
+    from inference.queues.video_jobs.store import JobStore
     from inference.server.config import ServerConfig
 
 
@@ -265,7 +270,9 @@ def open_storage(settings: Settings, trusted_origins: Sequence[str] | None = Non
     `trusted_origins` may be anywhere. None: the queue's own host, which the operator named. Its presigned URLs may lead
     back there, to whichever port: the app and its storage often are two servers of one machine.
     """
-    own = [settings.queue_url, settings.public_url, settings.bucket_url] if trusted_origins is None else []
+    # A database holds no objects. Its address says nothing about where they may be.
+    queue_url = None if settings.queue == "video_jobs" else settings.queue_url
+    own = [queue_url, settings.public_url, settings.bucket_url] if trusted_origins is None else []
     return Storage(
         trusted_origins=trusted_origins or (),
         trusted_hosts=[url for url in own if url],
@@ -311,9 +318,62 @@ def _gmanimato(settings: Settings, storage: Storage) -> GmAnimatoQueue:
     )
 
 
+@asynccontextmanager
+async def _video_jobs(settings: Settings, storage: Storage) -> AsyncIterator[TaskQueue]:
+    with needing_extra("push", "a queue in PostgreSQL"):
+        from inference.queues.video_jobs.queue import VideoJobsQueue  # noqa: PLC0415 - an extra
+    bucket = bucket_of(settings)
+    if bucket is None:
+        raise SettingsError("BUCKET_ENDPOINT_URL is not set: videos of jobs in PostgreSQL go to a bucket")
+    # In a thread, since it connects.
+    jobs = await anyio.to_thread.run_sync(open_jobs, settings)
+    try:
+        queue = VideoJobsQueue(
+            jobs,
+            worker_id=settings.worker_id,
+            storage=storage,
+            bucket=bucket,
+            max_photo_bytes=settings.max_photo_bytes,
+        )
+    except SettingsError:
+        jobs.close()
+        raise
+    async with queue:
+        yield queue
+
+
+def open_jobs(settings: Settings) -> "JobStore":
+    """The table of jobs, to be closed; blocks while it connects. Raises SettingsError, QueueUnavailable."""
+    url, names = _jobs_table(settings)
+    from inference.queues.video_jobs.store import JobStore  # noqa: PLC0415 - an extra
+
+    return JobStore(url, names, stale_s=settings.jobs_stale_s, worker_type=settings.worker_type)
+
+
+def migrate_jobs(settings: Settings) -> list[str]:
+    """Makes the table of jobs, or adds what it lacks; returns what was made, in words. Blocks.
+
+    Raises SettingsError, QueueUnavailable.
+    """
+    url, names = _jobs_table(settings)
+    from inference.queues.video_jobs.store import create  # noqa: PLC0415 - an extra
+
+    return create(url, names)
+
+
+def _jobs_table(settings: Settings) -> "tuple[str, Names]":
+    with needing_extra("push", "a queue in PostgreSQL"):
+        from inference.queues.video_jobs.schema import Names  # noqa: PLC0415 - an extra
+    if settings.jobs_database_url is None:
+        raise SettingsError("I2V_JOBS_DATABASE_URL is not set: there is no queue without a database")
+    names = Names(settings.jobs_table, json.loads(settings.jobs_columns or "{}"))
+    return settings.jobs_database_url.get_secret_value(), names
+
+
 QUEUES: dict[QueueName, Callable[[Settings, Storage], AbstractAsyncContextManager[TaskQueue]]] = {
     "lifeisshort": _life_is_short,
     "gmanimato": _gmanimato,
+    "video_jobs": _video_jobs,
 }
 """The place where a queue is added."""
 

@@ -13,7 +13,17 @@ import anyio.to_thread
 import imageio_ffmpeg
 import numpy as np
 
-from inference.build import build_ledger, choose_engine, describe_gpu, engine_note, open_queue
+from inference.build import (
+    bucket_of,
+    build_ledger,
+    choose_engine,
+    describe_gpu,
+    engine_note,
+    load_template,
+    open_queue,
+)
+from inference.engines.comfyui.api import ComfyApi, base_url
+from inference.engines.comfyui.needs import lacking
 from inference.engines.runway.models import USD_PER_CREDIT, refuse_settings
 from inference.engines.runway.wire import RunwayApi
 from inference.engines.wan import weights
@@ -21,7 +31,8 @@ from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError
 from inference.media.video import VideoWriter, probe
 from inference.providers import EngineName, is_paid
-from inference.settings import Settings
+from inference.settings import QUEUE_URL_FIELDS, Settings
+from inference.settings_base import names_of
 
 ROOM_BYTES = 1_000_000_000
 """Room for the temporary files of a few tasks: photos up to 50 MB, videos far smaller."""
@@ -44,7 +55,7 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
     settings: Settings | None = None
     try:
         settings = load()
-        settings = choose_engine(settings) if settings.api_url else settings
+        settings = choose_engine(settings) if settings.queue_url else settings
     except I2VError as error:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)
@@ -52,22 +63,34 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for name in settings.unread():
             yield Finding("settings", "skip", f"nothing reads {name}")
         yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
-        for check in NEEDS.get(settings.engine, ()):
-            yield await anyio.to_thread.run_sync(check, settings)
-        if is_paid(settings.engine) or settings.runway_key:
-            yield await _runway(settings)
-            yield await _ledger(settings)
+        async for finding in _engine(settings):
+            yield finding
     yield await anyio.to_thread.run_sync(_ffmpeg)
     yield await anyio.to_thread.run_sync(_disk, settings.temp_dir if settings else None)
     yield await _queue(settings)
+    if settings is not None and settings.queue == "gmanimato":
+        yield _delivery(settings)
     for package, extra, use in (
         ("fastapi", "server", "the embedded queue"),
         ("pillow_heif", "heic", "HEIC photos"),
         ("diffusers", "wan", "the Wan engine"),
+        ("httpx_ws", "comfyui", "the ComfyUI engine"),
     ):
         here = find_spec(package) is not None
         text = use if here else f"not installed; for {use}: pip install 'serverless-i2v[{extra}]'"
         yield Finding(f"extra {extra}", "ok" if here else "skip", text)
+
+
+async def _engine(settings: Settings) -> AsyncIterator[Finding]:
+    """What only the engine needs, or the other engine for which there is a key."""
+    for check in NEEDS.get(settings.engine, ()):
+        yield await anyio.to_thread.run_sync(check, settings)
+    if settings.engine == "comfyui":
+        async for finding in _comfyui(settings):
+            yield finding
+    if is_paid(settings.engine) or settings.runway_key:
+        yield await _runway(settings)
+        yield await _ledger(settings)
 
 
 def require_machine(settings: Settings) -> None:
@@ -111,6 +134,32 @@ def _gpu(settings: Settings) -> Finding:
 
 NEEDS: dict[EngineName, tuple[Callable[[Settings], Finding], ...]] = {"wan": (_weights, _gpu)}
 """Checks of the machine that only one engine needs."""
+
+
+async def _comfyui(settings: Settings) -> AsyncIterator[Finding]:
+    """The server, and whether it has what the operator's graph needs. Graphs that tasks bring say so when they come."""
+    try:
+        template = load_template(settings)
+    except I2VError as error:
+        template = None
+        for line in str(error).splitlines():
+            yield Finding("workflow", "FAIL", f"{line}; `i2v comfy check` says more")
+    missing: list[str] = []
+    try:
+        async with ComfyApi(base_url(settings.comfy_host), patience_s=0) as api:
+            stats = await api.system_stats()
+            if template is not None:
+                missing = await lacking(api, template.graph, template.filled)
+    except I2VError as error:
+        yield Finding("comfyui", "FAIL", f"{error}; see COMFY_HOST")
+        return
+    system = stats.get("system")
+    version = system.get("comfyui_version", "") if isinstance(system, dict) else ""
+    yield Finding("comfyui", "ok", f"ComfyUI {version} answers at {settings.comfy_host}".replace("  ", " "))
+    for line in missing:
+        yield Finding("workflow", "FAIL", f"ComfyUI lacks {line.removeprefix('no ')}")
+    if template is not None and not missing:
+        yield Finding("workflow", "ok", f"{settings.comfy_workflow}: ComfyUI has every node type and model of it")
 
 
 async def _runway(settings: Settings) -> Finding:
@@ -173,15 +222,35 @@ def _disk(temp_dir: Path | None) -> Finding:
 async def _queue(settings: Settings | None) -> Finding:
     if settings is None:
         return Finding("queue", "skip", "settings first")
-    if not settings.api_url:
-        return Finding(
-            "queue", "skip", "VERCEL_API_URL is not set; not needed for `i2v demo`, `render`, `serve` and `up`"
-        )
+    if not settings.queue_url:
+        name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
+        return Finding("queue", "skip", f"{name} is not set; not needed for `i2v demo`, `render`, `serve` and `up`")
     try:
         async with open_queue(settings) as queue:
-            await queue.check()
+            left_open = await queue.check()
             storage = await queue.check_storage()
     except I2VError as error:
         return Finding("queue", "FAIL", str(error))
     leads_to = f"its storage is {storage}" if storage else "its storage cannot be checked without a task"
-    return Finding("queue", "ok", f"{settings.api_url} answers and accepts the key; {leads_to}")
+    if left_open:
+        return Finding("queue", "ok", f"{settings.queue_url} answers; {left_open}")
+    return Finding("queue", "ok", f"{settings.queue_url} answers and accepts the key; {leads_to}")
+
+
+def _delivery(settings: Settings) -> Finding:
+    """Where videos go, for a queue that has no storage of its own."""
+    try:
+        bucket = bucket_of(settings)
+    except I2VError as error:
+        return Finding("delivery", "FAIL", str(error))
+    if bucket is not None:
+        return Finding(
+            "delivery", "ok", f"videos go to the bucket {bucket.name} at {bucket.origin}; nothing was stored"
+        )
+    room_kb = settings.webhook_bytes * 3 // 4 // 1000
+    return Finding(
+        "delivery",
+        "skip",
+        f"no bucket: a video of more than {room_kb} kB fails its task. Set BUCKET_ENDPOINT_URL and the others, or "
+        "raise BODY_SIZE_LIMIT in the application and I2V_WEBHOOK_BYTES here",
+    )

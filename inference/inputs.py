@@ -18,7 +18,7 @@ import anyio.to_thread
 
 from inference.errors import InvalidPhoto, MediaError, ObjectTooLarge, StorageError, UrlMalformed, one_line, write_error
 from inference.media import foreign, photo
-from inference.task import LAST_PHOTO, PHOTO, Input, InputKind
+from inference.task import LAST_PHOTO, MAX_SEGMENTS, PHOTO, Input, InputKind
 from inference.transfer.storage import Storage
 
 MAX_VIDEO_BYTES = 200_000_000
@@ -27,8 +27,8 @@ MAX_VIDEO_BYTES = 200_000_000
 MAX_TOTAL_BYTES = 500_000_000
 """Of all inputs together. They lie on the disk until the task ends."""
 
-MAX_INPUTS = 32
-"""Far more than any workflow of an application loads: two photos and a video are usual."""
+MAX_INPUTS = MAX_SEGMENTS
+"""As many photos as a film may show. It is far more than any workflow of an application loads."""
 
 MAX_DATA_HEAD_CHARS = 256
 """How far the comma of a data URI may be from its beginning: media types with parameters are a fraction of that."""

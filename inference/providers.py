@@ -20,8 +20,9 @@ EngineName = Literal["preview", "wan", "runway", "comfyui"]
 """What makes videos. Two are nobody's provider: `preview` takes any task, to try things out, and `comfyui` runs the
 operator's own graph, or the one that a task brings."""
 
-QueueName = Literal["lifeisshort", "gmanimato"]
-"""Whose application the tasks come from, and so which protocol it speaks. The embedded server speaks the first."""
+QueueName = Literal["lifeisshort", "gmanimato", "video_jobs"]
+"""Whose application the tasks come from, and so which protocol it speaks. The embedded server speaks the first;
+`video_jobs` is a table in an application's own PostgreSQL."""
 
 WorkerType = Literal["wan", "runway"]
 """The engines that a hint can ask for, as the wire of queues calls them."""

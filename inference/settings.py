@@ -5,6 +5,7 @@ file in the working directory is read too; the environment wins over it. `python
 contents of `.env.example`.
 """
 
+import json
 import re
 import socket
 import textwrap
@@ -28,8 +29,15 @@ WAN_PRESETS = ("5b-fast", "5b-turbo", "5b-quality", "a14b-fast", "a14b-quality",
 RUNWAY_MODELS = tuple(dict.fromkeys(model for model in RUNWAY.models.values() if model))
 """What can be chosen. Only names, so that settings need no engine; the engines have what is behind them."""
 
-QUEUE_URL_FIELDS: dict[QueueName, str] = {"lifeisshort": "api_url", "gmanimato": "gmanimato_url"}
+QUEUE_URL_FIELDS: dict[QueueName, str] = {
+    "lifeisshort": "api_url",
+    "gmanimato": "gmanimato_url",
+    "video_jobs": "jobs_database_url",
+}
 """The setting that holds the address of each queue."""
+
+DATABASE_URL = re.compile(r"(\w+(?:\+\w+)?://)(?:[^@/?]*@)?([\w.:\[\]-]*(?:/[\w.-]*)?)(?:\?.*)?")
+"""An address of a database: its scheme, who, where, and what else."""
 
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
 OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_path"}
@@ -49,7 +57,8 @@ class Settings(LoadableSettings):
     queue: QueueName = setting(
         "lifeisshort",
         "I2V_QUEUE",
-        about="Whose queue it is: `lifeisshort`, which `i2v serve` speaks, too, or `gmanimato`.",
+        about="Whose queue it is: `lifeisshort`, which `i2v serve` speaks, too, `gmanimato`, or `video_jobs`, a table "
+        "of jobs in PostgreSQL.",
     )
     api_url: str | None = setting(
         None,
@@ -122,6 +131,24 @@ class Settings(LoadableSettings):
     )
     webhook_retries: Annotated[int, Field(ge=5, le=1000)] = setting(
         40, "I2V_WEBHOOK_RETRIES", about="How often a call is tried while the queue does not answer, its last one too."
+    )
+
+    # Jobs in a table of an application's own PostgreSQL, where I2V_QUEUE says so; their videos need the bucket below
+    jobs_database_url: SecretStr | None = setting(
+        None,
+        "I2V_JOBS_DATABASE_URL",
+        about="The database that has the jobs: postgresql://user:password@host/db; a pooler's address will do.",
+    )
+    jobs_table: str = setting("video_jobs", "I2V_JOBS_TABLE", about="Its table of jobs; may begin with a schema.")
+    jobs_columns: str | None = setting(
+        None,
+        "I2V_JOBS_COLUMNS",
+        about='JSON of what columns of that table are called where they have other names: {"input": "payload"}.',
+    )
+    jobs_stale_s: Annotated[float, Field(ge=60, le=86_400)] = setting(
+        480.0,
+        "I2V_JOBS_STALE",
+        about="Seconds without a beat after which a job's holder is dead; the same for all who use the table.",
     )
 
     # The worker
@@ -406,9 +433,12 @@ class Settings(LoadableSettings):
 
     @property
     def queue_url(self) -> str | None:
-        """The address of the queue that is used."""
-        url: str | None = getattr(self, QUEUE_URL_FIELDS[self.queue])
-        return url
+        """The address of the queue that is used, fit to be shown: a database's has no password in it."""
+        url: str | SecretStr | None = getattr(self, QUEUE_URL_FIELDS[self.queue])
+        if not isinstance(url, SecretStr):
+            return url
+        found = DATABASE_URL.fullmatch(url.get_secret_value())
+        return f"{found[1]}{found[2]}" if found else "postgresql://…"
 
     @field_validator(
         "api_url",
@@ -439,6 +469,19 @@ class Settings(LoadableSettings):
                 worker_api_url(value)
         except SettingsError as error:
             raise ValueError(str(error).removeprefix("VERCEL_API_URL: ")) from None
+        return value
+
+    @field_validator("jobs_columns")
+    @classmethod
+    def _is_json_of_names(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            names = json.loads(value)
+        except ValueError:
+            names = None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError('has to be a JSON object of names, such as {"input": "payload"}')
         return value
 
     @field_validator("runway_url", "runpod_url")

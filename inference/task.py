@@ -26,6 +26,12 @@ MIN_DURATION_S = 0.5
 MAX_DURATION_S = 60.0
 """Longer than any engine can make. It bounds memory and cost before an engine applies its own limit."""
 
+MAX_SEGMENTS = 60
+"""The most segments of one film."""
+
+MAX_FADE_S = 10.0
+"""The longest cross-fade between two segments of a film."""
+
 MAX_PROMPT_CHARS = 4000
 """The longest prompt that our own interfaces accept: far above what any text encoder reads (UMT5 in Wan2.2: 512
 tokens). Foreign queues may hand out longer prompts; an engine gets the beginning of those."""
@@ -82,25 +88,40 @@ class Input(Value):
     source: Annotated[str, Field(min_length=1, repr=False)]  # a path in the queue's storage, a URL, or a data URI
 
 
+class Segment(Value):
+    """One part of a film: a clip made of one photo."""
+
+    photo: InputName  # one of the task's inputs; several segments may show the same
+    prompt: str = ""  # empty: the task's
+    duration_s: DurationS
+
+
 class Task(Value):
-    """What to turn into one video: a photo, or a workflow with whatever files it needs."""
+    """What to turn into one video: a photo, several photos as the segments of a film, or a workflow with its files."""
 
     item_id: Identifier  # the video item: one row of the queue
     group_id: str | None = None  # the set of photos it was uploaded with; not every queue has groups
     photo_id: str | None = None
     prompt: str = ""  # may be empty: the engine has a default
-    inputs: dict[InputName, Input]  # by name; a task without a workflow has a `photo`
+    inputs: dict[InputName, Input]  # by name; a task without segments or a workflow has a `photo`
+    segments: Annotated[tuple[Segment, ...], Field(max_length=MAX_SEGMENTS)] = ()  # in the order in which they are seen
+    fade_s: Annotated[float, Field(ge=0, le=MAX_FADE_S)] = 0.0  # between two segments; 0 is a hard cut
     workflow: dict[str, Any] | None = None  # a ComfyUI graph in API format, which then decides everything else
     node_weights: dict[str, float] = {}  # how long the workflow's nodes take, relative to each other, where known
-    duration_s: DurationS
+    duration_s: DurationS  # without meaning for a task with segments, which have their own
     names_duration: bool = True  # False: the queue named none, and `duration_s` is its default
     provider: str | None = None  # the queue's hint: wan_local, gen4_turbo, veo3.1, … (`providers.py`)
     extras: dict[str, Any] = {}  # fields that this version does not know, kept unchanged
 
     @model_validator(mode="after")
     def _has_something_to_begin_with(self) -> Self:
-        if self.workflow is None and PHOTO not in self.inputs:
-            raise ValueError("a task without a workflow needs an input named photo")
+        if self.segments and self.workflow is not None:
+            raise ValueError("a task has segments or a workflow, not both")
+        for number, segment in enumerate(self.segments, 1):
+            if segment.photo not in self.inputs:
+                raise ValueError(f"segment {number} shows a photo that is not among the task's inputs")
+        if not self.segments and self.workflow is None and PHOTO not in self.inputs:
+            raise ValueError("a task without segments or a workflow needs an input named photo")
         return self
 
 
@@ -202,6 +223,16 @@ class GenerationRequest(Value):
             node_weights=task.node_weights,
             video_formats=video_formats,
         )
+
+    def for_segment(self, segment: Segment) -> Self:
+        """The same wishes for one segment of a film, which is joined from mp4s."""
+        update = {
+            "prompt": segment.prompt[:MAX_PROMPT_CHARS] or self.prompt,
+            "duration_s": segment.duration_s,
+            "names_duration": True,
+            "video_formats": ("mp4",),
+        }
+        return self.model_copy(update=update)
 
 
 class Video(Value):

@@ -166,7 +166,7 @@ def times(stage_seconds: Mapping[str, float]) -> str:
 def finding(name: str, verdict: str, text: str) -> None:
     """One line of `i2v doctor`."""
     style = {"ok": "green", "FAIL": "bold red"}.get(verdict, "dim")
-    out.print(shown(f"{verdict:<4}", style).append_text(shown(f"  {name:<12}  {text}")))
+    out.print(shown(f"{verdict:<4}", style).append_text(shown(f"  {name:<13}  {text}")))
 
 
 def show(table: Table) -> None:

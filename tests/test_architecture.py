@@ -15,7 +15,7 @@ MODULES = sorted((ROOT / "inference").rglob("*.py"))
 FLOORS = [
     ("errors", "private"),  # every error, drawn as a tree; files for this user alone
     ("task", "providers"),  # the values that travel; who serves which hint
-    ("progress", "media", "transfer", "payments"),  # what any queue or engine may need
+    ("progress", "media", "transfer", "payments", "sql"),  # what any queue or engine may need
     ("inputs",),  # what a task brings, put into a folder
     ("queues", "engines"),  # where tasks come from; what makes videos
     ("leasing", "server", "testing"),  # one lease, from first beat to report; the embedded queue; fakes that ship
@@ -42,7 +42,7 @@ FOREIGN = {
     "grpc": "inference/push/",
     "fastapi": "inference/server/",
     "uvicorn": "inference/server/",
-    "sqlalchemy": "inference/server/",
+    "sqlalchemy": ("inference/server/", "inference/sql/", "inference/queues/video_jobs/"),
     "typer": "inference/commands/",
     "httpx_ws": "inference/engines/comfyui/",
     "wsproto": "inference/engines/comfyui/",
@@ -53,6 +53,12 @@ OWN = {
     # A queue's wire belongs to its adapter, and queues are opened in one place.
     "inference.queues.lifeisshort": ("inference/queues/", "inference/build.py"),
     "inference.queues.gmanimato": ("inference/queues/", "inference/build.py"),
+    "inference.queues.video_jobs": (
+        "inference/queues/",
+        "inference/testing/memory_jobs.py",
+        "inference/push/",
+        "inference/build.py",
+    ),
     # Engines are built in one place. What else knows one of them looks after what that engine needs: its weights on
     # disk, its prices, what a platform has to have for it.
     "inference.engines.wan": (
@@ -63,23 +69,11 @@ OWN = {
         "inference/on_modal/doctor.py",
         "inference/commands/",
     ),
-    "inference.engines.comfyui": (
-        "inference/engines/comfyui/",
-        "inference/build.py",
-        "inference/doctor.py",
-        "inference/commands/",
-    ),
     "inference.engines.runway": (
         "inference/engines/runway/",
         "inference/build.py",
         "inference/doctor.py",
         "inference/on_modal/deployment.py",
-    ),
-    "inference.engines.comfyui": (
-        "inference/engines/comfyui/",
-        "inference/build.py",
-        "inference/doctor.py",
-        "inference/commands/",
     ),
     # Nothing prints but commands, and the end of the process that they are. `modal run app.py` is one, too.
     "inference.terminal": ("inference/commands/", "inference/process.py", "inference/on_modal/one_off.py"),

@@ -9,7 +9,10 @@ import pytest
 
 from inference import doctor
 from inference.settings import Settings
+from tests.engines.comfyui.graphs import wan
 from tests.server.harness import KEY, config, running_server
+from tests.support.comfy_server import ComfyServer
+from tests.support.gmanimato_app import GmAnimatoServer
 
 pytestmark = pytest.mark.anyio
 
@@ -31,6 +34,7 @@ async def test_a_sound_machine_without_a_queue():
         "extra server": "ok",
         "extra heic": "ok",
         "extra wan": "ok",
+        "extra comfyui": "ok",
     }
     assert "h264" in found["ffmpeg"].text
 
@@ -170,3 +174,65 @@ class _Page(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Nothing on stderr."""
+
+
+async def test_gmanimato_and_comfyui_with_all_their_parts():
+    """Nothing is claimed; what cannot be known without claiming is said."""
+    with GmAnimatoServer() as app, ComfyServer() as comfy:
+        comfy.models["checkpoints"] = ["wan.safetensors"]
+        video_id = app.add(b"a photo")
+        found = await findings(
+            queue="gmanimato",
+            engine="comfyui",
+            gmanimato_url=app.url,
+            gmanimato_secret=app.secret,
+            comfy_host=comfy.url,
+            bucket_url="https://s3.example.com",
+            bucket_name="videos",
+            bucket_key_id="key",
+            bucket_secret="secret",
+        )
+        assert app.jobs[video_id].status == "in_queue"
+    assert {name: found[name].verdict for name in ("comfyui", "queue", "delivery")} == {
+        "comfyui": "ok",
+        "queue": "FAIL",  # the bucket's host is not a real one, and is looked up
+        "delivery": "ok",
+    }
+    assert "s3.example.com" in found["queue"].text
+
+
+async def test_gmanimato_without_a_bucket_or_a_secret():
+    """Each missing part is named with the setting that puts it there."""
+    with GmAnimatoServer() as app, ComfyServer() as comfy:
+        own = {"queue": "gmanimato", "engine": "comfyui", "gmanimato_url": app.url, "comfy_host": comfy.url}
+        found = await findings(**own, gmanimato_secret=app.secret)
+        assert (found["queue"].verdict, "WORKER_TASK_SECRET" in found["queue"].text) == ("ok", True)
+        assert "BUCKET_ENDPOINT_URL" in found["delivery"].text
+        assert "BODY_SIZE_LIMIT" in found["delivery"].text
+        found = await findings(**own)
+        assert (found["queue"].verdict, "WORKER_TASK_SECRET" in found["queue"].text) == ("FAIL", True)
+        found = await findings(**own | {"gmanimato_url": f"{app.url}/elsewhere"}, gmanimato_secret=app.secret)
+        assert (found["queue"].verdict, "GMANIMATO_API_URL" in found["queue"].text) == ("FAIL", True)
+
+
+async def test_a_comfyui_that_lacks_what_the_graph_needs(tmp_path):
+    """Each model and node type has a line; a server that is away is one, too."""
+    graph = wan("photo.png") | {"77": {"class_type": "NoSuchNode", "inputs": {}}}
+    graph["4"]["_meta"] = {"title": "i2v:photo"}
+    graph["2"]["_meta"] = {"title": "i2v:prompt"}
+    path = tmp_path / "workflow.json"
+    path.write_text(json.dumps(graph))
+    with ComfyServer() as comfy:
+        own = Settings.isolated(engine="comfyui", comfy_host=comfy.url, comfy_workflow=path)
+        told = [it.text for it in [it async for it in doctor.examine(lambda: own)] if it.name == "workflow"]
+    assert len(told) == 2
+    assert any("wan.safetensors" in text for text in told)
+    assert any("NoSuchNode" in text for text in told)
+    found = await findings(engine="comfyui", comfy_host=comfy.url)
+    assert (found["comfyui"].verdict, "COMFY_HOST" in found["comfyui"].text) == ("FAIL", True)
+
+
+async def test_photo_tasks_need_a_graph():
+    """A queue whose tasks bring none, and an engine that has none: said before a task is taken."""
+    found = await findings(engine="comfyui", api_url="https://app.invalid", api_key=KEY)
+    assert (found["settings"].verdict, "I2V_COMFY_WORKFLOW" in found["settings"].text) == ("FAIL", True)

@@ -1,4 +1,4 @@
-"""From GmAnimato's claim to its webhook in real processes: `i2v work`, an application, a ComfyUI and an S3 on loopback."""
+"""From GmAnimato's claim to its webhook in real processes: `i2v work`, an application, a ComfyUI, and an S3."""
 
 import signal
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ def test_several_workers_beside_each_other(app, work):
 
 
 def test_a_worker_that_is_stopped_ends_its_job_in_words(app, comfy, work):
-    """It cannot be handed back: it is failed with the reason, its prompt is gone from ComfyUI, and the exit is clean."""
+    """It cannot be handed back: it is failed with the reason, its prompt is gone from ComfyUI, and the exit is 0."""
     comfy.hold("KSampler")
     theirs = comfy.prompts
     video_id = add(app)

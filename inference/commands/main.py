@@ -25,6 +25,7 @@ from inference.build import (
     load_engine,
     open_queue,
 )
+from inference.commands.comfy import app as comfy_app
 from inference.commands.payments import payments
 from inference.commands.push import app as push_app
 from inference.commands.push import prepare_wake
@@ -346,6 +347,7 @@ def tasks(
 
 app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com")(payments)
 app.add_typer(weights_app)
+app.add_typer(comfy_app)
 app.add_typer(runpod_app)
 app.add_typer(push_app)
 

@@ -11,7 +11,7 @@ import typer
 from anyio.abc import TaskStatus
 
 from inference import logs, process, terminal
-from inference.build import build_ledger, build_runner, choose_engine, load_engine, needing_extra
+from inference.build import build_ledger, build_runner, choose_engine, load_engine, migrate_jobs, needing_extra
 from inference.commands.start import Verbose, start
 from inference.errors import SettingsError
 from inference.leasing.polling import Worker
@@ -26,8 +26,7 @@ log = structlog.get_logger(__name__)
 class Listen(Protocol):
     """Runs until cancelled; started once calls are taken."""
 
-    async def __call__(self, worker: Worker, *, task_status: TaskStatus[None]) -> None: ...  # noqa: D102 - see above
-
+    async def __call__(self, worker: Worker, *, task_status: TaskStatus[None]) -> None: ...
 
 
 app = typer.Typer(
@@ -165,11 +164,5 @@ def migrate(*, verbose: Verbose = False) -> None:
     """Makes the table and the columns that are missing; leaves all others as they are."""
     settings = start("error", verbose=verbose, queue="video_jobs")
 
-    async def main() -> None:
-        with needing_extra("push", "`i2v push`"):
-            from inference.push import opening  # noqa: PLC0415 - an extra
-        async with opening.open_jobs(settings) as jobs:
-            for line in await jobs.migrate():
-                terminal.say(line)
-
-    process.run(main)
+    for line in migrate_jobs(settings) or ["Nothing is missing."]:
+        terminal.say(line)

@@ -44,9 +44,10 @@ class HandsOn:
     async def run(self, job_id: str, extras: Mapping[str, Any], deadline_s: float) -> Answer:
         """See Runs."""
         del extras
+        answer = answers.busy(job_id, "the platform did not answer in time")
         with anyio.move_on_after(deadline_s):
-            return await self._run(job_id)
-        return answers.busy(job_id, "the platform did not answer in time")
+            answer = await self._run(job_id)
+        return answer
 
     async def check(self) -> None:
         """See Runs."""

@@ -13,7 +13,7 @@ import anyio
 import httpx
 import structlog
 
-from inference.errors import I2VError, one_line
+from inference.errors import AddressRefused, StorageUnreached, one_line
 from inference.on_runpod.wire import MAX_ERROR_CHARS
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.network import GuardedNetwork, GuardedTransport
@@ -43,7 +43,7 @@ class Callback:
 
     def __init__(self, url: str, job_id: str, *, allow_private: bool = False) -> None:
         self._url, self._job_id = url, job_id
-        self._progress_in_doubt = False
+        self._is_in_doubt = False  # the last call may yet be carried out
         self._client = httpx.AsyncClient(
             headers=IDENTITY,
             event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
@@ -61,11 +61,8 @@ class Callback:
         detail = snapshot.get("detail") or {}
         percentage = round(100 * min(max(snapshot["fraction"], 0.0), 1.0), 1)
         nodes = {name: detail[name] for name in NODES if name in detail}
-        self._progress_in_doubt = True
         call = {"status": "processing", "progress": {"percentage": percentage, **nodes}}
-        problem = await self._tell(call, PROGRESS_LIMIT_S)
-        self._progress_in_doubt = problem is not None
-        if problem:
+        if problem := await self._tell(call, PROGRESS_LIMIT_S):
             log.info("progress_not_taken", job_id=self._job_id, problem=problem)
 
     async def completed(self, files: list[dict[str, str]]) -> None:
@@ -77,7 +74,7 @@ class Callback:
         await self._end({"status": "failed", "error": one_line(message, MAX_ERROR_CHARS)})
 
     async def _end(self, call: dict[str, Any]) -> None:
-        if self._progress_in_doubt:
+        if self._is_in_doubt:
             await anyio.sleep(self.SETTLE_S)
         for number in range(TRIES):
             problem = await self._tell(call, END_LIMIT_S)
@@ -89,11 +86,16 @@ class Callback:
 
     async def _tell(self, call: dict[str, Any], limit_s: float) -> str | None:
         """Sends one call; returns what went wrong."""
+        self._is_in_doubt = True
         try:
             with anyio.fail_after(limit_s):
                 response = await self._client.post(self._url, json={"id": self._job_id, **call}, timeout=limit_s)
-        except I2VError as error:
+        except FOREIGN as foreign:
+            error = mapped(foreign, self._url)
+            self._is_in_doubt = not isinstance(error, StorageUnreached)
             return str(error)
-        except FOREIGN as error:
-            return str(mapped(error, self._url))
-        return None if response.is_success else one_line(f"{redact(self._url)}: {response.status_code}", 300)
+        except AddressRefused as error:
+            self._is_in_doubt = False
+            return str(error)
+        self._is_in_doubt = False
+        return None if response.is_success else f"{redact(self._url)}: {response.status_code}"

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 import structlog
-from pydantic import Field, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, ValidationError
 
 from inference import logs
 from inference.build import build_policy
@@ -63,13 +63,18 @@ TOO_LARGE = "set BUCKET_ENDPOINT_URL, or give an s3Config"
 
 
 class _Image(Wire):
+    model_config = ConfigDict(extra="ignore")
+
     name: InputName
     image: Annotated[str, Field(min_length=1, repr=False)]  # base64, with or without `data:…,` before it, or a URL
 
 
 class _Video(Wire):
+    model_config = ConfigDict(extra="ignore")
+
     name: InputName
-    video: Annotated[str, Field(min_length=1, repr=False)]
+    # GmAnimato's templates call it `image`, too.
+    video: Annotated[str, Field(min_length=1, repr=False, validation_alias=AliasChoices("video", "image"))]
 
 
 class WorkflowInput(Wire):

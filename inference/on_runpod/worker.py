@@ -30,7 +30,7 @@ from inference.build import (
 from inference.doctor import require_machine
 from inference.engines.base import Engine
 from inference.engines.turns import EngineTurns
-from inference.errors import EngineLost, I2VError, InvalidRequest, SettingsError, UrlExpired
+from inference.errors import EngineLost, I2VError, InvalidRequest, PartsMissing, SettingsError, UrlExpired
 from inference.leasing.executor import Executor
 from inference.leasing.polling import Worker
 from inference.leasing.taking import hand_back
@@ -174,8 +174,7 @@ class RunPodWorker:
         except I2VError as error:
             log.warning("job_failed", job_id=job.get("id"), error=str(error))
             said |= _failed(error)
-            # A refused address or a missing queue setting concerns only the job that needs it: others can be done here.
-            if error.hand_back and not error.stops_worker:
+            if error.hand_back and not _is_of_the_job(error):
                 self._executor.faulted(str(error))
         except Exception as error:
             log.exception("unexpected_error", job_id=job.get("id"))
@@ -243,6 +242,13 @@ class RunPodWorker:
             raise EngineLost(STOPPING if self._stopping else REPLACED)
 
 
+def _is_of_the_job(error: I2VError) -> bool:
+    """Whether other jobs can be done here all the same: an address or a queue that settings do not allow for, or parts
+    of ComfyUI that are not in this endpoint's image, concern only the job that needs them.
+    """
+    return error.stops_worker or isinstance(error, PartsMissing)
+
+
 def _origins(bucket: Bucket | None) -> list[str]:
     return [bucket.origin] if bucket else []
 
@@ -250,7 +256,7 @@ def _origins(bucket: Bucket | None) -> list[str]:
 def _failed(error: Exception) -> dict[str, Any]:
     if not isinstance(error, I2VError):
         return failure(f"internal error: {type(error).__name__}: {error}", retryable=True)
-    # Another try does not help with a URL that has expired, which only the caller can sign anew, nor with wrong
-    # settings, which all workers of this endpoint share.
-    may_pass = (error.retryable or error.hand_back) and not (isinstance(error, UrlExpired) or error.stops_worker)
+    # Another try does not help with a URL that has expired, which only the caller can sign anew, nor with settings and
+    # an image, which all workers of this endpoint share.
+    may_pass = (error.retryable or error.hand_back) and not (isinstance(error, UrlExpired) or _is_of_the_job(error))
     return failure(str(error), retryable=may_pass)

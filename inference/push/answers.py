@@ -54,7 +54,7 @@ def not_taken(job_id: str, found: Standing) -> Answer:
         job_id=job_id,
         job_status=found.job_status,
         attempt_id=found.attempt_id,
-        retry_after_s=None if found.has_ended else RETRY_AFTER_S,
+        retry_after_s=None if found.has_ended else min(RETRY_AFTER_S, round(found.retry_after_s or RETRY_AFTER_S)),
     )
 
 

@@ -149,12 +149,14 @@ def _window(settings: Settings, retries: Retries | None) -> Finding:
             "retries",
             "skip",
             f"not known for how long the caller delivers again: it should be longer than {stale_s:g} s "
-            "(I2V_JOBS_STALE), after which a dead holder's job is free; set I2V_PUSH_RETRY_WINDOW. The sweep looks, too",
+            "(I2V_JOBS_STALE), after which a dead holder's job is free; set I2V_PUSH_RETRY_WINDOW, or trust the sweep",
         )
     if retries.window_s is None or retries.window_s > stale_s:
         told = "without end" if retries.window_s is None else f"for {retries.window_s:g} s"
         return Finding(
-            "retries", "ok", f"delivered again {told}, a dead holder's job is free after {stale_s:g} s ({retries.source})"
+            "retries",
+            "ok",
+            f"delivered again {told}, a dead holder's job is free after {stale_s:g} s ({retries.source})",
         )
     return Finding(
         "retries",

@@ -32,7 +32,7 @@ class Sweeper:
         """One sweep; a second one at the same time waits for the first. Raises as JobQueue.sweep."""
         async with self._lock:
             swept = await self._jobs.sweep()
-            if swept.requeued or swept.failed or swept.waiting:
+            if any(ids for _, ids in swept):
                 log.info("swept", **{name: len(ids) for name, ids in swept})
             if self._ask is not None:
                 for job_id in dict.fromkeys((*swept.requeued, *swept.waiting)):

@@ -7,6 +7,21 @@ from inference.progress.tracker import Progress
 from inference.task import Lease, Video, VideoFormat
 
 
+class SegmentStore(Protocol):
+    """Keeps finished segments of a film, each under a digest of what was asked for, until its film is delivered.
+
+    Both methods are one attempt, as those of TaskQueue are, and raise StorageError, MachineFault.
+    """
+
+    async def find(self, key: str, target: Path) -> bool:
+        """Puts the segment kept under `key` at `target`; False where there is none."""
+        ...
+
+    async def keep(self, key: str, path: Path) -> None:
+        """Keeps the segment at `path` under `key`, whole or not at all; one that is there already may be replaced."""
+        ...
+
+
 class TaskQueue(Protocol):
     """Hands out tasks and accepts one final outcome for each.
 
@@ -25,8 +40,11 @@ class TaskQueue(Protocol):
     hands_back: bool
     video_formats: tuple[VideoFormat, ...]
 
-    async def check(self) -> None:
-        """Proves that the queue answers and accepts the key, without leasing a task."""
+    async def check(self) -> str | None:
+        """Proves that the queue answers and accepts the key, without leasing a task.
+
+        Returns what stays open, for a queue where not all of this can be known so; None where nothing does.
+        """
         ...
 
     async def check_storage(self) -> str | None:
@@ -68,6 +86,10 @@ class TaskQueue(Protocol):
 
         Raises StorageError, MediaError, MachineFault, LeaseLost, CancelRequested.
         """
+        ...
+
+    def segments(self, lease: Lease) -> SegmentStore | None:
+        """Where finished segments of the task's film are kept for its next holder; None where this queue keeps none."""
         ...
 
     async def deliver(self, lease: Lease, video: Video) -> str:

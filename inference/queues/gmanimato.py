@@ -69,8 +69,9 @@ from inference.transfer.storage_errors import FOREIGN, MIN_SECRET_CHARS, reason_
 
 logger = structlog.get_logger(__name__)
 
-LEASE_S = 30 * 60.0
-"""After so long the application fails a job whose page somebody opens, whatever progress said."""
+LEASE_S = 86_400.0
+"""No other worker can get the job, so nothing has to stop by the clock. After half an hour the application fails a job
+whose page somebody opens, but a video that comes later still replaces that."""
 
 BEAT_S = 2.0
 """How often its page asks for progress, about, and so how often progress is sent."""
@@ -150,7 +151,6 @@ class GmAnimatoQueue:
 
     hands_back = False
     video_formats: tuple[VideoFormat, ...] = ("mp4", "webm")  # the only ones that count as a video there
-    unproven = UNPROVEN
 
     def __init__(
         self,
@@ -209,8 +209,8 @@ class GmAnimatoQueue:
         await self._api.aclose()
         await self._webhook.aclose()
 
-    async def check(self) -> None:
-        """As TaskQueue.check, but for the secret (see `unproven`): OPTIONS claims nothing.
+    async def check(self) -> str | None:
+        """As TaskQueue.check, but for the secret, which only a question for a job could prove. OPTIONS claims nothing.
 
         SvelteKit answers 405 for a route that is there and has no OPTIONS, and 404 where there is none. It would run
         GET for HEAD, and claim a job.
@@ -223,6 +223,7 @@ class GmAnimatoQueue:
         if reply.status != 405 and not 200 <= reply.status < 300:
             raise self._no_task(reply)
         self._is_there = True
+        return UNPROVEN
 
     async def check_storage(self) -> str | None:
         """As TaskQueue.check_storage: the bucket's host; None without one. Photos are wherever a job says."""

@@ -41,6 +41,7 @@ from inference.errors import (
 from inference.media import photo
 from inference.progress.tracker import Progress
 from inference.providers import WorkerType
+from inference.queues.base import SegmentStore
 from inference.queues.item import RELEASE_S
 from inference.queues.lifeisshort_wire import (
     BYPASS_HEADER,
@@ -147,12 +148,13 @@ class LifeIsShortQueue:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def check(self) -> None:
+    async def check(self) -> str | None:
         """As TaskQueue.check: sends a heartbeat for a task that cannot exist."""
         body = {"item_id": str(uuid.uuid4()), "worker_id": f"{self._worker_id}.check", "extend_seconds": 1}
         answer = await self._ask("heartbeat", body)
         if not answer.refused_with(403, 404):
             self._data_of_known_call(answer)
+        return None
 
     async def check_storage(self) -> str | None:
         """As TaskQueue.check_storage, from an upload URL for a task that cannot exist; nothing is uploaded.
@@ -228,6 +230,11 @@ class LifeIsShortQueue:
                 await self._storage.download(await self._presign_download(lease), path)
         await anyio.to_thread.run_sync(photo.verify, path)
         return {PHOTO: path}
+
+    def segments(self, lease: Lease) -> SegmentStore | None:
+        """See TaskQueue."""
+        del lease  # its tasks have one photo
+        return None
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """As TaskQueue.deliver.

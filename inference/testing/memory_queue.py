@@ -3,6 +3,7 @@
 The faults are those of a network, and of the real Life-is-Short server, which may lease a task twice.
 """
 
+import functools
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import anyio
 
 from inference.errors import (
     CancelRequested,
+    I2VError,
     LeaseLost,
     ObjectMissing,
     QueueFailed,
@@ -24,8 +26,9 @@ from inference.errors import (
 from inference.media import photo
 from inference.progress.tracker import Progress
 from inference.providers import WorkerType
+from inference.queues.base import SegmentStore
 from inference.queues.item import RELEASE_S, Item, ItemProgress
-from inference.task import PHOTO, Lease, Video, VideoFormat
+from inference.task import Lease, Video, VideoFormat
 from inference.testing.memory_store import MemoryStore
 
 T = TypeVar("T")
@@ -46,6 +49,31 @@ class Faults:
 
 
 @dataclass(slots=True)
+class MemorySegments:
+    """A SegmentStore whose next calls raise what is scripted."""
+
+    segments: dict[str, bytes] = field(default_factory=dict)
+    errors: list[I2VError] = field(default_factory=list)
+
+    async def find(self, key: str, target: Path) -> bool:
+        """See SegmentStore."""
+        self._raise_scripted()
+        if key not in self.segments:
+            return False
+        target.write_bytes(self.segments[key])  # noqa: ASYNC240 - no threads: they would not wait for a virtual clock
+        return True
+
+    async def keep(self, key: str, path: Path) -> None:
+        """See SegmentStore."""
+        self._raise_scripted()
+        self.segments[key] = path.read_bytes()  # noqa: ASYNC240 - as above
+
+    def _raise_scripted(self) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@dataclass(slots=True)
 class MemoryQueue:
     """One worker's connection to a MemoryStore: a TaskQueue."""
 
@@ -58,10 +86,11 @@ class MemoryQueue:
     random: Random = field(default_factory=lambda: Random(0))
     hands_back: bool = True
     video_formats: tuple[VideoFormat, ...] = ("mp4",)
+    kept: SegmentStore | None = None
 
-    async def check(self) -> None:
+    async def check(self) -> str | None:
         """See TaskQueue."""
-        await self._call(lambda: None)
+        return await self._call(lambda: None)
 
     async def check_storage(self) -> str | None:
         """See TaskQueue: photos and videos are in memory, too."""
@@ -91,14 +120,20 @@ class MemoryQueue:
 
     async def fetch_inputs(self, lease: Lease, folder: Path) -> dict[str, Path]:
         """See TaskQueue."""
-        path = lease.task.inputs[PHOTO].source
-        body = await self._call(lambda: self.store.objects.get(path))
-        if body is None:
-            raise ObjectMissing(f"the photo {path} is not in storage")
-        target = folder / Path(path).name
-        target.write_bytes(body)
-        photo.verify(target)
-        return {PHOTO: target}
+        found = {}
+        for number, (name, given) in enumerate(lease.task.inputs.items(), 1):
+            body = await self._call(functools.partial(self.store.objects.get, given.source))
+            if body is None:
+                raise ObjectMissing(f"the photo {given.source} is not in storage")
+            found[name] = folder / f"{number}-{Path(given.source).name}"
+            found[name].write_bytes(body)
+            photo.verify(found[name])
+        return found
+
+    def segments(self, lease: Lease) -> SegmentStore | None:
+        """See TaskQueue: one store for all tasks."""
+        del lease
+        return self.kept
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """See TaskQueue."""

@@ -223,9 +223,16 @@ def test_a_title_cannot_pose_as_a_stream(tmp_path):
     assert what_is(file(tmp_path, made("-c:v", "ffv1", "-pix_fmt", "bgr0", *title, "matroska"))) == "mkv of ffv1 (bgr0)"
 
 
-@pytest.mark.parametrize("how, kind_", [("kill -9 $$", MachineFault), ("kill -24 $$", InvalidVideo)])
+@pytest.mark.parametrize(
+    "how, kind_",
+    [
+        ("kill -9 $$", MachineFault),
+        ("kill -24 $$", InvalidVideo),
+        ("echo '[in#0] Error: Cannot allocate memory' >&2; exit 244", InvalidVideo),
+    ],
+)
 def test_who_is_at_fault_for_an_end(tmp_path, fake_ffmpeg, how, kind_):
-    """The machine where somebody ended ffmpeg, the video where it took too much work. SIGXCPU is signal 24."""
+    """The machine where somebody ended ffmpeg, the video where it asked for too much. SIGXCPU is signal 24."""
     path = file(tmp_path, made("gif"))
     fake_ffmpeg(how, but_for="framecrc")
     with pytest.raises(kind_):

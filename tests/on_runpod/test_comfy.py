@@ -30,6 +30,7 @@ from inference.on_runpod.comfy import as_worker_comfyui, workflow_in
 from inference.on_runpod.worker import RunPodWorker
 from inference.progress.tracker import Progress
 from inference.settings import Settings
+from inference.task import Input
 from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.anyio
@@ -165,7 +166,8 @@ def test_other_inputs_are_left_to_others(payload):
         ({"workflow": GRAPH, "images": [{"name": "x", "image": ""}]}, "images.0.image: string should have at least 1"),
         ({"workflow": GRAPH, "images": [{"name": "a\nb", "image": "A"}]}, "images.0.name: must be printable"),
         ({"workflow": GRAPH, "images": [{"name": "x", "image": "https://"}]}, "images.0: has to be a URL"),
-        ({"workflow": GRAPH, "videos": [{"name": "x", "image": "A"}]}, "videos.0.video: field required"),
+        ({"workflow": GRAPH, "videos": [{"name": "x"}]}, "videos.0.video: field required"),
+        ({"workflow": GRAPH, "videos": [{"name": "x", "video": 5}]}, "videos.0.video: input should be a valid string"),
         ({"workflow": GRAPH, "callback_url": "app/hook"}, "callback_url: has to be a URL"),
         ({"workflow": GRAPH, "node_weights": {"4": "15"}}, "node_weights.4: input should be a valid number"),
         ({"workflow": GRAPH, "node_weights": {"4": -1}}, "node_weights.4: input should be greater than or equal to 0"),
@@ -186,6 +188,13 @@ def test_a_mistake_names_the_field(payload, told):
     assert told in str(raised.value)
     assert PLAIN not in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("called", ["video", "image"])
+def test_videos_come_beside_images(called):
+    """GmAnimato's template for reference videos (`data/minimax_ref2v_template.json.tmpl`) calls theirs `image`."""
+    asked = {"workflow": GRAPH, "videos": [{"name": "v.mp4", called: "https://a.b/v.mp4", "size": 1}]}
+    assert workflow_in(asked, "j1").inputs == {"v.mp4": Input(kind="video", source="https://a.b/v.mp4")}
 
 
 def test_the_same_file_twice_is_one():

@@ -32,16 +32,12 @@ class MemoryJobs(MemoryQueue):
             self.store.add(PHOTO, id=job_id, prompt=given.get("prompt", ""))
         return job_id
 
-    async def migrate(self):
-        """See JobQueue."""
-        return []
-
     async def standing(self, job_id):
         """See JobQueue."""
         item = await self._call(lambda: self.store.get(job_id))
         return Standing(
             job_status=WORDS.get(item.status, item.status),
-            attempt_id=item.worker_id,
+            attempt_id=item.worker_id and item.worker_id.rpartition(".")[2],
             has_ended=item.status in ("completed", "failed", "cancelled"),
             is_held=item.status == "processing" and item.leased_until > self.store._clock(),
         )

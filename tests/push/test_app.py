@@ -106,7 +106,7 @@ async def test_a_job_is_run_and_told(shop):
         it.add()
         said = await it.ask()
         assert (said.status_code, it.status()) == (200, "completed")
-        attempt = it.store.get("j-1").worker_id
+        attempt = it.store.get("j-1").worker_id.rpartition(".")[2]
         assert said.json() == {
             "job_id": "j-1",
             "outcome": "completed",
@@ -176,7 +176,7 @@ async def test_a_live_holder_is_left_alone_and_a_dead_one_is_not(shop):
         for _ in range(3):
             said = await it.ask()
             assert (said.status_code, said.json()["outcome"]) == (503, "held")
-            assert said.json()["attempt_id"] == lease.worker_id
+            assert said.json()["attempt_id"] == lease.token
             assert said.headers["retry-after"] == "30"
             await anyio.sleep(100)
         await anyio.sleep(it.there.lease_s)

@@ -59,7 +59,10 @@ def rename(graph: Graph, names: Mapping[str, str]) -> set[str]:
 
 def is_link(value: object, graph: Mapping[str, Any]) -> bool:
     """Whether a value is what another node makes."""
-    return isinstance(value, list) and len(value) == 2 and value[0] in graph and isinstance(value[1], int)
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    node, output = value
+    return isinstance(node, str) and node in graph and isinstance(output, int)
 
 
 def save_under(graph: Graph, folder: str) -> None:

@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import structlog
 
@@ -63,6 +63,14 @@ MAX_NAMED_NODES = 3
 """How many nodes a hint names."""
 
 
+class Line(NamedTuple):
+    """What there is to say about one role."""
+
+    role: str
+    text: str
+    is_place: bool = True  # False: what follows from the places, or from their absence
+
+
 class Template:
     """A graph and the places in it. It is never changed: `fill` makes a copy.
 
@@ -86,6 +94,11 @@ class Template:
         for role in ROLES:
             if ROLES[role].required and role not in self.places and role not in search.misnamed:
                 self._problem(self._missing(role))
+
+    @property
+    def filled(self) -> set[Place]:
+        """The inputs that tasks replace."""
+        return {place for places in self.places.values() for place in places}
 
     @classmethod
     def read(cls, path: Path, mapping: Path | None = None) -> Self:
@@ -111,10 +124,10 @@ class Template:
             raise SettingsError("\n".join(f"{_file(path)}: {problem}" for problem in template.problems))
         return template
 
-    def refuse(self, request: GenerationRequest, names: Collection[str]) -> None:
-        """Refuses what this template cannot make of a task with inputs of these names, before anything is uploaded.
+    def refuse(self, request: GenerationRequest, names: Collection[str] | None = None) -> None:
+        """Refuses what this template cannot make, before anything is uploaded. Raises InvalidRequest.
 
-        Raises InvalidRequest.
+        `names` are those of the task's inputs, where they are known by then.
         """
         for field in ("steps", "guidance"):
             if getattr(request, field) is not None:
@@ -122,7 +135,7 @@ class Template:
         if request.negative_prompt and "negative_prompt" not in self.places:
             raise InvalidRequest("negative_prompt: the workflow of this worker has no place for one")
         for name in (PHOTO, LAST_PHOTO):
-            if name in self.places and name not in names:
+            if names is not None and name in self.places and name not in names:
                 raise InvalidRequest(f"{name}: the workflow of this worker needs one, and the task has none")
 
     def fill(
@@ -174,28 +187,29 @@ class Template:
         except ValueError as error:
             raise InvalidRequest(f"size: {error}") from None
 
-    def describe(self) -> Iterator[tuple[str, str]]:
+    def describe(self) -> Iterator[Line]:
         """For each role, where it goes and what is there now; and what follows where a role has no place."""
         for role, places in self.places.items():
             for place in places:
                 value = one_line(json.dumps(self._value(place), ensure_ascii=False), MAX_SHOWN_CHARS)
-                yield role, f"{place.input} of {named(self.graph, place.node_id)}, now {value}"
+                yield Line(role, f"{place.input} of {named(self.graph, place.node_id)}, now {value}")
         if LAST_PHOTO in self.places:
-            yield LAST_PHOTO, "every task has to bring one; tasks with a photo alone are refused"
+            yield Line(LAST_PHOTO, "every task has to bring one; tasks with a photo alone are refused", is_place=False)
         if "frames" in self.places:
             rate = f"{self.fps:g} frames a second, {self.fps_said_by}"
-            yield "frames", f"{self.frame_step}k + 1 at {rate}: 5 s are {self.frames(5)}"
+            yield Line("frames", f"{self.frame_step}k + 1 at {rate}: 5 s are {self.frames(5)}", is_place=False)
         if not {"frames", "seconds"} & self.places.keys():
-            yield "frames", "no place for frames or seconds: every video is as long as the workflow makes it"
-        if "width" not in self.places:
-            yield SIZE, "no place for a size: every video has the workflow's shape, whatever the photo's"
-        if "seed" not in self.places:
-            yield "seed", "no place for a seed: the same photo and prompt give the same video again"
-        if "negative_prompt" not in self.places:
-            yield (
-                "negative_prompt",
-                "no place for one: the workflow's own is used, and tasks that bring one are refused",
+            yield Line(
+                "frames", "no place for it or for seconds: the workflow's length is every video's", is_place=False
             )
+        if "width" not in self.places:
+            yield Line(
+                SIZE, "no place for it: the workflow's size is every video's, whatever the photo's", is_place=False
+            )
+        if "seed" not in self.places:
+            yield Line("seed", "no place for it: the same photo and prompt give the same video again", is_place=False)
+        if "negative_prompt" not in self.places:
+            yield Line("negative_prompt", "no place for it: the workflow's own stays", is_place=False)
 
     def _value(self, place: Place) -> Any:
         return self.graph[place.node_id]["inputs"][place.input]

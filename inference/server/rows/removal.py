@@ -14,10 +14,11 @@ from sqlalchemy import Double, Integer, Text, and_, bindparam, case, cast, delet
 from sqlalchemy.dialects import postgresql, sqlite
 
 from inference.errors import ItemMissing
-from inference.server.rows.database import Database, Transaction
-from inference.server.rows.schema import Clock, groups, photos, unnamed_objects
+from inference.server.rows.schema import groups, photos, unnamed_objects
 from inference.server.rows.schema import video_items as items
-from inference.server.rows.statements import PENDING, PROCESSING, ZERO, Statement, now
+from inference.server.rows.statements import PENDING, PROCESSING, ZERO, now
+from inference.sql.database import Database, Transaction
+from inference.sql.statement import Clock, Statement
 
 ended = and_(items.c.status != PENDING, items.c.status != PROCESSING)
 

@@ -21,32 +21,11 @@ from sqlalchemy import (
     false,
     text,
 )
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import Grouping
-from sqlalchemy.sql.expression import ColumnElement, case, literal_column
+from sqlalchemy.sql.expression import ColumnElement, case
 
 from inference.providers import DEFAULT, PROVIDERS
-
-
-class Clock(ColumnElement[float]):
-    """The database's time now, in seconds since the epoch."""
-
-    inherit_cache = True
-    type = Double()
-
-
-@compiles(Clock, "sqlite")
-def _sqlite_clock(_element: Clock, _compiler: SQLCompiler, **_options: Any) -> str:
-    # unixepoch('subsec') is NULL before SQLite 3.42. Constant within one statement.
-    return "((julianday('now') - 2440587.5) * 86400.0)"
-
-
-@compiles(Clock, "postgresql")
-def _postgresql_clock(_element: Clock, _compiler: SQLCompiler, **_options: Any) -> str:
-    # Not now(): that is when the transaction began, before it waited for a lock.
-    return "extract(epoch FROM clock_timestamp())::double precision"
-
+from inference.sql.statement import constant
 
 metadata = MetaData()
 
@@ -124,11 +103,6 @@ unnamed_objects = Table(
 
 ONGOING = text("status IN ('pending', 'processing')")
 """The predicate of the two indexes below. SQLite uses them only where a query repeats it word for word."""
-
-
-def constant(value: str | int) -> ColumnElement[Any]:
-    """A value as part of a statement's text, where the text decides which index is used."""
-    return literal_column(str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'")
 
 
 _by_hint = case(

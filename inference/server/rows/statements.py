@@ -8,7 +8,6 @@ Constants are part of the SQL text and not parameters, because PostgreSQL uses a
 follows from the text.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -39,18 +38,9 @@ from sqlalchemy.sql.expression import ColumnElement
 from inference.providers import WorkerType
 from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST
 from inference.server.rows import schema
-from inference.server.rows.schema import ONGOING, Clock, constant, groups, idempotency_keys, photos
+from inference.server.rows.schema import ONGOING, groups, idempotency_keys, photos
 from inference.server.rows.schema import video_items as items
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Statement:
-    """One statement and what it is for."""
-
-    name: str
-    description: str
-    sql: Any  # an Executable; mypy has no name for "and may be a CTE"
-
+from inference.sql.statement import Clock, Statement, constant
 
 PENDING, PROCESSING, COMPLETED, FAILED, CANCELLED = map(
     constant, ("pending", "processing", "completed", "failed", "cancelled")

@@ -20,8 +20,9 @@ from inference.errors import ItemMissing, NotHolder, WrongState
 from inference.providers import WorkerType
 from inference.queues.item import RELEASE_S, Item, ItemProgress, Status
 from inference.server.rows import statements
-from inference.server.rows.database import Database, Row, Transaction
+from inference.server.rows.migration import migrate
 from inference.server.rows.removal import NAME, Removal
+from inference.sql.database import Database, Row, Transaction
 from inference.task import Value
 
 
@@ -94,7 +95,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Opens the database and creates missing tables. Raises SettingsError, QueueUnavailable."""
-        self._database = Database(url)
+        self._database = Database(url, migrate)
         self._sqlite = self._database.dialect_name == "sqlite"
         self.removal = Removal(self._database)
 

@@ -67,7 +67,7 @@ def still(saver: str = "SaveImage", **inputs: Any) -> dict[str, Any]:
 class TinyTemplate:
     """Fills `wan` as an operator's template is filled."""
 
-    def refuse(self, request: GenerationRequest) -> None:
+    def refuse(self, request: GenerationRequest, names: object) -> None:
         """Everything can be done."""
 
     def fill(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from inference.engines.comfyui.template import Template
@@ -348,10 +348,10 @@ def test_a_graph_without_places_says_how_to_name_them(tmp_path):
 def test_a_template_describes_itself():
     """What goes where, and what follows from what has no place."""
     said = list(Template.load(EXAMPLE).describe())
-    assert ("photo", 'image of node 50 "i2v:photo" (LoadImage), now "example.png"') in said
+    assert ("photo", 'image of node 50 "i2v:photo" (LoadImage), now "example.png"', True) in said
     rate = 'as node 70 "Create Video i2v:fps" (CreateVideo) says'
-    assert ("frames", f"4k + 1 at 16 frames a second, {rate}: 5 s are 81") in said
-    assert [role for role, _ in Template(PLAIN).describe()] == [
+    assert ("frames", f"4k + 1 at 16 frames a second, {rate}: 5 s are 81", False) in said
+    assert [line.role for line in Template(PLAIN).describe()] == [
         "photo",
         "prompt",
         "frames",
@@ -391,6 +391,7 @@ MAPPINGS = st.dictionaries(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example({"1": {"class_type": "", "inputs": {"text": [[], 0]}, "_meta": {"title": "i2v:prompt"}}}, None)
 @given(st.one_of(JSON, GRAPHS), st.none() | MAPPINGS | JSON)
 def test_any_json_is_loaded_or_refused(tmp_path, graph, mapping):
     """By SettingsError, in legible lines that are not endless."""
@@ -401,7 +402,7 @@ def test_any_json_is_loaded_or_refused(tmp_path, graph, mapping):
     except SettingsError as error:
         lines = str(error).split("\n")
     else:
-        lines = [f"{role} {text}" for role, text in template.describe()]
+        lines = [f"{role} {text}" for role, text, _ in template.describe()]
     assert lines
     assert all(line and all(map(is_legible, line)) and len(line) < 1000 for line in lines), lines
 

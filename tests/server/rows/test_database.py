@@ -8,8 +8,9 @@ from sqlalchemy.schema import CreateTable
 
 from inference.errors import QueueUnavailable, SettingsError
 from inference.server.rows import schema
-from inference.server.rows.database import INDEX_NAMES, Turns
+from inference.server.rows.migration import INDEX_NAMES
 from inference.server.rows.store import Store
+from inference.sql.database import Turns
 
 
 def test_turns_come_in_the_order_they_were_asked_for():

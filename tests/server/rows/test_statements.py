@@ -3,8 +3,8 @@
 import pytest
 
 from inference.server.rows import statements
-from inference.server.rows.database import NO_SORTING
 from inference.server.rows.store import NewItem, NewPhoto
+from inference.sql.database import NO_SORTING
 
 ENDED = 2000
 WAITING = 20

@@ -11,8 +11,8 @@ from psycopg import pq
 from sqlalchemy import create_engine, text
 
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
-from inference.server.rows import database
 from inference.server.rows.store import NewItem, NewPhoto, Store, new_id
+from inference.sql import database
 from tests.support import pgbouncer, postgres
 
 ITEMS = 200

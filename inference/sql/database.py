@@ -11,21 +11,19 @@ nothing is prepared or set for longer than a transaction.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.schema import CreateColumn, CreateIndex
 
 from inference import private
 from inference.errors import QueueRefused, QueueUnavailable, SettingsError
-from inference.server.rows.schema import LINE_BY_WORKER_TYPE, metadata
-from inference.server.rows.statements import Statement
+from inference.sql.statement import Statement
 
 BUSY_S = 10.0
 """How long a writer waits for its turn, and a caller for a connection, before QueueUnavailable is raised."""
@@ -39,13 +37,9 @@ NO_SORTING = "SET LOCAL enable_sort = off"
 
 SCHEMA_LOCK = 0x693276  # "i2v": an advisory lock of PostgreSQL, so that servers starting at once do not collide
 
-# SQLAlchemy's inspector is not used, because it skips SQLite's indexes on expressions.
-INDEX_NAMES = {
-    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'video_items'",
-    "postgresql": "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
-    "WHERE indrelid = 'video_items'::regclass",
-}
-"""The statements that list the indexes of the items."""
+SILENCE = {"tcp_user_timeout": 15_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A network that swallows packets is noticed after about 15 s, which Linux alone would wait out for a quarter of an
+hour. Options of libpq: milliseconds the first, then seconds."""
 
 Row = dict[str, Any]
 
@@ -56,8 +50,11 @@ class Database:
     Raises, from any method: QueueUnavailable where a retry may help, QueueRefused where it cannot.
     """
 
-    def __init__(self, url: str) -> None:
-        """Opens the database and creates missing tables. Raises SettingsError for an unusable address or database."""
+    def __init__(self, url: str, prepare: Callable[[Connection], None]) -> None:
+        """Opens the database, and sees to its tables with `prepare`, in a transaction that runs nowhere else meanwhile.
+
+        Raises SettingsError for an unusable address, and what `prepare` raises.
+        """
         self._url = _parse(url)
         self.dialect_name = self._url.get_backend_name()
         self._sqlite = self.dialect_name == "sqlite"
@@ -73,7 +70,7 @@ class Database:
         self._examine_from = 0.0  # monotonic seconds
         self._damage: str | None = None
         try:
-            self._create_schema()
+            self._prepare(prepare)
         except BaseException:
             self.close()
             raise
@@ -182,14 +179,12 @@ class Database:
             finally:
                 pooled.close()
 
-    def _create_schema(self) -> None:
+    def _prepare(self, prepare: Callable[[Connection], None]) -> None:
         with self._mapped(), self._taking_turns(), self._engine.connect() as connection:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if self._sqlite else "BEGIN")
             if not self._sqlite:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({SCHEMA_LOCK})")
-            metadata.create_all(connection)
-            _add_columns(connection)
-            _update_indexes(connection)
+            prepare(connection)
             connection.exec_driver_sql("COMMIT")
 
     def _taking_turns(self) -> AbstractContextManager[object]:
@@ -264,40 +259,6 @@ class Turns:
                 self._taken = False
 
 
-def _add_columns(connection: Connection) -> None:
-    """Adds columns that tables of an earlier version lack, with defaults for existing rows.
-
-    Other columns of that version stay: one of its servers may run beside this one, or be returned to.
-
-    Raises SettingsError, and changes nothing, for foreign tables that happen to have the same names.
-    """
-    for table in metadata.sorted_tables:
-        there = {column["name"] for column in inspect(connection).get_columns(table.name)}
-        lacking = [column for column in table.columns if column.name not in there]
-        if any(column.server_default is None for column in lacking):
-            raise SettingsError(
-                f"the database has a table {table.name} of something else: give this queue one of its own"
-            )
-        for column in lacking:
-            described = CreateColumn(column).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
-
-
-def _update_indexes(connection: Connection) -> None:
-    """Makes those that tables of an earlier version lack, and drops what went by another table of providers.
-
-    A server of that version may still run beside this one: without its index it is slower, and no less right. Dropped
-    first, for which PostgreSQL locks the whole table: a lock that grew could meet that of a writer half-way.
-    """
-    ours = {str(index.name) for table in metadata.sorted_tables for index in table.indexes}
-    for (name,) in connection.exec_driver_sql(INDEX_NAMES[connection.dialect.name]).fetchall():
-        if name.startswith(LINE_BY_WORKER_TYPE) and name not in ours:
-            connection.exec_driver_sql(f"DROP INDEX {name}")
-    for table in metadata.sorted_tables:
-        for index in table.indexes:
-            connection.execute(CreateIndex(index, if_not_exists=True))
-
-
 def _reason(error: Exception) -> str:
     """An error in one line, without the statement, its parameters or the address of the database."""
     original = getattr(error, "orig", None) or error
@@ -328,7 +289,7 @@ def _open_postgresql(url: URL) -> Engine:
         pool_size=10,
         max_overflow=10,
         pool_timeout=BUSY_S,
-        connect_args={"connect_timeout": 5, "prepare_threshold": None},
+        connect_args={"connect_timeout": 5, "prepare_threshold": None, **SILENCE},
     )
 
 

@@ -1,0 +1,56 @@
+"""Makes the tables, and brings those of an earlier version up to date."""
+
+from sqlalchemy import Connection, inspect
+from sqlalchemy.schema import CreateColumn, CreateIndex
+
+from inference.errors import SettingsError
+from inference.server.rows.schema import LINE_BY_WORKER_TYPE, metadata
+
+# SQLAlchemy's inspector is not used, because it skips SQLite's indexes on expressions.
+INDEX_NAMES = {
+    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'video_items'",
+    "postgresql": "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
+    "WHERE indrelid = 'video_items'::regclass",
+}
+"""The statements that list the indexes of the items."""
+
+
+def migrate(connection: Connection) -> None:
+    """Makes what is missing. Raises SettingsError for foreign tables that happen to have the same names."""
+    metadata.create_all(connection)
+    _add_columns(connection)
+    _update_indexes(connection)
+
+
+def _add_columns(connection: Connection) -> None:
+    """Adds columns that tables of an earlier version lack, with defaults for existing rows.
+
+    Other columns of that version stay: one of its servers may run beside this one, or be returned to.
+
+    Raises SettingsError, and changes nothing, for foreign tables that happen to have the same names.
+    """
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+        lacking = [column for column in table.columns if column.name not in there]
+        if any(column.server_default is None for column in lacking):
+            raise SettingsError(
+                f"the database has a table {table.name} of something else: give this queue one of its own"
+            )
+        for column in lacking:
+            described = CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
+
+
+def _update_indexes(connection: Connection) -> None:
+    """Makes those that tables of an earlier version lack, and drops what went by another table of providers.
+
+    A server of that version may still run beside this one: without its index it is slower, and no less right. Dropped
+    first, for which PostgreSQL locks the whole table: a lock that grew could meet that of a writer half-way.
+    """
+    ours = {str(index.name) for table in metadata.sorted_tables for index in table.indexes}
+    for (name,) in connection.exec_driver_sql(INDEX_NAMES[connection.dialect.name]).fetchall():
+        if name.startswith(LINE_BY_WORKER_TYPE) and name not in ours:
+            connection.exec_driver_sql(f"DROP INDEX {name}")
+    for table in metadata.sorted_tables:
+        for index in table.indexes:
+            connection.execute(CreateIndex(index, if_not_exists=True))

@@ -1,0 +1,1 @@
+"""SQL databases: how statements are written and run."""
