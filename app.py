@@ -36,11 +36,7 @@ MINUTES = 60  # seconds
 with told_errors(verbose=False) if modal.is_local() else nullcontext():
     settings = Settings.load()
     deployment.refuse_deployment(settings)
-keys = ["VERCEL_API_URL", "WORKER_API_KEY"]
-keys += ["RUNWAYML_API_SECRET"] if settings.runway_key else []
-keys += ["VERCEL_AUTOMATION_BYPASS_SECRET"] if settings.vercel_bypass else []
-keys += ["I2V_PUSH_TOKEN"] if settings.push_token else []
-secret = modal.Secret.from_name(settings.modal_app, required_keys=keys)
+secret = modal.Secret.from_name(settings.modal_app, required_keys=deployment.keys_of(settings))
 slim = slim_image(settings)
 wan = wan_image(settings)
 app = modal.App(settings.modal_app, secrets=[secret])
@@ -79,6 +75,8 @@ async def dispatch() -> str:
     """One tick: leases what can start, and sends each lease to a container."""
     logs.configure(settings.log_level)
     await ticks.begun(records())
+    if settings.queue == "video_jobs":
+        await ticks.sweep(settings)
     async with opening.open_dispatcher(settings, deployment.on_modal(settings), records(), pools()) as dispatcher:
         return await dispatcher.tick()
 

@@ -49,6 +49,9 @@ OF_ONE_MACHINE |= {"push_emulator", "push_retry_window_s", "wake_port"}
 OF_ONE_MACHINE |= {"bucket_url", "bucket_name", "bucket_key_id", "bucket_region"}
 """Settings that mean something else, or nothing, in a container: its address of the queue comes with its secret."""
 
+OF_A_TABLE = {"queue", "bucket_url", "bucket_name", "bucket_region"}
+"""Of those, what containers that take jobs from a table have to know; all that is secret comes with their secret."""
+
 
 class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
@@ -303,7 +306,7 @@ class Settings(LoadableSettings):
         None, "I2V_MODAL_REGION", about="Region of GPU containers, e.g. us or eu; costs more. Default: anywhere."
     )
     modal_max_containers: Annotated[int, Field(ge=1, le=100)] = setting(
-        2, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once, `modal run` aside: bounds what an hour can cost."
+        4, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once, `modal run` aside: bounds what an hour can cost."
     )
     modal_timeout_s: Annotated[int, Field(ge=60, le=86_400)] = setting(
         14_400, "I2V_MODAL_TIMEOUT", about="Seconds for which a GPU container takes tasks before it starts afresh."
@@ -559,7 +562,8 @@ class Settings(LoadableSettings):
 
     def for_containers(self) -> dict[str, str]:
         """What was set, as environment variables for containers elsewhere; no secret, and nothing of this machine."""
-        given = {name: getattr(self, name) for name in sorted(self.model_fields_set - OF_ONE_MACHINE)}
+        kept_back = OF_ONE_MACHINE - (OF_A_TABLE if self.queue == "video_jobs" else set())
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set - kept_back)}
         names = {name: names_of(field)[0] for name, field in type(self).model_fields.items()}
         return {
             names[name]: str(value).lower() if isinstance(value, bool) else str(value)

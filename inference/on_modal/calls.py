@@ -44,9 +44,10 @@ class HandsOn:
     async def run(self, job_id: str, extras: Mapping[str, Any], deadline_s: float) -> Answer:
         """See Runs."""
         del extras
-        answer = answers.busy(job_id, "the platform did not answer in time")
-        with anyio.move_on_after(deadline_s):
+        with anyio.move_on_after(deadline_s) as scope:
             answer = await self._run(job_id)
+        if scope.cancelled_caught:
+            return answers.busy(job_id, "the platform did not answer in time")
         return answer
 
     async def check(self) -> None:
@@ -65,15 +66,18 @@ class HandsOn:
             if standing.has_ended or standing.is_held:
                 return answers.not_taken(job_id, standing)
             return answers.busy(job_id, "every container has enough to do")
+        found: Lease | Standing | None = None
+        answer = None
         with anyio.CancelScope(shield=True):  # an abandoned request may still take the job
-            found: Lease | Standing | None = None
             with anyio.move_on_after(LEASE_LIMIT_S):
                 found = await jobs.acquire(job_id)
-            if found is None:
-                raise QueueUnavailable(f"the store of jobs did not answer within {LEASE_LIMIT_S:g} s")
-            if isinstance(found, Standing):
-                return answers.not_taken(job_id, found)
-            return await self._send(jobs, found)
+            if isinstance(found, Lease):
+                answer = await self._send(jobs, found)
+        if answer is not None:
+            return answer
+        if isinstance(found, Standing):
+            return answers.not_taken(job_id, found)
+        raise QueueUnavailable(f"the store of jobs did not answer within {LEASE_LIMIT_S:g} s")
 
     async def _has_room(self) -> bool:
         try:

@@ -7,15 +7,21 @@ The platform runs one tick at a time, and the next waits for it.
 import time
 from collections.abc import Awaitable, Callable
 
+import anyio
 import structlog
 
+from inference.build import needing_extra
 from inference.errors import I2VError, PoolUnavailable
 from inference.payments.records import Records
+from inference.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 ASKED = "calls/tick-asked"
 """The record that a tick was asked for and has not begun."""
+
+SWEEP_S = 5.0
+"""How long a sweep may take: what it leaves of the platform's limit is the tick's."""
 
 Spawn = Callable[[], Awaitable[None]]
 """Starts a tick, or puts it behind the one that runs. Raises PoolUnavailable."""
@@ -41,3 +47,15 @@ async def begun(records: Records) -> None:
         await records.remove(ASKED)
     except I2VError as error:  # the tick itself can do without; calls fall back on the cron
         log.warning("tick_not_noted", error=str(error))
+
+
+async def sweep(settings: Settings) -> None:
+    """Looks for jobs of dead holders, before a tick leases them; goes without where the table does not answer."""
+    with needing_extra("push", "a queue in PostgreSQL"):
+        from inference.push.opening import open_jobs  # noqa: PLC0415 - an extra
+    try:
+        with anyio.fail_after(SWEEP_S):
+            async with open_jobs(settings) as jobs:
+                await jobs.sweep()
+    except (I2VError, TimeoutError) as error:
+        log.warning("not_swept", error=str(error))
