@@ -128,17 +128,15 @@ def retry_window_s(
     """Seconds from a task's first attempt to its last, as Cloud Tasks documents RetryConfig; None: it never ends.
 
     A task is given up once both limits are exceeded: `attempts` (-1: no limit) and `duration_s` (0: no limit of time
-    beside the attempts). The pause begins at `min_backoff_s`, doubles `doublings` times, then grows by the last
-    doubled amount each time, up to `max_backoff_s`. How long an attempt itself takes is not counted.
+    beside the attempts). The pause begins at `min_backoff_s`, doubles `doublings` times, then grows by what it is then
+    each time, up to `max_backoff_s`. How long an attempt itself takes is not counted.
     """
     if attempts < 0:
         return None
-    total_s, pause_s, step_s = 0.0, min_backoff_s, 0.0
+    total_s, pause_s, step_s = 0.0, min_backoff_s, min_backoff_s * 2.0**doublings
     for number in range(attempts - 1):
         total_s += min(pause_s, max_backoff_s)
-        if number < doublings:
-            step_s = pause_s
-        pause_s += step_s
+        pause_s += pause_s if number < doublings else step_s
     return max(total_s, duration_s)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import anyio.to_thread
 import structlog
 from google.api_core import exceptions
+from google.api_core.retry import Retry, if_exception_type
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud import tasks_v2
 from google.protobuf import duration_pb2
@@ -45,6 +46,7 @@ class Tasks:
         secret: str | None = None,
         service_account: str | None = None,
         audience: str | None = None,
+        call_s: float = CALL_S,
     ) -> None:
         """`queue`: projects/P/locations/L/queues/Q. `url`: of `/jobs/run`.
 
@@ -56,6 +58,9 @@ class Tasks:
                 "tasks could bring no token: set I2V_PUSH_SERVICE_ACCOUNT and I2V_PUSH_AUDIENCE, or I2V_PUSH_TOKEN"
             )
         self._client, self._queue, self._url, self._deadline_s = client, queue, url, deadline_s
+        # A call that is repeated does no harm: tasks have names.
+        self._retry = Retry(predicate=if_exception_type(exceptions.ServiceUnavailable), maximum=2.0, timeout=call_s)
+        self._call_s = call_s
         self._secret, self._service_account, self._audience = secret, service_account, audience
 
     async def ask(self, job_id: str, extras: dict[str, Any] | None = None, *, again: bool = False) -> bool:
@@ -83,7 +88,7 @@ class Tasks:
             dispatch_deadline=duration_pb2.Duration(seconds=int(self._deadline_s)),
         )
         try:
-            await self._call(lambda: self._client.create_task(parent=self._queue, task=task, timeout=CALL_S))
+            await self._call(lambda: self._client.create_task(parent=self._queue, task=task, **self._patience))
         except _Exists:
             log.info("task_exists", item_id=job_id, task=name.rpartition("/")[2])
             return False
@@ -96,8 +101,12 @@ class Tasks:
 
     async def settings(self) -> tasks_v2.Queue:
         """How the queue is set up. Raises as `ask`."""
-        found: tasks_v2.Queue = await self._call(lambda: self._client.get_queue(name=self._queue, timeout=CALL_S))
+        found: tasks_v2.Queue = await self._call(lambda: self._client.get_queue(name=self._queue, **self._patience))
         return found
+
+    @property
+    def _patience(self) -> dict[str, Any]:
+        return {"retry": self._retry, "timeout": self._call_s}
 
     async def _call(self, call: Callable[[], Any]) -> Any:
         try:

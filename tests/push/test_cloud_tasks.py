@@ -82,7 +82,15 @@ class Site:
 
     def tasks_of(self, target, url):
         """The real client."""
-        return Tasks(open_client(target), QUEUE, url, deadline_s=30, service_account=ACCOUNT, audience=AUDIENCE)
+        return Tasks(
+            open_client(target),
+            QUEUE,
+            url,
+            deadline_s=30,
+            service_account=ACCOUNT,
+            audience=AUDIENCE,
+            call_s=1.0,
+        )
 
     async def submit(self, job_id="j-1"):
         """A row and its task."""
@@ -215,7 +223,6 @@ async def test_no_crash_leaves_half_of_it(site):
     it.google.max_attempts = 1
     async with it.open():
         it.google.refuse = grpc.StatusCode.UNAVAILABLE
-        it.tasks._client = Impatient(it.tasks._client)
         assert await it.submit() == "j-1"  # the row is there, so the job is accepted
         assert it.google.tasks == {}
         it.google.refuse = None
@@ -227,23 +234,11 @@ async def test_no_crash_leaves_half_of_it(site):
         assert int(name.rpartition("-")[2]) == pytest.approx(time.time() // 600, abs=1)
 
 
-class Impatient:
-    """The client with less patience for its own retries."""
-
-    def __init__(self, client):
-        self._client = client
-
-    def create_task(self, **options):
-        """See CloudTasksClient."""
-        return self._client.create_task(**options | {"timeout": 0.3})
-
-
 async def test_what_google_refuses(site):
     """Each with what follows from it."""
     it = site()
     with it.serving() as (_, target):
         tasks = it.tasks_of(target, "https://push.example.com/jobs/run")
-        tasks._client = Impatient(tasks._client)
         for code, error in (
             (grpc.StatusCode.PERMISSION_DENIED, QueueAuthError),
             (grpc.StatusCode.UNAUTHENTICATED, QueueAuthError),
