@@ -75,8 +75,8 @@ def weakened() -> list[Mutant]:
         ("inference/engines/turns.py", "with anyio.move_on_after(self._limit_s):", "with anyio.move_on_after(1e9):"),
         (
             "inference/leasing/taking.py",
-            "with anyio.CancelScope(shield=True), anyio.move_on_after(RELEASE_LIMIT_S):",
-            "with anyio.move_on_after(RELEASE_LIMIT_S):",
+            "with anyio.CancelScope(shield=True), anyio.move_on_after(time_s):",
+            "with anyio.move_on_after(time_s):",
         ),
     ]
     found = []

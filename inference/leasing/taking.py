@@ -20,8 +20,8 @@ RELEASE_LIMIT_S = 6.0
 """How long handing a lease back may take, while a worker is stopping."""
 
 END_LIMIT_S = 20.0
-"""The same where the queue takes nothing back, and is told that the task failed: no lease runs out there, so a task that
-nobody reported would wait for ever."""
+"""The same where the queue takes nothing back, and is told that the task failed: no lease runs out there, so a task
+that nobody reported would wait for ever."""
 
 
 STOPPING = "the worker that had this task was stopped before its video was finished"
@@ -32,8 +32,8 @@ async def hand_back(
     queue: TaskQueue, lease: Lease, policy: Policy | None = None, reason: str | None = STOPPING
 ) -> None:
     """Tries to hand a lease back. If that fails, the lease expires by itself."""
-    limit_s = RELEASE_LIMIT_S if queue.hands_back else END_LIMIT_S
-    with anyio.CancelScope(shield=True), anyio.move_on_after(limit_s):
+    time_s = RELEASE_LIMIT_S if queue.hands_back else END_LIMIT_S
+    with anyio.CancelScope(shield=True), anyio.move_on_after(time_s):
         try:
             await repeat(lambda: queue.release(lease, reason), policy or Policy())
         except I2VError as error:

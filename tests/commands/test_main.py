@@ -231,7 +231,7 @@ def test_a_setting_that_nothing_reads_is_said(here):
     ran = here("work", "--once", "--url", "http://127.0.0.1:1", I2V_ENGIN="wan", WORKER_API_KEY=KEY)
     assert ran.err.count("I2V_ENGIN (I2V_ENGINE?)") == 1
     ran = here("doctor", I2V_ENGIN="wan")
-    assert "skip  settings      nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
+    assert "skip  settings       nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
 
 
 def test_a_port_in_use_is_said(here):

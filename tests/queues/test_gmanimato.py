@@ -124,7 +124,7 @@ async def test_a_job_as_the_application_answers_it(app, photo_bytes):
     assert task.workflow["14"]["inputs"]["image"] == f"{video_id}.png"
     assert task.node_weights == {"44": 60, "4": 20, "16": 15}
     assert task.extras == {"video_id": video_id, "callback_url": f"https://gmanimato.test/api/i2v-webhook/{video_id}"}
-    assert (lease.length_s, lease.beat_interval_s) == (1800, 2)
+    assert (lease.length_s, lease.beat_interval_s) == (86_400, 2)
     assert lease.worker_id.startswith("host-1.")
     assert Lease.model_validate_json(lease.model_dump_json()) == lease
 

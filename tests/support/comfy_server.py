@@ -44,7 +44,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-QUIET = {"log_config": None, "log_level": "critical", "lifespan": "off", "proxy_headers": False}
+QUIET = {"log_config": None, "log_level": None, "access_log": False, "lifespan": "off", "proxy_headers": False}
 """What uvicorn would do beside. A proxy's headers would be read by something that stands before the connection."""
 
 START_S = 10.0
@@ -238,7 +238,11 @@ class ComfyServer:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
         tasks = [asyncio.create_task(self._server.serve(sockets=[listener])), asyncio.create_task(self._execute())]
         await self._stopped.wait()
-        # As a crash does it, and at once; uvicorn's own way waits for connections to end.
+        # As a crash does it, and at once; uvicorn's own way waits for connections to end. Those that were accepted
+        # already are made first: asyncio loses the ones that are still in the making when their server is closed.
+        self._loop.remove_reader(listener)
+        for _ in range(10):
+            await asyncio.sleep(0)
         for server in self._server.servers:
             server.close()
         for connection in list(self._server.server_state.connections):
@@ -246,6 +250,7 @@ class ComfyServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)
 
     def stop(self) -> None:
         """Is gone, as after a crash: connections break, the queue and the history are forgotten."""

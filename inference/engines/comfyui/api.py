@@ -3,13 +3,14 @@
 From `server.py` of github.com/comfyanonymous/ComfyUI, and recordings of a running one.
 """
 
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlencode
 
 import anyio
-import anyio.to_thread
 import httpx
 import structlog
 
@@ -27,6 +28,7 @@ from inference.errors import (
     UrlExpired,
 )
 from inference.transfer import json_api
+from inference.transfer.body import IDENTITY
 from inference.transfer.json_api import NEVER_SENT, JsonApi, Unanswered
 from inference.transfer.network import flaw_in
 from inference.transfer.storage import Storage
@@ -42,6 +44,9 @@ UPLOAD_LIMIT_S = 300.0
 
 DOWNLOAD_LIMIT_S = 600.0
 """For the download of one output, whole."""
+
+CHUNK_BYTES = 256 * 1024
+"""How much of a file is read at once, as it is sent."""
 
 MAX_ANSWER_BYTES = 64_000_000
 """`/queue` repeats the graph of every prompt that waits, and `/object_info` lists every node with every model."""
@@ -179,20 +184,15 @@ class ComfyApi(JsonApi[ComfyAnswer]):
 
     async def _upload(self, name: str, content: Path | bytes) -> ComfyAnswer:
         try:
-            file = await anyio.to_thread.run_sync(content.open, "rb") if isinstance(content, Path) else content
-        except OSError as error:
-            raise MachineFault(f"an input cannot be read any more: {error.strerror}") from None
-        try:
             with anyio.fail_after(UPLOAD_LIMIT_S):
                 # With `overwrite` a second try does not become a second file: the name is this task's alone.
-                response = await self._client.post(
-                    "upload/image", data={"overwrite": "true"}, files={"image": (name, file)}
-                )
+                async with _Form.of(name, content, {"overwrite": "true"}) as form:
+                    # As `stream`, which httpx passes on unchanged; `content` would be wrapped into a generator.
+                    url = f"{self.url}/upload/image"
+                    headers = {"Host": self.host, **IDENTITY, **form.headers}
+                    response = await self._client.send(httpx.Request("POST", url, headers=headers, stream=form))
         except FOREIGN as error:
             raise Unanswered(f"{self.host}: {reason_of(error)}", sent=not isinstance(error, NEVER_SENT)) from None
-        finally:
-            if not isinstance(file, bytes):
-                file.close()
         return self._read(response)
 
     async def download(self, filename: str, subfolder: str, kind: str, path: Path, *, max_bytes: int) -> None:
@@ -222,3 +222,56 @@ class ComfyApi(JsonApi[ComfyAnswer]):
                     raise EngineFailed(f"{filename} cannot be had of ComfyUI: {error}") from None
                 else:
                     return
+
+
+class _Form(httpx.AsyncByteStream):
+    """A form with fields and one file under `image`, which is read while it is sent (RFC 7578).
+
+    It is an iterator and not a generator, as httpx's own form is: a generator that is left half-way, because the
+    connection broke, has to be closed, of which trio complains.
+    """
+
+    def __init__(self, head: bytes, file: anyio.AsyncFile[bytes] | None, size_bytes: int, boundary: str) -> None:
+        self._file, self._tail = file, f"\r\n--{boundary}--\r\n".encode()
+        self.headers = {
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Content-Length": str(len(head) + size_bytes + len(self._tail)),
+        }
+        self._rest = [head]
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, name: str, content: Path | bytes, fields: Mapping[str, str]) -> AsyncIterator[Self]:
+        """A form for one try. `name` is plain ASCII. Raises MachineFault where the file cannot be read."""
+        boundary = secrets.token_hex(16)
+        parts = [f'--{boundary}\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{fields[key]}' for key in fields]
+        parts.append(
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        )
+        head = "\r\n".join(parts).encode()
+        if isinstance(content, bytes):
+            yield cls(head + content, None, 0, boundary)
+            return
+        try:
+            file = await anyio.open_file(content, "rb")
+            size_bytes = (await anyio.Path(content).stat()).st_size
+        except OSError as error:
+            raise MachineFault(f"an input cannot be read any more: {error.strerror}") from None
+        async with file:
+            yield cls(head, file, size_bytes, boundary)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._rest:
+            return self._rest.pop()
+        if self._file is not None:
+            if chunk := await self._file.read(CHUNK_BYTES):
+                return chunk
+            self._file = None
+        if self._tail:
+            tail, self._tail = self._tail, b""
+            return tail
+        raise StopAsyncIteration

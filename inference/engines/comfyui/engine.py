@@ -5,10 +5,9 @@ inputs → uploaded under names of this task → the graph, sent once → follow
 
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import anyio
 import anyio.to_thread
@@ -16,11 +15,12 @@ import structlog
 
 from inference.engines.base import Job, photo_of, run_in_thread
 from inference.engines.comfyui.api import ComfyApi, base_url
-from inference.engines.comfyui.graph import Graph, checked, rename, save_under
+from inference.engines.comfyui.graph import Graph, checked, load_there, rename, save_under
 from inference.engines.comfyui.outputs import Output, chosen, listed
 from inference.engines.comfyui.progress import RunProgress
 from inference.engines.comfyui.refusals import OutOfMemory, refused
 from inference.engines.comfyui.run import Run
+from inference.engines.comfyui.template import Template
 from inference.errors import EngineFailed, InvalidRequest, MachineFault, MediaError, PartsMissing
 from inference.media import foreign
 from inference.media import photo as photos
@@ -55,16 +55,11 @@ HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"}
 """First brands of HEIC files (ISO/IEC 23008-12), which ComfyUI does not read."""
 
 
-class Template(Protocol):
-    def refuse(self, request: GenerationRequest, names: Collection[str]) -> None: ...
-
-    def fill(
-        self, request: GenerationRequest, uploaded: Mapping[str, str], photo_size: tuple[int, int], seed: int
-    ) -> Graph: ...
-
-
 class ComfyEngine:
     """Generates at a ComfyUI, which runs one prompt after the other, whoever sent it.
+
+    What it leaves there, all under names of its own: inputs, outputs, and the entry in the history, which the operator
+    may want to look at; ComfyUI forgets entries beyond the newest 10,000.
 
     `host`: as COMFY_HOST. `template`: the graph for tasks that bring only a photo; None: those are refused.
     `patience_s`: how long a ComfyUI that went away is waited for. Raises SettingsError for a host that is none.
@@ -106,7 +101,7 @@ class ComfyEngine:
                 seed = request.seed if request.seed is not None else secrets.randbits(SEED_BITS)
                 graph = await self._filled(api, job, template, request, inputs, seed=seed, token=token)
             save_under(graph, f"{FOLDER}/{token}")
-            log.info("comfyui_prompt", files=f"{FOLDER}-{token}-*", outputs=f"{FOLDER}/{token}", nodes=len(graph))
+            log.info("comfyui_files", inputs=f"{FOLDER}-{token}-*", outputs=f"{FOLDER}/{token}", nodes=len(graph))
             files, node_errors = await self._run(api, job, graph, request)
             try:
                 video, others = chosen(files)
@@ -197,6 +192,8 @@ async def _bring_inputs(api: ComfyApi, job: Job, graph: Graph, inputs: Mapping[s
         names[name] = await api.upload(f"{FOLDER}-{token}-{number}-{_safe(called)}", content)
         job.raise_if_cancelled()
     unnamed = set(names) - rename(graph, names)
+    if unnamed == {PHOTO} == set(names) and load_there(graph, PHOTO, names[PHOTO]):
+        unnamed = set()
     if unnamed:
         log.warning("comfyui_input_unused", inputs=sorted(unnamed), hint="no node of the workflow names it")
 

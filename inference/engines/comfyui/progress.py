@@ -68,6 +68,11 @@ class RunProgress:
             return False
         return True
 
+    def finish(self) -> None:
+        """The run has ended well, whatever was heard of it."""
+        self._shares = dict.fromkeys(self._shares, FINISHED)
+        self._current = None
+
     def _take(self, node: str, state: Mapping[str, Any]) -> None:
         self._advance(node, FINISHED if state.get("state") == "finished" else _share(state))
         if state.get("state") == "running":

@@ -90,7 +90,7 @@ class Run:
             except (I2VError, OutOfMemory) as error:  # out of the group, which would wrap it
                 failure = error
                 await self._withdraw()
-            except anyio.get_cancelled_exc_class():
+            except BaseException:  # cancelled: on trio that can be a group, where a connection was just being made
                 await self._withdraw()
                 raise
             tasks.cancel_scope.cancel()
@@ -127,6 +127,7 @@ class Run:
             self.id = str(answer.payload.get("prompt_id") or self.id)  # before 2025-08 it makes an id of its own
             errors = answer.payload.get("node_errors")
             self.node_errors = errors if isinstance(errors, dict) else {}
+            log.info("comfyui_sent", prompt_id=self.id)
             return True
         if answer.status >= 500:
             log.warning("comfyui_prompt_in_doubt", prompt_id=self.id, error=f"{answer.status} {answer.said}")
@@ -238,8 +239,8 @@ class Run:
                 raise failed(self._graph, message[1], of_task=self._of_task)
         if status.get("status_str") == "error":
             raise EngineFailed("ComfyUI could not run the workflow, and does not say why")
-        total = self._progress.total
-        self._job.report(self._run_stage, total, total, self._progress.detail)
+        self._progress.finish()
+        self._report()
         self._job.raise_if_cancelled()
         return entry.get("outputs")
 

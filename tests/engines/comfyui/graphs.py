@@ -1,10 +1,8 @@
-"""Graphs that tests send, in API format, and a template that fills one."""
+"""Graphs that tests send, in API format, and one as a template."""
 
-import copy
 from typing import Any
 
-from inference.media import photo as photos
-from inference.task import GenerationRequest
+from inference.engines.comfyui.template import Template
 
 FPS = 16
 
@@ -64,21 +62,11 @@ def still(saver: str = "SaveImage", **inputs: Any) -> dict[str, Any]:
     }
 
 
-class TinyTemplate:
-    """Fills `wan` as an operator's template is filled."""
-
-    def refuse(self, request: GenerationRequest, names: object) -> None:
-        """Everything can be done."""
-
-    def fill(
-        self, request: GenerationRequest, uploaded: dict[str, str], photo_size: tuple[int, int], seed: int
-    ) -> dict[str, Any]:
-        """A graph for one request."""
-        graph = copy.deepcopy(wan(uploaded["photo"]))
-        area = request.max_area_px or 160 * 96
-        width, height = photos.fit(*photo_size, max_area_px=area, multiple=16)
-        length = round(request.duration_s * FPS / 4) * 4 + 1
-        graph["5"]["inputs"] |= {"width": width, "height": height, "length": length}
-        graph["2"]["inputs"]["text"] = request.prompt
-        graph["6"]["inputs"]["seed"] = seed
-        return graph
+def template(**wrong: Any) -> Template:
+    """`wan` as an operator prepares it: titles say what goes where. `wrong` replaces inputs of its sampler."""
+    graph = wan()
+    graph["5"]["inputs"] |= {"width": 160, "height": 96}
+    graph["6"]["inputs"] |= wrong
+    for node, title in {"2": "i2v:prompt", "4": "i2v:photo", "5": "i2v:frames i2v:size", "6": "i2v:seed"}.items():
+        graph[node]["_meta"] = {"title": title}
+    return Template(graph)

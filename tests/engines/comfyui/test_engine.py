@@ -22,7 +22,7 @@ from inference.errors import (
 from inference.media.video import probe
 from inference.progress.tracker import ProgressTracker, plan
 from inference.task import GenerationRequest
-from tests.engines.comfyui.graphs import TinyTemplate, still, wan
+from tests.engines.comfyui.graphs import still, template, wan
 from tests.engines.contract import EngineContract, landscape
 from tests.support.comfy_server import ComfyServer, Fault
 
@@ -37,7 +37,7 @@ class TestContract(EngineContract):
         self.comfy = comfy
 
     def make(self) -> ComfyEngine:
-        return ComfyEngine(self.comfy.url, template=TinyTemplate(), patience_s=1)
+        return ComfyEngine(self.comfy.url, template=template(), patience_s=1)
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -123,6 +123,26 @@ async def test_an_input_that_nothing_names_is_told(engine, photo, folder):
 
 
 @pytest.mark.anyio
+async def test_a_photo_that_the_graph_does_not_name_goes_to_its_only_loader(engine, comfy, photo, folder):
+    """Older tasks bring the address of a photo, and a graph whose loader still has a file of its author."""
+    await engine.generate(asks(wan("example.png")), {"photo": photo}, folder, Job())
+    (name,) = comfy.uploads
+    assert comfy.prompts[0].graph["4"]["inputs"]["image"] == name
+
+
+@pytest.mark.anyio
+async def test_of_two_loaders_the_titled_one_gets_the_photo(engine, comfy, photo, folder):
+    """The other one keeps its own file."""
+    workflow = wan("example.png")
+    workflow["10"] = {"class_type": "LoadImage", "inputs": {"image": "style.png"}}
+    workflow["4"]["_meta"]["title"] = "Start i2v:photo"
+    await engine.generate(asks(workflow), {"photo": photo}, folder, Job())
+    (name,) = comfy.uploads
+    graph = comfy.prompts[0].graph
+    assert [graph[node]["inputs"]["image"] for node in ("4", "10")] == [name, "style.png"]
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("name", ["../../etc/x.png", "ünïcode 1.png", "a" * 200 + ".png", "photo", "-"])
 async def test_any_name_can_be_uploaded(name, engine, comfy, photo, folder):
     """Names come from strangers; what is uploaded has a plain one, at the top of the input folder."""
@@ -160,7 +180,7 @@ async def test_a_photo_that_comfyui_cannot_read_is_turned_into_one(engine, comfy
 @pytest.mark.anyio
 async def test_a_photo_task_is_filled_into_the_template(comfy, photo, folder):
     """Prompt, seed and an upright sRGB photo; a seed that nobody gave is drawn and told."""
-    engine = ComfyEngine(comfy.url, template=TinyTemplate())
+    engine = ComfyEngine(comfy.url, template=template())
     video = await engine.generate(
         GenerationRequest(prompt="a cat", duration_s=1, max_area_px=160 * 96), {"photo": photo}, folder, Job()
     )
@@ -315,14 +335,7 @@ async def test_no_output_node_is_the_tasks(engine, folder):
 @pytest.mark.anyio
 async def test_a_wrong_template_is_the_operators(comfy, photo, folder):
     """It would fail with every task, and no task may end for that."""
-
-    class Wrong(TinyTemplate):
-        def fill(self, *args):
-            graph = super().fill(*args)
-            graph["6"]["inputs"]["sampler_name"] = "eular"
-            return graph
-
-    engine = ComfyEngine(comfy.url, template=Wrong())
+    engine = ComfyEngine(comfy.url, template=template(sampler_name="eular"))
     with pytest.raises(SettingsError, match=r"I2V_COMFY_WORKFLOW: .*eular"):
         await engine.generate(GenerationRequest(duration_s=1), {"photo": photo}, folder, Job())
 
