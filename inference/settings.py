@@ -441,7 +441,7 @@ class Settings(LoadableSettings):
         if not isinstance(url, SecretStr):
             return url
         found = DATABASE_URL.fullmatch(url.get_secret_value())
-        return f"{found[1]}{found[2]}" if found else "postgresql://…"
+        return f"{found[1]}{found[2]}" if found else "postgresql://(hidden)"
 
     @field_validator(
         "api_url",

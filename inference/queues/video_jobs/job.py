@@ -32,7 +32,7 @@ class JobRow(Value):
 
     id: str
     status: str  # one of STATUSES, or a word of the application's own, which is no business of ours
-    input: Any
+    input: Any = None  # as the application wrote it; see `wire.py`
     attempt_id: str | None = None  # who holds it, or ended it
     worker: str | None = None
     silent_s: float | None = None  # seconds since its holder was heard of; None where nobody holds it
@@ -40,7 +40,7 @@ class JobRow(Value):
     attempts: int = 0
     crashes: int = 0
     losses: int = 0
-    progress: Any = None
+    progress: Any = None  # see `wire.py`; None where no beat told any
     cancel_requested: bool = False
     artifact_key: str | None = None
     error: str | None = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, MetaData, Table, Text, text
+from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, MetaData, String, Table, Text, text
 from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
@@ -124,11 +124,13 @@ class _Found:
 
     type: str
     labels: tuple[str, ...]  # of an enum
+    chars: int | None = None  # the longest text it takes; None: any
 
 
 _COLUMNS = text("""
     SELECT attname, format_type(coalesce(nullif(typbasetype, 0), atttypid), NULL),
-           ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = atttypid ORDER BY enumsortorder)
+           ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = atttypid ORDER BY enumsortorder),
+           CASE WHEN atttypid = 'character varying'::regtype AND atttypmod > 4 THEN atttypmod - 4 END
     FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
     WHERE attrelid = to_regclass(:table) AND attnum > 0 AND NOT attisdropped
 """)
@@ -140,7 +142,7 @@ _READS = text(
 
 def _found(connection: Connection, names: Names) -> dict[str, _Found]:
     rows = connection.execute(_COLUMNS, {"table": names.quoted})
-    return {name: _Found(kind, tuple(labels)) for name, kind, labels in rows}
+    return {name: _Found(kind, tuple(labels), chars) for name, kind, labels, chars in rows}
 
 
 def migrate(connection: Connection, names: Names) -> list[str]:
@@ -230,4 +232,6 @@ def _type(column: _Found) -> TypeEngine[Any]:
         "timestamp with time zone": DateTime(timezone=True),
         "timestamp without time zone": DateTime(),
     }
-    return known.get(column.type) or (Integer() if column.type in INTEGERS else Text())
+    if column.type in INTEGERS:
+        return Integer()
+    return known.get(column.type) or (Text() if column.chars is None else String(column.chars))

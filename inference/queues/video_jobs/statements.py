@@ -107,8 +107,8 @@ class Statements:
                 lease_beat_at=null(),
                 error=case(
                     (c.cancel_requested, c.error),
-                    (c.beaten, constant(CRASHED)),
-                    else_=constant(LOST),
+                    (c.beaten, self._cut("error", constant(CRASHED))),
+                    else_=self._cut("error", constant(LOST)),
                 ),
                 **self._counted(and_(c.status == PROCESSING, c.cancel_requested.is_not(true()))),
                 updated_at=CLOCK,
@@ -147,7 +147,7 @@ class Statements:
         taken: dict[str, Any] = {
             "status": self._status(PROCESSING),
             "attempt_id": cast(ATTEMPT, c.attempt_id.type),
-            "worker": bindparam("worker", type_=Text),
+            "worker": self._cut("worker", bindparam("worker", type_=Text)),
             "lease_beat_at": CLOCK,
             "beaten": FALSE,
             "attempts": self._number("attempts") + ONE,
@@ -232,7 +232,7 @@ class Statements:
             .where(*held)
             .values(
                 status=self._status(case((c.cancel_requested, CANCELED), else_=FAILED)),
-                error=case((c.cancel_requested, c.error), else_=bindparam("message", type_=Text)),
+                error=case((c.cancel_requested, c.error), else_=self._cut("error", bindparam("message", type_=Text))),
                 **ended,
             )
             .returning(status),
@@ -299,6 +299,10 @@ class Statements:
     def _status(self, word: ColumnElement[Any]) -> ColumnElement[Any]:
         # An application's statuses may be an enum, to which PostgreSQL converts no text by itself.
         return cast(word, self._c.status.type)
+
+    def _cut(self, name: str, said: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Text for people, no longer than a column of an application takes: an explicit cast cuts it."""
+        return cast(said, self._c[name].type)
 
     def _skipping_locked(self, where: list[Any], name: str, *, first: bool = False) -> Any:
         """Ids of jobs that nobody else writes to in this moment, locked: all of them, or the oldest one."""

@@ -109,8 +109,8 @@ class JobStore:
         values = {"job_id": self._id(job_id), "attempt_id": attempt_id, "worker": worker}
         for row in self._database.write(statement, **values):
             return _job(row)
-        self._end_swept()
         self.get(job_id)
+        self._end_swept()
         return None
 
     def backlog(self) -> int:
@@ -197,7 +197,8 @@ def _ids(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def _job(row: Row) -> JobRow:
-    fields = {name: value for name, value in row.items() if name not in {"created_at", "updated_at"}}
-    for name in ("id", "attempt_id"):  # which may be UUIDs there
-        fields[name] = None if fields[name] is None else str(fields[name])
+    # An application may have left columns of its own at NULL, which stands for our defaults.
+    fields = {name: value for name, value in row.items() if name in JobRow.model_fields and value is not None}
+    for name in fields.keys() & {"id", "attempt_id"}:  # which may be UUIDs there
+        fields[name] = str(fields[name])
     return JobRow.model_validate(fields)
