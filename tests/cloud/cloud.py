@@ -158,9 +158,7 @@ class Cloud:
             "client": ("203.0.113.7", 40000),
             "server": ("modal.invalid", 443),
         }
-        message = api_pb2.FunctionInput(
-            data_format=api_pb2.DATA_FORMAT_PICKLE, args=serialize(((scope,), {}))
-        )
+        message = api_pb2.FunctionInput(data_format=api_pb2.DATA_FORMAT_PICKLE, args=serialize(((scope,), {})))
         item = Input(self._state.new_id("in"), self._state.new_id("fc"), self.function(name), message, request=body)
         self._do(self._state.put, item)
         return item
