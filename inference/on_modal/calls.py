@@ -92,14 +92,14 @@ class HandsOn:
         job_id = lease.task.item_id
         try:
             if provider_of(lease.task.provider) is not DEFAULT:
-                await hand_back(jobs, lease, reason=None)
+                await hand_back(jobs, lease, reason=None)  # fence
                 await self._wake()
                 return answers.Answer(http_status=202, outcome="accepted", job_id=job_id, job_status="queued")
             with anyio.fail_after(CALL_S):
                 await self._pool.send(lease)
         except (I2VError, TimeoutError) as error:
             log.warning("not_sent", item_id=job_id, error=str(error))
-            await hand_back(jobs, lease, reason=None)
+            await hand_back(jobs, lease, reason=None)  # fence
             return answers.busy(job_id, "the platform takes nothing now")
         log.info("sent", item_id=job_id, worker_id=lease.worker_id, pool=DEFAULT.pool)
         return answers.accepted(job_id, attempt_of(lease))

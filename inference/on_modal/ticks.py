@@ -37,14 +37,14 @@ async def ask(records: Records, spawn: Spawn) -> None:
     try:
         await spawn()
     except PoolUnavailable:
-        await records.remove(ASKED)
+        await records.remove(ASKED)  # fence
         raise
 
 
 async def begun(records: Records) -> None:
     """Says that a tick begins: who asks from now on needs another. Has to be called before the tick looks around."""
     try:
-        await records.remove(ASKED)
+        await records.remove(ASKED)  # fence
     except I2VError as error:  # the tick itself can do without; calls fall back on the cron
         log.warning("tick_not_noted", error=str(error))
 

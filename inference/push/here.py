@@ -127,7 +127,7 @@ class Here:
             for attempt in tuple(self._running):
                 await attempt.ended.wait()
         if self._group is not None:
-            self._group.cancel_scope.cancel()
+            self._group.cancel_scope.cancel()  # fence
         with anyio.move_on_after(RELEASE_LIMIT_S):
             for attempt in tuple(self._running):
                 await attempt.ended.wait()
@@ -155,7 +155,7 @@ class Here:
     async def _start(self, lease: Lease) -> _Attempt | None:
         """Runs a lease from now on; hands it back where the process has begun to stop meanwhile."""
         if self._group is None or self._stopping.is_set():
-            await self._runner.hand_back(lease)
+            await self._runner.hand_back(lease)  # fence
             return None
         attempt = _Attempt(lease)
         self._running.add(attempt)

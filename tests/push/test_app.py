@@ -27,6 +27,7 @@ from inference.push.here import Here
 from inference.push.jobs import Standing, Swept
 from inference.push.sweeping import Sweeper
 from inference.task import Outcome
+from inference.testing.memory_queue import Faults
 from inference.testing.memory_store import MemoryStore
 from tests.leasing.test_runner import SleepyEngine
 from tests.push.memory_jobs import MemoryJobs
@@ -287,6 +288,27 @@ async def test_draining_hands_the_job_back(shop):
 
 
 @virtual_time
+async def test_a_job_that_was_taken_while_draining_began_is_handed_back(shop):
+    """The answer of the store comes when nothing may begin any more; so does that of the sweep."""
+    it = shop()
+    async with it.open():
+        it.add()
+        it.jobs.faults = Faults(delay_s=4)
+        told = []
+
+        async def deliver():
+            told.append(await it.told())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(deliver)
+            await anyio.sleep(0.01)
+            await it.here.drain(8)
+        assert told == [(503, "busy")]
+        assert it.status() == "pending"
+        assert it.engine.runs == 0
+
+
+@virtual_time
 async def test_what_can_finish_within_the_grace_does(shop):
     """Then the caller is told that it is done."""
     it = shop(engine=SleepyEngine(seconds=25))
@@ -325,11 +347,11 @@ async def test_a_store_that_is_away_is_503(shop):
     """For a job, and for health; nobody is told that a job is unknown."""
     async with shop().open() as it:
         it.add()
-        it.jobs.faults = type(it.jobs.faults)(answer_500=1.0)
+        it.jobs.faults = Faults(answer_500=1.0)
         said = await it.ask()
         assert (said.status_code, said.json()["outcome"], said.json()["job_id"]) == (503, "unavailable", "j-1")
         assert (await it.client.get("/jobs/health")).status_code == 503
-        it.jobs.faults = type(it.jobs.faults)()
+        it.jobs.faults = Faults()
         assert (await it.client.get("/jobs/health", headers={"authorization": ""})).json() == {"status": "ok"}
 
 
