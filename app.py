@@ -2,6 +2,7 @@
 
     every minute   dispatch ──▶ leases what can start ──▶ Wan (GPU) or Overflow (Runway), one call a lease
     a container    beats ▸ photo ▸ generates ▸ uploads ▸ reports ▸ takes the next itself while there is one
+    when called    calls ─────▶ /wake runs a tick now; /jobs/run takes that job and sends it (with I2V_PUSH_TOKEN)
     by hand        modal run app.py::process --help      modal run app.py::status
 
 Settings are read from the environment and `.env` of whoever deploys, and travel in the images; keys come from the
@@ -22,12 +23,12 @@ from images.wan import wan_image
 from inference import build, logs, terminal
 from inference.errors import I2VError, one_line
 from inference.fleet import opening, report, shape
-from inference.on_modal import deployment
+from inference.on_modal import deployment, ticks
 from inference.on_modal import one_off as one_offs
 from inference.on_modal.container import ModalContainer
-from inference.on_modal.lent import DictRecords, RemoteContainers
+from inference.on_modal.lent import DictRecords, RemoteContainers, RemoteFunction
 from inference.process import told_errors
-from inference.providers import EngineName, PoolName
+from inference.providers import DEFAULT, EngineName, PoolName
 from inference.settings import Settings
 
 MINUTES = 60  # seconds
@@ -35,10 +36,7 @@ MINUTES = 60  # seconds
 with told_errors(verbose=False) if modal.is_local() else nullcontext():
     settings = Settings.load()
     deployment.refuse_deployment(settings)
-keys = ["VERCEL_API_URL", "WORKER_API_KEY"]
-keys += ["RUNWAYML_API_SECRET"] if settings.runway_key else []
-keys += ["VERCEL_AUTOMATION_BYPASS_SECRET"] if settings.vercel_bypass else []
-secret = modal.Secret.from_name(settings.modal_app, required_keys=keys)
+secret = modal.Secret.from_name(settings.modal_app, required_keys=deployment.keys_of(settings))
 slim = slim_image(settings)
 wan = wan_image(settings)
 app = modal.App(settings.modal_app, secrets=[secret])
@@ -59,6 +57,11 @@ def pools() -> dict[PoolName, RemoteContainers]:
     }
 
 
+def tick_function() -> RemoteFunction:
+    """Of the deployed app."""
+    return RemoteFunction(modal.Function.from_name(settings.modal_app, "dispatch"), ERRORS)
+
+
 @app.function(
     image=slim,
     schedule=modal.Cron(settings.modal_cron),
@@ -71,8 +74,25 @@ def pools() -> dict[PoolName, RemoteContainers]:
 async def dispatch() -> str:
     """One tick: leases what can start, and sends each lease to a container."""
     logs.configure(settings.log_level)
+    await ticks.begun(records())
+    if settings.queue == "video_jobs":
+        await ticks.sweep(settings)
     async with opening.open_dispatcher(settings, deployment.on_modal(settings), records(), pools()) as dispatcher:
         return await dispatcher.tick()
+
+
+if deployment.takes_calls(settings):
+
+    @app.function(image=slim, max_containers=2, timeout=MINUTES, scaledown_window=10, cpu=0.125, memory=256)
+    @modal.concurrent(max_inputs=100)
+    @modal.asgi_app()
+    def calls() -> Any:
+        """`POST /wake`, `POST /jobs/run` and `GET /jobs/health`: checks who calls, hands on, and answers."""
+        from inference.on_modal.calls import application  # noqa: PLC0415 - starlette is not where this is deployed from
+
+        here = Settings.load()  # with what the secret holds
+        pool = pools()[DEFAULT.pool]
+        return application(here, deployment.on_modal(here), records(), pool, tick_function().spawn)
 
 
 class Container:

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 
 import anyio
@@ -57,6 +57,19 @@ async def drain_on_signal(worker: Worker, grace_s: float) -> None:
             break
         async for _ in signals:
             worker.stop_now()
+
+
+async def drain_calls_on_signal(drain: Callable[[float], Coroutine[object, object, None]], grace_s: float) -> None:
+    """Drains a server of calls on the first SIGINT or SIGTERM, and stops it at once on the second."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with anyio.create_task_group() as tasks:
+            async for number in signals:
+                log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
+                terminal.tell(f"Finishing for up to {grace_s:g} s, then handing jobs back; again to hand back now.")
+                tasks.start_soon(drain, grace_s)
+                break
+            async for _ in signals:
+                tasks.start_soon(drain, 0.0)
 
 
 @contextmanager

@@ -44,8 +44,13 @@ OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_pat
 OF_ONE_MACHINE |= {"runpod_endpoint_id", "runpod_url", "runpod_max_workers", "runpod_init_timeout_s", "runpod_webhook"}
 OF_ONE_MACHINE |= {"queue", "gmanimato_url", "gmanimato_callback_url", "webhook_bytes"}
 OF_ONE_MACHINE |= {"comfy_host", "comfy_workflow", "comfy_mapping", "comfy_patience_s"}
+OF_ONE_MACHINE |= {"push_url", "push_at_once", "push_sweep_s", "push_tasks_queue", "push_service_account"}
+OF_ONE_MACHINE |= {"push_emulator", "push_retry_window_s", "wake_port"}
 OF_ONE_MACHINE |= {"bucket_url", "bucket_name", "bucket_key_id", "bucket_region"}
 """Settings that mean something else, or nothing, in a container: its address of the queue comes with its secret."""
+
+OF_A_TABLE = {"queue", "bucket_url", "bucket_name", "bucket_region"}
+"""Of those, what containers that take jobs from a table have to know; all that is secret comes with their secret."""
 
 
 class Settings(LoadableSettings):
@@ -301,7 +306,7 @@ class Settings(LoadableSettings):
         None, "I2V_MODAL_REGION", about="Region of GPU containers, e.g. us or eu; costs more. Default: anywhere."
     )
     modal_max_containers: Annotated[int, Field(ge=1, le=100)] = setting(
-        2, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once, `modal run` aside: bounds what an hour can cost."
+        4, "I2V_MODAL_MAX_CONTAINERS", about="GPU containers at once, `modal run` aside: bounds what an hour can cost."
     )
     modal_timeout_s: Annotated[int, Field(ge=60, le=86_400)] = setting(
         14_400, "I2V_MODAL_TIMEOUT", about="Seconds for which a GPU container takes tasks before it starts afresh."
@@ -362,6 +367,56 @@ class Settings(LoadableSettings):
         None, "BUCKET_REGION", about="Region that requests are signed for. Default: the one in BUCKET_ENDPOINT_URL."
     )
 
+    # Calls: `i2v push`, and `/jobs/run` and `/wake` on Modal
+    push_token: SecretStr | None = setting(
+        None, "I2V_PUSH_TOKEN", about="Secret of callers: `Authorization: Bearer …`, or in the header below."
+    )
+    push_token_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,100}$")] = setting(
+        "X-Worker-Token", "I2V_PUSH_TOKEN_HEADER", about="Header that may carry the secret instead."
+    )
+    push_audience: str | None = setting(
+        None, "I2V_PUSH_AUDIENCE", about="Audience of Google's OIDC tokens: exactly what the caller's task names."
+    )
+    push_callers: str = setting(
+        "", "I2V_PUSH_CALLERS", about="Service accounts whose tokens are taken, with commas between them."
+    )
+    push_deadline_s: Annotated[float, Field(ge=15, le=1800)] = setting(
+        1800.0,
+        "I2V_PUSH_DEADLINE",
+        about="Seconds for which a caller waits for an answer; a job that takes longer is answered 202 and goes on. "
+        "Tasks that we make tell it to Cloud Tasks, too.",
+    )
+    push_at_once: Annotated[int, Field(ge=1, le=64)] = setting(
+        1, "I2V_PUSH_AT_ONCE", about="Jobs that one process runs at once; further callers are told to come again."
+    )
+    push_sweep_s: Annotated[float, Field(ge=1, le=3600)] = setting(
+        60.0, "I2V_PUSH_SWEEP", about="Seconds between looks for jobs whose holder died, or that nobody asked for."
+    )
+    push_url: str | None = setting(
+        None,
+        "I2V_PUSH_URL",
+        about="Address of `/jobs/run` for tasks that we make, e.g. https://i2v.example.com/jobs/run",
+    )
+    push_tasks_queue: Annotated[str, Field(pattern=r"^projects/[^/]+/locations/[^/]+/queues/[^/]+$")] | None = setting(
+        None, "I2V_PUSH_TASKS_QUEUE", about="Queue of Cloud Tasks: projects/P/locations/L/queues/Q."
+    )
+    push_service_account: str | None = setting(
+        None, "I2V_PUSH_SERVICE_ACCOUNT", about="Account whose OIDC token those tasks bring. Default: the secret above."
+    )
+    push_emulator: str | None = setting(
+        None, "CLOUD_TASKS_EMULATOR_HOST", about="Host and port of an emulator of Cloud Tasks, without TLS or account."
+    )
+    push_retry_window_s: Annotated[float, Field(ge=0)] | None = setting(
+        None,
+        "I2V_PUSH_RETRY_WINDOW",
+        about="Seconds for which the caller delivers a job again, for `i2v doctor push` where it cannot ask.",
+    )
+    wake_port: Annotated[int, Field(ge=0, le=65535)] | None = setting(
+        None,
+        "I2V_WAKE_PORT",
+        about="Port on which `i2v work` and `i2v up` take `POST /wake`, with the secret above. Default: none.",
+    )
+
     # The embedded queue server
     host: str = setting("127.0.0.1", "I2V_HOST", about="Address the server binds to; others than loopback need a key.")
     port: Annotated[int, Field(ge=0, le=65535)] = setting(8000, "I2V_PORT", about="Port of the server; 0 picks one.")
@@ -388,7 +443,15 @@ class Settings(LoadableSettings):
         found = DATABASE_URL.fullmatch(url.get_secret_value())
         return f"{found[1]}{found[2]}" if found else "postgresql://(hidden)"
 
-    @field_validator("api_url", "public_url", "bucket_url", "runpod_webhook", "gmanimato_url", "gmanimato_callback_url")
+    @field_validator(
+        "api_url",
+        "public_url",
+        "bucket_url",
+        "runpod_webhook",
+        "gmanimato_url",
+        "gmanimato_callback_url",
+        "push_url",
+    )
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
         if not value:
@@ -449,6 +512,7 @@ class Settings(LoadableSettings):
     @field_validator(
         "api_key",
         "gmanimato_secret",
+        "push_token",
         "vercel_bypass",
         "runway_key",
         "runpod_key",
@@ -498,7 +562,8 @@ class Settings(LoadableSettings):
 
     def for_containers(self) -> dict[str, str]:
         """What was set, as environment variables for containers elsewhere; no secret, and nothing of this machine."""
-        given = {name: getattr(self, name) for name in sorted(self.model_fields_set - OF_ONE_MACHINE)}
+        kept_back = OF_ONE_MACHINE - (OF_A_TABLE if self.queue == "video_jobs" else set())
+        given = {name: getattr(self, name) for name in sorted(self.model_fields_set - kept_back)}
         names = {name: names_of(field)[0] for name, field in type(self).model_fields.items()}
         return {
             names[name]: str(value).lower() if isinstance(value, bool) else str(value)

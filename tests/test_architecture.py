@@ -23,6 +23,7 @@ FLOORS = [
     ("settings", "terminal"),  # above all that they describe, so that nothing below can read the environment
     ("build", "process"),  # the parts, made from settings; how a process ends
     ("doctor", "fleet"),  # is all there; the cron and its containers
+    ("push",),  # jobs that are asked for by a call
     ("on_modal", "on_runpod"),  # what one platform asks for
     ("commands",),  # `i2v`; beside it stand app.py and runpod_handler.py
 ]
@@ -37,6 +38,8 @@ FOREIGN = {
     "runpod": "runpod_handler.py",
     "boto3": "inference/transfer/bucket.py",
     "botocore": "inference/transfer/bucket.py",
+    "google": "inference/push/",
+    "grpc": "inference/push/",
     "fastapi": "inference/server/",
     "uvicorn": "inference/server/",
     "sqlalchemy": ("inference/server/", "inference/sql/", "inference/queues/video_jobs/"),
@@ -164,6 +167,9 @@ def test_import_works_with_every_optional_package_blocked():
         "uvicorn",
         "sqlalchemy",
         "psycopg",
+        "google",
+        "grpc",
+        "starlette",
     ]
     blocked += ["pillow_heif"]
     program = f"""

@@ -41,6 +41,13 @@ CHECKS = {
         (*PYTEST, "tests/queues/video_jobs/test_store.py", "-k", "ours"),
     ],
     "inference/server/rows/statements.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "sqlite")],
+    "inference/push/here.py": [(*PYTEST, "tests/push/test_app.py")],
+    "inference/push/answers.py": [(*PYTEST, "tests/push/test_app.py")],
+    "inference/push/auth.py": [(*PYTEST, "tests/push/test_app.py")],
+    "inference/push/oidc.py": [(*PYTEST, "tests/push/test_oidc.py")],
+    "inference/push/enqueue.py": [(*PYTEST, "tests/push/test_cloud_tasks.py")],
+    "inference/on_modal/calls.py": [(*PYTEST, "tests/on_modal/test_calls.py")],
+    "inference/on_modal/ticks.py": [(*PYTEST, "tests/on_modal/test_calls.py")],
 }
 """What has to turn red when a fence of the module is taken out: one of these, quickest first."""
 
@@ -82,6 +89,18 @@ def weakened() -> list[Mutant]:
             "with anyio.CancelScope(shield=True), anyio.move_on_after(time_s):",
             "with anyio.move_on_after(time_s):",
         ),
+        ("inference/push/answers.py", "found.attempt_id != attempt_id)", "found.attempt_id)"),
+        ("inference/push/answers.py", 'case "failed" if found is None or found.has_ended:', 'case "failed":'),
+        ("inference/push/answers.py", "http_status=200 if found.has_ended else 503,", "http_status=200,"),
+        ("inference/push/auth.py", "if not secret and tokens is None:", "if False:"),
+        ("inference/push/oidc.py", 'if claims.get("email_verified") is not True:', "if False:"),
+        ("inference/push/oidc.py", "email.lower() not in self._callers:", "False:"),
+        ("inference/push/oidc.py", "audience=self._audience,", "audience=None,"),
+        ("inference/push/oidc.py", 'if claims.get("iss") not in ISSUERS:', "if False:"),
+        ("inference/push/oidc.py", "except exceptions.TransportError as error:", "except KeyError as error:"),
+        ("inference/push/oidc.py", "now + _age_s(answer.headers))", "now)"),
+        ("inference/push/here.py", "if self._free <= 0:", "if False:"),
+        ("inference/on_modal/ticks.py", 'if not await records.add(ASKED, f"{time.time():.0f}"):', "if False:"),
     ]
     found = []
     for path, old, new in changes:

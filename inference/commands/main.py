@@ -28,6 +28,8 @@ from inference.build import (
 from inference.commands.comfy import app as comfy_app
 from inference.commands.film import film
 from inference.commands.payments import payments
+from inference.commands.push import app as push_app
+from inference.commands.push import prepare_wake
 from inference.commands.render import render
 from inference.commands.runpod import app as runpod_app
 from inference.commands.start import (
@@ -37,6 +39,7 @@ from inference.commands.start import (
     Seconds,
     Url,
     Verbose,
+    WakePort,
     check_mp4,
     queue_url_field,
     start,
@@ -52,6 +55,7 @@ from inference.errors import (
 from inference.on_modal.doctor import examine_modal
 from inference.progress.tracker import Sink
 from inference.providers import EngineName, QueueName, is_paid
+from inference.push.doctor import examine_push
 from inference.server.client import QueueClient
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
@@ -118,11 +122,12 @@ async def _demo(settings: Settings, photo: Path, prompt: str, seconds: float, ou
 @app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
 def up(
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    wake_port: WakePort = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """The queue server and a worker together, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = start(None, verbose=verbose, port=port)
+    settings = start(None, verbose=verbose, port=port, wake_port=wake_port)
 
     async def main() -> None:
         async with _serving(settings) as here:
@@ -164,6 +169,7 @@ def work(
         float | None, typer.Option(help="Seconds between questions to an empty queue.", min=0.1, max=3600)
     ] = None,
     max_retries: Annotated[int | None, typer.Option(help="Instead of WORKER_MAX_RETRIES.", min=1, max=20)] = None,
+    wake_port: WakePort = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
     supervised: Annotated[
@@ -191,6 +197,7 @@ def work(
                 engine=engine,
                 poll_interval_s=poll_interval,
                 max_tries=max_retries,
+                wake_port=wake_port,
                 **{url_field: url},
             )
         )
@@ -205,12 +212,15 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         return logs.stages(lease.task.item_id)
 
     async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
+        listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
         worker = build_worker(settings, queue, engine, sink=sink)
         log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
+        if listen is not None:
+            await tasks.start(listen, worker)
         try:
             await worker.run(at_most=1 if once else None)
         except QueueFailed:  # it is there
@@ -341,12 +351,13 @@ app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.r
 app.add_typer(weights_app)
 app.add_typer(comfy_app)
 app.add_typer(runpod_app)
+app.add_typer(push_app)
 
 
 @app.command(epilog="Example: `i2v doctor --url https://app.example.com`, or `i2v doctor modal` before deploying")
 def doctor(
     deployment: Annotated[
-        Literal["modal"] | None, typer.Argument(help="What to deploy to, instead of what runs here.")
+        Literal["modal", "push"] | None, typer.Argument(help="What to deploy to, instead of what runs here.")
     ] = None,
     url: QueueUrl = None,
     queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
@@ -362,7 +373,13 @@ def doctor(
 
     async def main() -> bool:
         sound = True
-        findings = examine_modal(load, Path.cwd()) if deployment == "modal" else doctor_module.examine(load)
+        match deployment:
+            case "modal":
+                findings = examine_modal(load, Path.cwd())
+            case "push":
+                findings = examine_push(load)
+            case _:
+                findings = doctor_module.examine(load)
         async for finding in findings:
             terminal.finding(finding.name, finding.verdict, finding.text)
             sound = sound and finding.verdict != "FAIL"

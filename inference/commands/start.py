@@ -22,6 +22,11 @@ QueueUrl = Annotated[
 ]
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
+WakePort = Annotated[
+    int | None,
+    typer.Option(help="Port for `POST /wake`, with I2V_PUSH_TOKEN: the queue is asked at once.", min=0, max=65535),
+]
+
 OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--negative"}
 """The options for the fields of a request."""
 

@@ -42,7 +42,7 @@ async def open_dispatcher(
     Raises SettingsError, RecordsUnavailable.
     """
     own = for_a_cold_start(settings, shape)
-    if settings.queue != "lifeisshort":
+    if settings.queue == "gmanimato":
         raise SettingsError(
             f"I2V_QUEUE={settings.queue}: this queue takes no task back, so none is taken for a container that may "
             "never start; run `i2v work` on a box"

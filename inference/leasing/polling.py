@@ -62,7 +62,15 @@ class Worker:
         self._unanswered = 0  # questions in a row that the queue did not answer
         self._outages = 0  # tasks in a row that went back because of somebody's outage
         self._pause: anyio.CancelScope | None = None  # in which no task is taken; cancelled when the outage is over
+        self._woken = anyio.Event()  # somebody said that there is work
         self._fault: I2VError | None = None
+
+    def wake(self) -> None:
+        """Asks the queue now instead of after the interval. Said while it is asked, makes it be asked once more.
+
+        Call from the loop.
+        """
+        self._woken.set()
 
     def stop(self) -> None:
         """Takes no more tasks; running ones have `grace_s` to finish, then are handed back. Call from the loop."""
@@ -115,6 +123,7 @@ class Worker:
             await self._sit_out()
             left -= 1
             lease, pause_s = None, self._poll_interval_s * random.uniform(0.8, 1.2)
+            self._woken = anyio.Event()
             waits_for_more = at_most is None
             try:
                 await self._runner.turns.check()
@@ -141,7 +150,8 @@ class Worker:
                 self._slots.release()
                 if not waits_for_more:
                     return
-            await anyio.sleep(pause_s if left else 0.0)
+            with anyio.move_on_after(pause_s if left else 0.0):
+                await self._woken.wait()
 
     def _backoff_s(self, error: QueueUnavailable | ProviderUnavailable, interval_s: float) -> float:
         """The pause after a question that brought no task. A queue that answers, if only 5xx, is asked as ever."""

@@ -7,7 +7,7 @@ from inference.engines.runway.models import refuse_settings
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.fleet.containers import Sized
-from inference.fleet.shape import INPUTS, Shape
+from inference.fleet.shape import COLD_START_MARGIN_S, INPUTS, Shape
 from inference.providers import DEFAULT, PAID, PoolName
 from inference.settings import Settings
 
@@ -26,6 +26,23 @@ def on_modal(settings: Settings) -> Shape:
     return Shape(sizes=sizes, startup_timeout_s=settings.modal_startup_timeout_s)
 
 
+def keys_of(settings: Settings) -> list[str]:
+    """What the Modal secret has to hold."""
+    if settings.queue == "video_jobs":
+        keys = ["I2V_JOBS_DATABASE_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY"]
+    else:
+        keys = ["VERCEL_API_URL", "WORKER_API_KEY"]
+    keys += ["RUNWAYML_API_SECRET"] if settings.runway_key else []
+    keys += ["VERCEL_AUTOMATION_BYPASS_SECRET"] if settings.vercel_bypass else []
+    keys += ["I2V_PUSH_TOKEN"] if settings.push_token else []
+    return keys
+
+
+def takes_calls(settings: Settings) -> bool:
+    """Whether a web endpoint is deployed: only where somebody but everybody may call it."""
+    return bool(settings.push_token or settings.push_audience)
+
+
 def refuse_deployment(settings: Settings) -> None:
     """Raises SettingsError, one line a problem, for mistakes that otherwise only a container would find."""
     problems = []
@@ -37,6 +54,17 @@ def refuse_deployment(settings: Settings) -> None:
             f"I2V_MODAL_TIMEOUT ({settings.modal_timeout_s} s) has to be longer than I2V_ATTEMPT_LIMIT "
             f"({settings.attempt_limit_s:g} s): the platform would end a generation before its own limit does"
         )
+    if (
+        settings.queue == "video_jobs"
+        and settings.jobs_stale_s < settings.modal_startup_timeout_s + COLD_START_MARGIN_S
+    ):
+        problems.append(
+            f"I2V_JOBS_STALE ({settings.jobs_stale_s:g} s) has to be longer than I2V_MODAL_STARTUP_TIMEOUT "
+            f"({settings.modal_startup_timeout_s} s) by {COLD_START_MARGIN_S:g} s: nobody beats for a job whose "
+            "container is starting"
+        )
+    if settings.push_audience and not settings.push_callers.strip(" ,"):
+        problems.append("I2V_PUSH_CALLERS: list the service accounts that may call, since I2V_PUSH_AUDIENCE is set")
     unfree = [each for each in PRESETS[settings.wan_preset].repositories if not each.commercial_use]
     if unfree and not settings.accept_non_commercial:
         problems.append(

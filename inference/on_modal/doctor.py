@@ -84,6 +84,7 @@ def _account(settings: Settings) -> Finding:
     except (ValueError, AttributeError):
         return Finding("modal", "skip", "the account answers, in words this version does not know")
     if settings.modal_app not in names:
-        create = f"modal secret create {settings.modal_app} VERCEL_API_URL=… WORKER_API_KEY=…"
+        keys = " ".join(f"{key}=…" for key in deployment.keys_of(settings))
+        create = f"modal secret create {settings.modal_app} {keys}"
         return Finding("modal", "FAIL", f"the account has no secret {settings.modal_app}: {create}")
     return Finding("modal", "ok", f"the account answers and has the secret {settings.modal_app}")

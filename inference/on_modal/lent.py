@@ -75,5 +75,19 @@ class RemoteContainers:
             raise PoolUnavailable(_reason(error)) from None
 
 
+class RemoteFunction:
+    """A deployed function that takes nothing."""
+
+    def __init__(self, function: Any, errors: Errors) -> None:
+        self._function, self._errors = function, errors
+
+    async def spawn(self) -> None:
+        """Calls it, and does not wait for its end. Raises PoolUnavailable."""
+        try:
+            await self._function.spawn.aio()
+        except self._errors as error:
+            raise PoolUnavailable(_reason(error)) from None
+
+
 def _reason(error: BaseException) -> str:
     return one_line(str(error) or type(error).__name__, MAX_REASON_CHARS)

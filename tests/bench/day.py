@@ -1,6 +1,7 @@
 """A day of a fleet: how soon tasks begin, how busy the GPUs are, and what it costs, against a GPU rented all day.
 
     python -m tests.bench.day [--volumes 40 400 2000] [--clip-seconds 12] [--seed 1]
+    python -m tests.bench.day --calls     cron against calls of /wake, 2 to 8 containers, cold starts of 60 to 8 s
 
 The real Dispatcher, WarmWorker, Runner and Worker run under the virtual clock; platform, engine and network are
 simulated, and what they take is stated below. Nothing here is a measurement of Modal or of a GPU. Families upload 5
@@ -51,6 +52,16 @@ PHOTO_S, VIDEO_S, ONE_WAY_S = 0.5, 1.5, 0.2
 CRON_OVERHEAD_S = 5.0
 """Billed around each tick: start, imports, and two seconds of scaledown."""
 
+CALL_S = 5.0
+"""From an upload to the tick that its call of /wake starts: the cold starts of two small containers, the web endpoint's
+and the tick's. Unmeasured."""
+
+ENDPOINT_S = 12.0
+"""For which the endpoint's container is billed after each call: its start, and ten seconds of scaledown."""
+
+GRID_CONTAINERS, GRID_COLD_STARTS_S = (2, 4, 8), (60.0, 20.0, 8.0)
+"""8 s: a snapshot of a GPU's memory, which is said to be possible and was tried by nobody here."""
+
 LINGER_S, POLL_S, CONTAINERS, INPUTS = 0.0, 5.0, 2, 2
 """The defaults of settings.py and fleet.py."""
 
@@ -59,6 +70,7 @@ LINGER_S, POLL_S, CONTAINERS, INPUTS = 0.0, 5.0, 2, 2
 H100_USD_S, CORE_USD_S, GIB_USD_S = 0.001097, 0.0000131, 0.00000222
 GPU_USD_S = H100_USD_S + 4 * CORE_USD_S + 32 * GIB_USD_S  # what app.py asks for beside the GPU
 CRON_USD_S = 0.25 * CORE_USD_S + 0.5 * GIB_USD_S
+ENDPOINT_USD_S = 0.125 * CORE_USD_S + 0.25 * GIB_USD_S
 
 RENTED_USD_H = {"low": 1.80, "list": 2.69, "high": 3.78}
 """One H100 by the hour: RunPod community from 1.80, RunPod secure SXM 2.69, Lambda SXM 3.78 (same sources)."""
@@ -115,6 +127,7 @@ class Day:
     folder: Path
     clip_s: float
     generations: list
+    arrived: Callable = lambda: None  # called for each photo that appears
 
     def line(self, name, lease_s=600.0):
         """A connection to the queue."""
@@ -136,8 +149,50 @@ class Arm:
     is_rented: bool = False
 
 
-def fleet(*, drain: bool, cold_start_s: float, linger_s: float = LINGER_S) -> Callable:
-    """The cron and containers, as app.py wires them."""
+class Ticks:
+    """The function `dispatch`: one tick at a time, by the cron and, where it is called, by /wake as well."""
+
+    def __init__(self, tick, group):
+        self._tick, self._group = tick, group
+        self._free = anyio.Lock()
+        self._asked = False
+        self.took_s = []
+        self.calls = []  # when
+
+    def wake(self):
+        """One call, which brings a tick unless one was asked for that has not begun (on_modal/ticks.py)."""
+        self.calls.append(anyio.current_time())
+        if not self._asked:
+            self._asked = True
+            self._group.start_soon(self._woken)
+
+    async def _woken(self):
+        await anyio.sleep(CALL_S)
+        await self.tick()
+
+    async def tick(self):
+        """See Dispatcher."""
+        async with self._free:
+            self._asked = False
+            began_at = anyio.current_time()
+            try:
+                return await self._tick()
+            finally:
+                self.took_s.append(anyio.current_time() - began_at)
+
+    def usd(self):
+        """What ticks and the endpoint cost."""
+        open_s, until = 0.0, 0.0
+        for at in self.calls:
+            open_s += max(0.0, at + ENDPOINT_S - max(at, until))
+            until = max(until, at + ENDPOINT_S)
+        return sum(took_s + CRON_OVERHEAD_S for took_s in self.took_s) * CRON_USD_S + open_s * ENDPOINT_USD_S
+
+
+def fleet(
+    *, drain: bool, cold_start_s: float, linger_s: float = LINGER_S, containers: int = CONTAINERS, calls: bool = False
+) -> Callable:
+    """The cron and containers, as app.py wires them; with `calls`, every upload calls /wake."""
 
     async def work(day, group):
         records = MemoryRecords()
@@ -153,26 +208,28 @@ def fleet(*, drain: bool, cold_start_s: float, linger_s: float = LINGER_S) -> Ca
             group,
             open_warm_worker,
             name="gpu",
-            max_containers=CONTAINERS,
+            max_containers=containers,
             inputs=INPUTS,
             cold_start_s=cold_start_s,
             scaledown_s=2.0 if drain else max(2.0, linger_s),
         )
         dispatcher = Dispatcher(
             {None: day.line("cron", 960)},
-            {"gpu": (Sized(slots=CONTAINERS * INPUTS, engines=CONTAINERS), pool)},
+            {"gpu": (Sized(slots=containers * INPUTS, engines=containers), pool)},
             Readings(records),
             Ledger(records),
             Rules(),
             price_usd=lambda _task: None,  # there is no pool that takes money
         )
-        ticks = []
-        group.start_soon(lambda: cron(dispatcher.tick, on_tick=ticks.append))
+        ticks = Ticks(dispatcher.tick, group)
+        group.start_soon(cron, ticks.tick)
+        if calls:
+            day.arrived = ticks.wake
         return lambda: {
             "loaded": [(each.warm_at, each.ended_at) for each in pool.history],
             "billed_s": sum(each.ended_at - each.began_at for each in pool.history),
             "containers": len(pool.history),
-            "cron_usd": sum(took_s + CRON_OVERHEAD_S for took_s in ticks) * CRON_USD_S,
+            "cron_usd": ticks.usd(),
             "is_idle": not pool.containers,
         }
 
@@ -246,6 +303,7 @@ def live(arm: Arm, times: list[float], clip_s: float) -> dict:
                 for number, at in enumerate(times):
                     await anyio.sleep_until(at)
                     day.store.add(PHOTO, id=f"item-{number}", prompt=f"item-{number}")
+                    day.arrived()
                 await anyio.sleep_until(DAY_S)
                 late = len(times) - day.store.finished
                 while day.store.finished < len(times) or not books()["is_idle"]:
@@ -304,20 +362,42 @@ def break_even(points: list[tuple[int, float]], usd_a_day: float) -> float | Non
     return None
 
 
-def show(rows: list[dict]) -> None:
+def show(rows: list[dict], *, header: bool = True) -> None:
     """The table."""
-    print(
-        f"{'clips/day':>9} {'arm':<34} {'cold':>5} {'beat p50':>8} {'p95':>6} {'max':>6} {'busy':>6} {'clips/h':>7} "
-        f"{'GPU s':>7} {'starts':>6} {'$/clip':>7} {'$/day':>7} {'late':>5}"
-    )
+    if header:
+        print(
+            f"{'clips/day':>9} {'arm':<34} {'cold':>5} {'beat p50':>8} {'p95':>6} {'max':>6} {'busy':>6} "
+            f"{'clips/h':>7} {'GPU s':>7} {'starts':>6} {'$/clip':>7} {'$/day':>7} {'late':>5}"
+        )
     for row in rows:
         cold = f"{row['cold_start_s']:g} s" if row["cold_start_s"] else "-"
         print(
             f"{row['clips_a_day']:>9} {row['arm']:<34} {cold:>5} {row['first_beat_p50_s']:>6.0f} s "
             f"{row['first_beat_p95_s']:>4.0f} s {row['first_beat_max_s']:>4.0f} s {row['busy_under_backlog']:>6.3f} "
-            f"{row['clips_per_hour_under_backlog']:>7.0f} {row['billed_gpu_s']:>7.0f} {row['containers']:>6} "
-            f"{row['usd_a_clip']:>7.4f} {row['usd_a_day']:>7.2f} {row['unfinished_at_midnight']:>5}"
+            f"{row['clips_per_hour_under_backlog']:>7.0f} {row['billed_gpu_s']:>7.0f} {row['containers']:>6.0f} "
+            f"{row['usd_a_clip']:>7.4f} {row['usd_a_day']:>7.2f} {row['unfinished_at_midnight']:>5.0f}",
+            flush=True,
         )
+
+
+def compare_calls(volumes: list[int], clip_s: float, seeds: list[int], out: Path) -> None:
+    """Cron against calls, by number of containers and cold start: the mean of several days each."""
+    rows = []
+    for volume, cold, containers, calls in itertools.product(
+        volumes, GRID_COLD_STARTS_S, GRID_CONTAINERS, (False, True)
+    ):
+        arm = Arm(
+            f"{'calls' if calls else 'cron'}, {containers} containers",
+            fleet(drain=True, cold_start_s=cold, containers=containers, calls=calls),
+            cold,
+        )
+        days = [live(arm, arrivals(volume, seed), clip_s) for seed in seeds]
+        means = {name: statistics.mean(day[name] for day in days) for name in days[0]}
+        rows.append({"clips_a_day": volume, "arm": arm.name, "cold_start_s": cold} | means)
+        show(rows[-1:], header=len(rows) == 1)
+    record = {"at": datetime.now(UTC).isoformat(), "clip_s": clip_s, "seeds": seeds, "call_s": CALL_S, "results": rows}
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
@@ -326,9 +406,15 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, nargs="+", default=[40, 400, 2000], help="clips a day")
     parser.add_argument("--clip-seconds", type=float, default=CLIP_S, help="what the engine takes")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals")
+    parser.add_argument("--calls", action="store_true", help="compare the cron with calls, over three days each")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "day.json")
     arguments = parser.parse_args()
     quiet()
+    if arguments.calls:
+        seeds = [arguments.seed + number for number in range(3)]
+        out = arguments.out.with_name("day_calls.json")
+        compare_calls(arguments.volumes, arguments.clip_seconds, seeds, out)
+        return
 
     def run(arm: Arm, volume: int) -> dict:
         row = live(arm, arrivals(volume, arguments.seed), arguments.clip_seconds)

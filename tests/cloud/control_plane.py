@@ -18,6 +18,7 @@ from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 from modal._image import LATEST_IMAGE_BUILDER_VERSION
+from modal._serialization import deserialize_data_format, serialize_data_format
 from modal_proto import api_pb2
 from modal_proto.api_grpc import ModalClientBase
 
@@ -201,6 +202,7 @@ class ControlPlane:
             function_name=request.function_name,
             function_type=request.function_type,
             method_definitions=request.method_definitions,
+            webhook_config=request.webhook_config,
             supported_input_formats=request.supported_input_formats,
             supported_output_formats=request.supported_output_formats,
         )
@@ -310,6 +312,21 @@ class ControlPlane:
         ]
         unfinished = sum(not it.has_ended for it in of_call)
         return api_pb2.FunctionGetOutputsResponse(outputs=outputs, num_unfinished_inputs=unfinished)
+
+    async def FunctionCallGetDataIn(self, request):
+        """What whoever called over HTTP sent: its whole body at once."""
+        item = self.scheduler.of_call(request.function_call_id)
+        message = {"type": "http.request", "body": item.request, "more_body": False}
+        if request.last_index < 1:
+            data = serialize_data_format(message, api_pb2.DATA_FORMAT_ASGI)
+            yield api_pb2.DataChunk(data_format=api_pb2.DATA_FORMAT_ASGI, data=data, index=1)
+        while not item.has_ended:
+            await self.scheduler.wait(LONG_POLL_S)
+
+    async def FunctionCallPutDataOut(self, request):
+        item = self.scheduler.of_call(request.function_call_id)
+        item.messages += [deserialize_data_format(it.data, it.data_format, None) for it in request.data_chunks]
+        self.scheduler.changed()
 
     async def FunctionCallCancel(self, request):
         self.scheduler.cancel(request.function_call_id)

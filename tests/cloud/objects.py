@@ -79,6 +79,8 @@ class Input:
     retries: int = 0
     result: api_pb2.GenericResult = field(default_factory=api_pb2.GenericResult)
     data_format: int = api_pb2.DATA_FORMAT_PICKLE
+    request: bytes = b""  # of a call over HTTP: the body
+    messages: list[dict[str, Any]] = field(default_factory=list)  # of ASGI, that answered it
 
     @property
     def name(self) -> str:
@@ -162,6 +164,7 @@ class Function:
             function_name=of.function_name,
             function_type=of.function_type,
             function_schema=of.function_schema,
+            web_url=f"https://modal.invalid/{of.function_name}" if of.webhook_config.type else "",
             supported_input_formats=of.supported_input_formats,
             supported_output_formats=of.supported_output_formats,
             max_object_size_bytes=INLINE_BYTES,

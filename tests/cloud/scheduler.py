@@ -97,6 +97,10 @@ class Scheduler:
         item.function.waiting.append(item)
         self.changed()
 
+    def of_call(self, call_id: str) -> Input:
+        """The one input of a call."""
+        return next(it for it in self.inputs.values() if it.call_id == call_id)
+
     async def take(self, container: Container) -> Input | None:
         """An input for a container with room; None when it has been idle for long, or has to go."""
         function, now = container.function, asyncio.get_running_loop().time

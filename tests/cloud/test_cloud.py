@@ -128,6 +128,24 @@ def process(item: str, count: int = 1, opens: bool = False):
         raise ValueError("nothing to do")
     return f"{item} x {count}"
 
+@app.function()
+@modal.concurrent(max_inputs=10)
+@modal.asgi_app()
+def page():
+    async def answer(scope, receive, send):
+        if scope["type"] == "lifespan":
+            while True:
+                message = await receive()
+                await flights.put.aio(message["type"], True)
+                await send({"type": message["type"] + ".complete"})
+                if message["type"].endswith("shutdown"):
+                    return
+        body = (await receive())["body"]
+        said = f"{scope['method']} {scope['path']} {dict(scope['headers'])[b'x-key'].decode()} ".encode() + body
+        await send({"type": "http.response.start", "status": 202, "headers": []})
+        await send({"type": "http.response.body", "body": said})
+    return answer
+
 @app.cls()
 class Scale:
     factor: int = modal.parameter(default=2)
@@ -169,7 +187,7 @@ SPAWNER = """
     layer: 4
 """
 FILES = """
-  files of Model, Scale, Single, dispatch, process, scribble, spawner
+  files of Model, Scale, Single, dispatch, page, process, scribble, spawner
     /root: app.py
     /root/toypack: __init__.py
 """
@@ -235,6 +253,17 @@ def test_dict(toy):
     toy.until_idle()
     assert item.value == [False, 3, 2, False, "none", [("a", 1), ("c", 3)], ["a", "c"], [1, 3]]
     assert toy.entries("pad") == {"a": 1, "c": 3}
+
+
+def test_web_endpoint(toy):
+    """An ASGI application gets the request and its body, and what it answers comes back; it is opened and closed."""
+    items = [toy.post("page", "/there", f"body {number}".encode(), x_key="secret") for number in range(3)]
+    assert toy.answer(items[2]) == (202, b"POST /there secret body 2")
+    toy.until_idle()
+    assert {it.containers[0] for it in items} == {items[0].containers[0]}
+    toy.until_gone(items[0].containers[0])
+    assert toy.entries("toy-flights")["lifespan.startup"]
+    assert toy.entries("toy-flights")["lifespan.shutdown"]
 
 
 def test_preemption_of_async_work(toy):

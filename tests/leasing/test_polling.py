@@ -109,6 +109,31 @@ async def test_an_empty_queue_is_asked_by_interval(box):
 
 
 @virtual_time
+async def test_a_wake_cuts_the_interval_short(box):
+    """The queue is asked at once; a burst of wakes while it is asked makes it be asked once more, and no oftener."""
+    it = box(poll_interval_s=3600)
+    it.queue.answers_after_s = 2
+
+    async def wake(times):
+        for _ in range(times):
+            it.worker.wake()
+            await anyio.sleep(0.01)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(it.worker.run)
+        await anyio.sleep(100)
+        assert len(it.queue.asked_at) == 1
+        await wake(50)
+        await anyio.sleep(10)
+        assert [round(at, 1) for at in it.queue.asked_at[1:]] == [100.0, 102.0]
+        it.store.add(PHOTO)
+        await wake(1)
+        await anyio.sleep(1)
+        assert it.statuses() == ["processing"]
+        it.worker.stop_now()
+
+
+@virtual_time
 async def test_a_queue_that_is_away_is_asked_less_and_less(box):
     """Backoff with jitter up to a minute, and back to the interval once it answers."""
     it = box(poll_interval_s=5)

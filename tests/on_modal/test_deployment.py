@@ -5,7 +5,9 @@ are processes of an interpreter that does not have this project, the queue is an
 ours on loopback. Weights are those of the `tiny` preset, on the CPU.
 """
 
+import base64
 import difflib
+import json
 import os
 import shutil
 import signal
@@ -16,16 +18,21 @@ from pathlib import Path
 
 import anyio
 import httpx
+import psycopg
 import pytest
 
+from inference.build import migrate_jobs
 from inference.media.video import probe
 from inference.payments.ledger import Ledger, Payment
 from inference.payments.records import MemoryRecords
+from inference.settings import Settings
 from tests.cloud import golden
 from tests.cloud.cloud import Cloud
 from tests.cloud.containers import Container
+from tests.support import postgres
 from tests.support.processes import KEY, Site, jpeg, until
 from tests.support.runway_server import REPLY_LOST, RunwayServer
+from tests.support.s3_server import S3Server
 
 ROOT = Path(__file__).parents[2]
 APP = "serverless-i2v"
@@ -119,6 +126,7 @@ def fleet(folder: Path, **settings: object) -> Iterator[Fleet]:
         } | settings
         (source / ".env").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
         keys = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY, "RUNWAYML_API_SECRET": runway.key}
+        keys |= {"I2V_PUSH_TOKEN": str(settings["I2V_PUSH_TOKEN"])} if "I2V_PUSH_TOKEN" in settings else {}
         cloud.create_secret(APP, keys)
         deployed = cloud.deploy(source / "app.py")
         assert deployed.returncode == 0, deployed.stdout + deployed.stderr
@@ -389,3 +397,79 @@ def test_by_hand_at_runway_is_paid_once(tmp_path):
         assert command.returncode == 0, said
         assert probe(it.source / "out.mp4").frames == 120
         assert it.runway.paid.total() == 2
+
+
+def test_a_wake_is_a_tick_now(tmp_path):
+    """A call starts the work at once; a burst of fifty makes one tick and one more; who has no token is refused."""
+    with fleet(tmp_path, I2V_PUSH_TOKEN="token-of-callers") as it:
+        cloud = it.cloud
+        assert cloud.answer(cloud.post("calls", "/wake", b"{}"))[0] == 401
+        assert cloud.answer(cloud.post("calls", "/wake", b"{}", authorization="Bearer wrong"))[0] == 401
+        assert cloud.answer(cloud.post("calls", "/jobs/run", b"{}"))[0] == 404  # this queue's tasks have no calls
+        assert cloud.answer(cloud.post("calls", "/jobs/health", method="GET"))[0] == 200
+        assert cloud.calls("dispatch") == []
+        ids = submit(it.site)
+        bearer = "Bearer token-of-callers"
+        burst = [cloud.post("calls", "/wake", b'{"type": "INSERT"}', authorization=bearer) for _ in range(50)]
+        assert {cloud.answer(each)[0] for each in burst} == {202}
+        it.until_done()
+        assert it.statuses(ids) == ["completed"]
+        assert 1 <= len(cloud.calls("dispatch")) <= 2
+        assert "calls/tick-asked" not in cloud.entries(f"{APP}-records")
+        assert probe(download(it.site, ids[0], tmp_path / "clip.mp4")).codec == "h264"
+        # A tick that cannot be started is no secret, and the next call is not lost to it.
+        cloud.refuse_spawns("dispatch", 1)
+        assert cloud.answer(cloud.post("calls", "/wake", authorization=bearer))[0] == 503
+        assert cloud.answer(cloud.post("calls", "/wake", x_worker_token="token-of-callers"))[0] == 202
+        it.until_done()
+
+
+def test_a_job_of_a_table_is_run_when_it_is_asked_for(tmp_path):
+    """`/jobs/run` takes it, a container makes it, and it is in the bucket; a wake finds what nobody asked for."""
+    bearer = "Bearer token-of-callers"
+    with (
+        postgres.server() as server,
+        postgres.database(server) as database,
+        S3Server() as s3,
+        Cloud(
+            tmp_path / "cloud",
+            idle_s=IDLE_S,
+            container_env={"I2V_WEIGHTS_DIR": str(tmp_path / "weights"), "OMP_NUM_THREADS": "1"},
+        ) as cloud,
+    ):
+        jobs = {"I2V_QUEUE": "video_jobs", "I2V_JOBS_STALE": 400, "BUCKET_ENDPOINT_URL": s3.url}
+        jobs |= {"BUCKET_NAME": s3.bucket, "I2V_WAN_PRESET": "tiny", "I2V_MODAL_STARTUP_TIMEOUT": 300}
+        secret = {"I2V_JOBS_DATABASE_URL": database, "I2V_PUSH_TOKEN": "token-of-callers"}
+        secret |= {"BUCKET_ACCESS_KEY_ID": s3.key_id, "BUCKET_SECRET_ACCESS_KEY": s3.secret}
+        migrate_jobs(Settings.isolated(jobs_database_url=database))
+        photo = f"data:image/jpeg;base64,{base64.b64encode(jpeg()).decode()}"
+        given = json.dumps({"photo": photo, "seconds": 0.5})
+        with psycopg.connect(database, autocommit=True) as connection:
+            for job_id in ("asked", "forgotten"):
+                connection.execute("INSERT INTO video_jobs (id, input) VALUES (%s, %s)", (job_id, given))
+            source = copy_of_the_clone(tmp_path / "clone")
+            told = {**jobs, "I2V_PUSH_TOKEN": "a-secret-that-stays-here"}
+            (source / ".env").write_text("".join(f"{name}={value}\n" for name, value in told.items()))
+            cloud.create_secret(APP, secret)
+            deployed = cloud.deploy(source / "app.py")
+            assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+
+            def ask(job_id: str) -> tuple[int, str, str]:
+                body = json.dumps({"job_id": job_id}).encode()
+                status, answer = cloud.answer(cloud.post("calls", "/jobs/run", body, authorization=bearer))
+                return status, json.loads(answer)["outcome"], json.loads(answer)["attempt_id"]
+
+            assert cloud.answer(cloud.post("calls", "/jobs/health", method="GET"))[0] == 200
+            status, outcome, attempt_id = ask("asked")
+            assert (status, outcome) == (202, "accepted")
+            assert ask("asked")[:2] == (503, "held")
+            assert ask("nobody")[:2] == (404, "unknown_job")
+            assert cloud.answer(cloud.post("calls", "/wake", authorization=bearer))[0] == 202
+            cloud.until_idle(PATIENCE_S)
+            rows = dict(connection.execute("SELECT id, status || ' ' || attempts FROM video_jobs").fetchall())
+            assert rows == {"asked": "completed 1", "forgotten": "completed 1"}
+            key = f"video-jobs/asked/attempts/{attempt_id}/final.mp4"
+            (tmp_path / "clip.mp4").write_bytes(s3.object_bytes(key))
+            assert probe(tmp_path / "clip.mp4").codec == "h264"
+            assert ask("asked") == (200, "skipped", attempt_id)
+            assert len(cloud.containers("Wan")) == 1

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from inference.errors import SettingsError
-from inference.server import serve as serve_module
+from inference.server import listening
 from inference.server.serve import serve
 from tests.server.harness import KEY, config, jpeg, running_server
 
@@ -54,7 +54,7 @@ def test_signals_are_left_to_the_program(tmp_path):
 
 def test_a_stop_is_bounded(tmp_path, monkeypatch, caplog):
     """A client that never finishes its request does not keep the server; it is told to come again, and no bug is."""
-    monkeypatch.setattr(serve_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(listening, "GRACE_S", 0.2)
     with running_server(config(tmp_path)) as url:
         host, port = url.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)))

@@ -1,0 +1,165 @@
+"""OIDC tokens of Google's service accounts, as Cloud Tasks and Cloud Scheduler send them."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import anyio
+import anyio.to_thread
+import httpx
+import structlog
+from google.auth import exceptions
+from google.oauth2 import id_token
+
+from inference.errors import SettingsError, one_line
+from inference.push.auth import Verdict
+
+log = structlog.get_logger(__name__)
+
+CERTIFICATES_URL = "https://www.googleapis.com/oauth2/v1/certs"
+"""Where Google publishes what its ID tokens are signed with (google.oauth2.id_token._GOOGLE_OAUTH2_CERTS_URL)."""
+
+ISSUERS = {"accounts.google.com", "https://accounts.google.com"}
+"""As google.oauth2.id_token.verify_oauth2_token has them."""
+
+CLOCK_SKEW_S = 30
+"""How far the clocks of Google and of this machine may be apart."""
+
+FETCH_LIMIT_S = 10.0
+
+DEFAULT_AGE_S = 3600.0
+"""How long certificates are kept where their answer does not say."""
+
+MIN_AGE_S = 60.0
+"""A token that no kept certificate fits makes us fetch them again, for they may have been changed; but not more often
+than this, whatever strangers send."""
+
+MAX_REASON_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An answer that was kept, as google.auth.transport.Response describes one."""
+
+    status: int
+    headers: Mapping[str, str]
+    data: bytes
+
+
+class Certificates:
+    """Fetches like google-auth's own transport, but asks for the same URL again only when its answer is too old.
+
+    Called from threads.
+    """
+
+    def __init__(self, client: httpx.Client | None = None) -> None:
+        self._client = client or httpx.Client(timeout=FETCH_LIMIT_S)
+        self._kept: dict[str, tuple[_Kept, float, float]] = {}  # by URL: fetched at, fresh until; monotonic seconds
+        self._lock = threading.Lock()
+
+    def __call__(self, url: str, method: str = "GET", **_: Any) -> _Kept:
+        """See google.auth.transport.Request. Raises TransportError."""
+        with self._lock:
+            if url in self._kept and time.monotonic() < self._kept[url][2]:
+                return self._kept[url][0]
+            try:
+                answer = self._client.request(method, url)
+            except httpx.HTTPError as error:
+                raise _away(f"{type(error).__name__}: {error}") from None
+            kept, now = _Kept(answer.status_code, answer.headers, answer.content), time.monotonic()
+            if answer.status_code == 200:
+                if not _is_object(answer.content):  # a portal's page, for one; the library would blame the token
+                    raise _away("the answer holds no certificates")
+                self._kept[url] = (kept, now, now + _age_s(answer.headers))
+            return kept
+
+    def forget(self, url: str) -> bool:
+        """Fetches it again next time; False where it is too fresh for that."""
+        with self._lock:
+            known = self._kept.get(url)
+            if known is None or time.monotonic() < known[1] + MIN_AGE_S:
+                return False
+            del self._kept[url]
+            return True
+
+
+class GoogleTokens:
+    """Verifies tokens: made by Google, for exactly our audience, and of a listed account whose address is verified."""
+
+    def __init__(
+        self,
+        audience: str,
+        callers: Collection[str],
+        *,
+        certificates: Certificates | None = None,
+        certificates_url: str = CERTIFICATES_URL,
+    ) -> None:
+        """Raises SettingsError without audience or callers: anybody with a Google account can have some token."""
+        if not audience:
+            raise SettingsError("I2V_PUSH_AUDIENCE is not set: set it to the URL that tokens are made for")
+        if not callers:
+            raise SettingsError(
+                "I2V_PUSH_CALLERS is not set: list the service accounts that may call, such as "
+                "tasks@project.iam.gserviceaccount.com"
+            )
+        self._audience, self._callers = audience, frozenset(each.lower() for each in callers)
+        self._certificates = certificates or Certificates()
+        self._url = certificates_url
+
+    async def verdict(self, token: str) -> Verdict | None:
+        """See Tokens."""
+        try:
+            claims = await anyio.to_thread.run_sync(self._claims, token)
+        except exceptions.TransportError as error:  # a GoogleAuthError, too: it has to come first
+            log.warning("certificates_away", error=one_line(str(error), MAX_REASON_CHARS))
+            return Verdict(503, "Google's certificates cannot be fetched")
+        except (ValueError, exceptions.GoogleAuthError) as error:
+            return Verdict(401, f"not a token for this address: {one_line(str(error), MAX_REASON_CHARS)}")
+        email = claims.get("email")
+        if claims.get("email_verified") is not True:  # the library does not look at it
+            return Verdict(403, "the address of the token's account is not verified")
+        if not isinstance(email, str) or email.lower() not in self._callers:
+            return Verdict(403, "the token's account is not in I2V_PUSH_CALLERS")
+        return None
+
+    def _claims(self, token: str) -> Mapping[str, Any]:
+        try:
+            return self._verified(token)
+        except exceptions.TransportError:
+            raise
+        except ValueError:  # certificates change; with new ones the same token may be good
+            if not self._certificates.forget(self._url):
+                raise
+        return self._verified(token)
+
+    def _verified(self, token: str) -> Mapping[str, Any]:
+        claims: Mapping[str, Any] = id_token.verify_token(
+            token,
+            cast("Any", self._certificates),
+            audience=self._audience,
+            certs_url=self._url,
+            clock_skew_in_seconds=CLOCK_SKEW_S,
+        )
+        if claims.get("iss") not in ISSUERS:
+            raise ValueError("Google did not issue it")
+        return claims
+
+
+def _away(why: str) -> exceptions.TransportError:
+    return exceptions.TransportError(why)  # type: ignore[no-untyped-call]
+
+
+def _is_object(body: bytes) -> bool:
+    try:
+        return isinstance(json.loads(body), dict)
+    except ValueError:
+        return False
+
+
+def _age_s(headers: httpx.Headers) -> float:
+    found = re.search(r"max-age=(\d{1,8})\b", headers.get("cache-control", ""))
+    return max(MIN_AGE_S, min(float(found[1]), 86_400.0)) if found else DEFAULT_AGE_S
