@@ -76,9 +76,12 @@ whose page somebody opens, but a video that comes later still replaces that."""
 BEAT_S = 2.0
 """How often its page asks for progress, about, and so how often progress is sent."""
 
-TASK_LIMIT_S = 25.0
-"""For one question for a job. The application may fetch photos before it answers, and what it claimed for an answer
-that nobody waits for is lost. `leasing/taking.py` waits 30 s."""
+TASK_LIMIT_S = 70.0
+"""For one question for a job. The application may fetch photos before it answers and send them as base64, and a job
+whose answer nobody waits for is lost: 50 MB at 6 Mbit/s take this long. `leasing/taking.py` waits 75 s."""
+
+SILENCE_S = 30.0
+"""For as long the application may send nothing, before its answer and within it."""
 
 PROGRESS_LIMIT_S = 5.0
 """For one progress call, at each of at most two addresses; a keeper waits 15 s for a heartbeat."""
@@ -195,7 +198,7 @@ class GmAnimatoQueue:
         self._api = httpx.AsyncClient(
             headers={"x-worker-secret": self._secret, **IDENTITY},
             event_hooks={"response": [bounded(MAX_TASK_BYTES)]},
-            timeout=TASK_LIMIT_S,
+            timeout=SILENCE_S,
             trust_env=proxied,
             transport=transport,
         )
