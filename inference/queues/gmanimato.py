@@ -63,7 +63,7 @@ from inference.transfer.addresses import may_be_proxied
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.bucket import Bucket
 from inference.transfer.json_api import NEVER_SENT
-from inference.transfer.network import flaw_in, safe_for_a_key
+from inference.transfer.network import flaw_in, is_of_a_private_network, is_this_machine, safe_for_a_key
 from inference.transfer.storage import Storage, redact
 from inference.transfer.storage_errors import FOREIGN, MIN_SECRET_CHARS, reason_of
 
@@ -613,11 +613,16 @@ def _reaching_storage(where: str) -> Iterator[None]:
 
 
 def _base_of(api_url: str) -> str:
-    """The address of the application, with or without a trailing slash or `/api`. Raises SettingsError."""
+    """The address of the application, with or without a trailing slash or `/api`. Raises SettingsError.
+
+    Its own documents use plain http between boxes of one network, so that is taken there, and told.
+    """
     try:
-        url = safe_for_a_key(api_url)
+        url = safe_for_a_key(api_url, is_of_a_private_network)
     except SettingsError as error:
         raise SettingsError(f"GMANIMATO_API_URL: {error}") from None
+    if url.scheme == "http" and not is_this_machine(url.host):
+        logger.warning("the secret travels unencrypted", host=url.host, setting="GMANIMATO_API_URL")
     return str(url.copy_with(path=url.path.rstrip("/").removesuffix("/api"))).rstrip("/")
 
 

@@ -13,6 +13,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from inference.errors import (
     I2VError,
@@ -472,6 +473,7 @@ async def test_a_long_job(monkeypatch, app, photo_bytes):
     [
         ("gmanimato.test", {}, "GMANIMATO_API_URL"),
         ("http://gmanimato.test", {}, "GMANIMATO_API_URL"),
+        ("http://8.8.8.8:3000", {}, "GMANIMATO_API_URL"),
         ("https://gmanimato.test?x=1", {}, "GMANIMATO_API_URL"),
         ("https://gmanimato.test", {"secret": ""}, "WORKER_TASK_SECRET"),
         ("https://gmanimato.test", {"secret": "geheim\u00fcber"}, "WORKER_TASK_SECRET"),
@@ -484,6 +486,16 @@ def test_settings_that_cannot_work(url, options, named):
     options = {"secret": "s", "worker_id": "w", "storage": Storage()} | options
     with pytest.raises(SettingsError, match=named):
         GmAnimatoQueue(url, options.pop("secret"), **options)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://192.168.1.7:3000", "http://app:3000", "http://box.lan", "http://[fd00::7]:3000"]
+)
+def test_an_application_of_the_same_network(url):
+    """Plain http will do there, as its own documents have it; that the secret can be read on the way is said."""
+    with capture_logs() as logs:
+        GmAnimatoQueue(url, "s", worker_id="w", storage=Storage())
+    assert [line["event"] for line in logs] == ["the secret travels unencrypted"]
 
 
 # Progress
