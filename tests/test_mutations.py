@@ -82,6 +82,16 @@ def weakened() -> list[Mutant]:
             "with anyio.CancelScope(shield=True), anyio.move_on_after(time_s):",
             "with anyio.move_on_after(time_s):",
         ),
+        (
+            "inference/queues/video_jobs/statements.py",
+            "status=self._status(case((c.cancel_requested, CANCELED), else_=COMPLETED)),",
+            "status=self._status(COMPLETED),",
+        ),
+        (
+            "inference/queues/video_jobs/statements.py",
+            "status=self._status(case((c.cancel_requested, CANCELED), else_=QUEUED)),",
+            "status=self._status(QUEUED),",
+        ),
     ]
     found = []
     for path, old, new in changes:
