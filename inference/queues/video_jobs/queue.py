@@ -117,7 +117,10 @@ class VideoJobsQueue:
         except ValidationError:
             raise QueueRefused(f"{one_line(job_id, 100)}: no id of a job; use letters, digits and ._:-") from None
         parse_job(job_id, given)
-        await self._in_thread(self.jobs.add, job_id, given)
+        try:
+            await self._in_thread(self.jobs.add, job_id, given)
+        except ItemMissing as error:
+            raise QueueRefused(f"no such job can be added: {error}") from None
         return job_id
 
     async def acquire(self, job_id: str) -> Lease | Standing:

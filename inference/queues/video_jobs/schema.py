@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import BigInteger, Boolean, Column, Connection, DateTime, Integer, MetaData, String, Table, Text, text
 from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
@@ -40,7 +40,7 @@ class _Rule:
 
 
 RULES: Mapping[str, _Rule] = {
-    "id": _Rule(KEYS, "text PRIMARY KEY", is_the_jobs=True),
+    "id": _Rule((*KEYS, "bigint", "integer"), "text PRIMARY KEY", is_the_jobs=True),
     "status": _Rule(TEXTS, "text NOT NULL DEFAULT 'queued'", is_the_jobs=True),
     "input": _Rule(JSONS, "jsonb NOT NULL", is_the_jobs=True),
     "attempt_id": _Rule(KEYS, "text"),  # of who holds the job, or ended it; new for each acquire
@@ -233,5 +233,5 @@ def _type(column: _Found) -> TypeEngine[Any]:
         "timestamp without time zone": DateTime(),
     }
     if column.type in INTEGERS:
-        return Integer()
+        return BigInteger() if column.type == "bigint" else Integer()
     return known.get(column.type) or (Text() if column.chars is None else String(column.chars))
