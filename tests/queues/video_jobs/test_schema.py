@@ -119,8 +119,31 @@ def test_every_wrong_column_is_named_at_once(database_url):
     assert str(refused.value) == (
         "the table video_jobs does not fit: id is point and has to be text or character varying or uuid or bigint or "
         "integer; "
-        "status has no value canceled; attempts is text and has to be integer or bigint or smallint"
+        "status has no value canceled; attempts is text and has to be integer or bigint or smallint; "
+        "id is no primary key, nor otherwise unique"
     )
+
+
+@pytest.mark.parametrize(
+    "rule, told",
+    [
+        ("status IN ('queued', 'processing', 'completed', 'failed', 'cancelled')", "does not allow canceled"),
+        ("status IN ('queued', 'processing', 'done', 'failed', 'canceled')", "does not allow completed"),
+        ("status IN ('draft', 'queued', 'processing', 'completed', 'failed', 'canceled')", None),
+        ("length(status) < 20", None),
+        ("status <> '' OR input IS NULL", None),
+    ],
+)
+def test_a_rule_that_forbids_a_status_is_told_before_any_job_meets_it(database_url, rule, told):
+    """Found out later, it would keep a job from its end, and every sweep from the others."""
+    run(database_url, f"CREATE TABLE video_jobs (id text PRIMARY KEY, status text CHECK ({rule}), input jsonb)")
+    if told is None:
+        create(database_url)
+        return
+    before = columns(database_url, "public.video_jobs")
+    with pytest.raises(SettingsError, match=f"a CHECK of status {told}"):
+        create(database_url)
+    assert columns(database_url, "public.video_jobs") == before
 
 
 @pytest.mark.parametrize("kind, largest", [("bigint", 2**63 - 1), ("integer", 2**31 - 1)])
@@ -165,6 +188,12 @@ def test_what_has_ended_costs_nothing(sql):
         plans[name] = "\n".join(step for (step,) in steps)
     for name, plan in plans.items():
         assert f"{sql.names.bare}_i2v_line" in plan, f"{name}:\n{plan}"
+
+
+def test_what_a_database_does_not_allow_is_told_as_it_says_it(database_url):
+    """A schema that is not there; as it would be a user that may not make tables."""
+    with pytest.raises(SettingsError, match=r'app\.jobs could not be made or completed: schema "app" does not exist'):
+        create(database_url, THEIRS)
 
 
 def test_who_may_not_write_is_told_so(database_url):
