@@ -1,5 +1,6 @@
 """Builds the parts from settings. Entry points do this once, at their start; nothing below them reads settings."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -108,13 +109,25 @@ def engine_note(settings: Settings) -> str:
     return ENGINES[settings.engine].note(settings)
 
 
+def recipe(settings: Settings) -> str:
+    """The settings of the engine on which it depends what a clip looks like: finished segments are told apart by it."""
+    return ENGINES[settings.engine].recipe(settings)
+
+
 def price_usd(settings: Settings, task: Task) -> float | None:
     """What a task costs at the paid provider, at most; None where it cannot be made there."""
     request = GenerationRequest.from_task(task)
+    if task.segments:
+        prices = [_price_usd(settings, request.for_segment(segment)) for segment in task.segments]
+        return None if None in prices else sum(price for price in prices if price is not None)
     if not task.names_duration and settings.runway_duration_s is not None:
         request = request.model_copy(update={"duration_s": settings.runway_duration_s})
+    return _price_usd(settings, request)
+
+
+def _price_usd(settings: Settings, request: GenerationRequest) -> float | None:
     try:
-        model = model_for(task.provider, settings.runway_model)
+        model = model_for(request.provider, settings.runway_model)
         model.refuse(request)
         return model.cost_usd(request.duration_s, audio=settings.runway_audio)
     except InvalidRequest:
@@ -162,6 +175,16 @@ def _build_comfyui(settings: Settings) -> Engine:
     with needing_extra("comfyui", "the ComfyUI engine"):
         from inference.engines.comfyui.engine import ComfyEngine  # noqa: PLC0415 - an extra
     return ComfyEngine(settings.comfy_host, template=load_template(settings), patience_s=settings.comfy_patience_s)
+
+
+def _comfyui_recipe(settings: Settings) -> str:
+    """A digest of the graph that makes clips of photos, and of where photo and prompt go in it."""
+    contents = hashlib.sha256()
+    for path in (settings.comfy_workflow, settings.comfy_mapping):
+        with suppress(OSError):  # the engine says so, before anything is made
+            contents.update(path.read_bytes() if path else b"")
+        contents.update(b"\0")
+    return contents.hexdigest()
 
 
 def _comfyui_note(settings: Settings) -> str:
@@ -221,6 +244,7 @@ class _EngineParts:
     build: Callable[[Settings, Callable[[], None]], Engine]
     note: Callable[[Settings], str]
     refuse: Callable[[Settings, GenerationRequest], None]
+    recipe: Callable[[Settings], str] = lambda _settings: ""  # which settings make another clip of the same request
 
 
 ENGINES: dict[EngineName, _EngineParts] = {
@@ -233,16 +257,19 @@ ENGINES: dict[EngineName, _EngineParts] = {
         build=_build_wan,
         note=_wan_note,
         refuse=lambda settings, request: PRESETS[settings.wan_preset].refuse(request),
+        recipe=lambda settings: f"{settings.wan_preset} {settings.wan_area_px}",
     ),
     "comfyui": _EngineParts(
         build=lambda settings, _check: _build_comfyui(settings),
         note=_comfyui_note,
         refuse=lambda _settings, _request: None,  # the graph says, when a task is filled in
+        recipe=_comfyui_recipe,
     ),
     "runway": _EngineParts(
         build=lambda settings, _check: _build_runway(settings),
         note=_runway_note,
         refuse=_refuse_runway,
+        recipe=lambda settings: f"{settings.runway_model} {settings.runway_ratio} {settings.runway_audio}",
     ),
 }
 """The place where an engine is added: here it is built, and `providers.py` says which hints it serves."""
@@ -420,6 +447,7 @@ def build_runner(
         temp_dir=settings.temp_dir,
         sink=sink,
         ledger=ledger,
+        recipe=recipe(settings),
         at_once=settings.runway_concurrency if is_paid(settings.engine) else 1,
     )
 

@@ -23,6 +23,7 @@ PYTEST = (
 )
 SIMULATION = (sys.executable, "-W", "ignore", "tests/simulation/leases.py", "--stop", "--seeds", "400")
 CHECKS = {
+    "inference/leasing/film.py": [(*PYTEST, "tests/leasing/test_film.py", "-k", "boundary")],
     "inference/leasing/keeper.py": [(*PYTEST, "tests/leasing/test_runner.py"), SIMULATION],
     "inference/leasing/executor.py": [
         (*PYTEST, "tests/leasing/test_executor.py"),
@@ -36,6 +37,9 @@ CHECKS = {
     "inference/fleet/warm_worker.py": [(*PYTEST, "tests/fleet/test_warm_worker.py")],
     "inference/testing/memory_store.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "memory")],
     "inference/server/rows/removal.py": [(*PYTEST, "tests/server/rows/test_removal.py", "-k", "sqlite")],
+    "inference/queues/video_jobs/statements.py": [
+        (*PYTEST, "tests/queues/video_jobs/test_store.py", "-k", "ours"),
+    ],
     "inference/server/rows/statements.py": [(*PYTEST, "tests/server/rows/test_store.py", "-k", "sqlite")],
     "inference/push/here.py": [(*PYTEST, "tests/push/test_app.py")],
     "inference/push/answers.py": [(*PYTEST, "tests/push/test_app.py")],

@@ -26,6 +26,7 @@ from inference.build import (
     open_queue,
 )
 from inference.commands.comfy import app as comfy_app
+from inference.commands.film import film
 from inference.commands.payments import payments
 from inference.commands.push import app as push_app
 from inference.commands.push import prepare_wake
@@ -297,6 +298,7 @@ def fetch(
 
 
 app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')(render)
+app.command(epilog='Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`')(film)
 
 
 @app.command(epilog="Example: `i2v tasks --status failed`, then `i2v tasks --retry ID`")

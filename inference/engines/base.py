@@ -53,8 +53,8 @@ class Job:
 
     def raise_if_cancelled(self) -> None:
         """For engines to call at every step and stage boundary. Raises the reason for which the job was cancelled."""
-        if self._cancelled is not None:
-            raise self._cancelled
+        if (reason := self.cancelled_by) is not None:
+            raise reason
 
     def raise_if_lease_ended(self) -> None:
         """For engines to call on the event loop before they spend money. Raises as `raise_if_cancelled`, LeaseLost.

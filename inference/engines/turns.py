@@ -27,6 +27,11 @@ class EngineTurns:
         return self.hung or (self._strict and self._suspect)
 
     @property
+    def name(self) -> str:
+        """The engine's."""
+        return self._engine.name
+
+    @property
     def stages(self) -> Mapping[str, float]:
         """The engine's own stages, with each one's relative duration."""
         return self._engine.stages

@@ -8,7 +8,7 @@ Nothing is spent before the queue has confirmed the lease, and every attempt of 
 lease is still ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,8 @@ import structlog
 from inference.engines.base import Engine, Job
 from inference.engines.turns import EngineTurns
 from inference.errors import CancelRequested, I2VError, LeaseLost
+from inference.leasing import film
+from inference.leasing.film import Film, FilmJob
 from inference.leasing.keeper import Keeper
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import scratch_folder
@@ -26,7 +28,7 @@ from inference.payments.ledger import Ledger, Purchase
 from inference.progress.tracker import ProgressTracker, Sink, plan
 from inference.providers import is_known
 from inference.queues.base import TaskQueue
-from inference.task import GenerationRequest, Lease, Outcome
+from inference.task import GenerationRequest, Lease, Outcome, Video
 
 log = structlog.get_logger(__name__)
 
@@ -46,26 +48,37 @@ class Runner:
         temp_dir: Path | None = None,
         sink: Callable[[Lease], Sink] | None = None,
         ledger: Ledger | None = None,
+        recipe: str = "",
         at_once: int = 1,
     ) -> None:
-        """`engine`: one of this runner's own, for `at_once` leases at a time, or one shared with other runners."""
+        """`engine`: one of this runner's own, for `at_once` leases at a time, or one shared with other runners.
+
+        `recipe`: settings of the engine on which it depends what a clip looks like.
+        """
         self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
         limit_s = self._policy.attempt_limit_s
         self.turns = (
             engine if isinstance(engine, EngineTurns) else EngineTurns(engine, at_once=at_once, limit_s=limit_s)
         )
+        self._recipe = recipe
         self._temp_dir = temp_dir
         self._sink = sink
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Errors become its Outcome; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
-        tracker = ProgressTracker(plan(self.turns.stages), self._sink(lease) if self._sink else None)
-        purchase = self._ledger.purchase(lease.task.item_id, lease.worker_id) if self._ledger else None
+        task = lease.task
+        stages = film.STAGES if task.segments else plan(self.turns.stages)
+        tracker = ProgressTracker(stages, self._sink(lease) if self._sink else None)
         keeper = Keeper(self._queue, lease, self._policy, tracker)
-        job = Job(tracker, purchase, keeper.check)
-        log.info("lease_started", **bound, prompt_chars=len(lease.task.prompt), duration_s=lease.task.duration_s)
+        if task.segments:
+            job: Job = FilmJob(tracker, len(task.segments), check=keeper.check)
+        else:
+            purchase = self._ledger.purchase(task.item_id, lease.worker_id) if self._ledger else None
+            job = Job(tracker, purchase, keeper.check)
+        asked = {"segments": len(task.segments)} if task.segments else {"duration_s": task.duration_s}
+        log.info("lease_started", **bound, prompt_chars=len(task.prompt), **asked)
         if not is_known(lease.task.provider):  # the default provider makes it, a paid one refuses it
             log.warning("unknown_provider", **bound, provider=lease.task.provider)
         try:
@@ -85,8 +98,9 @@ class Runner:
                 "machine_at_fault": outcome.machine_at_fault or job.hung,
             }
         )
-        # After a lost or released lease the reservation belongs to the task's next holder.
-        if outcome.status in ("failed", "cancelled"):
+        # After a lost or released lease the reservation belongs to the task's next holder. Of a film's, something may
+        # be left in the end: segments that were found cost nothing.
+        if outcome.status in ("failed", "cancelled") or (task.segments and outcome.status == "completed"):
             await self._unreserve(outcome.item_id)
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
         if outcome.video is not None and outcome.video.cost_usd is not None:
@@ -100,20 +114,48 @@ class Runner:
         async def work() -> Outcome:
             job.report("download")
             inputs = await keeper.stage(lambda: self._queue.fetch_inputs(lease, folder))
-            job.report("wait")
-            request = GenerationRequest.from_task(lease.task, self._queue.video_formats)
-            async with self.turns.taken():
-                video = await keeper.stage(lambda: self.turns.generate(request, inputs, folder, job))
+            video, unsettled = await self._made(lease, inputs, folder, keeper, job)
             job.report("upload")
             storage_path = await keeper.stage(lambda: self._queue.deliver(lease, video))
             job.report("report")
             await keeper.report(lambda: self._queue.complete(lease, storage_path, video))
             tracker.finish()
-            if job.purchase:
-                await self._close_the_books(job.purchase, lease)
+            for purchase in unsettled:
+                await self._close_the_books(purchase, lease)
             return Outcome(status="completed", item_id=lease.task.item_id, video=video, storage_path=storage_path)
 
         return await keeper.guard(work, job)
+
+    async def _made(
+        self, lease: Lease, inputs: Mapping[str, Path], folder: Path, keeper: Keeper, job: Job
+    ) -> tuple[Video, list[Purchase]]:
+        """The task's video, and the payments that end once it is delivered."""
+        task, ledger = lease.task, self._ledger
+        request = GenerationRequest.from_task(task, self._queue.video_formats)
+        if not isinstance(job, FilmJob):
+            job.report("wait")
+            async with self.turns.taken():
+                video = await keeper.stage(lambda: self.turns.generate(request, inputs, folder, job))
+            return video, [job.purchase] if job.purchase else []
+
+        def purchase(key: str) -> Purchase:
+            assert ledger is not None  # noqa: S101  it is only asked where there is one
+            return ledger.purchase(f"{task.item_id}.{key}", lease.worker_id, part_of=task.item_id)
+
+        making = Film(
+            self.turns,
+            task.segments,
+            request,
+            inputs,
+            folder,
+            job,
+            attempt=keeper.stage,
+            fade_s=task.fade_s,
+            recipe=self._recipe,
+            store=self._queue.segments(lease),
+            purchase=purchase if ledger else None,
+        )
+        return await making.made(), making.unsettled
 
     async def hand_back(self, lease: Lease) -> None:
         """Hands back a lease whose work has not begun."""

@@ -69,10 +69,10 @@ def tidy(
     info = probe(source, demuxer=demuxer)
     sound = ["-c:a", "copy" if keep_container else "aac"]
     frames = info.frames if length_s is None else _frames_within(info, length_s)
-    as_wanted = _has_our_pixels(info) and frames == info.frames
+    as_wanted = has_our_pixels(info) and frames == info.frames
     partial = target.absolute().with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        if as_wanted and keep_container and info.faststart and _is_tagged(info):
+        if as_wanted and keep_container and info.faststart and is_tagged(info):
             source.replace(target)
             return info
         if as_wanted:
@@ -135,13 +135,14 @@ def shrink(source: Path, target: Path, max_bytes: int) -> VideoInfo:
     raise EncodeFailed(f"{source.name}: {info.duration_s:.1f} s of video do not fit into {max_bytes} bytes")
 
 
-def _has_our_pixels(info: VideoInfo) -> bool:
+def has_our_pixels(info: VideoInfo) -> bool:
     """Whether the pictures of a clip are H.264, yuv420p, limited range and BT.709, tagged so or not."""
     is_bt709 = {info.color_primaries, info.color_trc} <= {"bt709", "unknown"} and _matrix(info) == "bt709"
     return (info.codec, info.pix_fmt) == ("h264", "yuv420p") and info.color_range != "pc" and is_bt709
 
 
-def _is_tagged(info: VideoInfo) -> bool:
+def is_tagged(info: VideoInfo) -> bool:
+    """Whether a clip says of its pictures what a VideoWriter says."""
     said = (info.color_range, info.color_space, info.color_primaries, info.color_trc)
     return said == ("tv", "bt709", "bt709", "bt709")
 
@@ -153,8 +154,8 @@ def _matrix(info: VideoInfo) -> str:
     return "bt709" if info.width >= HD_WIDTH or info.height > SD_HEIGHT else "smpte170m"
 
 
-def _encode(info: VideoInfo) -> list[str]:
-    """Options to encode the pictures of a clip as a VideoWriter does, each at its own time."""
+def to_our_pixels(info: VideoInfo) -> list[str]:
+    """Filters that turn the pictures of a clip into those that a VideoWriter writes: even sides, 4:2:0, BT.709."""
     filters = [TO_BT709, TAG_BT709]
     if info.color_space == "unknown" and not RGB.match(info.pix_fmt):
         filters.insert(0, f"setparams=colorspace={_matrix(info)}")
@@ -162,7 +163,12 @@ def _encode(info: VideoInfo) -> list[str]:
         filters.insert(0, OVER_WHITE)
     if info.width % 2 or info.height % 2:
         filters.insert(0, EVEN)
-    return ["-vf", ",".join(filters), "-c:v", "libx264", "-preset", PRESET, *EVERY_FRAME]
+    return filters
+
+
+def _encode(info: VideoInfo) -> list[str]:
+    """Options to encode the pictures of a clip as a VideoWriter does, each at its own time."""
+    return ["-vf", ",".join(to_our_pixels(info)), "-c:v", "libx264", "-preset", PRESET, *EVERY_FRAME]
 
 
 def _frames_within(info: VideoInfo, length_s: float) -> int:

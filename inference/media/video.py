@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Literal, Self
 
 import imageio_ffmpeg
 import numpy as np
@@ -68,9 +68,11 @@ class VideoWriter:
         *,
         width: int,
         height: int,
-        fps: float,
+        fps: float | Fraction,
+        pixels: Literal["rgb24", "yuv420p"] = "rgb24",
         metadata: Mapping[str, str] | None = None,  # mp4 tags: title, comment, …
     ) -> None:
+        """`pixels`: what `write` takes; yuv420p is BT.709 in limited range already, and is not converted."""
         for name, side in (("width", width), ("height", height)):
             if side < 2 or side % 2:
                 raise EncodeFailed(f"{name} is {side}: H.264 with 4:2:0 chroma needs an even number of pixels")
@@ -82,6 +84,8 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(1001)  # 23.976… is 24000/1001
         self.frames = 0  # written so far
         self.size_bytes = 0  # of the finished file
+        self._pixels = pixels
+        self._shape = (height, width, 3) if pixels == "rgb24" else (height * 3 // 2, width)
         self._metadata = dict(metadata or {})
         self._partial = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         self._said: deque[str] = deque(maxlen=STDERR_LINES)
@@ -105,11 +109,13 @@ class VideoWriter:
         return self
 
     def write(self, frame: npt.NDArray[np.uint8]) -> None:
-        """Adds one frame: uint8 [height, width, 3], sRGB. Returns when ffmpeg has taken it in; keeps nothing."""
-        if frame.shape != (self.height, self.width, 3) or frame.dtype != np.uint8:
+        """Adds one frame. Returns when ffmpeg has taken it in; keeps nothing.
+
+        uint8 [height, width, 3], sRGB; or uint8 [height * 3/2, width] for yuv420p: the rows of Y, then U, then V.
+        """
+        if frame.shape != self._shape or frame.dtype != np.uint8:
             raise EncodeFailed(
-                f"frame {self.frames} is {frame.dtype} {list(frame.shape)}, expected uint8 [{self.height}, "
-                f"{self.width}, 3]"
+                f"frame {self.frames} is {frame.dtype} {list(frame.shape)}, expected uint8 {list(self._shape)}"
             )
         try:
             self._stdin.write(np.ascontiguousarray(frame).data)
@@ -190,9 +196,9 @@ class VideoWriter:
     def _command(self) -> list[str]:
         rate = f"{self.fps.numerator}/{self.fps.denominator}"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error"]
-        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.width}x{self.height}"]
+        command += ["-f", "rawvideo", "-pix_fmt", self._pixels, "-video_size", f"{self.width}x{self.height}"]
         command += ["-framerate", rate, "-i", "pipe:0"]
-        command += ["-vf", f"{TO_BT709},{TAG_BT709}"]
+        command += ["-vf", f"{TO_BT709},{TAG_BT709}" if self._pixels == "rgb24" else TAG_BT709]
         command += ["-c:v", "libx264", "-preset", PRESET, "-crf", str(CRF)]
         for key, value in self._metadata.items():
             command += ["-metadata", f"{key}={value}"]
@@ -216,6 +222,8 @@ class VideoInfo:
     starts_s: tuple[float, ...]  # when each frame is shown, from the first one on
     duration_s: float  # from the first frame to the end of the last
     faststart: bool  # the index lies before the pictures: it plays while it loads
+    parameters: str  # those of its decoder; clips can be joined without encoding them only where these are equal
+    has_sound: bool
 
 
 def probe(path: Path, *, demuxer: str = "mov") -> VideoInfo:
@@ -253,6 +261,9 @@ def probe(path: Path, *, demuxer: str = "mov") -> VideoInfo:
         starts_s=tuple(float((start - starts[0]) * tick_s) for start in starts),
         duration_s=duration_s,
         faststart=_index_comes_first(path),
+        # For H.264, the "extradata" are its sequence and picture parameter sets; ffmpeg tells their size and checksum.
+        parameters=b" ".join(re.findall(rb"(?m)^#(?:extradata|codec_id|dimensions|sar) 0: *(.+)$", ran.out)).decode(),
+        has_sound=AUDIO_LINE.search(ran.said) is not None,
     )
 
 
@@ -263,6 +274,8 @@ STREAM_LINE = re.compile(
     r" (?P<width>\d+)x(?P<height>\d+)"
 )
 
+
+AUDIO_LINE = re.compile(r"(?m)^  Stream #0:\d+.*?: Audio: ")
 
 TOO_LARGE = re.compile(r"Picture size (\d+x\d+) exceeds specified max pixel count")
 

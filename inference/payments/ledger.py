@@ -64,6 +64,7 @@ class Payment(Value):
     """One paid generation of one item."""
 
     item_id: str
+    part_of: str | None = None  # the task of which the item is one segment; money is reserved for the task as a whole
     number: int = 0  # counts the payments of the item
     request: str  # digest of the request: another prompt is another generation
     model: str
@@ -125,9 +126,12 @@ class Ledger:
         """Seconds since 1970."""
         return self._clock()
 
-    def purchase(self, item_id: str, holder: str) -> "Purchase":
-        """The ledger as the holder of one lease uses it."""
-        return Purchase(self, item_id, holder)
+    def purchase(self, item_id: str, holder: str, *, part_of: str | None = None) -> "Purchase":
+        """The ledger as the holder of one lease uses it.
+
+        `part_of`: the task that this is one of several purchases for, each under an `item_id` of its own.
+        """
+        return Purchase(self, item_id, holder, part_of)
 
     async def payments(self) -> list[Payment]:
         """Every payment, oldest first, open ones included. Raises RecordsUnavailable."""
@@ -185,9 +189,15 @@ class Ledger:
         return max(own, key=lambda payment: payment.number, default=None)
 
     async def is_paid_for(self, item_id: str) -> bool:
-        """Whether a paid clip is being made or waits to be fetched. Raises RecordsUnavailable."""
+        """Whether a paid clip is being made or waits to be fetched. Raises RecordsUnavailable.
+
+        Also whether any segment of a film was paid for: its finished clips are kept for whoever makes the film.
+        """
         latest = await self.latest(item_id)
-        return latest is not None and latest.status == "created"
+        if latest is not None and latest.status == "created":
+            return True
+        parts = [payment for payment in await self.payments() if payment.part_of == item_id]
+        return any(payment.status in ("created", "delivered") for payment in parts)
 
     async def read(self, key: str) -> Payment | None:
         """One payment as it is recorded now. Raises RecordsUnavailable."""
@@ -211,6 +221,8 @@ class Ledger:
                 # Two processes may pass the check above at once. The later one sees both intents here, and gives up.
                 self._check_budget(await self._records.all(), payment)
                 await self.unreserve(payment.item_id)
+                if payment.part_of is not None:
+                    await self._reserve_less(payment.part_of, payment.cost_usd)
             except BaseException:
                 await self._undo(payment)
                 raise
@@ -226,6 +238,15 @@ class Ledger:
         """Removes an intent that certainly was not paid for. Raises RecordsUnavailable."""
         await self._records.remove(payment.key)
 
+    async def _reserve_less(self, item_id: str, cost_usd: float) -> None:
+        """Takes what was just paid for one segment off what is reserved for its film."""
+        key = f"reserved/{item_id}"
+        text = await self._records.get(key)
+        if text is None:
+            return
+        reserved_usd, at = _read_reserved(key, text)
+        await self._records.put(key, json.dumps({"cost_usd": max(0.0, reserved_usd - cost_usd), "at": at}))
+
     async def _undo(self, payment: Payment) -> None:
         """Removes an intent whose call will not be sent, or it would stay in doubt for ever."""
         with anyio.CancelScope(shield=True), anyio.move_on_after(UNDO_LIMIT_S), suppress(RecordsUnavailable):
@@ -233,7 +254,8 @@ class Ledger:
                 await self.discard(payment)
 
     def _check_budget(self, kept: dict[str, str], payment: Payment) -> None:
-        own = {payment.key, f"reserved/{payment.item_id}"}  # the reservation is for this very payment
+        # The reservations are for this very payment, or for a film that it is a part of.
+        own = {payment.key, f"reserved/{payment.item_id}", f"reserved/{payment.part_of}"}
         spent = self._spent_usd({key: text for key, text in kept.items() if key not in own})
         if spent + payment.cost_usd > self._budget_usd + HALF_A_CENT:
             raise BudgetSpent(
@@ -260,8 +282,8 @@ class Purchase:
     Every method raises RecordsUnavailable; the change may have been recorded all the same.
     """
 
-    def __init__(self, ledger: Ledger, item_id: str, holder: str) -> None:
-        self._ledger, self._item_id, self._holder = ledger, item_id, holder
+    def __init__(self, ledger: Ledger, item_id: str, holder: str, part_of: str | None = None) -> None:
+        self._ledger, self._item_id, self._holder, self._part_of = ledger, item_id, holder, part_of
         self._since = ledger.now()
         self._number = 0
         self._failures: tuple[str, ...] = ()
@@ -330,6 +352,7 @@ class Purchase:
         """
         payment = Payment(
             item_id=self._item_id,
+            part_of=self._part_of,
             number=self._number,
             request=request,
             model=model,
@@ -374,6 +397,12 @@ class Purchase:
             await self._ledger.write(
                 payment, status=ending, ended_at=self._ledger.now(), failures=self._failures, cost_usd=cost_usd
             )
+
+    async def settle(self) -> None:
+        """Ends a created payment as delivered, whichever lease it was made under: its clip is there already."""
+        last = await self._ledger.latest(self._item_id)
+        if last is not None and last.status == "created":
+            await self._ledger.write(last, status="delivered", ended_at=self._ledger.now())
 
     async def is_ours(self) -> bool:
         """Whether no other lease has taken over what we paid for."""

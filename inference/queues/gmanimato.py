@@ -45,6 +45,7 @@ from inference.errors import (
     one_line,
 )
 from inference.progress.tracker import Progress
+from inference.queues.base import SegmentStore
 from inference.queues.gmanimato_wire import (
     BODY_LIMIT_BYTES,
     NO_TASK,
@@ -288,6 +289,11 @@ class GmAnimatoQueue:
         """As TaskQueue.fetch_inputs."""
         with _reaching_storage("this worker cannot reach the application's photos"):
             return await inputs.fetch(lease.task.inputs, folder, storage=self._storage, max_bytes=self._max_photo_bytes)
+
+    def segments(self, lease: Lease) -> SegmentStore | None:
+        """See TaskQueue."""
+        del lease  # its tasks are workflows
+        return None
 
     async def deliver(self, lease: Lease, video: Video) -> str:
         """As TaskQueue.deliver. Returns the plain URL of the video in the bucket; `inline:…` without a bucket.

@@ -80,8 +80,8 @@ class JobStore:
 
         Lists jobs that were added at least `waiting_s` ago and wait.
         """
-        ended = self._end_swept()
         requeued = self._database.write(self._sql.requeue)
+        ended = self._end_swept()
         waiting = self._database.read(self._sql.waiting, age_s=waiting_s, limit=AT_ONCE)
         return Swept(
             requeued=_ids(requeued),
