@@ -101,6 +101,16 @@ def weakened() -> list[Mutant]:
         ("inference/push/oidc.py", "now + _age_s(answer.headers))", "now)"),
         ("inference/push/here.py", "if self._free <= 0:", "if False:"),
         ("inference/on_modal/ticks.py", 'if not await records.add(ASKED, f"{time.time():.0f}"):', "if False:"),
+        (
+            "inference/queues/video_jobs/statements.py",
+            "status=self._status(case((c.cancel_requested, CANCELED), else_=COMPLETED)),",
+            "status=self._status(COMPLETED),",
+        ),
+        (
+            "inference/queues/video_jobs/statements.py",
+            "status=self._status(case((c.cancel_requested, CANCELED), else_=QUEUED)),",
+            "status=self._status(QUEUED),",
+        ),
     ]
     found = []
     for path, old, new in changes:

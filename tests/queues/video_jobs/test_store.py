@@ -267,6 +267,26 @@ def test_a_sweep_frees_what_the_dead_hold_and_lists_what_waits(subject):
     assert store.sweep(600).waiting == (dead, old)
 
 
+def test_a_holder_that_is_alive_is_left_to_end_the_job_itself(subject):
+    """Whether it was asked to stop, or is the last that may try: no sweep ends what somebody works on."""
+    store = subject.store
+    store.add(JOB, PHOTO)
+    store.acquire(A, "w")
+    store.cancel(JOB)
+    store.add(OTHER, PHOTO)
+    for attempt in (B, C, D):
+        store.acquire_given(OTHER, attempt, "w")
+        store.beat(OTHER, attempt)
+        if attempt != D:
+            subject.expire(OTHER)
+    swept = store.sweep()
+    assert (swept.requeued, swept.canceled, swept.failed) == ((), (), ())
+    assert store.acquire(uuid(99), "w") is None
+    assert [store.get(job_id).status for job_id in (JOB, OTHER)] == ["processing", "processing"]
+    assert store.complete(OTHER, D, "key") == "completed"
+    assert store.release(JOB, A) == "canceled"
+
+
 def test_a_job_that_is_not_there(subject):
     """Nobody can do anything with it."""
     for verb, arguments in (
