@@ -23,7 +23,7 @@ from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, plan
 from inference.fleet.readings import Readings
 from inference.fleet.tick_state import Aside, TickState
 from inference.leasing.taking import hand_back, lease_from
-from inference.payments.ledger import Ledger
+from inference.payments.ledger import Ledger, paid_in_parts
 from inference.providers import DEFAULT, PAID, PoolName, WorkerType, is_paid
 from inference.queues.base import TaskQueue
 from inference.task import Lease, Task
@@ -111,7 +111,8 @@ class Dispatcher:
         try:
             with anyio.fail_after(PLAN_S):
                 payments = await self._ledger.payments() if self._may_pay else []
-                paid_for = frozenset(payment.item_id for payment in payments if payment.status == "created")
+                created = [payment for payment in payments if payment.status == "created"]
+                paid_for = frozenset(payment.item_id for payment in created if payment.part_of is None)
                 plan = await self._plan(len(paid_for))
                 return TickState(
                     plan,
@@ -120,6 +121,7 @@ class Dispatcher:
                     began_at,
                     may_pay=self._may_pay,
                     paid_for=paid_for,
+                    begun_usd=paid_in_parts(payments),
                     troubles=self.troubles,
                 )
         except TimeoutError:

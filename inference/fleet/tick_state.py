@@ -1,6 +1,6 @@
 """What is left of a tick's plan while the dispatcher spends it: slots, money, and leases that go back at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import anyio
@@ -35,14 +35,16 @@ class TickState:
         *,
         may_pay: bool,
         paid_for: frozenset[str],
+        begun_usd: Mapping[str, float],
         troubles: list[str],
     ) -> None:
         """`may_pay`: there is a pool that takes money.
 
         `paid_for`: items whose clip is being made there, or waits there; going on with it costs nothing.
+        `begun_usd`: films of which segments were paid for there, and what they cost; going on costs that much less.
         """
         self.plan, self._rules, self._price_usd = plan, rules, price_usd
-        self._may_pay, self._paid_for = may_pay, paid_for
+        self._may_pay, self._paid_for, self._begun_usd = may_pay, paid_for, begun_usd
         self._left: dict[PoolName, int] = {DEFAULT.pool: plan.gpu, PAID.pool: plan.runway}
         self._overflow_left, self._budget_usd = plan.overflow, plan.budget_usd
         self._leases_until = began_at + LEASE_UNTIL_S
@@ -66,7 +68,7 @@ class TickState:
     def choose(self, task: Task) -> PoolName | None:
         """Where a task can go now."""
         # Tasks for Runway, and tasks that are already paid for, go there even without overflow.
-        is_due = provider_of(task.provider).is_paid or task.item_id in self._paid_for
+        is_due = provider_of(task.provider).is_paid or self._has_begun(task)
         for name in self.choices(task):
             if not self._is_open(name):
                 continue
@@ -82,11 +84,17 @@ class TickState:
     def choices(self, task: Task) -> tuple[PoolName, ...]:
         """The pools that may take a task in this fleet, first choice first."""
         found = choices(task, self._rules, has_runway=self._may_pay)
-        return (PAID.pool, *found) if task.item_id in self._paid_for else found
+        return (PAID.pool, *found) if self._has_begun(task) else found
+
+    def _has_begun(self, task: Task) -> bool:
+        return task.item_id in self._paid_for or task.item_id in self._begun_usd
 
     def price_usd(self, task: Task) -> float | None:
         """What sending it to the paid pool may cost from now on; None where it cannot be made there."""
-        return 0.0 if task.item_id in self._paid_for else self._price_usd(task)
+        if task.item_id in self._paid_for:
+            return 0.0
+        price_usd = self._price_usd(task)
+        return None if price_usd is None else max(0.0, price_usd - self._begun_usd.get(task.item_id, 0.0))
 
     def close(self, name: PoolName, why: str) -> None:
         """A pool did not take what was sent: it is left alone for the rest of the tick."""

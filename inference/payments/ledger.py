@@ -20,7 +20,7 @@ finds its own record when it wakes up, and never overwrites its successor's.
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -113,6 +113,15 @@ def digest(**request: Any) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def paid_in_parts(payments: Iterable[Payment]) -> dict[str, float]:
+    """Films of which segments were paid for, and what those cost in dollars, be their clips finished or not."""
+    paid: dict[str, float] = {}
+    for payment in payments:
+        if payment.part_of is not None and payment.status in ("created", "delivered"):
+            paid[payment.part_of] = paid.get(payment.part_of, 0.0) + payment.cost_usd
+    return paid
+
+
 class Ledger:
     """All payments, and the budget for one day (UTC)."""
 
@@ -196,8 +205,7 @@ class Ledger:
         latest = await self.latest(item_id)
         if latest is not None and latest.status == "created":
             return True
-        parts = [payment for payment in await self.payments() if payment.part_of == item_id]
-        return any(payment.status in ("created", "delivered") for payment in parts)
+        return item_id in paid_in_parts(await self.payments())
 
     async def read(self, key: str) -> Payment | None:
         """One payment as it is recorded now. Raises RecordsUnavailable."""

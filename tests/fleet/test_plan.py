@@ -1,13 +1,18 @@
 """A plan, from numbers alone."""
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.build import price_usd
-from inference.fleet.plan import FIRST_CLIP_S, Fleet, Pool, Rules, choices, plan
+from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, choices, plan
+from inference.fleet.tick_state import TickState
+from inference.payments.ledger import Payment, paid_in_parts
 from inference.providers import is_known, provider_of
 from inference.settings import Settings
+from inference.task import Segment, Task
 from tests.fleet.test_dispatch import CLIP_USD, HINTS, task
 
 pools = st.builds(
@@ -123,6 +128,35 @@ def test_what_a_task_costs_is_known_before_it_is_sent():
     longer = Settings.isolated(runway_duration_s=10)  # for tasks that name no length
     assert price_usd(longer, task(None).model_copy(update={"names_duration": False})) == pytest.approx(0.50)
     assert price_usd(longer, task(None)) == CLIP_USD
+
+
+def film(count: int, provider: str | None = None) -> Task:
+    """A task of so many segments of five seconds."""
+    segments = tuple(Segment(photo="photo", prompt=f"{number}", duration_s=5) for number in range(count))
+    return task(provider).model_copy(update={"segments": segments})
+
+
+def test_a_film_costs_what_its_segments_cost():
+    """And cannot be made at Runway where one of them cannot."""
+    plain = Settings.isolated()
+    assert price_usd(plain, film(4)) == pytest.approx(4 * CLIP_USD)
+    long = Segment(photo="photo", duration_s=30)
+    assert price_usd(plain, film(2).model_copy(update={"segments": (*film(2).segments, long)})) is None
+
+
+def test_a_film_of_which_segments_were_paid_for_goes_on_there():
+    """Without overflow, for the price of what is missing; its finished clips are of no use to another engine."""
+    payment = Payment(item_id="item.k", part_of="item", request="r", model="m", holder="h", at=0, cost_usd=CLIP_USD)
+    payments = [payment.model_copy(update={"status": status}) for status in ("delivered", "created", "failed")]
+    begun_usd = paid_in_parts([*payments, payment.model_copy(update={"part_of": None, "status": "created"})])
+    assert begun_usd == {"item": 2 * CLIP_USD}
+    told = {"began_at": 0.0, "may_pay": True, "paid_for": frozenset(), "troubles": []}
+    with_room = Plan(gpu=1, runway=1, overflow=0, budget_usd=CLIP_USD, why="")
+    price = partial(price_usd, Settings.isolated())
+    fresh = TickState(with_room, Rules(), price, begun_usd={}, **told)
+    begun = TickState(with_room, Rules(), price, begun_usd=begun_usd, **told)
+    assert (fresh.choose(film(3)), fresh.price_usd(film(3))) == ("gpu", pytest.approx(3 * CLIP_USD))
+    assert (begun.choose(film(3)), begun.price_usd(film(3))) == ("runway", pytest.approx(CLIP_USD))
 
 
 def test_the_first_guess_is_slow():

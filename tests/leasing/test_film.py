@@ -162,6 +162,7 @@ def photo(tmp_path, photo_bytes):
 # --- in order
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 async def test_a_film_in_order(scene):
     """Photos once, segments one by one, then the film; the temporary folder is left empty."""
     it = scene(fade_s=1 / 24)

@@ -46,12 +46,6 @@ from inference.transfer.storage import Storage
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-STALE_S = 480.0
-"""A holder that was not heard of for so long is dead, and its job goes to the next (the contract's default)."""
-
-MIN_STALE_S = 60.0
-"""Below six beats, a database that restarts would cost every lease."""
-
 BEAT_S = 10.0
 """How often a holder writes. A cancelled job stops after it (the contract's cancel poll, of 10 s)."""
 
@@ -117,7 +111,10 @@ class VideoJobsQueue:
         except ValidationError:
             raise QueueRefused(f"{one_line(job_id, 100)}: no id of a job; use letters, digits and ._:-") from None
         parse_job(job_id, given)
-        await self._in_thread(self.jobs.add, job_id, given)
+        try:
+            await self._in_thread(self.jobs.add, job_id, given)
+        except ItemMissing as error:
+            raise QueueRefused(f"no such job can be added: {error}") from None
         return job_id
 
     async def acquire(self, job_id: str) -> Lease | Standing:
@@ -219,7 +216,7 @@ class VideoJobsQueue:
         return await inputs.fetch(wanted, folder, storage=self._storage, max_bytes=self._max_photo_bytes)
 
     def segments(self, lease: Lease) -> SegmentStore | None:
-        """As TaskQueue.segments: beside the job's videos, in the bucket, whoever made them."""
+        """As TaskQueue.segments: in the bucket, whoever made them."""
         return BucketSegments(self, lease)
 
     async def deliver(self, lease: Lease, video: Video) -> str:
@@ -231,7 +228,7 @@ class VideoJobsQueue:
         await self.still_wanted(lease)
         number = self._deliveries[lease.token] = self._deliveries.get(lease.token, 0) + 1
         name = "final.mp4" if number == 1 else f"final-{number}.mp4"
-        key = f"{folder_of(lease)}/attempts/{lease.token}/{name}"
+        key = f"video-jobs/{lease.task.item_id}/attempts/{lease.token}/{name}"
         await self.put(key, video.path)
         return key
 
@@ -291,7 +288,10 @@ class VideoJobsQueue:
 
 
 class BucketSegments:
-    """SegmentStore of one job. Its keys are digests of what was asked for, so any attempt may use what another kept."""
+    """SegmentStore of one job. Its keys are digests of what was asked for, so any attempt may use what another kept.
+
+    Nothing is deleted. Segments have a prefix of their own, by which a rule of the bucket can let them expire.
+    """
 
     def __init__(self, queue: VideoJobsQueue, lease: Lease) -> None:
         self._queue, self._lease = queue, lease
@@ -309,7 +309,7 @@ class BucketSegments:
         await self._queue.put(self._key(key), path)
 
     def _key(self, key: str) -> str:
-        return f"{folder_of(self._lease)}/segments/{key}.mp4"
+        return f"video-segments/{self._lease.task.item_id}/{key}.mp4"
 
 
 def _known(job_id: str) -> str:
@@ -318,11 +318,6 @@ def _known(job_id: str) -> str:
         return identifier.validate_python(job_id)
     except ValidationError:
         raise ItemMissing(f"no task {one_line(job_id, 100)}") from None
-
-
-def folder_of(lease: Lease) -> str:
-    """Where everything made for a job lies in the bucket."""
-    return f"video-jobs/{lease.task.item_id}"
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, DateTime, Integer, MetaData, String, Table, Text, text
+from sqlalchemy import BigInteger, Boolean, Column, Connection, DateTime, Integer, MetaData, String, Table, Text, text
 from sqlalchemy.dialects.postgresql import JSON, JSONB, UUID
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from inference.errors import SettingsError
@@ -40,7 +41,7 @@ class _Rule:
 
 
 RULES: Mapping[str, _Rule] = {
-    "id": _Rule(KEYS, "text PRIMARY KEY", is_the_jobs=True),
+    "id": _Rule((*KEYS, "bigint", "integer"), "text PRIMARY KEY", is_the_jobs=True),
     "status": _Rule(TEXTS, "text NOT NULL DEFAULT 'queued'", is_the_jobs=True),
     "input": _Rule(JSONS, "jsonb NOT NULL", is_the_jobs=True),
     "attempt_id": _Rule(KEYS, "text"),  # of who holds the job, or ended it; new for each acquire
@@ -140,6 +141,22 @@ _READS = text(
 )
 
 
+# Of the status alone.
+_CHECKS = text("""
+    SELECT pg_get_constraintdef(oid) FROM pg_constraint
+    WHERE conrelid = to_regclass(:table) AND contype = 'c' AND conkey = ARRAY(
+        SELECT attnum FROM pg_attribute WHERE attrelid = to_regclass(:table) AND attname = :status)
+""")
+
+
+_IS_UNIQUE = text("""
+    SELECT EXISTS (
+        SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+        WHERE indrelid = to_regclass(:table) AND indisunique AND indnkeyatts = 1 AND indpred IS NULL AND attname = :id
+    )
+""")
+
+
 def _found(connection: Connection, names: Names) -> dict[str, _Found]:
     rows = connection.execute(_COLUMNS, {"table": names.quoted})
     return {name: _Found(kind, tuple(labels), chars) for name, kind, labels, chars in rows}
@@ -150,6 +167,14 @@ def migrate(connection: Connection, names: Names) -> list[str]:
 
     Returns what was made, in words. Raises SettingsError for a table that is not one of jobs, as `described`.
     """
+    try:
+        return _migrate(connection, names)
+    except ProgrammingError as error:  # what PostgreSQL does not know, or does not let this user do
+        said = str(error.orig).partition("\n")[0]
+        raise SettingsError(f"the table {names.table} could not be made or completed: {said}") from None
+
+
+def _migrate(connection: Connection, names: Names) -> list[str]:
     there = _found(connection, names)
     added = {ours: rule for ours, rule in RULES.items() if names.column(ours) not in there}
     made = [f'"{names.column(ours)}" {rule.made}' for ours, rule in added.items()]
@@ -162,7 +187,7 @@ def migrate(connection: Connection, names: Names) -> list[str]:
     elif lacking := [ours for ours, rule in added.items() if rule.is_the_jobs]:
         raise SettingsError(_lacks(names, lacking))
     elif made:
-        _refuse_wrong(names, there)
+        _refuse_wrong(connection, names, there)
         added_now = ", ".join(f"ADD COLUMN {column}" for column in made)
         connection.exec_driver_sql(f"ALTER TABLE {names.quoted} {added_now}")
     described(connection, names)
@@ -185,7 +210,7 @@ def described(connection: Connection, names: Names) -> Table:
         raise SettingsError(f"the database has no table {names.table}: {MIGRATE}")
     if lacking := [ours for ours in RULES if names.column(ours) not in there]:
         raise SettingsError(_lacks(names, lacking))
-    _refuse_wrong(names, there)
+    _refuse_wrong(connection, names, there)
     if not connection.execute(_READS, {"table": names.quoted}).scalar_one():
         raise SettingsError(f"this database user may not write to {names.table}: GRANT SELECT, INSERT, UPDATE on it")
     columns = [
@@ -205,8 +230,8 @@ def _lacks(names: Names, lacking: list[str]) -> str:
     return f"the table {names.table} lacks {called}: {MIGRATE}, which adds columns and changes no other"
 
 
-def _refuse_wrong(names: Names, there: Mapping[str, _Found]) -> None:
-    """Raises SettingsError that names every column of a type that cannot hold what it has to."""
+def _refuse_wrong(connection: Connection, names: Names, there: Mapping[str, _Found]) -> None:
+    """Raises SettingsError that names every column that cannot hold what it has to."""
     wrong = []
     for ours, rule in RULES.items():
         column = there.get(names.column(ours))
@@ -217,6 +242,12 @@ def _refuse_wrong(names: Names, there: Mapping[str, _Found]) -> None:
                 wrong.append(f"{names.column(ours)} has no value {', '.join(missing)}")
             continue
         wrong.append(f"{names.column(ours)} is {column.type} and has to be {' or '.join(rule.types)}")
+    for (rule_text,) in connection.execute(_CHECKS, {"table": names.quoted, "status": names.column("status")}):
+        allowed = [word for word in STATUSES if f"'{word}'" in rule_text]
+        if allowed and (missing := [word for word in STATUSES if word not in allowed]):
+            wrong.append(f"a CHECK of {names.column('status')} does not allow {', '.join(missing)}")
+    if not connection.execute(_IS_UNIQUE, {"table": names.quoted, "id": names.column("id")}).scalar_one():
+        wrong.append(f"{names.column('id')} is no primary key, nor otherwise unique")
     if wrong:
         raise SettingsError(f"the table {names.table} does not fit: {'; '.join(wrong)}")
 
@@ -233,5 +264,5 @@ def _type(column: _Found) -> TypeEngine[Any]:
         "timestamp without time zone": DateTime(),
     }
     if column.type in INTEGERS:
-        return Integer()
+        return BigInteger() if column.type == "bigint" else Integer()
     return known.get(column.type) or (Text() if column.chars is None else String(column.chars))

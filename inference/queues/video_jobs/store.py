@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 from uuid import UUID
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import BigInteger, Connection, Integer, Table, Uuid
+from sqlalchemy.types import TypeEngine
 
 from inference.errors import ItemMissing, NotHolder, SettingsError, WrongState
 from inference.providers import WorkerType
@@ -36,7 +37,7 @@ class JobStore:
         tables: list[Table] = []
         self._database = _connect(url, lambda connection: tables.append(described(connection, names or Names())))
         self._sql = Statements(tables[0], stale_s, worker_type)
-        self._has_uuids = tables[0].c.id.type.__visit_name__.lower() == "uuid"
+        self._id_type = tables[0].c.id.type
 
     def __enter__(self) -> Self:
         return self
@@ -55,10 +56,11 @@ class JobStore:
     # ------------------------------------------------------------ applications
 
     def add(self, job_id: str, content: Mapping[str, Any]) -> bool:
-        """Adds a job that waits; False where there is one of that id already, which stays as it is."""
-        if self._has_uuids:
-            job_id = self._id(job_id)
-        return bool(self._database.write(self._sql.add, job_id=job_id, input=json.dumps(content)))
+        """Adds a job that waits; False where there is one of that id already, which stays as it is.
+
+        Raises ItemMissing for an id that no job can have here.
+        """
+        return bool(self._database.write(self._sql.add, job_id=self._id(job_id), input=json.dumps(content)))
 
     def get(self, job_id: str) -> JobRow:
         """The job as it is now. Raises ItemMissing."""
@@ -167,12 +169,21 @@ class JobStore:
 
     def _id(self, job_id: str) -> str:
         """The id as the table has it. Raises ItemMissing for one that it cannot have."""
-        if not self._has_uuids:
-            return job_id
         try:
-            return str(UUID(job_id))
+            return _as_stored(job_id, self._id_type)
         except ValueError:
-            raise ItemMissing(f"no task {job_id}: ids are UUIDs here") from None
+            raise ItemMissing(f"no task {job_id}: ids are {self._id_type} here") from None
+
+
+def _as_stored(job_id: str, kind: TypeEngine[Any]) -> str:
+    """Raises ValueError for what no id of that type is written as."""
+    if isinstance(kind, Uuid):
+        return str(UUID(job_id))
+    if isinstance(kind, Integer):
+        bits = 64 if isinstance(kind, BigInteger) else 32
+        if str(int(job_id)) != job_id or not -(2 ** (bits - 1)) <= int(job_id) < 2 ** (bits - 1):
+            raise ValueError
+    return job_id
 
 
 def create(url: str, names: Names | None = None) -> list[str]:

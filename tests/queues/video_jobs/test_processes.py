@@ -64,7 +64,7 @@ class Site:
     def segments_of(self, job_id):
         """What lies in the bucket of a film that is being made."""
         stored = self.s3.keys()
-        return [key for key in stored if key.startswith(f"video-jobs/{job_id}/segments/")]
+        return [key for key in stored if key.startswith(f"video-segments/{job_id}/")]
 
     def ends(self, job_id):
         """Every end that a job had."""
@@ -97,7 +97,7 @@ def site(tmp_path, database_url, s3):
 
 def test_a_film_goes_on_where_its_dead_holder_was(site):
     """Killed between two segments: the next worker takes the first from the bucket, and the job ends once."""
-    photo = {"photo": "photos/a.jpg", "seconds": 3}
+    photo = {"photo": "photos/a.jpg", "seconds": 2}
     site.table.store.add("film", {"segments": [photo | {"prompt": f"view {n}"} for n in range(4)]})
     killed = site.work()
     kept = until(lambda: site.segments_of("film"), DEADLINE_S, "a segment is kept")

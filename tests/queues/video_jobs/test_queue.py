@@ -207,7 +207,7 @@ async def test_a_cancelled_job_stops_at_every_boundary(bench, video, tmp_path):
         with pytest.raises(CancelRequested):
             await boundary()
     stored = bench.s3.keys()
-    assert not any(key.startswith(f"video-jobs/{job_id}/") for key in stored)
+    assert not any(f"/{job_id}/" in key for key in stored)
     await bench.queue.release(lease)
     assert bench.jobs.get(job_id).status == "canceled"
     for boundary in boundaries:
