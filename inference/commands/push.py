@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 
 
-@app.callback(epilog="Example: `I2V_PUSH_TOKEN=… I2V_JOBS_DATABASE_URL=postgresql://… i2v push --host 0.0.0.0`")
+@app.callback(epilog="Example, for Cloud Run: `i2v push --host 0.0.0.0 --port 8080`")
 def push(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to bind to.")] = None,
@@ -111,24 +111,29 @@ def prepare_wake(settings: Settings) -> Listen:
 
 @app.command(epilog="Example: `i2v push submit photo.jpg 'slow dolly-in'`")
 def submit(
-    photo: Annotated[str, typer.Argument(help="A URL, or the key of an object in the bucket of jobs.")],
+    photo: Annotated[str | None, typer.Argument(help="A URL, or the key of an object in the bucket of jobs.")] = None,
     prompt: Annotated[str, typer.Argument(help="What should happen.")] = "",
     seconds: Annotated[float, typer.Option("--seconds", "-s", help="Length of the video.", min=0.5, max=60)] = 5,
     job_id: Annotated[str | None, typer.Option("--id", help="Of the job: the same id twice is one job.")] = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", help="JSON file with the job's whole input.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option("--input", help="JSON file with all of the job's input instead.", exists=True, dir_okay=False),
     ] = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """Adds a job and, where I2V_PUSH_TASKS_QUEUE is set, the task of Cloud Tasks that asks for it; prints its id."""
     settings = start("error", verbose=verbose, queue="video_jobs")
+    if (photo is None) == (input_file is None):
+        raise SettingsError("a job needs a photo, or --input with all of it; give one of them")
     given: dict[str, Any] = {"photo": photo, "prompt": prompt, "seconds": seconds}
     if input_file is not None:
         try:
             given = json.loads(input_file.read_text())
         except ValueError as error:
             raise SettingsError(f"--input: {input_file} is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise SettingsError(f"--input: {input_file} has to hold a JSON object")
 
     async def main() -> None:
         with needing_extra("push", "`i2v push`"):

@@ -47,7 +47,7 @@ ANSWER_MARGIN_S = 10.0
 LINGER_S = 10.0
 """How long the rest of a body that is too large is read."""
 
-HEALTH_LIMIT_S = 10.0
+HEALTH_LIMIT_S, HEALTH_AGE_S = 10.0, 1.0
 
 Wake = Callable[[], Awaitable[None]]
 
@@ -84,7 +84,7 @@ def create_app(
 
     Without `runs` there is no `/jobs/run`, and without `wake` no `/wake`.
     """
-    routes = [Route("/jobs/health", partial(_health, runs), methods=["GET"])]
+    routes = [Route("/jobs/health", _Health(runs).answer, methods=["GET"])]
     if runs is not None:
         routes.append(Route("/jobs/run", partial(_run, auth, runs, deadline_s), methods=["POST"]))
     if wake is not None:
@@ -123,16 +123,34 @@ async def _wake(auth: Auth, wake: Wake, request: Request) -> JSONResponse:
     return JSONResponse({"outcome": "woken"}, 202)
 
 
-async def _health(runs: Runs | None, _request: Request) -> JSONResponse:
-    try:
-        with anyio.fail_after(HEALTH_LIMIT_S):
-            if runs is not None:
-                await runs.check()
-    except TimeoutError:
-        return JSONResponse({"status": "unavailable", "error": "the store of jobs does not answer"}, 503)
-    except I2VError as error:
-        return JSONResponse({"status": "unavailable", "error": str(error)}, 503)
-    return JSONResponse({"status": "ok"})
+class _Health:
+    """Whether jobs can be taken. Needs no token, so however many ask, the store is asked once in HEALTH_AGE_S."""
+
+    def __init__(self, runs: Runs | None) -> None:
+        self._runs = runs
+        self._lock = anyio.Lock()
+        self._why: str | None = None  # it is not well
+        self._looked_at = -math.inf
+
+    async def answer(self, _request: Request) -> JSONResponse:
+        async with self._lock:
+            if anyio.current_time() >= self._looked_at + HEALTH_AGE_S:
+                self._why = await self._look()
+                self._looked_at = anyio.current_time()
+        if self._why is not None:
+            return JSONResponse({"status": "unavailable", "error": self._why}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _look(self) -> str | None:
+        try:
+            with anyio.fail_after(HEALTH_LIMIT_S):
+                if self._runs is not None:
+                    await self._runs.check()
+        except TimeoutError:
+            return "the store of jobs does not answer"
+        except I2VError as error:
+            return str(error)
+        return None
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -85,7 +85,9 @@ def job_limit_s(settings: Settings) -> float:
 def _deadline(settings: Settings) -> Finding:
     limit_s, deadline_s = job_limit_s(settings), settings.push_deadline_s
     if deadline_s > limit_s:
-        return Finding("deadline", "ok", f"callers wait {deadline_s:g} s, and a job takes at most {limit_s:g} s")
+        return Finding(
+            "deadline", "ok", f"callers wait {deadline_s:g} s, and a job of one clip takes at most {limit_s:g} s"
+        )
     return Finding(
         "deadline",
         "FAIL",

@@ -56,7 +56,7 @@ class Here:
             log.info("asked_with", item_id=job_id, fields=sorted(extras)[:20])
         if why := self._why_not():
             standing = await self._jobs.standing(job_id)  # one that has ended needs nobody: the caller may forget it
-            if standing.has_ended:
+            if standing.has_ended or standing.is_held:
                 return answers.not_taken(job_id, standing)
             return answers.busy(job_id, why, max(answers.RETRY_AFTER_S, self._rests_until - anyio.current_time()))
         self._free -= 1

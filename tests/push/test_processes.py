@@ -1,5 +1,6 @@
 """`i2v push` as a process, on a real PostgreSQL and a real S3: what is left of a job when signals come."""
 
+import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ import httpx
 import psycopg
 import pytest
 
+from inference.media.video import probe
 from tests.support import postgres
 from tests.support.processes import Process, environment, jpeg, until
 from tests.support.s3_server import S3Server
@@ -134,6 +136,21 @@ def test_from_a_row_to_a_film(deployment, pool):
     process.send(signal.SIGTERM)
     assert process.wait() == 0
     assert TOKEN not in process.stderr.read_text()
+
+
+def test_a_film_of_two_photos(deployment):
+    """Given as a file; its parts and the whole are in the bucket."""
+    given = {"segments": [{"photo": "photos/1.jpg", "seconds": 0.5}, {"photo": "photos/1.jpg", "seconds": 1}]}
+    _, port = deployment.serve()
+    (deployment.folder / "film.json").write_text(json.dumps(given))
+    process = deployment.run("submit", "--id", "film", "--input", "film.json")
+    assert process.wait(30) == 0, process.stderr.read_text()
+    assert deployment.run("submit", "photos/1.jpg", "--input", "film.json").wait(30) == 1
+    told = deployment.ask(port, "film")
+    assert (told.status_code, told.json()["outcome"]) == (200, "completed"), told.text
+    [(key,)] = deployment.sql("SELECT artifact_key FROM video_jobs")
+    (deployment.folder / "film.mp4").write_bytes(deployment.s3.object_bytes(key))
+    assert probe(deployment.folder / "film.mp4").duration_s == pytest.approx(1.5, abs=0.1)
 
 
 def test_sigterm_in_mid_job(deployment, pool):
