@@ -83,8 +83,8 @@ class Certificates:
                 raise _away(why)
             try:
                 kept = self._fetched(url, method)
-            except exceptions.TransportError as error:
-                self._away[url] = (str(error), time.monotonic() + AWAY_S)
+            except exceptions.TransportError as away:
+                self._away[url] = (str(away), time.monotonic() + AWAY_S)
                 raise
             now = time.monotonic()
             self._kept[url] = (kept, now, now + _age_s(kept.headers))
