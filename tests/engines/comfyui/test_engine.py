@@ -24,7 +24,7 @@ from inference.progress.tracker import ProgressTracker, plan
 from inference.task import GenerationRequest
 from tests.engines.comfyui.graphs import still, template, wan
 from tests.engines.contract import EngineContract, landscape
-from tests.support.comfy_server import ComfyServer, Fault
+from tests.support.comfy_server import PATIENCE_S, ComfyServer, Fault
 
 CASES = Path(__file__).parents[2] / "cases" / "comfy"
 
@@ -37,19 +37,13 @@ class TestContract(EngineContract):
         self.comfy = comfy
 
     def make(self) -> ComfyEngine:
-        return ComfyEngine(self.comfy.url, template=template(), patience_s=1)
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request) -> str:
-    """Both event loops."""
-    return request.param
+        return ComfyEngine(self.comfy.url, template=template(), patience_s=PATIENCE_S)
 
 
 @pytest.fixture
 def engine(comfy: ComfyServer) -> ComfyEngine:
     """Without a template."""
-    return ComfyEngine(comfy.url, patience_s=1)
+    return ComfyEngine(comfy.url, patience_s=PATIENCE_S)
 
 
 @pytest.fixture
@@ -289,7 +283,7 @@ async def test_a_workflow_without_a_video_says_what_it_made(workflow, said, engi
 
 @pytest.mark.anyio
 async def test_a_missing_node_type_is_the_machines(engine, comfy, photo, folder):
-    """In the words of this server and of newer ones."""
+    """In the words of this server and of newer ones, which name the node by its title."""
     comfy.missing = {"KSampler"}
     for newer in (False, True):
         comfy.names_missing_type = newer
@@ -406,6 +400,18 @@ async def test_another_server_at_that_address_is_a_setting(engine, comfy):
     comfy.faults["GET /system_stats"].append(Fault(404))
     with pytest.raises(SettingsError, match="COMFY_HOST"):
         await engine.check()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_an_input_that_is_too_large_for_comfyui(engine, comfy, folder, tmp_path):
+    """It refuses it in the midst of the upload, and its answer is heard all the same."""
+    comfy.max_upload_bytes = 100_000
+    large = tmp_path / "input-0.png"
+    large.write_bytes(bytes(20_000_000))
+    with pytest.raises(InvalidRequest, match=r"no input as large as i2v-.*--max-upload-size"):
+        await engine.generate(asks(wan()), {"x.png": large}, folder, Job())
+    assert comfy.asked("POST /upload/image") == 1
 
 
 @pytest.mark.anyio

@@ -47,7 +47,7 @@ def refusal_of(part, *given_) -> str | None:
     return None
 
 
-@given(weights=WEIGHTS, messages=st.lists(MESSAGES, max_size=30))
+@given(weights=WEIGHTS, messages=st.lists(MESSAGES, max_size=12))
 def test_progress_never_falls(weights, messages):
     """Whatever is heard in whatever order: between nothing and all of it, and the details fit."""
     progress = RunProgress(wan(), weights)
