@@ -14,6 +14,7 @@ import anyio
 import httpx
 import structlog
 
+from inference.engines.comfyui.outputs import Output
 from inference.errors import (
     EngineError,
     EngineFailed,
@@ -54,8 +55,9 @@ MAX_ANSWER_BYTES = 64_000_000
 GATEWAY = (502, 503, 504)
 """Answers of something in front of ComfyUI that cannot reach it. ComfyUI itself answers 500 where it fails."""
 
-NOT_HERE = (401, 403, 404, 405)
-"""Answers that no request of ours gets from a ComfyUI: the address leads elsewhere, or something guards it."""
+NOT_HERE = (301, 302, 303, 307, 308, 401, 403, 404, 405)
+"""Answers that no request of ours gets from a ComfyUI: the address leads elsewhere, as to the page of a login, or
+something guards it."""
 
 ANSWERED_TRIES = 3
 """How often a request that ComfyUI itself answers with 500 is made."""
@@ -164,6 +166,8 @@ class ComfyApi(JsonApi[ComfyAnswer]):
             raise ProviderUnavailable(f"no ComfyUI answers at {self.host} ({error}): is it running?") from None
         if answer.status in GATEWAY:
             raise ProviderUnavailable(f"no ComfyUI answers at {self.host}: {answer.status} {answer.said}".strip())
+        if answer.status == 200 and not isinstance(answer.payload, dict):
+            raise SettingsError("COMFY_HOST: what answers there is no ComfyUI; GET /system_stats got no JSON")
         if answer.status != 200 or not isinstance(answer.payload, dict):
             raise answer.error("GET /system_stats")
         return answer.payload
@@ -195,12 +199,13 @@ class ComfyApi(JsonApi[ComfyAnswer]):
             raise Unanswered(f"{self.host}: {reason_of(error)}", sent=not isinstance(error, NEVER_SENT)) from None
         return self._read(response)
 
-    async def download(self, filename: str, subfolder: str, kind: str, path: Path, *, max_bytes: int) -> None:
+    async def download(self, output: Output, path: Path, *, max_bytes: int) -> None:
         """Fetches an output into `path`.
 
         Raises ProviderUnavailable, EngineFailed, InvalidRequest where it is larger than `max_bytes`, MachineFault.
         """
-        url = f"{self.url}/view?{urlencode({'filename': filename, 'subfolder': subfolder, 'type': kind})}"
+        query = {"filename": output.filename, "subfolder": output.subfolder, "type": output.kind}
+        url = f"{self.url}/view?{urlencode(query)}"
         give_up = anyio.current_time() + self._patience_s
         async with Storage(
             trusted_origins=[self.url], max_download_bytes=max_bytes, transport=self._transport
@@ -211,15 +216,15 @@ class ComfyApi(JsonApi[ComfyAnswer]):
                     with anyio.fail_after(DOWNLOAD_LIMIT_S):
                         await storage.download(url, path)
                 except TimeoutError:
-                    raise EngineFailed(f"{filename} did not arrive within {DOWNLOAD_LIMIT_S:g} s") from None
+                    raise EngineFailed(f"{output.called} did not arrive within {DOWNLOAD_LIMIT_S:g} s") from None
                 except StorageUnavailable as error:
                     if anyio.current_time() >= give_up:
-                        raise ProviderUnavailable(f"{filename} cannot be had of ComfyUI: {error}") from None
+                        raise ProviderUnavailable(f"{output.called} cannot be had of ComfyUI: {error}") from None
                     await anyio.sleep(self.pause_s)
                 except ObjectTooLarge:
-                    raise InvalidRequest(f"workflow: {filename} is over {max_bytes / 1e6:g} MB") from None
+                    raise InvalidRequest(f"workflow: {output.called} is over {max_bytes / 1e6:g} MB") from None
                 except (ObjectMissing, StorageRefused, UrlExpired) as error:
-                    raise EngineFailed(f"{filename} cannot be had of ComfyUI: {error}") from None
+                    raise EngineFailed(f"{output.called} cannot be had of ComfyUI: {error}") from None
                 else:
                     return
 

@@ -20,7 +20,9 @@ INPUT_MARK = " [input]"
 def checked(workflow: Mapping[str, Any]) -> Graph:
     """A copy of a task's workflow. Raises InvalidRequest where it is no graph in API format."""
     if isinstance(workflow.get("nodes"), list):
-        raise InvalidRequest("workflow: it is in the format of ComfyUI's editor; export it with Save (API)")
+        raise InvalidRequest(
+            "workflow: it is in the editor's format; export it with Workflow → Export (API)"
+        )
     if not workflow:
         raise InvalidRequest("workflow: it has no nodes")
     for node_id, node in workflow.items():
@@ -28,7 +30,7 @@ def checked(workflow: Mapping[str, Any]) -> Graph:
         if not is_node or not isinstance(node.get("inputs"), dict):
             raise InvalidRequest(
                 f"workflow: {one_line(node_id, MAX_TITLE_CHARS)!r} is no node with class_type and inputs; "
-                "export it with Save (API)"
+                "export it with Workflow → Export (API)"
             )
     return copy.deepcopy(dict(workflow))
 

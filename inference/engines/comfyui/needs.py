@@ -45,10 +45,7 @@ def compare(graph: Mapping[str, Any], has: Mapping[str, Any], filled: Collection
                 continue
             spec = _spec(has[class_type], name)
             choices = _choices(spec)
-            if choices is None or (_is_upload(spec) and isinstance(value, str) and "/" in value):
-                continue
-            several = isinstance(value, list) and _options(spec).get("multiselect")
-            if all(each in choices for each in (value if several else [value])):
+            if choices is None or _is_among(value, choices, spec):
                 continue
             where = f"{said(name)} of {named(graph, node_id)}"
             if isinstance(value, str) and value.lower().endswith(MODEL_SUFFIXES):
@@ -83,6 +80,14 @@ def _choices(spec: list[Any]) -> list[Any] | None:
         is_elsewhere = any(_options(spec).get(mark) for mark in REMOTE)
         choices = None if is_elsewhere else _options(spec).get("options")
     return choices if isinstance(choices, list) else None
+
+
+def _is_among(value: object, choices: list[Any], spec: list[Any]) -> bool:
+    """Whether a value is one of the choices, or may be: of a file in a subfolder the server says nothing."""
+    if _is_upload(spec) and isinstance(value, str) and "/" in value:
+        return True
+    several = value if isinstance(value, list) and _options(spec).get("multiselect") else [value]
+    return all(each in choices for each in several)
 
 
 def _is_upload(spec: list[Any]) -> bool:

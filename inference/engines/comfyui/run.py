@@ -85,6 +85,12 @@ class Run:
             try:
                 with anyio.move_on_after(self.socket_s):
                     await opened.wait()
+                if not opened.is_set():
+                    log.warning(
+                        "comfyui_no_websocket",
+                        why="its address lets no websocket through, or not yet",
+                        then="progress is told in coarse steps",
+                    )
                 await self._send()
                 outcome = self._judged(await self._end(heard))
             except (I2VError, OutOfMemory) as error:  # out of the group, which would wrap it

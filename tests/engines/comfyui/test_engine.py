@@ -199,7 +199,7 @@ async def test_a_photo_task_without_a_template_is_handed_back(engine, photo, fol
 @pytest.mark.parametrize(
     "workflow, said",
     [
-        ({"nodes": [], "links": []}, "Save \\(API\\)"),
+        ({"nodes": [], "links": []}, "Export \\(API\\)"),
         ({}, "no nodes"),
         ({"1": {"inputs": {}}}, "'1' is no node"),
         ({"1": {"class_type": "LoadImage"}}, "'1' is no node"),
@@ -395,11 +395,35 @@ async def test_an_unreachable_server_is_an_outage(engine, comfy, photo, folder):
 
 
 @pytest.mark.anyio
-async def test_another_server_at_that_address_is_a_setting(engine, comfy):
-    """404 and the like never come from a ComfyUI."""
-    comfy.faults["GET /system_stats"].append(Fault(404))
+@pytest.mark.parametrize("fault", [Fault(404), Fault(302), Fault(401), Fault(200, body=b"<html>Please log in</html>")])
+async def test_another_server_at_that_address_is_a_setting(fault, engine, comfy):
+    """404 and the like never come from a ComfyUI, nor does the page of a login in front of it."""
+    comfy.faults["GET /system_stats"].append(fault)
     with pytest.raises(SettingsError, match="COMFY_HOST"):
         await engine.check()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("fault", [Fault(404), Fault(503)])
+async def test_the_video_is_kept_where_another_file_cannot_be_had(fault, engine, comfy, photo, folder):
+    """Though the server goes away: the video is here by then."""
+    engine._patience_s = 0
+    graph = wan() | {"10": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "still"}}}
+    comfy.faults["GET /view"].extend([None, fault])
+    video = await engine.generate(asks(graph), {"x.png": photo}, folder, Job())
+    assert video.path.is_file()
+    assert video.others == {}
+
+
+@pytest.mark.anyio
+async def test_names_of_outputs_are_shown_in_one_line(engine, comfy, folder, monkeypatch):
+    """A workflow may put anything there."""
+    named = {"filename": f"../a\n\x1b[31m{'b' * 300}.mp4", "subfolder": "", "type": "output"}
+    monkeypatch.setattr(comfy, "_save", lambda *_: {"gifs": [named]})
+    with pytest.raises(EngineFailed, match="cannot be had") as caught:
+        await engine.generate(asks(still("SaveAnimatedWEBP", fps=8.0)), {}, folder, Job())
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.anyio

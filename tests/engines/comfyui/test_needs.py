@@ -10,6 +10,7 @@ from inference.engines.comfyui.places import Place
 from inference.errors import ProviderUnavailable
 from tests.engines.comfyui.graphs import still, wan
 
+
 async def asked(url: str, graph: dict[str, Any], *filled: Place) -> list[str]:
     """What a server lacks for a graph."""
     async with ComfyApi(url, patience_s=0) as api:
