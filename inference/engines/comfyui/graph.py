@@ -20,9 +20,7 @@ INPUT_MARK = " [input]"
 def checked(workflow: Mapping[str, Any]) -> Graph:
     """A copy of a task's workflow. Raises InvalidRequest where it is no graph in API format."""
     if isinstance(workflow.get("nodes"), list):
-        raise InvalidRequest(
-            "workflow: it is in the editor's format; export it with Workflow → Export (API)"
-        )
+        raise InvalidRequest("workflow: it is in the editor's format; export it with Workflow → Export (API)")
     if not workflow:
         raise InvalidRequest("workflow: it has no nodes")
     for node_id, node in workflow.items():
