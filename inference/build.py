@@ -318,6 +318,11 @@ QUEUES: dict[QueueName, Callable[[Settings, Storage], AbstractAsyncContextManage
 """The place where a queue is added."""
 
 
+WEBHOOK_PAUSES_S = (2.0, 60.0)
+"""Between the tries of a call that nobody answers, doubling, for a queue without leases. A job whose end is never told
+stays open there, so even five tries have to outlast the restart of an application."""
+
+
 def build_policy(settings: Settings) -> Policy:
     """How leases are kept, and how often things are tried."""
     return Policy(
@@ -325,6 +330,7 @@ def build_policy(settings: Settings) -> Policy:
         attempt_limit_s=settings.attempt_limit_s,
         attempts=settings.max_tries,
         patience_attempts=settings.webhook_retries,
+        patience_pauses_s=WEBHOOK_PAUSES_S if settings.queue == "gmanimato" else None,
         keep_temp=not settings.auto_cleanup_temp,
     )
 

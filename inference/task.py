@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from inference.errors import InvalidRequest, InvalidTask
+from inference.errors import InvalidRequest, InvalidTask, is_legible
 
 QUEUE_FPS = 24
 """Frames per second in which queues count `frame_num`, whatever the engine's own rate (Life-is-Short API)."""
@@ -58,7 +58,7 @@ storage_path: TypeAdapter[str] = TypeAdapter(StoragePath)
 
 def _nameable(name: str) -> str:
     """Refuses names that no line of a log could show."""
-    if not name.isprintable():
+    if not all(is_legible(character) for character in name):
         raise ValueError("must be printable")
     return name
 

@@ -173,6 +173,15 @@ def test_comfyui_is_started_again_in_the_middle_of_a_run(app, comfy, work):
     ends_once(app, video_id, "completed")
 
 
+def test_a_bucket_that_refuses_costs_one_job(app, work):
+    """Rendered, and nowhere to put it: it fails with the reason, the other stays, and systemd starts nothing again."""
+    video_id, other = add(app), add(app)
+    worker = work("--supervised", BUCKET_SECRET_ACCESS_KEY="another-secret")
+    assert "BUCKET_SECRET_ACCESS_KEY" in ends_once(app, video_id, "failed")["error"]
+    assert worker.wait() == 78
+    assert app.jobs[other].status == "in_queue"
+
+
 def test_a_node_that_the_server_lacks_is_said(app, work):
     """The job is failed with what is missing, and where."""
     graph = wan("x.png") | {"77": {"class_type": "NoSuchNode", "inputs": {}, "_meta": {"title": "Magic"}}}

@@ -9,6 +9,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from inference.errors import (
+    DiskFull,
     EngineHung,
     I2VError,
     InvalidTask,
@@ -31,6 +32,14 @@ MAX_BACKOFF_S = 60.0
 OUTAGE_PAUSE_S, MAX_OUTAGE_PAUSE_S = 30.0, 1800.0
 """How long no task is taken after the first that went back because of somebody's outage, and how long at most: each
 such task in a row doubles it. An exit would do worse, for supervisors start a worker again within seconds."""
+
+
+NOT_NOW: dict[type[I2VError], str] = {
+    ProviderUnavailable: "engine_unavailable",
+    DiskFull: "disk_full",
+    QueueUnavailable: "queue_unavailable",
+}
+"""Why no task is taken for a moment, and what a log calls it."""
 
 
 class Worker:
@@ -117,14 +126,14 @@ class Worker:
             lease, pause_s = None, self._poll_interval_s * random.uniform(0.8, 1.2)
             waits_for_more = at_most is None
             try:
-                await self._runner.turns.check()
+                await self._runner.check()
                 lease = await lease_from(self._queue)
                 self._unanswered = 0
-            except (QueueUnavailable, ProviderUnavailable) as error:
+            except (QueueUnavailable, ProviderUnavailable, DiskFull) as error:
                 if not waits_for_more:
                     self._fault = self._fault or error
                 pause_s = self._backoff_s(error, pause_s)
-                event = "engine_unavailable" if isinstance(error, ProviderUnavailable) else "queue_unavailable"
+                event = next(name for kind, name in NOT_NOW.items() if isinstance(error, kind))
                 log.warning(event, error=str(error), next_try_s=round(pause_s, 1))
             except InvalidTask as error:
                 log.error("invalid_task", item_id=error.item_id, error=str(error))  # noqa: TRY400 - no traceback
@@ -143,7 +152,7 @@ class Worker:
                     return
             await anyio.sleep(pause_s if left else 0.0)
 
-    def _backoff_s(self, error: QueueUnavailable | ProviderUnavailable, interval_s: float) -> float:
+    def _backoff_s(self, error: I2VError, interval_s: float) -> float:
         """The pause after a question that brought no task. A queue that answers, if only 5xx, is asked as ever."""
         if isinstance(error, QueueFailed):
             self._unanswered = 0

@@ -32,6 +32,7 @@ class Policy:
     attempt_limit_s: float = 1800  # a generation that takes longer counts as hung
     attempts: int = 3  # per stage; Life-is-Short documents
     patience_attempts: int = PATIENCE_ATTEMPTS
+    patience_pauses_s: tuple[float, float] | None = None  # the first pause, which doubles up to the second; or random
     retry_wait_s: float = 5  # between attempts; Life-is-Short documents
     keep_temp: bool = False  # keep the folder of each lease for inspection
 
@@ -59,7 +60,7 @@ async def repeat(
         sleep=anyio.sleep,
         retry=tenacity.retry_if_exception(is_away),
         stop=tenacity.stop_after_attempt(policy.patience_attempts),
-        wait=tenacity.wait_random_exponential(multiplier=1, max=30),
+        wait=_pauses(policy),
         before_sleep=_tell,
         reraise=True,
     )
@@ -81,6 +82,13 @@ async def repeat(
         return await patiently(once)
 
     return await a_few_times(while_unanswered)
+
+
+def _pauses(policy: Policy) -> tenacity.wait.wait_base:
+    if policy.patience_pauses_s is None:
+        return tenacity.wait_random_exponential(multiplier=1, max=30)
+    first_s, longest_s = policy.patience_pauses_s
+    return tenacity.wait_exponential(multiplier=first_s, max=longest_s)
 
 
 def _tell(state: tenacity.RetryCallState) -> None:

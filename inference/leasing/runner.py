@@ -20,7 +20,7 @@ from inference.engines.turns import EngineTurns
 from inference.errors import CancelRequested, I2VError, LeaseLost
 from inference.leasing.keeper import Keeper
 from inference.leasing.retry import Policy, repeat
-from inference.leasing.scratch import scratch_folder
+from inference.leasing.scratch import require_room, scratch_folder
 from inference.leasing.taking import STOPPING, hand_back
 from inference.payments.ledger import Ledger, Purchase
 from inference.progress.tracker import ProgressTracker, Sink, plan
@@ -57,6 +57,16 @@ class Runner:
         )
         self._temp_dir = temp_dir
         self._sink = sink
+
+    async def check(self) -> None:
+        """Looks whether a task could be made now, before one is taken.
+
+        Raises as Engine.check; where the queue takes no task back, also DiskFull and NotWritable: each task that was
+        taken then would be lost.
+        """
+        if not self._queue.hands_back:
+            require_room(self._temp_dir)
+        await self.turns.check()
 
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Errors become its Outcome; when cancelled, hands it back first."""

@@ -20,6 +20,19 @@ MIN_FREE_BYTES = 200_000_000
 the same disk."""
 
 
+def require_room(parent: Path | None = None) -> None:
+    """Raises DiskFull where work could not begin, NotWritable where that cannot be known."""
+    try:
+        free_bytes = shutil.disk_usage(parent or tempfile.gettempdir()).free
+    except OSError as error:
+        told = f"the temporary folder cannot be looked at: {error.strerror}; set TEMP_DIR to another place"
+        raise write_error(error, told) from None
+    if free_bytes < MIN_FREE_BYTES:
+        raise DiskFull(
+            f"only {free_bytes / 1e6:.0f} MB are free for temporary files; free some, or set TEMP_DIR elsewhere"
+        )
+
+
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterator[Path]:
     """A folder for one lease, removed afterwards unless `keep`. Raises DiskFull, NotWritable where none can be made.
@@ -28,11 +41,7 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
     """
     lock = None
     try:
-        free_bytes = shutil.disk_usage(parent or tempfile.gettempdir()).free
-        if free_bytes < MIN_FREE_BYTES:
-            raise DiskFull(
-                f"only {free_bytes / 1e6:.0f} MB are free for temporary files; free some, or set TEMP_DIR elsewhere"
-            )
+        require_room(parent)
         # The folder gets its final name only once it is locked, or a sweep could take it for a left-over one.
         new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
         folder = new.with_name(new.name.removeprefix("."))

@@ -16,6 +16,10 @@ log = structlog.get_logger(__name__)
 LEASE_LIMIT_S = 30.0
 """How long to wait for the answer to a lease request before giving up on it."""
 
+CLAIM_LIMIT_S = 75.0
+"""The same where the queue takes nothing back: a task whose answer is given up is lost, and that answer may hold photos
+and videos, which take their time on a slow line."""
+
 RELEASE_LIMIT_S = 6.0
 """How long handing a lease back may take, while a worker is stopping."""
 
@@ -40,11 +44,12 @@ async def hand_back(
             log.info("release_failed", item_id=lease.task.item_id, error=str(error))
 
 
-async def lease_from(queue: TaskQueue, item_id: str | None = None, *, limit_s: float = LEASE_LIMIT_S) -> Lease | None:
+async def lease_from(queue: TaskQueue, item_id: str | None = None, *, limit_s: float | None = None) -> Lease | None:
     """Asks for a task and waits for the answer even when cancelled. Raises as TaskQueue.lease.
 
     The request is shielded because an abandoned one may still lease a task, which nobody would then work on.
     """
+    limit_s = limit_s or (LEASE_LIMIT_S if queue.hands_back else CLAIM_LIMIT_S)
     with anyio.CancelScope(shield=True), anyio.move_on_after(limit_s):
         return await (queue.lease() if item_id is None else queue.lease(item_id))
     raise QueueUnavailable(f"the queue did not answer within {limit_s:g} s")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import anyio
@@ -40,7 +41,6 @@ from inference.errors import (
     SettingsError,
     StorageAway,
     StorageRefused,
-    StorageUnavailable,
     StorageUnreached,
     one_line,
 )
@@ -63,7 +63,7 @@ from inference.transfer.addresses import may_be_proxied
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.bucket import Bucket
 from inference.transfer.json_api import NEVER_SENT
-from inference.transfer.network import flaw_in, safe_for_a_key
+from inference.transfer.network import flaw_in, is_of_a_private_network, is_this_machine, safe_for_a_key
 from inference.transfer.storage import Storage, redact
 from inference.transfer.storage_errors import FOREIGN, MIN_SECRET_CHARS, reason_of
 
@@ -76,9 +76,12 @@ whose page somebody opens, but a video that comes later still replaces that."""
 BEAT_S = 2.0
 """How often its page asks for progress, about, and so how often progress is sent."""
 
-TASK_LIMIT_S = 25.0
-"""For one question for a job. The application may fetch photos before it answers, and what it claimed for an answer
-that nobody waits for is lost. `leasing/taking.py` waits 30 s."""
+TASK_LIMIT_S = 70.0
+"""For one question for a job. The application may fetch photos before it answers and send them as base64, and a job
+whose answer nobody waits for is lost: 50 MB at 6 Mbit/s take this long. `leasing/taking.py` waits 75 s."""
+
+SILENCE_S = 30.0
+"""For as long the application may send nothing, before its answer and within it."""
 
 PROGRESS_LIMIT_S = 5.0
 """For one progress call, at each of at most two addresses; a keeper waits 15 s for a heartbeat."""
@@ -106,6 +109,11 @@ FORGET_S = 3600.0
 INLINE = "inline:"
 """Before the name of a video that travels inside the call that ends its job."""
 
+BUCKET_REFUSES = (
+    "the bucket does not accept this worker; see BUCKET_NAME, BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY and "
+    "BUCKET_REGION"
+)
+
 STOPPED = "the worker stopped before the video was finished"
 
 ONLY_THE_NEXT = "this queue hands out only the next job; run without an item id"
@@ -125,6 +133,7 @@ class _Calls:
     is_ending: bool = False  # a call that ends the job was begun: no more progress
     is_over: bool = False  # it was accepted, or the job is not ours: nothing at all is sent any more
     over_at: float = math.inf
+    made: bytes | None = None  # the end with a video, from when it was first to be sent until it was refused
     end_in_doubt: bytes | None = None  # an end that may have been carried out, although no answer came
     progress_in_doubt_at: float = -math.inf  # when the last progress call was given up that may yet be carried out
     uses_own_route: bool = False  # the job's callback_url leads elsewhere
@@ -168,7 +177,7 @@ class GmAnimatoQueue:
     ) -> None:
         """`bucket`: where videos go, under `prefix`; without, they travel in the body of the call that ends the job.
 
-        `callback_base_url`: where the webhook is, in place of whatever a job says and of `api_url`.
+        `callback_base_url`: where the webhook is, in place of whatever a job says; `api_url` where that does not work.
         `max_body_bytes`: the application's BODY_SIZE_LIMIT.
         """
         self._worker_id = worker_id
@@ -181,15 +190,15 @@ class GmAnimatoQueue:
             raise SettingsError(f"WORKER_ID: {explain(error)}") from None
         base_url = _base_of(api_url)
         self._task_url = f"{base_url}/api/worker/task"
-        self._has_own_base = callback_base_url is not None
-        self._callback_base = _callback_base(callback_base_url) if callback_base_url is not None else base_url
+        self._base_url = base_url
+        self._callback_base = _callback_base(callback_base_url) if callback_base_url is not None else None
         self._is_there = False  # the worker route has answered at this address
         self._calls: dict[str, _Calls] = {}  # by worker_id, which is unique to a lease
         proxied = may_be_proxied(base_url)
         self._api = httpx.AsyncClient(
             headers={"x-worker-secret": self._secret, **IDENTITY},
             event_hooks={"response": [bounded(MAX_TASK_BYTES)]},
-            timeout=TASK_LIMIT_S,
+            timeout=SILENCE_S,
             trust_env=proxied,
             transport=transport,
         )
@@ -212,11 +221,14 @@ class GmAnimatoQueue:
     async def check(self) -> str | None:
         """As TaskQueue.check, but for the secret, which only a question for a job could prove. OPTIONS claims nothing.
 
-        SvelteKit answers 405 for a route that is there and has no OPTIONS, and 404 where there is none. It would run
-        GET for HEAD, and claim a job.
+        SvelteKit answers 405 for a route that is there and has no OPTIONS, with the methods that it has in `Allow`, and
+        404 where there is none. It would run GET for HEAD, and claim a job. Other servers, such as nginx for files,
+        answer 405 to every OPTIONS, without GET in `Allow`.
         """
-        reply = await self._ask("OPTIONS")
-        if reply.status == 404 or 300 <= reply.status < 400:
+        response = await self._request("OPTIONS")
+        reply = self._read(response)
+        has_no_get = reply.status == 405 and "GET" not in response.headers.get("Allow", "").upper()
+        if reply.status == 404 or has_no_get or 300 <= reply.status < 400:
             raise QueueRefused(
                 f"{reply.status} {reply.said}: no GmAnimato at {self._where}; set GMANIMATO_API_URL to its address"
             )
@@ -226,11 +238,23 @@ class GmAnimatoQueue:
         return UNPROVEN
 
     async def check_storage(self) -> str | None:
-        """As TaskQueue.check_storage: the bucket's host; None without one. Photos are wherever a job says."""
+        """As TaskQueue.check_storage: the bucket's host; None without one. Photos are wherever a job says.
+
+        Asks for an object that is not there: a wrong key is refused, and nothing is stored. Raises SettingsError.
+        """
         if self._bucket is None:
             return None
-        url = await self._sign("check", "video/mp4", self._bucket)
+        bucket = self._bucket
+        url = await anyio.to_thread.run_sync(bucket.download_url, f"{self._prefix}/check".lstrip("/"))
         await self._storage.check(url)
+        with TemporaryDirectory(prefix="i2v-check-") as folder:
+            try:
+                await self._storage.download(url, Path(folder) / "check")
+            except (ObjectMissing, StorageRefused) as error:
+                is_fine = isinstance(error, ObjectMissing) and "NoSuchBucket" not in str(error)
+                # Who may write but not read gets AccessDenied, and can store videos.
+                if not is_fine and "AccessDenied" not in str(error):
+                    raise SettingsError(f"{BUCKET_REFUSES}: {error}") from None
         return httpx.URL(url).host
 
     async def lease(self, item_id: str | None = None) -> Lease | None:
@@ -251,9 +275,8 @@ class GmAnimatoQueue:
         try:
             task = parse_job(payload)
         except InvalidTask as error:
-            logger.warning(
-                "malformed job", problem=str(error), payload=one_line(repr(payload)[:MAX_MESSAGE_CHARS], 300)
-            )
+            # Of what it holds only the names of fields: photos may be in it, and signed URLs.
+            logger.warning("malformed job", problem=str(error), fields=_fields_of(payload))
             await self._report_malformed(Job.in_ruins(payload), str(error))
             raise
         return Lease(task=task, worker_id=worker_id, length_s=LEASE_S, beat_interval_s=BEAT_S)
@@ -326,7 +349,9 @@ class GmAnimatoQueue:
         else:
             base = storage_path.rpartition("/")[0]
             call = completed_call(job, "s3_url", {name: f"{base}/{name}" for name in _files(video)})
-        await self._end(job, self._calls_of(lease), encoded(call))
+        calls = self._calls_of(lease)
+        calls.made = encoded(call)
+        await self._end(job, calls, calls.made)
 
     async def fail(self, lease: Lease, message: str) -> None:
         """As TaskQueue.fail, and safe to repeat."""
@@ -335,8 +360,15 @@ class GmAnimatoQueue:
         await self._end(job, self._calls_of(lease), encoded(failed_call(job, said)))
 
     async def release(self, lease: Lease, reason: str | None = None) -> None:
-        """As TaskQueue.release: the job ends failed, since no other worker could get it."""
-        await self.fail(lease, f"{reason or STOPPED}; please start it again")
+        """As TaskQueue.release: the job ends failed, since no other worker could get it.
+
+        A worker that is stopped while it tries to tell of a finished video tells of that once more instead.
+        """
+        calls = self._calls_of(lease)
+        if calls.made is None:
+            await self.fail(lease, f"{reason or STOPPED}; please start it again")
+        else:
+            await self._end(Job.of(lease), calls, calls.made)
 
     async def _tell_progress(self, job: Job, calls: _Calls, content: bytes) -> str | None:
         """Sends progress; returns what went wrong. Raises LeaseLost."""
@@ -371,25 +403,31 @@ class GmAnimatoQueue:
                 raise
             if reply.is_success:
                 calls.end()
+                _tell_if_not_kept(job, content, reply)
             elif reply.is_disowned:
                 calls.end()
                 raise LeaseLost(f"job {job.id} is not ours any more: {reply.status} {reply.said}")
             else:
                 refusal = reply.refusal()
                 if not isinstance(refusal, QueueUnavailable):
-                    calls.end_in_doubt = None  # judged, so that another end may be sent
+                    calls.made = calls.end_in_doubt = None  # judged, so that another end may be sent
                 elif isinstance(refusal, QueueFailed):
                     calls.end_in_doubt = before
                 raise refusal
 
     async def _tell(self, job: Job, calls: _Calls, content: bytes, *, is_progress: bool = False) -> Reply:
-        """One call to the webhook: where the job says, and where that is wrong, at the application's own route.
+        """One call to the webhook: where the operator or the job says, and where that is wrong, at the route beside the
+        one that handed out the job.
 
         The address that a job names is made from what the application believes to be its own. It may be missing, https
-        for a server that has none, or lead to a login page. Raises QueueUnreached, QueueUnavailable.
+        for a server that has none, or lead to a login page; the operator's may be of a tunnel that is down. Raises
+        QueueUnreached, QueueUnavailable.
         """
-        own = f"{self._callback_base}/api/i2v-webhook/{job.video_id}"
-        named = None if self._has_own_base or calls.uses_own_route else _usable(job.callback_url)
+        route = f"/api/i2v-webhook/{job.video_id}"
+        own = self._base_url + route
+        named = self._callback_base + route if self._callback_base else _usable(job.callback_url)
+        if calls.uses_own_route:
+            named = None
         if named is None or named == own:
             return await self._post(own, calls, content, is_progress=is_progress)
         problem: QueueUnavailable | None = None
@@ -410,7 +448,8 @@ class GmAnimatoQueue:
             raise QueueUnavailable(both) from None
         if reply.is_verdict or reply.is_disowned:
             calls.uses_own_route = True
-            logger.warning("callback_url does not work", item_id=job.id, problem=said, instead=redact(own))
+            event = "CALLBACK_BASE_URL does not work" if self._callback_base else "callback_url does not work"
+            logger.warning(event, item_id=job.id, problem=said, instead=redact(own))
         return reply
 
     async def _post(self, url: str, calls: _Calls, content: bytes, *, is_progress: bool) -> Reply:
@@ -477,8 +516,9 @@ class GmAnimatoQueue:
         try:
             with _reaching_storage("this worker cannot reach its bucket"):
                 await self._storage.upload(url, path, content_type=content_type)
-        except ObjectMissing as error:  # an upload that meets a missing bucket is not the fault of the task
-            raise StorageUnavailable(f"nothing can be stored there: {error}") from None
+        except (ObjectMissing, StorageRefused) as error:  # no such bucket, or its key is refused
+            # Every other job would be rendered and then lost as well.
+            raise SettingsError(f"{BUCKET_REFUSES}: {error}") from None
 
     @staticmethod
     async def _sign(key: str, content_type: str, bucket: Bucket) -> str:
@@ -508,16 +548,13 @@ class GmAnimatoQueue:
         """The error that an answer of the worker route stands for, unless it is a job or none."""
         error = reply.no_task(self._where)
         if isinstance(error, QueueFailed) and reply.payload is not None:
-            # The route claims a job before it prepares it, and does not give it back.
+            # The route claims a job before it prepares it, and does not give it back. Newer versions fail it then.
             logger.error(
-                "the application failed, and a job that it had claimed is lost",
+                "the application failed, and if it had claimed a job, that job is lost",
                 answer=reply.said,
-                look="its log names the job after '[Worker] Assigned task'; it stays 'processing' for 30 minutes",
+                look="its log names the job after '[Worker] Assigned task'; it may stay 'processing' for 30 minutes",
             )
         return error
-
-    async def _ask(self, method: str) -> Reply:
-        return self._read(await self._request(method))
 
     async def _request(self, method: str) -> httpx.Response:
         """One question to the worker route. Raises QueueUnreached, QueueUnavailable."""
@@ -576,11 +613,16 @@ def _reaching_storage(where: str) -> Iterator[None]:
 
 
 def _base_of(api_url: str) -> str:
-    """The address of the application, with or without a trailing slash or `/api`. Raises SettingsError."""
+    """The address of the application, with or without a trailing slash or `/api`. Raises SettingsError.
+
+    Its own documents use plain http between boxes of one network, so that is taken there, and told.
+    """
     try:
-        url = safe_for_a_key(api_url)
+        url = safe_for_a_key(api_url, is_of_a_private_network)
     except SettingsError as error:
         raise SettingsError(f"GMANIMATO_API_URL: {error}") from None
+    if url.scheme == "http" and not is_this_machine(url.host):
+        logger.warning("the secret travels unencrypted", host=url.host, setting="GMANIMATO_API_URL")
     return str(url.copy_with(path=url.path.rstrip("/").removesuffix("/api"))).rstrip("/")
 
 
@@ -590,6 +632,15 @@ def _callback_base(url: str) -> str:
     if usable is None or httpx.URL(usable).query:
         raise SettingsError("CALLBACK_BASE_URL: must look like https://host")
     return usable.rstrip("/").removesuffix("/api")
+
+
+def _fields_of(payload: object) -> str:
+    """The names of a job's fields, and of those of its `input`, for a log."""
+    if not isinstance(payload, Mapping):
+        return type(payload).__name__
+    content = payload.get("input")
+    inner = [f"input.{name}" for name in content] if isinstance(content, Mapping) else []
+    return one_line(", ".join([*payload, *inner]), 300)
 
 
 def _usable(url: str | None) -> str | None:
@@ -605,6 +656,18 @@ def _fit_for_a_header(secret: str | None) -> str:
     if not text or not text.isascii() or not text.isprintable():
         raise SettingsError("WORKER_TASK_SECRET: set it to the application's, in printable ASCII")
     return text
+
+
+def _tell_if_not_kept(job: Job, content: bytes, reply: Reply) -> None:
+    """Logs that the application accepted a video and failed the job all the same, as when it cannot store base64."""
+    updated = (reply.payload or {}).get("updated")
+    became = updated.get("status") if isinstance(updated, dict) else None
+    if became == "failed" and json.loads(content)["status"] == "completed":
+        logger.error(
+            "the application took the video and failed the job",
+            item_id=job.id,
+            look="its log says why after '[Webhook]': it may be unable to store videos; BUCKET_… here would do that",
+        )
 
 
 def _files(video: Video) -> Mapping[str, Path]:

@@ -127,7 +127,10 @@ class _FlatJob(_Wire):
 
     def task(self) -> Task:
         """The same as a task."""
-        inputs = {PHOTO: Input(source=self.original_image_url)}
+        # The application's own worker uploads the photo under this name, and graphs written for it load that.
+        own_name = f"{self.id}.png"
+        name = own_name if _mentions(self.workflow, own_name) else PHOTO
+        inputs = {name: Input(source=self.original_image_url)}
         if self.last_image_url is not None:
             inputs[LAST_PHOTO] = Input(source=self.last_image_url)
         return Task(
@@ -165,6 +168,17 @@ def _weights(weights: object) -> dict[str, float]:
         if isinstance(name, str) and isinstance(weight, int | float) and not isinstance(weight, bool)
     }
     return {name: weight for name, weight in numbers.items() if math.isfinite(weight) and weight >= 0}
+
+
+def _mentions(value: object, name: str) -> bool:
+    """Whether a value of JSON is this text, or holds it somewhere. Without recursion: it may be nested deeply."""
+    left = [value]
+    while left:
+        each = left.pop()
+        if each == name:
+            return True
+        left.extend(each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+    return False
 
 
 def _extras(video_id: str, callback_url: object) -> dict[str, Any]:

@@ -61,11 +61,11 @@ class Bucket:
 
     def _signed(self, operation: str, key: str, expires_s: int, **parameters: Any) -> str:
         try:
-            import boto3  # noqa: PLC0415 - comes with the runpod extra
+            import boto3  # noqa: PLC0415 - an extra
             import botocore.config  # noqa: PLC0415
             import botocore.exceptions  # noqa: PLC0415
         except ImportError:
-            raise SettingsError("S3 storage needs an extra: pip install 'serverless-i2v[runpod]'") from None
+            raise SettingsError("S3 storage needs an extra: pip install 'serverless-i2v[s3]'") from None
         try:
             client = boto3.client(
                 "s3",

@@ -63,6 +63,18 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
+def is_of_a_private_network(host: str) -> bool:
+    """Whether the host of a URL is this machine, or evidently another one of the same private network.
+
+    That is a private address, a name without a domain as in `docker compose`, or one under a domain for such networks
+    (RFC 6762, RFC 8375; `.internal` is reserved by ICANN).
+    """
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".lan", ".home.arpa", ".internal"))
+
+
 def flaw_in(url: httpx.URL) -> str | None:
     """Why no client can connect to a URL; None where one might."""
     if url.scheme not in ("http", "https") or not url.host:
@@ -76,10 +88,11 @@ def _one_name(host: str) -> str:
     return "localhost" if is_this_machine(host) else host
 
 
-def safe_for_a_key(url: str) -> httpx.URL:
+def safe_for_a_key(url: str, may_be_plain: Callable[[str], bool] = is_this_machine) -> httpx.URL:
     """The URL of a service that a key is sent to.
 
-    Raises SettingsError: the key must not travel in the clear, save to this machine.
+    `may_be_plain`: hosts for which plain http will do. Raises SettingsError: elsewhere the key must not travel in the
+    clear.
     """
     try:
         parsed = httpx.URL(url.strip())
@@ -89,7 +102,7 @@ def safe_for_a_key(url: str) -> httpx.URL:
         raise SettingsError("must look like https://host, without query, fragment or user")
     if flaw := flaw_in(parsed):
         raise SettingsError(flaw)
-    if parsed.scheme == "http" and not is_this_machine(parsed.host):
+    if parsed.scheme == "http" and not may_be_plain(parsed.host):
         raise SettingsError(f"must be https, since {parsed.host} is not this machine")
     return parsed
 

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import anyio
 import pytest
@@ -23,8 +24,9 @@ from inference.errors import (
     SettingsError,
     StorageAway,
 )
+from inference.leasing import scratch
 from inference.leasing.polling import Worker
-from inference.leasing.retry import Policy
+from inference.leasing.retry import Policy, repeat
 from inference.leasing.runner import Runner
 from inference.testing.memory_store import MemoryStore
 from tests.leasing.test_runner import ScriptedQueue, SleepyEngine
@@ -427,3 +429,51 @@ async def test_a_single_task_is_not_waited_for(box):
     with pytest.raises(ProviderUnavailable):
         await it.worker.run(at_most=1)
     assert it.statuses() == ["pending"]
+
+
+@virtual_time
+async def test_no_task_is_taken_where_none_could_begin(box, monkeypatch):
+    """A queue that takes no task back: while the disk is full none is taken, and once there is room it goes on."""
+    it = box(tasks=1, engine=SleepyEngine(seconds=1), poll_interval_s=5)
+    it.queue.hands_back = False
+
+    def usage(_):
+        return SimpleNamespace(free=0 if anyio.current_time() < 400 else 10**9)
+
+    monkeypatch.setattr(scratch.shutil, "disk_usage", usage)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stop_at, it, 500)
+        await it.worker.run()
+    assert 400 <= it.queue.asked_at[0] < 460
+    assert it.statuses() == ["completed"]
+
+
+@pytest.mark.parametrize("hands_back,waited_s", [(True, 30), (False, 75)])
+def test_how_long_the_answer_with_a_task_is_waited_for(box, hands_back, waited_s):
+    """Longer where a task whose answer is given up is lost."""
+
+    @virtual_time
+    async def story():
+        it = box(tasks=1, engine=SleepyEngine(seconds=1))
+        it.queue.hands_back, it.queue.answers_after_s = hands_back, 1000
+        with pytest.raises(QueueUnavailable, match=f"{waited_s} s"):
+            await it.worker.run(at_most=1)
+
+    story()
+
+
+def test_pauses_that_double():
+    """Few tries last longer than the restart of an application."""
+    tried_at = []
+
+    async def away():
+        tried_at.append(anyio.current_time())
+        raise QueueUnavailable("away")
+
+    @virtual_time
+    async def story():
+        with pytest.raises(QueueUnavailable):
+            await repeat(away, Policy(attempts=1, patience_attempts=8, patience_pauses_s=(2, 60)))
+
+    story()
+    assert [round(b - a) for a, b in itertools.pairwise(tried_at)] == [2, 4, 8, 16, 32, 60, 60]

@@ -13,6 +13,7 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from inference.errors import (
     I2VError,
@@ -29,6 +30,7 @@ from inference.errors import (
 )
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
+from inference.leasing.taking import CLAIM_LIMIT_S
 from inference.progress.tracker import Progress
 from inference.queues import gmanimato
 from inference.queues.gmanimato import GmAnimatoQueue
@@ -155,6 +157,25 @@ async def test_the_older_form(app, photo_bytes):
     assert (task.extras["video_id"], task.extras["tags"]) == (video_id, ["sea"])
     assert app.jobs[video_id].status == "failed"
     assert (second.extras["video_id"], second.workflow) == (with_graph, WORKFLOW)
+    assert list(second.inputs) == ["photo"]
+
+
+def test_the_older_form_with_a_graph_that_names_the_photo():
+    """Its own worker uploads the photo as `<id>.png`, so graphs written for that load this name."""
+    graph = {"1": {"class_type": "LoadImage", "inputs": {"image": "7.png"}}}
+    assert list(parse_job(FLAT | {"workflow": graph}).inputs) == ["7.png"]
+    deep: Any = "7.png"
+    for _ in range(5000):
+        deep = [deep]
+    assert list(parse_job(FLAT | {"workflow": {"1": {"inputs": {"image": deep}}}}).inputs) == ["7.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["Screenshot 2026-05-01 at 3.41.12\u202fPM.png", "\U0001f469\u200d\U0001f52c.png", "海 1.png"]
+)
+def test_names_as_people_have_them(name):
+    """Reference images keep the names of their files: macOS puts a narrow space into those of screenshots."""
+    assert list(parse_job(nested(images=[{"name": name, "image": "https://s3.test/7"}])).inputs) == [name]
 
 
 GRAPH = {"1": {"class_type": "A", "inputs": {}}}
@@ -261,6 +282,20 @@ def test_a_malformed_job_is_reported_failed(faults, photo_bytes):
     story()
 
 
+async def test_a_malformed_job_is_logged_without_what_it_holds(app, photo_bytes):
+    """Photos may be in it, and signed URLs: the log names its fields."""
+    images = [
+        {"name": "", "image": "data:image/png;base64,UElYRUxT"},
+        {"name": "a", "image": "https://s3.test/a?sig=1"},
+    ]
+    app.add(photo_bytes, images=images)
+    async with queue_on(app) as queue:
+        with structlog.testing.capture_logs() as logs, pytest.raises(InvalidTask):
+            await queue.lease()
+    assert not [word for word in ("UElYRUxT", "base64", "sig=1") if word in repr(logs)]
+    assert "input.images" in logs[0]["fields"]
+
+
 async def test_a_job_that_cannot_be_reported_is_told_loudly(app, photo_bytes):
     """An unusable id, or a webhook that does not know it."""
     video_id = app.add(photo_bytes, workflow=None)
@@ -292,12 +327,14 @@ async def test_a_404_that_may_be_an_address_without_a_queue():
     """A worker would wait there for ever: at the first 404 that does not say why, one OPTIONS tells; never HEAD."""
     asked = []
 
-    def elsewhere(request, status):
+    def elsewhere(request, status, allow):
         asked.append(request.method)
-        return httpx.Response(404 if request.method == "GET" else status, text="<h1>Not Found</h1>")
+        headers = {"Allow": allow} if allow else {}
+        return httpx.Response(404 if request.method == "GET" else status, headers=headers, text="<h1>Not Found</h1>")
 
-    for status, is_there in ((405, True), (204, True), (404, False), (303, False)):
-        transport = httpx.MockTransport(lambda request, status=status: elsewhere(request, status))
+    cases = ((405, "GET, HEAD", True), (204, "", True), (405, "", False), (404, "", False), (303, "", False))
+    for status, allow, is_there in cases:
+        transport = httpx.MockTransport(lambda request, of=(status, allow): elsewhere(request, *of))
         async with GmAnimatoQueue(
             "https://wrong.test", "s", worker_id="w", storage=Storage(), transport=transport
         ) as queue:
@@ -306,7 +343,7 @@ async def test_a_404_that_may_be_an_address_without_a_queue():
             else:
                 with pytest.raises(QueueRefused, match="GMANIMATO_API_URL"):
                     await queue.lease()
-    assert asked == ["GET", "OPTIONS", "GET", "GET"] * 2 + ["GET", "OPTIONS"] * 2
+    assert asked == ["GET", "OPTIONS", "GET", "GET"] * 2 + ["GET", "OPTIONS"] * 3
 
 
 def test_a_wrong_address_of_a_real_server():
@@ -405,7 +442,7 @@ async def test_silence_is_an_outage():
         began_at = anyio.current_time()
         with pytest.raises(QueueUnavailable, match="is lost"):
             await queue.lease()
-        assert anyio.current_time() - began_at < 30
+        assert anyio.current_time() - began_at < CLAIM_LIMIT_S
 
 
 def test_a_job_that_is_too_long(monkeypatch, photo_bytes):
@@ -436,6 +473,7 @@ async def test_a_long_job(monkeypatch, app, photo_bytes):
     [
         ("gmanimato.test", {}, "GMANIMATO_API_URL"),
         ("http://gmanimato.test", {}, "GMANIMATO_API_URL"),
+        ("http://8.8.8.8:3000", {}, "GMANIMATO_API_URL"),
         ("https://gmanimato.test?x=1", {}, "GMANIMATO_API_URL"),
         ("https://gmanimato.test", {"secret": ""}, "WORKER_TASK_SECRET"),
         ("https://gmanimato.test", {"secret": "geheim\u00fcber"}, "WORKER_TASK_SECRET"),
@@ -448,6 +486,16 @@ def test_settings_that_cannot_work(url, options, named):
     options = {"secret": "s", "worker_id": "w", "storage": Storage()} | options
     with pytest.raises(SettingsError, match=named):
         GmAnimatoQueue(url, options.pop("secret"), **options)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://192.168.1.7:3000", "http://app:3000", "http://box.lan", "http://[fd00::7]:3000"]
+)
+def test_an_application_of_the_same_network(url):
+    """Plain http will do there, as its own documents have it; that the secret can be read on the way is said."""
+    with capture_logs() as logs:
+        GmAnimatoQueue(url, "s", worker_id="w", storage=Storage())
+    assert [line["event"] for line in logs] == ["the secret travels unencrypted"]
 
 
 # Progress
@@ -622,6 +670,30 @@ async def test_an_operator_who_says_where_the_webhook_is(app, photo_bytes):
     assert hosts == ["gmanimato.test", "inside.test:5173"]
 
 
+@pytest.mark.parametrize(
+    "answer", [httpx.ConnectError("refused"), httpx.Response(404, json={"error": "not found"})], ids=repr
+)
+async def test_an_operators_webhook_that_does_not_work(app, photo_bytes, answer):
+    """A tunnel that is down, or another deployment: the application that handed out the job is told all the same."""
+    video_id = app.add(photo_bytes)
+
+    async def network(request):
+        if request.url.host == "tunnel.test":
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return await app.answer(request)
+
+    options = {"transport": httpx.MockTransport(network), "callback_base_url": "https://tunnel.test"}
+    async with queue_on(app, **options) as queue:
+        lease = await queue.lease()
+        with structlog.testing.capture_logs() as logs:
+            await queue.heartbeat(lease, HALF)
+            await queue.fail(lease, "no")
+    assert [line["event"] for line in logs] == ["CALLBACK_BASE_URL does not work"]
+    assert app.jobs[video_id].status == "failed"
+
+
 async def test_nobody_answers_anywhere(photo_bytes):
     """Both reasons are told, and the own route is not taken for found."""
     app = Application(callbacks="given", callback_url="https://elsewhere.test/hook?key=1")
@@ -782,6 +854,33 @@ class SimpleQueue(GmAnimatoQueue):
 
 
 @virtual_time
+async def test_a_worker_that_is_stopped_while_it_tells_of_a_video():
+    """The call waits for lost progress to settle, and was not sent yet: the release tells of the video."""
+    app = Application(origin="https://gmanimato.test", callbacks="absent")
+    video_id = app.add(b"photo")
+    app.faults["webhook"].append(GATEWAY_DOWN)
+    async with SimpleQueue(app) as queue:
+        lease = await queue.lease()
+        await queue.heartbeat(lease, HALF)
+        with anyio.move_on_after(queue.SETTLE_S / 2):
+            await queue.complete(lease, "https://s3.test/b/v.mp4", video_named("v.mp4"))
+        await queue.release(lease, "the worker was stopped")
+    assert (app.jobs[video_id].status, len(app.finals(video_id))) == ("completed", 1)
+
+
+async def test_a_video_that_the_application_took_and_could_not_keep(app, photo_bytes, make_video):
+    """It answers 201 and says failed: nothing may be sent any more, so the log has to tell it."""
+    app.stores_videos = False
+    video_id = app.add(photo_bytes)
+    async with queue_on(app) as queue:
+        lease = await queue.lease()
+        with structlog.testing.capture_logs() as logs:
+            await complete(queue, lease, make_video())
+    assert app.jobs[video_id].status == "failed"
+    assert [(line["log_level"], line["item_id"]) for line in logs] == [("error", f"local-{video_id}")]
+
+
+@virtual_time
 async def test_an_end_that_was_refused_may_be_followed_by_another():
     """The application took nothing, so the failure is the job's first end."""
     app = Application(origin="https://gmanimato.test")
@@ -936,6 +1035,28 @@ def test_videos_in_a_bucket(photo_bytes, make_video, tmp_path):
             {"filename": "my_clip.webm", "type": "s3_url", "data": f"{url}/my_clip.webm"},
             {"filename": "sheet.png", "type": "s3_url", "data": f"{url}/sheet.png"},
         ]
+
+
+@pytest.mark.parametrize("wrong", ["secret", "key", "name"])
+def test_a_bucket_that_refuses(photo_bytes, make_video, wrong):
+    """Found without a job; and by a job, which then is the last: every other would be rendered and lost, too."""
+    with S3Server() as s3, GmAnimatoServer() as app:
+        app.add(photo_bytes)
+        said = {"name": s3.bucket, "key": s3.key_id, "secret": s3.secret} | {wrong: "wrong-one"}
+        bucket = Bucket(s3.url, said["name"], said["key"], said["secret"])
+
+        async def main():
+            async with (
+                Storage(trusted_origins=[app.url, s3.url]) as storage,
+                GmAnimatoQueue(app.url, app.secret, worker_id="w", storage=storage, bucket=bucket) as queue,
+            ):
+                with pytest.raises(SettingsError, match="BUCKET_NAME"):
+                    await queue.check_storage()
+                with pytest.raises(SettingsError, match="BUCKET_NAME"):
+                    await queue.deliver(await queue.lease(), make_video())
+
+        anyio.run(main)
+        assert s3.keys() == []
 
 
 async def test_a_url_that_is_too_long_is_not_uploaded(app, photo_bytes, make_video):

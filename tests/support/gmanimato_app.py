@@ -138,6 +138,7 @@ class Application:
 
     secret: str | None = "secret-of-the-tests"
     body_limit_bytes: int = BODY_LIMIT_BYTES
+    stores_videos: bool = True  # False: its own bucket refuses those that come as base64
     clock: Callable[[], float] = time.monotonic
     callbacks: Literal["right", "absent", "https", "given"] = "right"
     callback_url: str = ""  # the one that is `given`
@@ -365,7 +366,7 @@ class Application:
                     content = base64.b64decode(file["data"].rpartition(",")[2], validate=True)
                 except (binascii.Error, ValueError):
                     content = b""
-                if not content:
+                if not content or not self.stores_videos:
                     return ""
                 key = f"{uuid.uuid4()}.{file['filename'].rpartition('.')[2]}"
                 self.objects[key] = content
