@@ -279,9 +279,9 @@ class ComfyServer:
         """Runs stand still before such a node, until `release`."""
         self._held.add(class_type)
 
-    def release(self) -> None:
-        """Whatever stands still goes on."""
-        self._held.clear()
+    def release(self, *class_types: str) -> None:
+        """Whatever stands still goes on, or only what stands before such nodes."""
+        self._held -= set(class_types) or self._held
 
     def occupy(self, count: int = 1) -> list[Prompt]:
         """Another client's prompts: the first runs until `release`, the others wait behind it."""

@@ -135,7 +135,7 @@ class Run:
             self.node_errors = errors if isinstance(errors, dict) else {}
             log.info("comfyui_sent", prompt_id=self.id)
             return True
-        if answer.status >= 500:
+        if answer.status >= 500 or answer.is_half:
             log.warning("comfyui_prompt_in_doubt", prompt_id=self.id, error=f"{answer.status} {answer.said}")
             return await self._arrived()
         self._is_sent = False

@@ -38,6 +38,7 @@ from tests.support.comfy_server import (
     Fault,
 )
 
+HALF_AFTER = Fault(200, carried_out=True, body=b'{"prompt_i')
 CASES = Path(__file__).parents[2] / "cases" / "comfy"
 
 
@@ -151,11 +152,14 @@ async def test_no_socket_at_all(comfy, task, monkeypatch):
 async def test_a_reconnected_socket_goes_on_with_its_run(comfy, task):
     """The same client's id: messages of a run that goes on are heard again."""
     comfy.hold("KSampler")
+    comfy.hold("VAEDecode")
     comfy.drop_after = [4]
     async with task.running():
         await until(comfy, lambda: comfy.sockets_opened == 2 and is_running(comfy)())
+        comfy.release("KSampler")
+        await until(comfy, lambda: any(0 < each.detail.get("current_node_progress", 0) < 100 for each in task.heard))
         comfy.release()
-    assert any(0 < each.detail.get("current_node_progress", 0) < 100 for each in task.heard)
+    assert task.outcome.path.is_file()
 
 
 @pytest.mark.anyio
@@ -171,7 +175,7 @@ async def test_a_history_that_comes_late(comfy, task):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "fault", [LOST_BEFORE, LOST_AFTER, BROKEN, BROKEN_AFTER, Fault(502), Fault(502, carried_out=True)]
+    "fault", [LOST_BEFORE, LOST_AFTER, BROKEN, BROKEN_AFTER, Fault(502), Fault(524, carried_out=True), HALF_AFTER]
 )
 async def test_a_lost_answer_to_a_prompt(fault, comfy, task):
     """It is looked for before it is sent again: one run, whether it was carried out or not."""
@@ -203,8 +207,10 @@ async def test_a_prompt_that_is_never_taken(comfy, task):
 @pytest.mark.anyio
 @pytest.mark.parametrize("what", ["POST /upload/image", "GET /history", "GET /queue", "GET /view"])
 async def test_any_other_request_that_fails_is_repeated(what, comfy, task):
-    """Lost, answered with 500 or by a gateway: none of these does harm when it is sent again."""
+    """Lost, answered with 500, by a gateway or by half: none of these does harm when it is sent again."""
     comfy.faults[what].extend([LOST_BEFORE, LOST_AFTER, BROKEN, Fault(503)])
+    if what != "GET /view":
+        comfy.faults[what].append(HALF_AFTER)
     await task.run()
     assert len(comfy.ours) == 1
     assert len(comfy.uploads) == 1
