@@ -659,7 +659,10 @@ class ComfyServer:
             raise Failed("av.error.ExternalError", said)
         prefix = PurePosixPath(inputs.get("filename_prefix", "ComfyUI_temp"))
         subfolder = "" if str(prefix.parent) == "." else str(prefix.parent)
-        folder = self.home / kind / subfolder
+        folder = (self.home / kind / subfolder).resolve()
+        if not folder.is_relative_to((self.home / kind).resolve()):  # source: `get_save_image_path`
+            said = "**** ERROR: Saving image outside the output folder is not allowed.\n full_output_folder: …"
+            raise Failed("Exception", said)
         folder.mkdir(parents=True, exist_ok=True)
         counter = 1 + max((_counter(path, prefix.name) for path in folder.iterdir()), default=0)
         animated = class_type in OUTPUT_NAMES or class_type == "VHS_VideoCombine"

@@ -87,12 +87,14 @@ def is_link(value: object, graph: Mapping[str, Any]) -> bool:
 def save_under(graph: Graph, folder: str) -> None:
     """Makes every node that saves files do so below `folder`, in place; what it calls them stays.
 
-    Savers have an input `filename_prefix`, which may have folders in it (`folder_paths.get_save_image_path`).
+    Savers have an input `filename_prefix`, which may have folders in it (`folder_paths.get_save_image_path`). ComfyUI
+    lets `..` lead to anywhere in its output folder, where a stranger's workflow has no business.
     """
     for node in graph.values():
         prefix = node["inputs"].get("filename_prefix")
         if isinstance(prefix, str):
-            node["inputs"]["filename_prefix"] = f"{folder}/{prefix.lstrip('/')}"
+            parts = [part for part in prefix.replace("\\", "/").split("/") if part not in {"", ".", ".."}]
+            node["inputs"]["filename_prefix"] = "/".join([folder, *(parts or ["ComfyUI"])])
 
 
 def named(graph: Mapping[str, Any], node_id: object, class_type: object = None) -> str:
