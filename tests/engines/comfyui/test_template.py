@@ -304,7 +304,7 @@ def test_a_mapping_that_names_no_place_is_told(mapping, problem):
     "content, told",
     [
         ("{", r"workflow.json: is not JSON: Expecting property name enclosed in double quotes in line 1"),
-        ("", r"is not JSON"),
+        (" \n", r"workflow.json: is empty"),
         ("[]", r"is no workflow: export it in ComfyUI with Workflow → Export \(API\)"),
         ("{}", r"is no workflow"),
         (
