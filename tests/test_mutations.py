@@ -98,7 +98,9 @@ def weakened() -> list[Mutant]:
         ("inference/push/oidc.py", "audience=self._audience,", "audience=None,"),
         ("inference/push/oidc.py", 'if claims.get("iss") not in ISSUERS:', "if False:"),
         ("inference/push/oidc.py", "except exceptions.TransportError as error:", "except KeyError as error:"),
-        ("inference/push/oidc.py", "now + _age_s(answer.headers))", "now)"),
+        ("inference/push/oidc.py", "now + _age_s(kept.headers))", "now)"),
+        ("inference/push/oidc.py", "AWAY_S = 5.0", "AWAY_S = -1.0"),
+        ("inference/push/oidc.py", "token, limiter=self._threads)", "token)"),
         ("inference/push/here.py", "if self._free <= 0:", "if False:"),
         ("inference/on_modal/ticks.py", 'if not await records.add(ASKED, f"{time.time():.0f}"):', "if False:"),
         (

@@ -124,33 +124,38 @@ async def _wake(auth: Auth, wake: Wake, request: Request) -> JSONResponse:
 
 
 class _Health:
-    """Whether jobs can be taken. Needs no token, so however many ask, the store is asked once in HEALTH_AGE_S."""
+    """Whether jobs can be taken. Needs no token, so however many ask, the store is asked once in HEALTH_AGE_S.
+
+    Why not is in the log alone: what a database says of itself names its host, user and address.
+    """
 
     def __init__(self, runs: Runs | None) -> None:
         self._runs = runs
         self._lock = anyio.Lock()
-        self._why: str | None = None  # it is not well
+        self._is_well = False
         self._looked_at = -math.inf
 
     async def answer(self, _request: Request) -> JSONResponse:
         async with self._lock:
             if anyio.current_time() >= self._looked_at + HEALTH_AGE_S:
-                self._why = await self._look()
+                self._is_well = await self._look()
                 self._looked_at = anyio.current_time()
-        if self._why is not None:
-            return JSONResponse({"status": "unavailable", "error": self._why}, 503)
+        if not self._is_well:
+            return JSONResponse({"status": "unavailable", "error": "no job can be taken now: the log says why"}, 503)
         return JSONResponse({"status": "ok"})
 
-    async def _look(self) -> str | None:
+    async def _look(self) -> bool:
         try:
             with anyio.fail_after(HEALTH_LIMIT_S):
                 if self._runs is not None:
                     await self._runs.check()
         except TimeoutError:
-            return "the store of jobs does not answer"
+            log.warning("not_well", error="the store of jobs does not answer")
         except I2VError as error:
-            return str(error)
-        return None
+            log.warning("not_well", error=str(error))
+        else:
+            return True
+        return False
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

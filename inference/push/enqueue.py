@@ -5,6 +5,7 @@ The other way round a task could arrive before its row, be answered 404, and use
 is answered 404 until its tries are used up, and leaves nothing behind.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -29,6 +30,9 @@ CALL_S = 20.0
 AGAIN_S = 600
 """A job that the sweep asks for again gets one more task in each such span of time at most. Its first name cannot be
 taken: Cloud Tasks refuses the name of a task that ended for an hour and longer, as if the task were there."""
+
+DIGEST_CHARS = 16
+"""Hexadecimal: 64 bits. A name has room for 500 characters, a job's id for 200."""
 
 MAX_REASON_CHARS = 300
 
@@ -128,11 +132,14 @@ class _Exists(Exception):
 
 
 def task_id(job_id: str) -> str:
-    """A job's id as part of a task's name, which takes letters, digits, - and _ only.
+    """A job's id as part of a task's name, which takes letters, digits, - and _ only: as it is, where it can be.
 
-    Distinct ids stay distinct: `_` stands for itself only where it is written twice.
+    So whoever makes the task of such a job, it has one name. An id with . or : gets a digest, to stay distinct.
     """
-    return job_id.replace("_", "__").replace(".", "_d").replace(":", "_c")
+    if not {".", ":"} & set(job_id):
+        return job_id
+    digest = hashlib.sha256(job_id.encode()).hexdigest()[:DIGEST_CHARS]
+    return f"{job_id.replace('.', '-').replace(':', '-')}-{digest}"
 
 
 def open_client(emulator: str | None = None) -> tasks_v2.CloudTasksClient:

@@ -1,6 +1,7 @@
 """OIDC tokens of Google's service accounts, as Cloud Tasks and Cloud Scheduler send them."""
 
 import json
+import math
 import re
 import threading
 import time
@@ -38,6 +39,13 @@ MIN_AGE_S = 60.0
 """A token that no kept certificate fits makes us fetch them again, for they may have been changed; but not more often
 than this, whatever strangers send."""
 
+AWAY_S = 5.0
+"""Certificates that could not be fetched are not asked for again so soon: calls that come together get one answer."""
+
+THREADS = 4
+"""That check tokens. While Google does not answer they wait, and anybody can send something to check: the threads that
+jobs need are others."""
+
 MAX_REASON_CHARS = 200
 
 
@@ -46,7 +54,7 @@ class _Kept:
     """An answer that was kept, as google.auth.transport.Response describes one."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: httpx.Headers
     data: bytes
 
 
@@ -58,32 +66,51 @@ class Certificates:
 
     def __init__(self, client: httpx.Client | None = None) -> None:
         self._client = client or httpx.Client(timeout=FETCH_LIMIT_S)
-        self._kept: dict[str, tuple[_Kept, float, float]] = {}  # by URL: fetched at, fresh until; monotonic seconds
+        self._kept: dict[str, tuple[_Kept, float, float]] = {}  # by URL: asked for at, fresh until; monotonic seconds
+        self._away: dict[str, tuple[str, float]] = {}  # by URL: why it could not be fetched, asked again from
+        self._doubted: set[str] = set()  # URLs that are fetched next time, whatever is kept
         self._lock = threading.Lock()
 
     def __call__(self, url: str, method: str = "GET", **_: Any) -> _Kept:
         """See google.auth.transport.Request. Raises TransportError."""
         with self._lock:
-            if url in self._kept and time.monotonic() < self._kept[url][2]:
+            is_doubted = url in self._doubted
+            self._doubted.discard(url)
+            if url in self._kept and time.monotonic() < self._kept[url][2] and not is_doubted:
                 return self._kept[url][0]
+            why, until = self._away.get(url, ("", -math.inf))
+            if time.monotonic() < until:
+                raise _away(why)
             try:
-                answer = self._client.request(method, url)
-            except httpx.HTTPError as error:
-                raise _away(f"{type(error).__name__}: {error}") from None
-            kept, now = _Kept(answer.status_code, answer.headers, answer.content), time.monotonic()
-            if answer.status_code == 200:
-                if not _is_object(answer.content):  # a portal's page, for one; the library would blame the token
-                    raise _away("the answer holds no certificates")
-                self._kept[url] = (kept, now, now + _age_s(answer.headers))
+                kept = self._fetched(url, method)
+            except exceptions.TransportError as away:
+                self._away[url] = (str(away), time.monotonic() + AWAY_S)
+                raise
+            now = time.monotonic()
+            self._kept[url] = (kept, now, now + _age_s(kept.headers))
             return kept
 
-    def forget(self, url: str) -> bool:
-        """Fetches it again next time; False where it is too fresh for that."""
+    def _fetched(self, url: str, method: str) -> _Kept:
+        """Raises TransportError."""
+        try:
+            answer = self._client.request(method, url)
+        except httpx.HTTPError as error:
+            raise _away(f"{type(error).__name__}: {error}") from None
+        if answer.status_code != 200:
+            raise _away(f"HTTP {answer.status_code}")
+        if not _is_object(answer.content):  # a portal's page, for one; the library would blame the token
+            raise _away("the answer holds no certificates")
+        return _Kept(answer.status_code, answer.headers, answer.content)
+
+    def doubt(self, url: str) -> bool:
+        """Fetches it again next time; False where it is too fresh for that. Where that fails, the old one stays."""
         with self._lock:
             known = self._kept.get(url)
-            if known is None or time.monotonic() < known[1] + MIN_AGE_S:
+            now = time.monotonic()
+            if known is None or now < known[1] + MIN_AGE_S:
                 return False
-            del self._kept[url]
+            self._kept[url] = (known[0], now, known[2])
+            self._doubted.add(url)
             return True
 
 
@@ -109,11 +136,12 @@ class GoogleTokens:
         self._audience, self._callers = audience, frozenset(each.lower() for each in callers)
         self._certificates = certificates or Certificates()
         self._url = certificates_url
+        self._threads = anyio.CapacityLimiter(THREADS)
 
     async def verdict(self, token: str) -> Verdict | None:
         """See Tokens."""
         try:
-            claims = await anyio.to_thread.run_sync(self._claims, token)
+            claims = await anyio.to_thread.run_sync(self._claims, token, limiter=self._threads)
         except exceptions.TransportError as error:  # a GoogleAuthError, too: it has to come first
             log.warning("certificates_away", error=one_line(str(error), MAX_REASON_CHARS))
             return Verdict(503, "Google's certificates cannot be fetched")
@@ -132,7 +160,7 @@ class GoogleTokens:
         except exceptions.TransportError:
             raise
         except ValueError:  # certificates change; with new ones the same token may be good
-            if not self._certificates.forget(self._url):
+            if not self._certificates.doubt(self._url):
                 raise
         return self._verified(token)
 

@@ -175,6 +175,7 @@ class Database:
             except self._driver.Error as error:
                 if self._engine.dialect.is_disconnect(error, pooled.driver_connection, None):
                     pooled.invalidate(error)
+                    self._engine.dispose()  # a server that was restarted has ended all the others, too
                 raise
             finally:
                 pooled.close()

@@ -66,7 +66,7 @@ def test_the_same_command_goes_on_where_it_was(photos, number):
     for index in range(4):
         picture(photos / f"{index}.jpg", (96, 64), "navy")
     names = [f"{index}.jpg" for index in range(4)]
-    command = ("film", *names, "-s", "3", "-p", "pan right", "-o", "film.mp4")
+    command = ("film", *names, "-s", "1.5", "-p", "pan right", "-o", "film.mp4")
     first = Process(photos, "first", *command, env=environment(TMPDIR=photos))
     until(lambda: "2/4" in first.stderr.read_text(), 60, "two segments are done")
     first.send(number)
@@ -81,7 +81,7 @@ def test_the_same_command_goes_on_where_it_was(photos, number):
     second = Process(photos, "second", *command, env=environment(TMPDIR=photos))
     assert second.wait(60) == 0, second.stderr.read_text()
     assert second.stderr.read_text().count("kept from before") == len(kept)
-    assert probe(photos / "film.mp4").frames == 4 * (3 * 24 + 1)
+    assert probe(photos / "film.mp4").frames == 4 * (36 + 1)
     assert not (photos / ".film.mp4.segments").exists()
 
 

@@ -350,7 +350,8 @@ async def test_a_store_that_is_away_is_503(shop):
         it.jobs.faults = Faults(answer_500=1.0)
         said = await it.ask()
         assert (said.status_code, said.json()["outcome"], said.json()["job_id"]) == (503, "unavailable", "j-1")
-        assert (await it.client.get("/jobs/health")).status_code == 503
+        health = await it.client.get("/jobs/health")
+        assert (health.status_code, health.json()["error"]) == (503, "no job can be taken now: the log says why")
         it.jobs.faults = Faults()
         assert (await it.client.get("/jobs/health")).status_code == 503  # as it was a moment ago
         await anyio.sleep(1)

@@ -257,7 +257,7 @@ def test_names_of_tasks():
     names = [task_id(it) for it in ids]
     assert len(set(names)) == len(ids)
     assert all(it.replace("-", "").replace("_", "").isalnum() for it in names)
-    assert task_id("7f0c1e0e-8a5c-4e7b") == "7f0c1e0e-8a5c-4e7b"
+    assert task_id("7f0c1e0e-8a5c_4e7b") == "7f0c1e0e-8a5c_4e7b"
 
 
 def test_a_task_without_a_token_is_not_made():

@@ -1,8 +1,12 @@
 """Tokens of Google's service accounts: the real google-auth, keys of the test, certificates on loopback."""
 
+import threading
 import time
 from collections.abc import Iterator
 
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import httpx
 import pytest
 
@@ -98,12 +102,16 @@ async def test_forgeries(google):
         assert await status(tokens, token) == 401, token
 
 
-async def test_certificates_that_are_away(google):
+async def test_certificates_that_are_away(google, monkeypatch):
     """503, whether nobody listens or nonsense is answered; and what was kept is enough meanwhile."""
     issuer, tokens = google
     issuer.away = True
-    assert await status(tokens, issuer.token()) == 503
+    assert [await status(tokens, issuer.token()) for _ in range(3)] == [503] * 3
+    assert issuer.asked == 1
     issuer.away = False
+    assert await status(tokens, issuer.token()) == 503  # for a moment nobody is asked
+    monkeypatch.setattr(oidc, "AWAY_S", 0.0)
+    tokens._certificates._away.clear()
     assert await status(tokens, issuer.token()) == 200
     issuer.away = True
     assert await status(tokens, issuer.token()) == 200
@@ -112,6 +120,32 @@ async def test_certificates_that_are_away(google):
         assert await status(portal, issuer.token()) == 503
     nobody = GoogleTokens(AUDIENCE, [ACCOUNT], certificates_url="http://127.0.0.1:9/certs")
     assert await status(nobody, issuer.token()) == 503
+
+
+async def test_strangers_take_no_thread_from_jobs():
+    """However many send something to check while Google swallows what it is asked; and they wait for one fetch."""
+    asked, go_on = [], threading.Event()
+
+    def swallow(request):
+        asked.append(request)
+        go_on.wait(30)
+        raise httpx.ReadTimeout("timed out")
+
+    statuses = []
+    with httpx.Client(transport=httpx.MockTransport(swallow)) as client:
+        tokens = GoogleTokens(AUDIENCE, [ACCOUNT], certificates=Certificates(client))
+
+        async def check():
+            statuses.append(await status(tokens, "a.b.c"))
+
+        async with anyio.create_task_group() as strangers:
+            for _ in range(50):
+                strangers.start_soon(check)
+            with anyio.fail_after(20):
+                while not asked:
+                    await anyio.lowlevel.checkpoint()
+                await anyio.to_thread.run_sync(go_on.set)
+    assert (statuses, len(asked)) == ([503] * 50, 1)
 
 
 async def test_keys_are_rotated(google, monkeypatch):
@@ -124,6 +158,16 @@ async def test_keys_are_rotated(google, monkeypatch):
     monkeypatch.setattr(oidc, "MIN_AGE_S", 0.0)
     assert await status(tokens, issuer.token()) == 200
     assert issuer.asked == 2
+
+
+async def test_a_forgery_takes_no_certificates_away(google, monkeypatch):
+    """It makes us look for new ones; where Google does not answer then, the old ones are good for everybody else."""
+    issuer, tokens = google
+    assert await status(tokens, issuer.token()) == 200
+    issuer.away = True
+    monkeypatch.setattr(oidc, "MIN_AGE_S", 0.0)
+    assert await status(tokens, Issuer().token()) == 503
+    assert await status(tokens, issuer.token()) == 200
 
 
 def test_an_audience_alone_lets_nobody_in():

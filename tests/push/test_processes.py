@@ -11,8 +11,9 @@ import psycopg
 import pytest
 
 from inference.media.video import probe
+from inference.queues.video_jobs.store import create
 from tests.support import postgres
-from tests.support.processes import Process, environment, jpeg, until
+from tests.support.processes import Process, environment, i2v_here, jpeg, until
 from tests.support.s3_server import S3Server
 
 TOKEN = "token-of-callers"
@@ -49,7 +50,7 @@ class Deployment:
         )
         (s3._objects / "photos").mkdir()
         (s3._objects / "photos" / "1.jpg").write_bytes(jpeg())
-        assert self.run("migrate").wait(30) == 0
+        create(database)
 
     def run(self, *arguments: str, **settings: object) -> Process:
         """One command, started."""
@@ -73,6 +74,11 @@ class Deployment:
         process = self.run("submit", "photos/1.jpg", "zoom in", "--id", job_id, "--seconds", str(seconds))
         assert process.wait(30) == 0, process.stderr.read_text()
         assert process.stdout.read_text().split() == [job_id]
+
+    def add(self, job_id: str, seconds: float = SHORT_S) -> None:
+        """The same, without a process for it."""
+        given = {"photo": "photos/1.jpg", "prompt": "zoom in", "seconds": seconds}
+        self.sql(f"INSERT INTO video_jobs (id, input) VALUES ('{job_id}', '{json.dumps(given)}')")
 
     def ask(self, port: int, job_id: str) -> httpx.Response:
         """One delivery."""
@@ -120,6 +126,7 @@ def at_work(process: Process, job_id: str) -> None:
 
 def test_from_a_row_to_a_film(deployment, pool):
     """Added, asked for sixteen times at once, made once, kept under its attempt's key; then skipped."""
+    assert deployment.run("migrate").wait(30) == 0  # nothing is missing
     process, port = deployment.serve()
     deployment.submit("j-1")
     deployment.submit("j-1")  # the same job
@@ -145,7 +152,6 @@ def test_a_film_of_two_photos(deployment):
     (deployment.folder / "film.json").write_text(json.dumps(given))
     process = deployment.run("submit", "--id", "film", "--input", "film.json")
     assert process.wait(30) == 0, process.stderr.read_text()
-    assert deployment.run("submit", "photos/1.jpg", "--input", "film.json").wait(30) == 1
     told = deployment.ask(port, "film")
     assert (told.status_code, told.json()["outcome"]) == (200, "completed"), told.text
     [(key,)] = deployment.sql("SELECT artifact_key FROM video_jobs")
@@ -156,7 +162,7 @@ def test_a_film_of_two_photos(deployment):
 def test_sigterm_in_mid_job(deployment, pool):
     """503 to the caller, the job is free at once, and another process completes it."""
     process, port = deployment.serve(I2V_PUSH_SWEEP=3600)
-    deployment.submit("j-1", LONG_S)
+    deployment.add("j-1", LONG_S)
     asked: Future = pool.submit(deployment.ask, port, "j-1")
     at_work(process, "j-1")
     process.send(signal.SIGTERM)
@@ -173,7 +179,7 @@ def test_sigterm_in_mid_job(deployment, pool):
 def test_sigkill_in_mid_job(deployment, pool):
     """The dead holder's job is refused while it may be alive; once it is stale, the sweep of another takes it."""
     process, port = deployment.serve(I2V_PUSH_SWEEP=3600)
-    deployment.submit("j-1", LONG_S)
+    deployment.add("j-1", LONG_S)
     asked = pool.submit(deployment.ask, port, "j-1")
     at_work(process, "j-1")
     process.kill()
@@ -194,7 +200,7 @@ def test_sigkill_in_mid_job(deployment, pool):
 def test_sigkill_between_the_end_and_the_answer(deployment, pool):
     """The end is in the table, and nobody was told: delivered again, the job is skipped, and it was made once."""
     process, port = deployment.serve(I2V_PUSH_SWEEP=3600)
-    deployment.submit("j-1")
+    deployment.add("j-1")
     deployment.sql(
         "CREATE FUNCTION linger() RETURNS trigger AS 'BEGIN PERFORM pg_sleep(1); RETURN NEW; END' LANGUAGE plpgsql"
     )
@@ -215,14 +221,18 @@ def test_sigkill_between_the_end_and_the_answer(deployment, pool):
     assert " ".join(deployment.s3.keys()).count("video-jobs/") == 1
 
 
-def test_without_a_database_or_a_token_nothing_is_served(deployment):
-    """One line that says what to set, and a failure."""
+def test_without_a_database_or_a_token_nothing_is_served(deployment, capsys):
+    """One line that says what to set, and a failure; as for a job that is given twice."""
     for settings, said in (
         ({"I2V_PUSH_TOKEN": ""}, "I2V_PUSH_TOKEN"),
         ({"I2V_JOBS_DATABASE_URL": ""}, "I2V_JOBS_DATABASE_URL"),
         ({"I2V_JOBS_DATABASE_URL": "postgresql://127.0.0.1:9/none"}, "database"),
         ({"I2V_JOBS_TABLE": "absent"}, "absent"),
     ):
-        process = deployment.run("--port", "0", **settings)
-        assert process.wait(30) == 1
-        assert said in process.stderr.read_text()
+        ran = i2v_here(capsys, deployment.folder, "push", "--port", 0, **(deployment.env | settings))
+        assert (ran.returncode, said in ran.stderr) == (1, True), ran.stderr
+    (deployment.folder / "film.json").write_text("{}")
+    ran = i2v_here(
+        capsys, deployment.folder, "push", "submit", "photos/1.jpg", "--input", "film.json", **deployment.env
+    )
+    assert (ran.returncode, "give one of them" in ran.stderr) == (1, True), ran.stderr

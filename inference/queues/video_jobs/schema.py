@@ -163,7 +163,7 @@ def _found(connection: Connection, names: Names) -> dict[str, _Found]:
 
 
 def migrate(connection: Connection, names: Names) -> list[str]:
-    """Makes the table, or adds the columns that it lacks, and the index of what waits. Changes nothing else.
+    """Makes the table, or adds the columns that it lacks, and two indexes. Changes nothing else.
 
     Returns what was made, in words. Raises SettingsError for a table that is not one of jobs, as `described`.
     """
@@ -191,13 +191,25 @@ def _migrate(connection: Connection, names: Names) -> list[str]:
         added_now = ", ".join(f"ADD COLUMN {column}" for column in made)
         connection.exec_driver_sql(f"ALTER TABLE {names.quoted} {added_now}")
     described(connection, names)
-    line = ", ".join(f'"{names.column(ours)}"' for ours in ("created_at", "id"))
-    # Partial, so it holds what waits and what is worked on, and nothing that has ended. No beat changes what it holds.
-    connection.exec_driver_sql(
-        f'CREATE INDEX IF NOT EXISTS "{names.bare[:50]}_i2v_line" ON {names.quoted} ({line}) '
-        f"""WHERE "{names.column("status")}" IN ('queued', 'processing')"""
-    )
+    _make_indexes(connection, names)
     return told
+
+
+def _make_indexes(connection: Connection, names: Names) -> None:
+    """The line: what waits and what is worked on. And what may have to be ended: what is worked on or was canceled.
+
+    Both are partial, so nothing that has ended is in them, and no beat changes what they hold.
+    """
+    created_at, id_, status, cancel = (
+        f'"{names.column(ours)}"' for ours in ("created_at", "id", "status", "cancel_requested")
+    )
+    for name, columns, holds in (
+        ("line", f"{created_at}, {id_}", f"{status} IN ('queued', 'processing')"),
+        ("open", id_, f"{status} = 'processing' OR {cancel} AND {status} = 'queued'"),
+    ):
+        connection.exec_driver_sql(
+            f'CREATE INDEX IF NOT EXISTS "{names.bare[:50]}_i2v_{name}" ON {names.quoted} ({columns}) WHERE {holds}'
+        )
 
 
 def described(connection: Connection, names: Names) -> Table:

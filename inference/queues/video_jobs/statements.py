@@ -94,7 +94,8 @@ class Statements:
         # -------------------------------------------------------- sweeping
 
         beyond_acquiring = [
-            c.status.in_([QUEUED, PROCESSING]),
+            # As the index of what may have to be ended has it: every acquire looks for these, however many jobs wait.
+            or_(c.status == PROCESSING, and_(c.cancel_requested, c.status == QUEUED)),
             or_(c.status == QUEUED, self._is_stale),  # fence
             or_(c.cancel_requested, and_(c.status == PROCESSING, self._was_last)),  # fence
         ]

@@ -99,7 +99,7 @@ class JobStore:
 
     def acquire(self, attempt_id: str, worker: str) -> JobRow | None:
         """Hands the oldest job that waits to a new attempt; None where none does."""
-        taken = self._database.write(self._sql.acquire_next, attempt_id=attempt_id, worker=worker)
+        taken = self._database.write_unsorted(self._sql.acquire_next, attempt_id=attempt_id, worker=worker)
         return _job(taken[0]) if taken else None
 
     def acquire_given(self, job_id: str, attempt_id: str, worker: str, *, any_kind: bool = False) -> JobRow | None:

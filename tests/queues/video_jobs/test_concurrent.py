@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -129,10 +130,13 @@ def test_it_works_behind_a_transaction_pooler(database_url):
 
 
 def test_a_server_that_hangs_up_costs_one_call(sql):
-    """Which says that another try may help; and that one does."""
+    """Which says that another try may help; and that one does, however many connections there were."""
     job_id, attempt = uuid(1), uuid(2)
     sql.store.add(job_id, PHOTO)
     sql.store.acquire_given(job_id, attempt, "w")
+    with ExitStack() as several:
+        for _ in range(3):
+            several.enter_context(sql.store._database._connection())
     sql.admin.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"

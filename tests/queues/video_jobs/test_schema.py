@@ -1,6 +1,7 @@
 """The table is made, or completed, and never changed; one that does not fit is refused in words."""
 
 import json
+import re
 
 import psycopg
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from inference.errors import ItemMissing, QueueRefused, SettingsError
 from inference.queues.video_jobs.schema import RULES, Names
 from inference.queues.video_jobs.store import JobStore, create
+from inference.sql.database import NO_SORTING
 from tests.queues.video_jobs.subjects import THEIR_TABLE, THEIRS, uuid
 
 COLUMNS = """
@@ -168,6 +170,14 @@ def test_a_table_that_numbers_its_jobs(database_url, kind, largest):
                 store.acquire_given(unknown, uuid(4), "w")
 
 
+def plan_of(sql, name, how="COSTS ON"):
+    """How PostgreSQL carries a statement out."""
+    text, own = sql.store._database._text(getattr(sql.store._sql, name))
+    values = {"attempt_id": uuid(1), "worker": "w", "age_s": 600, "limit": 100, **own}
+    steps = psycopg.ClientCursor(sql.admin).execute(f"EXPLAIN ({how}) {text}", values).fetchall()
+    return "\n".join(step for (step,) in steps)
+
+
 def test_what_has_ended_costs_nothing(sql):
     """The line is found along its index, which holds nothing that has ended, by whoever looks for work."""
     sql.admin.execute(
@@ -179,15 +189,36 @@ def test_what_has_ended_costs_nothing(sql):
     for number in range(20):
         sql.store.add(uuid(number), {"photo": "a.jpg"})
     sql.admin.execute(f"ANALYZE {sql.names.table}")
-    store = sql.store
-    plans = {}
-    for name in ("acquire_next", "backlog", "end_swept", "requeue", "waiting"):
-        text, own = store._database._text(getattr(store._sql, name))
-        values = {"attempt_id": uuid(1), "worker": "w", "age_s": 600, "limit": 100, **own}
-        steps = psycopg.ClientCursor(sql.admin).execute(f"EXPLAIN {text}", values).fetchall()
-        plans[name] = "\n".join(step for (step,) in steps)
-    for name, plan in plans.items():
-        assert f"{sql.names.bare}_i2v_line" in plan, f"{name}:\n{plan}"
+    for name, index in {
+        "acquire_next": "line",
+        "backlog": "line",
+        "end_swept": "open",
+        "requeue": "open",
+        "waiting": "line",
+    }.items():
+        plan = plan_of(sql, name)
+        assert f"{sql.names.bare}_i2v_{index}" in plan, f"{name}:\n{plan}"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["statistics", "none"])
+def test_what_waits_costs_nothing(sql, known):
+    """A job is taken from the front of the line, and what has to be ended is found, without reading all that waits."""
+    column = sql.names.column
+    sql.admin.execute(
+        f"INSERT INTO {sql.names.table} ({column('id')}, {column('input')}, {column('status')}) "
+        f"SELECT {'gen_random_uuid()' if sql.names is THEIRS else 'n::text'}, '{{}}', 'queued' "
+        "FROM generate_series(1, 5000) AS n"
+    )
+    if known:
+        sql.admin.execute(f"ANALYZE {sql.names.table}")
+    sql.admin.execute(NO_SORTING.replace("LOCAL", "SESSION"))  # as `acquire` has it
+    try:
+        plan = plan_of(sql, "acquire_next", "ANALYZE, COSTS OFF, TIMING OFF")
+    finally:
+        sql.admin.execute("RESET enable_sort")
+    read = [float(rows) for rows in re.findall(r"rows=([0-9.]+)", plan)]
+    assert max(read) <= 1, plan
+    assert "Sort" not in plan, plan
 
 
 def test_what_a_database_does_not_allow_is_told_as_it_says_it(database_url):
