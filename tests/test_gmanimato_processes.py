@@ -162,6 +162,7 @@ def test_nothing_is_claimed_while_comfyui_is_away(app, comfy, work):
     ends_once(app, video_id, "completed")
 
 
+@pytest.mark.slow
 def test_comfyui_is_started_again_in_the_middle_of_a_run(app, comfy, work):
     """The prompt is forgotten there, and sent once more; the application hears of one end."""
     comfy.hold("KSampler")

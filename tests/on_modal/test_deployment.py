@@ -424,6 +424,7 @@ def test_a_wake_is_a_tick_now(tmp_path):
         it.until_done()
 
 
+@pytest.mark.slow
 def test_a_job_of_a_table_is_run_when_it_is_asked_for(tmp_path):
     """`/jobs/run` takes it, a container makes it, and it is in the bucket; a wake finds what nobody asked for."""
     bearer = "Bearer token-of-callers"

@@ -4,7 +4,7 @@ import pytest
 
 from tests.simulation import gmanimato as simulation
 
-SEEDS, CHUNK = 40, 20
+SEEDS, CHUNK = 20, 20
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from inference.testing.memory_jobs import Event
 from tests.simulation import leases
 from tests.simulation import video_jobs as simulation
 
-SEEDS, CHUNK = 60, 20
+SEEDS, CHUNK = 20, 20
 
 
 @pytest.fixture(autouse=True)

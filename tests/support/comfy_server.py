@@ -34,12 +34,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 import imageio_ffmpeg
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -47,7 +48,9 @@ from starlette.routing import Route
 QUIET = {"log_config": None, "log_level": None, "access_log": False, "lifespan": "off", "proxy_headers": False}
 """What uvicorn would do beside. A proxy's headers would be read by something that stands before the connection."""
 
-START_S = 10.0
+PATIENCE_S = 60.0
+"""How long something is waited for that is sure to come; only a test that fails waits so long."""
+
 STEP_S = 0.002
 """Between two looks of something that waits inside the server."""
 
@@ -169,7 +172,7 @@ class ComfyServer:
         self.missing: set[str] = set()  # node types that are not installed
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)  # by "METHOD /path"
         self.drop_after: list[int] = []  # each for one run: the socket is cut after so many of its messages
-        self.drop_every = False  # the socket is cut after every message
+        self.drop_every = False  # the socket is cut after every message, and the run goes on once there is a new one
         self.drop_silently = False  # cut sockets stay open, and nothing comes any more (a network that went away)
         self.refuse_sockets = False
         self.history_late = 0  # so many looks at the history find a run that has ended still running
@@ -177,6 +180,7 @@ class ComfyServer:
         self.errors: dict[str, tuple[str, str]] = {}  # class of a node → type and message of its exception
         self.is_old = False  # as before 2025-08: it makes its own prompt ids, and interrupts whatever runs
         self.names_missing_type = False  # newer servers' error for an unknown node type
+        self.max_upload_bytes = 100 * 1024 * 1024  # `--max-upload-size`
         self.previews = True  # binary preview frames between the messages of a sampler
         self.port = 0
         self._held: set[str] = set()
@@ -225,7 +229,7 @@ class ComfyServer:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, args=(listener,), daemon=True)
         self._thread.start()
-        patience = time.monotonic() + START_S
+        patience = time.monotonic() + PATIENCE_S
         while not self._server.started:
             assert time.monotonic() < patience, "the stand-in did not start"
             threading.Event().wait(STEP_S)
@@ -258,7 +262,7 @@ class ComfyServer:
         if self._thread is None:
             return
         self._loop.call_soon_threadsafe(self._stopped.set)
-        self._thread.join(START_S)
+        self._thread.join(PATIENCE_S)
         self._thread = None
         for prompt in [*self._waiting, *([self._running] if self._running else [])]:
             prompt.state = "lost"
@@ -275,9 +279,9 @@ class ComfyServer:
         """Runs stand still before such a node, until `release`."""
         self._held.add(class_type)
 
-    def release(self) -> None:
-        """Whatever stands still goes on."""
-        self._held.clear()
+    def release(self, *class_types: str) -> None:
+        """Whatever stands still goes on, or only what stands before such nodes."""
+        self._held -= set(class_types) or self._held
 
     def occupy(self, count: int = 1) -> list[Prompt]:
         """Another client's prompts: the first runs until `release`, the others wait behind it."""
@@ -290,7 +294,7 @@ class ComfyServer:
 
     def until(self, condition: Callable[[], Any]) -> None:
         """Waits, in a thread that is not the server's, until something is the case."""
-        patience = time.monotonic() + START_S
+        patience = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < patience, "it did not happen"
             threading.Event().wait(STEP_S)
@@ -313,8 +317,15 @@ class ComfyServer:
     # HTTP.
 
     async def _app(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        headers = Headers(scope=scope)
+        # Pages of other sites may do nothing here (source: `create_origin_only_middleware`). Only browsers send these.
+        is_foreign = urlsplit(headers.get("origin", f"//{headers['host']}")).netloc != headers["host"]
+        is_foreign = is_foreign or headers.get("sec-fetch-site") == "cross-site"
         if scope["type"] == "websocket":
-            await self._socket(scope, receive, send)
+            await self._socket(scope, receive, send, refuse=self.refuse_sockets or is_foreign)
+            return
+        if is_foreign:
+            await Response(status_code=403)(scope, receive, send)
             return
         what = f"{scope['method']} {scope['path']}"
         self.requests.append(what)
@@ -345,7 +356,6 @@ class ComfyServer:
             Route("/history", self._post_history, methods=["POST"]),
             Route("/history/{id}", self._get_history),
             Route("/upload/image", self._upload, methods=["POST"]),
-            Route("/upload/video", self._upload, methods=["POST"]),
             Route("/view", self._view),
             Route("/system_stats", self._system_stats),
             Route("/object_info", self._object_info),
@@ -411,9 +421,15 @@ class ComfyServer:
         return JSONResponse({} if found is None or self._late else {prompt_id: found})
 
     async def _upload(self, request: Request) -> Response:
-        """Any bytes are taken; a name that is taken by other bytes gets " (1)" (source: `image_upload`)."""
+        """Any bytes are taken; a name that is taken by other bytes gets " (1)" (source: `image_upload`).
+
+        Videos go here, too: there is no `/upload/video`. A body that is too large is refused before it has all been
+        sent (aiohttp's `client_max_size`).
+        """
+        if int(request.headers["Content-Length"]) > self.max_upload_bytes:
+            return Response(f"Maximum request body size {self.max_upload_bytes} exceeded", 413)
         form = await request.form()
-        file = form.get("image") or form.get("video")
+        file = form.get("image")
         if file is None or not file.filename:
             return Response(status_code=400)
         content, subfolder, kind = await file.read(), str(form.get("subfolder", "")), str(form.get("type", "input"))
@@ -482,8 +498,9 @@ class ComfyServer:
                 return _error("invalid_prompt", message, f"Node ID '#{node_id}'"), [], {}
             if class_type not in NODES or class_type in self.missing:
                 if self.names_missing_type:
-                    message = f"Node '{class_type}' not found. The custom node may not be installed."
-                    extra = {"node_id": node_id, "class_type": class_type, "node_title": class_type}
+                    title = node.get("_meta", {}).get("title", class_type)
+                    message = f"Node '{title}' not found. The custom node may not be installed."
+                    extra = {"node_id": node_id, "class_type": class_type, "node_title": title}
                     return _error("missing_node_type", message, f"Node ID '#{node_id}'", extra), [], {}
                 message = f"Cannot execute because node {class_type} does not exist."
                 return _error("invalid_prompt", message, f"Node ID '#{node_id}'"), [], {}
@@ -522,7 +539,8 @@ class ComfyServer:
                 path = (self.home / "input" / str(value).removesuffix(" [input]")).resolve()
                 if not path.is_file():
                     said = f"{name} - Invalid image file: {value}"
-                    found.append(_error("custom_validation_failed", "Custom validation failed for node", said, extra))
+                    named = {"input_name": name}
+                    found.append(_error("custom_validation_failed", "Custom validation failed for node", said, named))
             elif isinstance(config[0], list) and value not in config[0]:
                 listed = str(config[0]) if len(config[0]) <= 20 else f"(list of length {len(config[0])})"
                 extra["input_config"] = config if len(config[0]) <= 20 else None
@@ -641,7 +659,10 @@ class ComfyServer:
             raise Failed("av.error.ExternalError", said)
         prefix = PurePosixPath(inputs.get("filename_prefix", "ComfyUI_temp"))
         subfolder = "" if str(prefix.parent) == "." else str(prefix.parent)
-        folder = self.home / kind / subfolder
+        folder = (self.home / kind / subfolder).resolve()
+        if not folder.is_relative_to((self.home / kind).resolve()):  # source: `get_save_image_path`
+            said = "**** ERROR: Saving image outside the output folder is not allowed.\n full_output_folder: …"
+            raise Failed("Exception", said)
         folder.mkdir(parents=True, exist_ok=True)
         counter = 1 + max((_counter(path, prefix.name) for path in folder.iterdir()), default=0)
         animated = class_type in OUTPUT_NAMES or class_type == "VHS_VideoCombine"
@@ -661,15 +682,14 @@ class ComfyServer:
         remaining = len(self._waiting) + (self._running is not None)
         return {"status": {"exec_info": {"queue_remaining": remaining}}}
 
-    async def _socket(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def _socket(self, scope: dict[str, Any], receive: Any, send: Any, *, refuse: bool) -> None:
         """A client's id belongs to its newest socket. Whose prompt runs is told at once which node that is."""
         await receive()
         self.requests.append("GET /ws")
-        if self.refuse_sockets:
+        if refuse:
             await send({"type": "websocket.close", "code": 1008})
             return
         await send({"type": "websocket.accept"})
-        self.sockets_opened += 1
         sid = parse_qs(scope["query_string"].decode()).get("clientId", [uuid.uuid4().hex])[0]
 
         async def tell(message: dict[str, Any] | bytes | None) -> None:
@@ -686,6 +706,7 @@ class ComfyServer:
         await tell({"type": "status", "data": {**self._status(), "sid": sid}})
         if self._running is not None and self._running.client_id == sid and self._last_node is not None:
             await tell({"type": "executing", "data": {"node": self._last_node}})
+        self.sockets_opened += 1  # from here on it hears everything
         try:
             while (await receive())["type"] != "websocket.disconnect":
                 pass
@@ -732,6 +753,8 @@ class _Run:
         await asyncio.sleep(server.pace_s)
         if server.drop_every or len(prompt.sent) == self._drop_after:
             await server._cut(prompt.client_id)
+        while server.drop_every and prompt.state == "running" and prompt.client_id not in server._sockets:
+            await asyncio.sleep(STEP_S)
 
     async def state(self, node: str, value: float, maximum: float, state: str) -> None:
         """A snapshot of every node that is not pending; cached ones never are in it (recording `savevideo`)."""
@@ -756,6 +779,9 @@ def _number_errors(name: str, value: Any, config: list[Any], extra: dict[str, An
     if number < config[1].get("min", number):
         message = f"Value {value} smaller than min of {config[1]['min']}"
         return [_error("value_smaller_than_min", message, name, extra)]
+    if number > config[1].get("max", number):
+        message = f"Value {value} bigger than max of {config[1]['max']}"
+        return [_error("value_bigger_than_max", message, name, extra)]
     return []
 
 

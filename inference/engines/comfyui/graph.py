@@ -20,7 +20,7 @@ INPUT_MARK = " [input]"
 def checked(workflow: Mapping[str, Any]) -> Graph:
     """A copy of a task's workflow. Raises InvalidRequest where it is no graph in API format."""
     if isinstance(workflow.get("nodes"), list):
-        raise InvalidRequest("workflow: it is in the format of ComfyUI's editor; export it with Save (API)")
+        raise InvalidRequest("workflow: it is in the editor's format; export it with Workflow → Export (API)")
     if not workflow:
         raise InvalidRequest("workflow: it has no nodes")
     for node_id, node in workflow.items():
@@ -28,7 +28,7 @@ def checked(workflow: Mapping[str, Any]) -> Graph:
         if not is_node or not isinstance(node.get("inputs"), dict):
             raise InvalidRequest(
                 f"workflow: {one_line(node_id, MAX_TITLE_CHARS)!r} is no node with class_type and inputs; "
-                "export it with Save (API)"
+                "export it with Workflow → Export (API)"
             )
     return copy.deepcopy(dict(workflow))
 
@@ -87,12 +87,14 @@ def is_link(value: object, graph: Mapping[str, Any]) -> bool:
 def save_under(graph: Graph, folder: str) -> None:
     """Makes every node that saves files do so below `folder`, in place; what it calls them stays.
 
-    Savers have an input `filename_prefix`, which may have folders in it (`folder_paths.get_save_image_path`).
+    Savers have an input `filename_prefix`, which may have folders in it (`folder_paths.get_save_image_path`). ComfyUI
+    lets `..` lead to anywhere in its output folder, where a stranger's workflow has no business.
     """
     for node in graph.values():
         prefix = node["inputs"].get("filename_prefix")
         if isinstance(prefix, str):
-            node["inputs"]["filename_prefix"] = f"{folder}/{prefix.lstrip('/')}"
+            parts = [part for part in prefix.replace("\\", "/").split("/") if part not in {"", ".", ".."}]
+            node["inputs"]["filename_prefix"] = "/".join([folder, *(parts or ["ComfyUI"])])
 
 
 def named(graph: Mapping[str, Any], node_id: object, class_type: object = None) -> str:

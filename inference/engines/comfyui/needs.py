@@ -14,6 +14,10 @@ UPLOADS = ("image_upload", "video_upload", "audio_upload")
 """Marks of inputs that name a file of ComfyUI's input folder, of which the server lists only the top (nodes.py)."""
 
 
+REMOTE = ("remote", "remote_combo")
+"""Marks of inputs whose choices the editor's page fetches from elsewhere; servers check nothing then (execution.py)."""
+
+
 async def lacking(api: ComfyApi, graph: Mapping[str, Any], filled: Collection[Place] = ()) -> list[str]:
     """What a server lacks for a graph, a line each; empty where it has all. `filled` are inputs that tasks replace.
 
@@ -41,7 +45,7 @@ def compare(graph: Mapping[str, Any], has: Mapping[str, Any], filled: Collection
                 continue
             spec = _spec(has[class_type], name)
             choices = _choices(spec)
-            if choices is None or value in choices or (_is_upload(spec) and isinstance(value, str) and "/" in value):
+            if choices is None or _is_among(value, choices, spec):
                 continue
             where = f"{said(name)} of {named(graph, node_id)}"
             if isinstance(value, str) and value.lower().endswith(MODEL_SUFFIXES):
@@ -73,8 +77,17 @@ def _choices(spec: list[Any]) -> list[Any] | None:
     """What an input may be; None where that is no list. Newer nodes write `["COMBO", {"options": […]}]`."""
     choices = spec[0] if spec else None
     if choices == "COMBO":
-        choices = None if _options(spec).get("remote") else _options(spec).get("options")
+        is_elsewhere = any(_options(spec).get(mark) for mark in REMOTE)
+        choices = None if is_elsewhere else _options(spec).get("options")
     return choices if isinstance(choices, list) else None
+
+
+def _is_among(value: object, choices: list[Any], spec: list[Any]) -> bool:
+    """Whether a value is one of the choices, or may be: of a file in a subfolder the server says nothing."""
+    if _is_upload(spec) and isinstance(value, str) and "/" in value:
+        return True
+    several = value if isinstance(value, list) and _options(spec).get("multiselect") else [value]
+    return all(each in choices for each in several)
 
 
 def _is_upload(spec: list[Any]) -> bool:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from inference.errors import InvalidRequest
+from inference.errors import InvalidRequest, one_line
+
+MAX_NAME_CHARS = 80
+"""How much of a name messages show."""
 
 # The better a format plays as it is, the higher; other containers of real video lie between.
-RANKS = {".mp4": 3, ".m4v": 3, ".webm": 2, ".mov": 2, ".mkv": 2, ".avi": 2, ".gif": 1}
+RANKS = {".mp4": 3, ".m4v": 3, ".webm": 2, ".mov": 2, ".mkv": 2, ".gif": 1}
 PICTURES_THAT_MOVE = (".webp", ".png", ".apng")
 """Formats of still and of moving pictures: a file of these is a video only where its node says that it is animated."""
 
@@ -28,6 +31,11 @@ class Output:
     subfolder: str
     kind: str  # output or temp
     moves: bool  # its node says so, where its format leaves it open
+
+    @property
+    def called(self) -> str:
+        """Its name for people. A workflow may put anything there."""
+        return one_line(self.filename, MAX_NAME_CHARS)
 
     @property
     def rank(self) -> int:

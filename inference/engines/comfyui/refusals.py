@@ -21,8 +21,9 @@ MAX_NODES_TOLD = 3
 # `supported_pt_extensions` of ComfyUI's folder_paths.py, and what widely used nodes load beside them.
 MODEL_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".pth", ".bin", ".pkl", ".gguf", ".onnx", ".engine")
 
-NO_SUCH_NODE = re.compile(r"because node (?P<name>.+) does not exist|[Nn]ode '(?P<newer>[^']+)' not found")
-"""How a server that lacks a node type says so: under `invalid_prompt`, in newer ones under `missing_node_type`."""
+NO_SUCH_NODE = re.compile(r"because node (.+) does not exist")
+"""How an older server that lacks a node type says so, under `invalid_prompt`. Newer ones say `missing_node_type`, with
+the type beside it: their message has the title of the node instead."""
 
 # Exceptions that the machine is to blame for, whatever the workflow. After a CUDA error every later call fails too.
 OF_THE_MACHINE = re.compile(
@@ -58,7 +59,8 @@ def refused(graph: Mapping[str, Any], payload: object, *, of_task: bool) -> I2VE
     message, kind = str(error.get("message") or ""), error.get("type")
     if (found := NO_SUCH_NODE.search(message)) or kind == "missing_node_type":
         extra = error.get("extra_info")
-        class_type = (found and (found["name"] or found["newer"])) or (extra or {}).get("class_type") or "unknown"
+        extra = extra if isinstance(extra, dict) else {}
+        class_type = extra.get("class_type") or (found[1] if found else "unknown")
         node = str(error.get("details") or "").rpartition("#")[2].strip("'")
         where = named(graph, node, class_type) if node in graph else f"node type {said(class_type)}"
         return PartsMissing(f"this ComfyUI has no node type {said(class_type)}, which {where} needs: install it there")

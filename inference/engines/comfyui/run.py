@@ -85,6 +85,12 @@ class Run:
             try:
                 with anyio.move_on_after(self.socket_s):
                     await opened.wait()
+                if not opened.is_set():
+                    log.warning(
+                        "comfyui_no_websocket",
+                        why="its address lets no websocket through, or not yet",
+                        then="progress is told in coarse steps",
+                    )
                 await self._send()
                 outcome = self._judged(await self._end(heard))
             except (I2VError, OutOfMemory) as error:  # out of the group, which would wrap it
@@ -129,7 +135,7 @@ class Run:
             self.node_errors = errors if isinstance(errors, dict) else {}
             log.info("comfyui_sent", prompt_id=self.id)
             return True
-        if answer.status >= 500:
+        if answer.status >= 500 or answer.is_half:
             log.warning("comfyui_prompt_in_doubt", prompt_id=self.id, error=f"{answer.status} {answer.said}")
             return await self._arrived()
         self._is_sent = False

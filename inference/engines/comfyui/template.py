@@ -272,6 +272,8 @@ def _json(path: Path) -> Any:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise Wrong(f"cannot be read: {error.strerror}") from None
+    if not content.strip():
+        raise Wrong("is empty")
     if len(content) > MAX_FILE_BYTES:
         raise Wrong(f"is larger than {MAX_FILE_BYTES // 1_000_000} MB")
     try:

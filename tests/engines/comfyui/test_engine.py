@@ -24,7 +24,7 @@ from inference.progress.tracker import ProgressTracker, plan
 from inference.task import GenerationRequest
 from tests.engines.comfyui.graphs import still, template, wan
 from tests.engines.contract import EngineContract, landscape
-from tests.support.comfy_server import ComfyServer, Fault
+from tests.support.comfy_server import PATIENCE_S, ComfyServer, Fault
 
 CASES = Path(__file__).parents[2] / "cases" / "comfy"
 
@@ -37,19 +37,13 @@ class TestContract(EngineContract):
         self.comfy = comfy
 
     def make(self) -> ComfyEngine:
-        return ComfyEngine(self.comfy.url, template=template(), patience_s=1)
-
-
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request) -> str:
-    """Both event loops."""
-    return request.param
+        return ComfyEngine(self.comfy.url, template=template(), patience_s=PATIENCE_S)
 
 
 @pytest.fixture
 def engine(comfy: ComfyServer) -> ComfyEngine:
     """Without a template."""
-    return ComfyEngine(comfy.url, patience_s=1)
+    return ComfyEngine(comfy.url, patience_s=PATIENCE_S)
 
 
 @pytest.fixture
@@ -205,7 +199,7 @@ async def test_a_photo_task_without_a_template_is_handed_back(engine, photo, fol
 @pytest.mark.parametrize(
     "workflow, said",
     [
-        ({"nodes": [], "links": []}, "Save \\(API\\)"),
+        ({"nodes": [], "links": []}, "Export \\(API\\)"),
         ({}, "no nodes"),
         ({"1": {"inputs": {}}}, "'1' is no node"),
         ({"1": {"class_type": "LoadImage"}}, "'1' is no node"),
@@ -289,7 +283,7 @@ async def test_a_workflow_without_a_video_says_what_it_made(workflow, said, engi
 
 @pytest.mark.anyio
 async def test_a_missing_node_type_is_the_machines(engine, comfy, photo, folder):
-    """In the words of this server and of newer ones."""
+    """In the words of this server and of newer ones, which name the node by its title."""
     comfy.missing = {"KSampler"}
     for newer in (False, True):
         comfy.names_missing_type = newer
@@ -401,11 +395,47 @@ async def test_an_unreachable_server_is_an_outage(engine, comfy, photo, folder):
 
 
 @pytest.mark.anyio
-async def test_another_server_at_that_address_is_a_setting(engine, comfy):
-    """404 and the like never come from a ComfyUI."""
-    comfy.faults["GET /system_stats"].append(Fault(404))
+@pytest.mark.parametrize("fault", [Fault(404), Fault(302), Fault(401), Fault(200, body=b"<html>Please log in</html>")])
+async def test_another_server_at_that_address_is_a_setting(fault, engine, comfy):
+    """404 and the like never come from a ComfyUI, nor does the page of a login in front of it."""
+    comfy.faults["GET /system_stats"].append(fault)
     with pytest.raises(SettingsError, match="COMFY_HOST"):
         await engine.check()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("fault", [Fault(404), Fault(503)])
+async def test_the_video_is_kept_where_another_file_cannot_be_had(fault, engine, comfy, photo, folder):
+    """Though the server goes away: the video is here by then."""
+    engine._patience_s = 0
+    graph = wan() | {"10": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "still"}}}
+    comfy.faults["GET /view"].extend([None, fault])
+    video = await engine.generate(asks(graph), {"x.png": photo}, folder, Job())
+    assert video.path.is_file()
+    assert video.others == {}
+
+
+@pytest.mark.anyio
+async def test_names_of_outputs_are_shown_in_one_line(engine, comfy, folder, monkeypatch):
+    """A workflow may put anything there."""
+    named = {"filename": f"../a\n\x1b[31m{'b' * 300}.mp4", "subfolder": "", "type": "output"}
+    monkeypatch.setattr(comfy, "_save", lambda *_: {"gifs": [named]})
+    with pytest.raises(EngineFailed, match="cannot be had") as caught:
+        await engine.generate(asks(still("SaveAnimatedWEBP", fps=8.0)), {}, folder, Job())
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_an_input_that_is_too_large_for_comfyui(engine, comfy, folder, tmp_path):
+    """It refuses it in the midst of the upload, and its answer is heard all the same."""
+    comfy.max_upload_bytes = 100_000
+    large = tmp_path / "input-0.png"
+    large.write_bytes(bytes(20_000_000))
+    with pytest.raises(InvalidRequest, match=r"no input as large as i2v-.*--max-upload-size"):
+        await engine.generate(asks(wan()), {"x.png": large}, folder, Job())
+    assert comfy.asked("POST /upload/image") == 1
 
 
 @pytest.mark.anyio

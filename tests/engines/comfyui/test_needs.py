@@ -1,35 +1,14 @@
-"""What a graph needs and a server lacks; and a template of ours through the whole engine, against that server."""
+"""What a graph needs and a server lacks."""
 
 from typing import Any
 
 import pytest
 
 from inference.engines.comfyui.api import ComfyApi
-from inference.engines.comfyui.engine import ComfyEngine
 from inference.engines.comfyui.needs import compare, lacking
 from inference.engines.comfyui.places import Place
-from inference.engines.comfyui.template import Template
 from inference.errors import ProviderUnavailable
 from tests.engines.comfyui.graphs import still, wan
-from tests.engines.contract import EngineContract
-
-MAPPING = {"photo": "4", "prompt": "2", "negative_prompt": "3", "frames": "5", "size": "5", "seed": "6", "fps": "8"}
-"""Where a photo task goes in the tests' Wan graph."""
-
-
-class TestContract(EngineContract):
-    """What every engine promises, with a template that was read and filled as an operator's is."""
-
-    @pytest.fixture(autouse=True)
-    def _server(self, comfy):
-        self.comfy = comfy
-
-    def make(self) -> ComfyEngine:
-        graph = wan()
-        graph["5"]["inputs"] |= {"width": 160, "height": 96}
-        template = Template(graph, MAPPING)
-        assert not template.problems
-        return ComfyEngine(self.comfy.url, template=template, patience_s=1)
 
 
 async def asked(url: str, graph: dict[str, Any], *filled: Place) -> list[str]:
@@ -77,6 +56,10 @@ async def test_a_server_that_is_not_there_is_unavailable(comfy):
         (["COMBO", {"options": ["a.safetensors"]}], "a.safetensors", False),
         (["COMBO", {"options": ["a.safetensors"]}], "b.safetensors", True),
         (["COMBO", {"options": [], "remote": {"route": "/models"}}], "b.safetensors", False),
+        (["COMBO", {"options": [], "remote_combo": {"route": "/models"}}], "b.safetensors", False),
+        (["COMBO", {"options": ["a", "b"], "multiselect": True}], ["b", "a"], False),
+        (["COMBO", {"options": ["a", "b"], "multiselect": True}], ["b", "c"], True),
+        (["COMBO", {"options": ["a", "b"]}], ["b", "a"], True),
         ([["a"], {}], "a", False),
         ([[1, 2]], 3, True),
         (["STRING", {"default": ""}], "x", False),

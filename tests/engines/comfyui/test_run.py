@@ -28,9 +28,17 @@ from inference.progress.tracker import Progress, ProgressTracker, plan
 from inference.task import GenerationRequest
 from tests.engines.comfyui.graphs import still, wan
 from tests.engines.contract import landscape
-from tests.support.comfy_server import BROKEN, BROKEN_AFTER, LOST_AFTER, LOST_BEFORE, ComfyServer, Fault
+from tests.support.comfy_server import (
+    BROKEN,
+    BROKEN_AFTER,
+    LOST_AFTER,
+    LOST_BEFORE,
+    PATIENCE_S,
+    ComfyServer,
+    Fault,
+)
 
-FAULTS = [LOST_BEFORE, LOST_AFTER, BROKEN, BROKEN_AFTER, Fault(502), Fault(502, carried_out=True)]
+HALF_AFTER = Fault(200, carried_out=True, body=b'{"prompt_i')
 CASES = Path(__file__).parents[2] / "cases" / "comfy"
 
 
@@ -43,7 +51,7 @@ def anyio_backend(request) -> str:
 class Task:
     """A workflow task at an engine: `await task.run()`, or `async with task.running()` while it is looked at."""
 
-    def __init__(self, comfy: ComfyServer, tmp_path: Path, *, patience_s: float = 2) -> None:
+    def __init__(self, comfy: ComfyServer, tmp_path: Path, *, patience_s: float = PATIENCE_S) -> None:
         self.engine = ComfyEngine(comfy.url, patience_s=patience_s)
         self.photo, self.folder = landscape(tmp_path / "input-0.jpg"), tmp_path / "lease"
         self.folder.mkdir(exist_ok=True)
@@ -105,7 +113,7 @@ async def test_a_socket_that_drops_after_any_message(silently, comfy):
         heard: list[Progress] = []
         comfy._cache.clear()
         job = Job(ProgressTracker({"queue": 1, "workflow": 9}, sink=heard.append))
-        async with ComfyApi(comfy.url, patience_s=1) as api:
+        async with ComfyApi(comfy.url, patience_s=PATIENCE_S) as api:
             each = Run(api, job, graph, RunProgress(graph, {}), of_task=True, stages=("queue", "workflow"))
             assert list(await each.outputs()) == ["9"]
         return heard
@@ -125,9 +133,9 @@ async def test_a_socket_that_drops_after_any_message(silently, comfy):
 @pytest.mark.anyio
 async def test_a_socket_that_drops_after_every_message(comfy, task):
     """It is opened again and again, with pauses, and the run ends all the same."""
-    comfy.drop_every, comfy.pace_s = True, 0.003
+    comfy.drop_every = True
     await task.run()
-    assert comfy.sockets_opened > 1
+    assert comfy.sockets_opened > 20
     assert len(comfy.ours) == 1
 
 
@@ -135,7 +143,7 @@ async def test_a_socket_that_drops_after_every_message(comfy, task):
 async def test_no_socket_at_all(comfy, task, monkeypatch):
     """Some proxies let none through. The history says how it ended, and the queue that it runs."""
     monkeypatch.setattr(Run, "socket_s", 0.05)
-    comfy.refuse_sockets, comfy.pace_s = True, 0.005
+    comfy.refuse_sockets = True
     await task.run()
     assert {each.stage for each in task.heard} >= {"queue", "workflow", "fetch"}
 
@@ -144,11 +152,14 @@ async def test_no_socket_at_all(comfy, task, monkeypatch):
 async def test_a_reconnected_socket_goes_on_with_its_run(comfy, task):
     """The same client's id: messages of a run that goes on are heard again."""
     comfy.hold("KSampler")
+    comfy.hold("VAEDecode")
     comfy.drop_after = [4]
     async with task.running():
         await until(comfy, lambda: comfy.sockets_opened == 2 and is_running(comfy)())
+        comfy.release("KSampler")
+        await until(comfy, lambda: any(0 < each.detail.get("current_node_progress", 0) < 100 for each in task.heard))
         comfy.release()
-    assert any(0 < each.detail.get("current_node_progress", 0) < 100 for each in task.heard)
+    assert task.outcome.path.is_file()
 
 
 @pytest.mark.anyio
@@ -164,7 +175,7 @@ async def test_a_history_that_comes_late(comfy, task):
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(
-    "fault", [LOST_BEFORE, LOST_AFTER, BROKEN, BROKEN_AFTER, Fault(502), Fault(502, carried_out=True)]
+    "fault", [LOST_BEFORE, LOST_AFTER, BROKEN, BROKEN_AFTER, Fault(502), Fault(524, carried_out=True), HALF_AFTER]
 )
 async def test_a_lost_answer_to_a_prompt(fault, comfy, task):
     """It is looked for before it is sent again: one run, whether it was carried out or not."""
@@ -196,8 +207,10 @@ async def test_a_prompt_that_is_never_taken(comfy, task):
 @pytest.mark.anyio
 @pytest.mark.parametrize("what", ["POST /upload/image", "GET /history", "GET /queue", "GET /view"])
 async def test_any_other_request_that_fails_is_repeated(what, comfy, task):
-    """Lost, answered with 500 or by a gateway: none of these does harm when it is sent again."""
+    """Lost, answered with 500, by a gateway or by half: none of these does harm when it is sent again."""
     comfy.faults[what].extend([LOST_BEFORE, LOST_AFTER, BROKEN, Fault(503)])
+    if what != "GET /view":
+        comfy.faults[what].append(HALF_AFTER)
     await task.run()
     assert len(comfy.ours) == 1
     assert len(comfy.uploads) == 1
@@ -262,8 +275,7 @@ async def test_a_full_queue(comfy, task):
     """Ours waits behind the others'; what they report is not taken for ours."""
     theirs = comfy.occupy(3)
     async with task.running():
-        await until(comfy, lambda: comfy.ours)
-        await anyio.sleep(0.05)
+        await until(comfy, lambda: comfy.ours and comfy.asked(f"GET /history/{comfy.ours[0].id}") > 2)
         assert {each.stage for each in task.heard} == {"prepare", "queue"}
         comfy.release()
     assert task.outcome.path.is_file()
@@ -278,8 +290,7 @@ async def test_cancelled_while_it_waits(is_old, comfy, task):
     theirs = comfy.occupy(2)
     with structlog.testing.capture_logs() as lines:
         async with task.running():
-            await until(comfy, lambda: comfy.ours)
-            await anyio.sleep(0.03)
+            await until(comfy, lambda: comfy.ours and comfy.asked(f"GET /history/{comfy.ours[0].id}"))
             task.scope.cancel()
     assert [prompt.state for prompt in comfy.ours] == ["deleted"]
     assert comfy.asked("POST /interrupt") == 0
@@ -329,14 +340,16 @@ async def test_cancelled_while_the_answer_is_awaited(comfy, task, monkeypatch):
 @pytest.mark.anyio
 async def test_the_limit_of_an_attempt_interrupts_it(comfy, tmp_path):
     """A run without end is stopped there as well, not only given up here."""
-    task = Task(comfy, tmp_path)
+    request = GenerationRequest(duration_s=5, workflow=wan())
     comfy.hold("KSampler")
-    turns = EngineTurns(task.engine, limit_s=0.4)
-    with pytest.raises(EngineHung):
-        await turns.generate(
-            GenerationRequest(duration_s=5, workflow=wan()), {"x.png": task.photo}, task.folder, task.job
-        )
-    assert comfy.ours[0].state == "interrupted"
+    limit_s = 0.2
+    while not any(prompt.state == "interrupted" for prompt in comfy.ours):  # a busy machine may not get so far at first
+        task, limit_s = Task(comfy, tmp_path), 2 * limit_s
+        with pytest.raises(EngineHung):
+            await EngineTurns(task.engine, limit_s=limit_s).generate(
+                request, {"x.png": task.photo}, task.folder, task.job
+            )
+    assert {prompt.state for prompt in comfy.ours} <= {"interrupted", "deleted"}
 
 
 @pytest.mark.anyio
@@ -384,7 +397,7 @@ async def test_a_server_that_makes_ids_of_its_own(fault, comfy, task):
         comfy.faults["POST /prompt"].append(fault)
     async with task.running():
         await until(comfy, is_running(comfy))
-        await anyio.sleep(0.05)
+        await until(comfy, lambda: comfy.asked(f"GET /history/{comfy.ours[0].id}"))  # by now it knows the id
         comfy.release()
     assert task.outcome.path.is_file()
     assert len(comfy.ours) == 1
@@ -398,8 +411,7 @@ async def test_weights_of_nodes(comfy, task):
     """A node with a weight counts as much; others count one. Details name nodes by id, and percents."""
     comfy.hold("VAEDecode")
     async with task.running(node_weights={"6": 92.0}):
-        await until(comfy, is_running(comfy, "7"))
-        await anyio.sleep(0.05)
+        await until(comfy, lambda: task.heard and task.heard[-1].detail.get("current_node") == "7")
         half = task.heard[-1]
         comfy.release()
     assert half.done == pytest.approx(97)
@@ -421,7 +433,7 @@ async def test_a_cached_run_ends_too(comfy):
     for _ in range(2):
         heard: list[Progress] = []
         job = Job(ProgressTracker({"queue": 1, "workflow": 9}, sink=heard.append))
-        async with ComfyApi(comfy.url, patience_s=1) as api:
+        async with ComfyApi(comfy.url, patience_s=PATIENCE_S) as api:
             run = Run(api, job, graph, RunProgress(graph, {}), of_task=True, stages=("queue", "workflow"))
             ends.append(await run.outputs())
         assert heard[-1].detail["completed_nodes"] == 2
@@ -444,6 +456,7 @@ ENDS = {
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("name", ENDS)
 async def test_recordings(name, comfy, task):
     """Each ends as it did in reality, in our words."""

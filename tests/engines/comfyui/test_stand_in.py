@@ -35,13 +35,14 @@ def comfy():
 async def replay(comfy: ComfyServer, case: dict, client: httpx.AsyncClient) -> tuple[httpx.Response, list, dict]:
     """Sends the graph of a recording as the recorder did: the answer, the messages, the history."""
     heard: list = []
+    if case.get("interrupt"):
+        comfy.hold("SaveAnimatedPNG")
     async with aconnect_ws(f"{comfy.url}/ws?clientId=recorder", client) as socket:
         heard.append(json.loads(await socket.receive_text()))
         answer = await client.post("/prompt", json={"prompt": case["workflow"], "client_id": "recorder"})
         if answer.status_code != 200:
             return answer, heard, {}
         if case.get("interrupt"):
-            comfy.hold("SaveAnimatedPNG")
             while heard[-1]["data"].get("node") != "2":
                 heard.append(json.loads(await socket.receive_text()))
             sent = await client.post("/interrupt", json={"prompt_id": answer.json()["prompt_id"]})

@@ -304,7 +304,7 @@ def test_a_mapping_that_names_no_place_is_told(mapping, problem):
     "content, told",
     [
         ("{", r"workflow.json: is not JSON: Expecting property name enclosed in double quotes in line 1"),
-        ("", r"is not JSON"),
+        (" \n", r"workflow.json: is empty"),
         ("[]", r"is no workflow: export it in ComfyUI with Workflow → Export \(API\)"),
         ("{}", r"is no workflow"),
         (
@@ -422,15 +422,14 @@ def test_any_json_is_loaded_or_refused(tmp_path, graph, mapping):
 def test_filling_changes_the_places_and_nothing_else(graph, asked, photo_size, seed):
     """The template stays as it was, and can be filled again with the same result."""
     template = Template({**PLAIN, **{f"{node_id}x": node for node_id, node in graph.items()}})
+    if template.problems:
+        return  # `load` raises them, so that nobody fills a picture of a billion pixels a side
     before = copy.deepcopy(template.graph)
     uploaded = {**UPLOADED, "last_photo": "end.png"}
     try:
         filled = template.fill(asked, uploaded, photo_size, seed)
     except InvalidRequest:
         assert template.graph == before
-        return
-    except (KeyError, TypeError, ValueError):
-        assert template.problems  # which `load` would have raised
         return
     assert template.graph == before
     wanted = {str(place) for found in template.places.values() for place in found}

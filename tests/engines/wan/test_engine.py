@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,12 +219,12 @@ async def test_an_encoder_that_stops_reading_does_not_hold_the_engine(photo, fol
 
 def ffmpegs() -> list[int]:
     """The encoders that this process has started and not ended."""
-    return [
-        int(child)
-        for thread in Path("/proc/self/task").iterdir()
-        for child in (thread / "children").read_text().split()
-        if "ffmpeg" in Path(f"/proc/{child}/cmdline").read_text()
-    ]
+    found = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread or a child may end while it is looked at
+            children = (thread / "children").read_text().split()
+            found += [int(child) for child in children if "ffmpeg" in Path(f"/proc/{child}/cmdline").read_text()]
+    return found
 
 
 @pytest.mark.parametrize(
