@@ -69,6 +69,19 @@ def test_a_live_holder_is_left_alone_and_a_dead_one_is_not(subject):
     assert (job.attempt_id, job.crashes, job.losses, job.attempts) == (B, 1, 0, 2)
 
 
+def test_an_acquire_ends_no_job_that_may_be_acquired_again(subject):
+    """Several holders are dead: whoever takes one of their jobs leaves the others to the next."""
+    ids = [uuid(number) for number in (10, 11, 12)]
+    for job_id in ids:
+        subject.store.add(job_id, PHOTO)
+        subject.store.acquire_given(job_id, uuid(99), "w")
+        subject.store.beat(job_id, uuid(99))
+        subject.expire(job_id)
+    taken = [subject.store.acquire(uuid(number), "w") for number in (20, 21, 22)]
+    assert [job.id for job in taken] == ids
+    assert subject.store.acquire(uuid(23), "w") is None
+
+
 def test_who_was_overtaken_changes_nothing(subject):
     """Whatever it tries is refused, and the row stays as it is."""
     store = subject.store
