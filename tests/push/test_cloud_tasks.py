@@ -16,6 +16,7 @@ import pytest
 from inference.errors import ProviderUnavailable, QueueAuthError, QueueUnavailable, SettingsError
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
+from inference.push import oidc
 from inference.push.app import create_app
 from inference.push.auth import Auth
 from inference.push.enqueue import Tasks, enqueue, open_client, task_id
@@ -195,8 +196,9 @@ async def test_a_wrong_audience_starts_nothing(site):
         assert it.store.get("j-1").status == "pending"
 
 
-async def test_certificates_that_come_back(site):
+async def test_certificates_that_come_back(site, monkeypatch):
     """503 while they are away, so that no task is lost to it."""
+    monkeypatch.setattr(oidc, "AWAY_S", 0.1)
     async with site().open() as it:
         it.issuer.away = True
         await it.submit()
