@@ -203,18 +203,20 @@ class Runner:
                 # In an outage elsewhere no machine is at fault: any other one would fail as well.
                 machine_at_fault = not (error.is_outage if error.hand_back else error.task_at_fault)
                 worker_should = "stop" if error.stops_worker else "wait" if error.is_outage else None
-                if error.hand_back and self._queue.hands_back:
-                    await keeper.release(message)
-                    return Outcome(
-                        status="released",
-                        item_id=item_id,
-                        error=message,
-                        machine_at_fault=machine_at_fault,
-                        worker_should=worker_should,
-                    )
+                goes_back = error.hand_back or self._may_be_tried_again(lease, machine_at_fault=machine_at_fault)
             case _:
                 log.error("unexpected_error", item_id=item_id, exc_info=error)
                 message, machine_at_fault = f"internal error: {type(error).__name__}: {error}", True
+                goes_back = self._may_be_tried_again(lease, machine_at_fault=True)
+        if goes_back and self._queue.hands_back:
+            await keeper.release(message)
+            return Outcome(
+                status="released",
+                item_id=item_id,
+                error=message,
+                machine_at_fault=machine_at_fault,
+                worker_should=worker_should,
+            )
         try:
             await self._report_failure(lease, message, keeper)
         except CancelRequested:
@@ -238,6 +240,10 @@ class Runner:
             machine_at_fault=machine_at_fault,
             worker_should=worker_should,
         )
+
+    def _may_be_tried_again(self, lease: Lease, *, machine_at_fault: bool) -> bool:
+        """Whether a queue that counts tries gets the task back: another machine may make it, and no try costs money."""
+        return lease.tries_left > 0 and machine_at_fault and self._ledger is None
 
     async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
         """Reports a failure once: after a lost answer, a beat shows whether it was counted before it is repeated.

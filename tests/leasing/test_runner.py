@@ -738,3 +738,24 @@ async def test_the_engine_is_told_what_the_queue_takes(scene):
     it.queue.video_formats = ("mp4", "webm")
     await it.run()
     assert asked == [(("mp4", "webm"), ["photo"])]
+
+
+@pytest.mark.parametrize(
+    "error, ends",
+    [
+        (EngineFailed("the sampler broke down"), ["released", "failed"]),
+        (RuntimeError("a bug"), ["released", "failed"]),
+        (InvalidRequest("seconds: too many"), ["failed"]),
+    ],
+    ids=["may pass", "unexpected", "the task's"],
+)
+@virtual_time
+async def test_a_queue_that_counts_tries_gets_back_what_may_pass(scene, error, ends):
+    """Until its tries are over. What is the task's own fault is over at once."""
+    outcomes = []
+    for tries_left in (1, 0)[: len(ends)]:
+        it = scene(engine=SleepyEngine(errors=[error] * 3))
+        lease = (await it.queue.lease()).model_copy(update={"tries_left": tries_left})
+        outcomes.append(await it.runner.run(lease))
+    assert [outcome.status for outcome in outcomes] == ends
+    assert [outcome.machine_at_fault for outcome in outcomes] == [not isinstance(error, InvalidRequest)] * len(ends)

@@ -49,6 +49,10 @@ log = structlog.get_logger(__name__)
 BEAT_S = 10.0
 """How often a holder writes. A cancelled job stops after it (the contract's cancel poll, of 10 s)."""
 
+MAX_TRIES = 2
+"""How often a job is begun at most where it fails in a way that may pass: once more, perhaps on another machine. More
+would let one odd photo take three workers for broken."""
+
 THREADS = 20
 """For calls to the database: as many as its connections. Where a network swallows packets they wait for a while, and
 must not take the threads that other work needs."""
@@ -166,6 +170,7 @@ class VideoJobsQueue:
                 worker_id=f"{self._worker_id}.{job.attempt_id}",
                 length_s=self.jobs.stale_s,
                 beat_interval_s=min(BEAT_S, self.jobs.stale_s / 6),
+                tries_left=max(0, MAX_TRIES - job.attempts),
             )
         except InvalidTask as error:
             log.warning("malformed task", item_id=one_line(job.id, 100), problem=str(error))

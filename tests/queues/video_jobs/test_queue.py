@@ -10,7 +10,9 @@ import pytest
 from inference.build import choose_engine, migrate_jobs, open_queue
 from inference.errors import (
     CancelRequested,
+    EngineFailed,
     InvalidPhoto,
+    InvalidRequest,
     InvalidTask,
     ItemMissing,
     LeaseLost,
@@ -312,6 +314,29 @@ async def test_a_run_from_the_line_to_the_bucket(bench, photo_bytes):
     job = bench.jobs.get(job_id)
     assert (outcome.status, job.status, job.artifact_key) == ("completed", "completed", outcome.storage_path)
     assert bench.s3.object_bytes(job.artifact_key) == CLIP
+
+
+async def test_what_may_pass_is_tried_once_more(bench, photo_bytes):
+    """The job waits again, as a caller who is answered 503 expects; the second failure is its end, with the reason."""
+    bench.put("photos/a.jpg", photo_bytes)
+    job_id = bench.add(photo="photos/a.jpg")
+    ends = []
+    for _ in range(2):
+        engine = SleepyEngine(seconds=0, errors=[EngineFailed("the sampler broke down")])
+        runner = Runner(bench.queue, engine, policy=Policy(attempts=1))
+        outcome = await runner.run(await bench.queue.acquire(job_id))
+        ends.append((outcome.status, bench.jobs.get(job_id).status))
+    assert ends == [("released", "queued"), ("failed", "failed")]
+    assert bench.jobs.get(job_id).error == "the sampler broke down"
+
+
+async def test_what_is_the_jobs_own_fault_is_not(bench, photo_bytes):
+    """Asked again, it would end the same way."""
+    bench.put("photos/a.jpg", photo_bytes)
+    job_id = bench.add(photo="photos/a.jpg")
+    engine = SleepyEngine(seconds=0, errors=[InvalidRequest("seconds: too many")])
+    outcome = await Runner(bench.queue, engine).run(await bench.queue.acquire(job_id))
+    assert (outcome.status, bench.jobs.get(job_id).status) == ("failed", "failed")
 
 
 @pytest.mark.parametrize("moment", ["generating", "delivered"])
