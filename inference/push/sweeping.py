@@ -50,6 +50,7 @@ class Sweeper:
 
         Raises QueueAuthError, SettingsError.
         """
+        is_first = True
         while True:
             self._woken = anyio.Event()
             freed = self._here.freed if self._here else anyio.Event()
@@ -59,6 +60,9 @@ class Sweeper:
                 raise
             except I2VError as error:
                 log.warning("sweep_failed", error=str(error))
+            if is_first:
+                is_first = False
+                log.info("sweeping", every_s=interval_s)
             with anyio.move_on_after(interval_s):
                 await _either(self._woken, freed)
 

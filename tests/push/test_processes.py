@@ -60,11 +60,13 @@ class Deployment:
         return self.processes[-1]
 
     def serve(self, **settings: object) -> tuple[Process, int]:
-        """A process that takes calls, and its port."""
+        """A process that takes calls, and its port; it has looked for jobs once, and would find a new one later."""
         process = self.run("--port", "0", **settings)
 
         def port() -> int | None:
             assert process.exit_code is None, process.stderr.read_text()
+            if not process.events("sweeping"):
+                return None
             return next((it["port"] for it in process.events("push_open")), None)
 
         return process, until(port, 30, "calls are taken")
