@@ -187,7 +187,7 @@ class Lease(Value):
     task: Task
     worker_id: Identifier
     length_s: Annotated[float, Field(ge=2, le=86_400)]  # how long each renewal lasts
-    tries_left: Annotated[int, Field(ge=0)] = 0  # how often the queue hands it out again after what may pass elsewhere
+    tries_left: Annotated[int, Field(ge=0)] | None = None  # handed out again after what may pass; None: not counted
     beat_interval_s: Annotated[float, Field(gt=0)] | None = None  # how often the queue wants to hear; None: any
 
     @property

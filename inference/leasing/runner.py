@@ -243,7 +243,7 @@ class Runner:
 
     def _may_be_tried_again(self, lease: Lease, *, machine_at_fault: bool) -> bool:
         """Whether a queue that counts tries gets the task back: another machine may make it, and no try costs money."""
-        return lease.tries_left > 0 and machine_at_fault and self._ledger is None
+        return bool(lease.tries_left) and machine_at_fault and self._ledger is None
 
     async def _report_failure(self, lease: Lease, message: str, keeper: Keeper) -> None:
         """Reports a failure once: after a lost answer, a beat shows whether it was counted before it is repeated.

@@ -119,6 +119,8 @@ class _TaskInput(Wire):
     task: dict[str, Any]
     worker_id: Identifier | None = None
     length_s: float | None = None
+    beat_interval_s: float | None = None
+    tries_left: int | None = None
 
 
 class TaskInput(BaseModel):
@@ -220,7 +222,13 @@ def _lease(given: _TaskInput, worker_id: str, lease_s: float) -> Lease:
             task = Task.model_validate(_with_inputs(given.task))
             for given_input in task.inputs.values():
                 storage_path.validate_python(given_input.source)
-        return Lease(task=task, worker_id=given.worker_id or worker_id, length_s=given.length_s or lease_s)
+        return Lease(
+            task=task,
+            worker_id=given.worker_id or worker_id,
+            length_s=given.length_s or lease_s,
+            beat_interval_s=given.beat_interval_s,
+            tries_left=given.tries_left,
+        )
     except ValidationError as error:
         raise InvalidRequest(f"task: {explain(error)}") from None
     except InvalidTask as error:
