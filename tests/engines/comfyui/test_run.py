@@ -42,7 +42,9 @@ HALF_AFTER = Fault(200, carried_out=True, body=b'{"prompt_i')
 CASES = Path(__file__).parents[2] / "cases" / "comfy"
 
 # On trio, httpx may leave the body of a request that was cancelled half read; the collector says so at some later time.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*ByteStream:pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @pytest.fixture(params=["asyncio", "trio"])
