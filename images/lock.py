@@ -1,6 +1,6 @@
 """Exact versions of what the images install: `pip install uv`, then `python -m images.lock` writes the files anew.
 
-    slim.txt     base, heic and push       the cron, calls and Runway, on Modal
+    slim.txt     base, heic, push, redis   the cron, calls and Runway, on Modal
     wan.txt      the same, and wan         GPU containers on Modal
     runpod.txt   the same, and runpod      workers on RunPod
 
@@ -21,9 +21,9 @@ from typing import Any
 from images import PYPROJECT, lock_of
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "runpod": ("heic", "wan", "push", "runpod"),
-    "wan": ("heic", "wan", "push"),
-    "slim": ("heic", "push"),
+    "runpod": ("heic", "wan", "push", "redis", "runpod"),
+    "wan": ("heic", "wan", "push", "redis"),
+    "slim": ("heic", "push", "redis"),
 }
 """Of each image, the largest first."""
 

@@ -31,7 +31,7 @@ from inference.leasing.runner import Runner
 from inference.leasing.scratch import sweep
 from inference.payments.ledger import Ledger
 from inference.payments.records import Records, SqliteRecords
-from inference.progress.tracker import Sink
+from inference.progress.stages import Sink
 from inference.providers import PAID, EngineName, QueueName, is_paid
 from inference.queues.base import TaskQueue
 from inference.queues.gmanimato import GmAnimatoQueue

@@ -6,6 +6,7 @@
     ├── PoolUnavailable          a pool of containers did not take what it was sent
     ├── LeaseLost             the task belongs to somebody else now: stop, write nothing
     ├── CancelRequested       a person cancelled the task
+    ├── ListenerTooSlow          who follows progress reads slower than it happens, and is not waited for
     ├── InvalidTask           T  what the queue handed out is malformed; names the field
     ├── Refusal               a store of ours does not accept a write
     │   ├── ItemMissing          no such item
@@ -111,6 +112,10 @@ class LeaseLost(I2VError):
 
 class CancelRequested(I2VError):
     """A person cancelled the task while we held it."""
+
+
+class ListenerTooSlow(I2VError):
+    """Who follows a stream of progress reads more slowly than events come, and is not waited for."""
 
 
 class InvalidTask(I2VError):

@@ -13,7 +13,7 @@ from structlog.typing import EventDict, Processor
 
 from inference import private
 from inference.errors import is_legible, legible
-from inference.progress.tracker import Progress, Sink
+from inference.progress.stages import Progress, Sink
 
 log = structlog.get_logger(__name__)
 

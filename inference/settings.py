@@ -417,6 +417,19 @@ class Settings(LoadableSettings):
         about="Port on which `i2v work` and `i2v up` take `POST /wake`, with the secret above. Default: none.",
     )
 
+    # Live progress
+    redis_url: SecretStr | None = setting(
+        None,
+        "REDIS_URL",
+        about="Redis through which several processes share live progress, e.g. redis://:password@host:6379/0. Without "
+        "it, only the embedded server tells it, of its own tasks.",
+    )
+    gpu_usd_per_hour: Annotated[float, Field(ge=0)] | None = setting(
+        None,
+        "I2V_GPU_PRICE",
+        about="Dollars that an hour of this worker's GPU costs, for the price of each clip. Default: not known.",
+    )
+
     # The embedded queue server
     host: str = setting("127.0.0.1", "I2V_HOST", about="Address the server binds to; others than loopback need a key.")
     port: Annotated[int, Field(ge=0, le=65535)] = setting(8000, "I2V_PORT", about="Port of the server; 0 picks one.")

@@ -26,8 +26,8 @@ from rich.text import Text
 from inference.errors import legible
 from inference.logs import json_escaped
 from inference.progress.files import FileProgress
-from inference.progress.tracker import Progress as Snapshot
-from inference.progress.tracker import Sink
+from inference.progress.stages import Progress as Snapshot
+from inference.progress.stages import Sink
 from inference.task import Video
 
 out = Console(highlight=False, soft_wrap=True)

@@ -44,6 +44,12 @@ FOREIGN = {
     "uvicorn": "inference/server/",
     "sqlalchemy": ("inference/server/", "inference/sql/", "inference/queues/video_jobs/"),
     "typer": "inference/commands/",
+    "celery": "inference/progress/celery.py",
+    "jinja2": "inference/server/page/",
+    "kombu": "inference/progress/celery.py",
+    "opentelemetry": "inference/progress/tracing.py",
+    "redis": "inference/progress/redis.py",
+    "starlette": ("inference/server/", "inference/push/", "inference/progress/web/", "inference/on_modal/calls.py"),
     "httpx_ws": "inference/engines/comfyui/",
     "wsproto": "inference/engines/comfyui/",
 }
@@ -170,13 +176,18 @@ def test_import_works_with_every_optional_package_blocked():
         "google",
         "grpc",
         "starlette",
+        "redis",
+        "celery",
+        "opentelemetry",
+        "jinja2",
     ]
     blocked += ["pillow_heif"]
     program = f"""
 import sys
 for name in {blocked}: sys.modules[name] = None
 import inference, inference.leasing.polling, inference.queues.lifeisshort, inference.testing.memory_queue
-import inference.engines.preview, inference.settings, inference.commands.main, inference.engines.wan.presets
+import inference.engines.preview, inference.settings, inference.progress.hub
+import inference.commands.main, inference.engines.wan.presets
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=ROOT, timeout=60)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 
 from inference.errors import legible, one_line
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 
 HOSTILE = "a\x1b]0;title\x07b\x9b2Jc\u202ed\u2066e\x00f\x7fg\ud800h\u2028i"
 """An escape, a C1 code, two marks of direction, NUL, DEL, half a surrogate, a line separator."""
@@ -91,7 +91,7 @@ except SystemExit:
 """
 
 WORKING = f"""
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 with terminal.bar({NAME!r}) as sink:
     sink(Progress(stage={HOSTILE + NAME!r}, done=0, total=1, fraction=0))
 """

@@ -21,7 +21,7 @@ from inference.leasing.film import Film, FilmJob, FolderStore
 from inference.leasing.retry import repeat
 from inference.media.photo import verify
 from inference.payments.ledger import Purchase
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.providers import EngineName, is_paid
 from inference.settings import Settings
 from inference.task import MAX_FADE_S, MAX_PROMPT_CHARS, MAX_SEGMENTS, GenerationRequest, Segment, asked_as
@@ -128,7 +128,7 @@ async def _film(
 
     # Beside the output, on the same filesystem: the finished film appears whole or not at all.
     with temporary_folder(".i2v-", output.parent) as folder, terminal.bar("film") as sink:
-        tracker = ProgressTracker(STAGES, sink)
+        tracker = StageTracker(STAGES, sink)
         making = Film(
             turns,
             segments,

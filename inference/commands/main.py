@@ -53,7 +53,7 @@ from inference.errors import (
     SettingsError,
 )
 from inference.on_modal.doctor import examine_modal
-from inference.progress.tracker import Sink
+from inference.progress.stages import Sink
 from inference.providers import EngineName, QueueName, is_paid
 from inference.push.doctor import examine_push
 from inference.server.client import QueueClient

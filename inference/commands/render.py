@@ -17,7 +17,7 @@ from inference.engines.turns import EngineTurns
 from inference.errors import I2VError, SettingsError
 from inference.leasing.direct import generated, name_of
 from inference.payments.ledger import Purchase
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.providers import EngineName, is_paid
 from inference.settings import Settings
 from inference.task import LAST_PHOTO, PHOTO, GenerationRequest, Video, asked_as
@@ -59,7 +59,7 @@ async def _render(settings: Settings, request: GenerationRequest, inputs: dict[s
     purchase = await anyio.to_thread.run_sync(_purchase, settings, request, inputs[PHOTO])
     # Beside the output, on the same filesystem: the finished file appears whole or not at all.
     with temporary_folder(".i2v-", output.parent) as folder, terminal.bar("rendering") as sink:
-        tracker = ProgressTracker(turns.stages, sink)
+        tracker = StageTracker(turns.stages, sink)
         try:
             async with generated(turns, request, inputs, Path(folder), Job(tracker, purchase)) as video:
                 video.path.replace(output)

@@ -18,7 +18,7 @@ from inference.on_runpod import answer as runpod_answer
 from inference.on_runpod import job as runpod_job
 from inference.on_runpod import tick as runpod_tick
 from inference.on_runpod.api import Health, JobId, RunPodApi, RunPodJob
-from inference.progress.tracker import Progress, Sink
+from inference.progress.stages import Progress, Sink
 from inference.settings import Settings
 from inference.task import GenerationRequest, asked_as
 

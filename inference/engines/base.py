@@ -10,7 +10,7 @@ import anyio.to_thread
 
 from inference.errors import CancelRequested, I2VError, InvalidRequest
 from inference.payments.ledger import Purchase
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.task import PHOTO, GenerationRequest, Video
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class Job:
 
     def __init__(
         self,
-        tracker: ProgressTracker | None = None,
+        tracker: StageTracker | None = None,
         purchase: Purchase | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:

@@ -28,7 +28,7 @@ from inference.errors import CancelRequested, I2VError, LeaseLost, MachineFault,
 from inference.media import film
 from inference.media.video import probe
 from inference.payments.ledger import Purchase
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.queues.base import SegmentStore
 from inference.task import PHOTO, GenerationRequest, Segment, Video
 
@@ -60,7 +60,7 @@ class FilmJob(Job):
 
     def __init__(
         self,
-        tracker: ProgressTracker | None,
+        tracker: StageTracker | None,
         segments: int,
         stages: Mapping[str, float] = STAGES,
         check: Callable[[], None] = lambda: None,
@@ -91,7 +91,7 @@ class SegmentJob(Job):
     """What an engine sees of a film: one segment, with a payment of its own, that is cancelled when the film is."""
 
     def __init__(self, whole: FilmJob, engine_stages: Mapping[str, float], purchase: Purchase | None) -> None:
-        self._inside = ProgressTracker(engine_stages)
+        self._inside = StageTracker(engine_stages)
         super().__init__(self._inside, purchase, whole.raise_if_lease_ended)
         self._whole = whole
 

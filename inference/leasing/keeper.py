@@ -25,7 +25,7 @@ from inference.errors import (
 )
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.taking import STOPPING, hand_back
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.queues.base import TaskQueue
 from inference.task import Lease
 
@@ -39,7 +39,7 @@ WORK_SHARE = 2 / 3
 class Keeper:
     """Renews one lease beside the work, and ends the work when the lease cannot be renewed."""
 
-    def __init__(self, queue: TaskQueue, lease: Lease, policy: Policy, tracker: ProgressTracker) -> None:
+    def __init__(self, queue: TaskQueue, lease: Lease, policy: Policy, tracker: StageTracker) -> None:
         self._queue, self._lease, self._policy, self._tracker = queue, lease, policy, tracker
         length_s = lease.length_s
         # Intervals shrink with short leases, so that a few beats can fail before work has to stop.

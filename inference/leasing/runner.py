@@ -25,7 +25,7 @@ from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import require_room, scratch_folder
 from inference.leasing.taking import STOPPING, hand_back
 from inference.payments.ledger import Ledger, Purchase
-from inference.progress.tracker import ProgressTracker, Sink, plan
+from inference.progress.stages import Sink, StageTracker, plan
 from inference.providers import is_known
 from inference.queues.base import TaskQueue
 from inference.task import GenerationRequest, Lease, Outcome, Video
@@ -80,7 +80,7 @@ class Runner:
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
         task = lease.task
         stages = film.STAGES if task.segments else plan(self.turns.stages)
-        tracker = ProgressTracker(stages, self._sink(lease) if self._sink else None)
+        tracker = StageTracker(stages, self._sink(lease) if self._sink else None)
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         if task.segments:
             job: Job = FilmJob(tracker, len(task.segments), check=keeper.check)
@@ -118,9 +118,7 @@ class Runner:
         log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)
         return outcome
 
-    async def _to_the_end(
-        self, lease: Lease, keeper: Keeper, job: Job, tracker: ProgressTracker, folder: Path
-    ) -> Outcome:
+    async def _to_the_end(self, lease: Lease, keeper: Keeper, job: Job, tracker: StageTracker, folder: Path) -> Outcome:
         async def work() -> Outcome:
             job.report("download")
             inputs = await keeper.stage(lambda: self._queue.fetch_inputs(lease, folder))

@@ -23,7 +23,7 @@ from inference.fleet.warm_worker import BrokenEngine, WarmWorker
 from inference.leasing.direct import generated, name_of
 from inference.leasing.scratch import put, scratch_folder
 from inference.payments.records import MemoryRecords, Records
-from inference.progress.tracker import ProgressTracker, plan
+from inference.progress.stages import StageTracker, plan
 from inference.providers import DEFAULT, EngineName, PoolName
 from inference.settings import Settings
 from inference.task import PHOTO, GenerationRequest, Lease, Task, Video, explain
@@ -85,7 +85,7 @@ async def render(
     """
     name = f"by-hand-{name_of(request, photo)}"
     purchase = build_ledger(settings, records).purchase(name, f"by-hand.{secrets.token_hex(6)}")
-    job = Job(ProgressTracker(plan(worker.turns.stages), logs.stages(name)), purchase)
+    job = Job(StageTracker(plan(worker.turns.stages), logs.stages(name)), purchase)
     with scratch_folder(settings.temp_dir) as folder:
         path = folder / "photo"
         await anyio.to_thread.run_sync(put, path, photo)

@@ -16,7 +16,7 @@ import tenacity
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from inference.errors import AccountError, EngineError, EngineFailed, InvalidRequest, JobInDoubt, one_line
-from inference.progress.tracker import Progress, Sink
+from inference.progress.stages import Progress, Sink
 from inference.transfer import json_api
 from inference.transfer.json_api import MAX_SAID_CHARS, JsonApi, Unanswered
 

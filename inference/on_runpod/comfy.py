@@ -38,7 +38,7 @@ from inference.on_runpod.callback import Callback
 from inference.on_runpod.direct import DirectContext, Target, bucket_in
 from inference.on_runpod.progress_posts import ProgressPosts
 from inference.on_runpod.wire import INLINE_BYTES, HttpUrl, S3Config, Wire, answer, is_http
-from inference.progress.tracker import ProgressTracker, Sink, both, plan
+from inference.progress.stages import Sink, StageTracker, both, plan
 from inference.task import (
     DEFAULT_FRAME_NUM,
     GenerationRequest,
@@ -194,7 +194,7 @@ async def _run(
     shelf = _Shelf(bucket, here.storage if s3 else here.own_storage, job_id, policy) if bucket else None
     if shelf is not None:
         await shelf.check()
-    tracker = ProgressTracker(plan(here.turns.stages), both(logs.stages(job_id), sink))
+    tracker = StageTracker(plan(here.turns.stages), both(logs.stages(job_id), sink))
     job = Job(tracker)
     with scratch_folder(settings.temp_dir, keep=policy.keep_temp) as folder:
         job.report("download")

@@ -20,7 +20,7 @@ from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import put, scratch_folder
 from inference.media.clip import shrink
 from inference.on_runpod.wire import INLINE_BYTES, INLINE_S, PAYLOAD_BYTES, DirectInput, S3Config, answer
-from inference.progress.tracker import ProgressTracker, Sink, both, plan
+from inference.progress.stages import Sink, StageTracker, both, plan
 from inference.settings import Settings
 from inference.task import PHOTO, Video, asked_as
 from inference.transfer.bucket import Bucket
@@ -91,7 +91,7 @@ async def render(
     if target is not None:
         target.refuse_flawed()
         await target.storage.check(target.put_url)
-    tracker = ProgressTracker(plan(here.turns.stages), both(logs.stages(job_id), sink))
+    tracker = StageTracker(plan(here.turns.stages), both(logs.stages(job_id), sink))
     job = Job(tracker)
     with scratch_folder(settings.temp_dir, keep=policy.keep_temp) as folder:
         job.report("download")

@@ -21,7 +21,7 @@ from inference.media import photo as photos
 from inference.on_runpod.answer import KEPT, KEPT_S, Again, Say, kept
 from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.wire import INLINE_BYTES, DirectInput
-from inference.progress.tracker import Progress, Sink
+from inference.progress.stages import Progress, Sink
 from inference.settings import Settings
 from inference.task import GenerationRequest, explain
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 import structlog
 
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 
 log = structlog.get_logger(__name__)
 

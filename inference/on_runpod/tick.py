@@ -21,7 +21,7 @@ from inference.fleet.shape import execution_limit_s
 from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.containers import NoContainers, RunPodContainers, on_runpod
 from inference.payments.records import Records, SqliteRecords
-from inference.progress.tracker import DELIVERY_STAGES
+from inference.progress.stages import DELIVERY_STAGES
 from inference.providers import DEFAULT, PAID, PoolName
 from inference.settings import Settings
 

@@ -38,7 +38,7 @@ from inference.on_runpod.comfy import WorkflowInput, as_worker_comfyui, run_work
 from inference.on_runpod.direct import DirectContext, render
 from inference.on_runpod.progress_posts import ProgressPosts
 from inference.on_runpod.wire import DirectInput, DrainInput, TaskInput, answer_of, failure, parse, parse_s3
-from inference.progress.tracker import Progress, Sink, both
+from inference.progress.stages import Progress, Sink, both
 from inference.providers import DEFAULT, is_paid
 from inference.queues.base import TaskQueue
 from inference.settings import Settings

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.task import Lease, Video, VideoFormat
 
 

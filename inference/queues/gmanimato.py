@@ -44,7 +44,7 @@ from inference.errors import (
     StorageUnreached,
     one_line,
 )
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.queues.base import SegmentStore
 from inference.queues.gmanimato_wire import (
     BODY_LIMIT_BYTES,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from inference.errors import InvalidTask, QueueAuthError, QueueError, QueueFailed, QueueRefused, QueueUnavailable
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.task import LAST_PHOTO, PHOTO, Input, InputName, Lease, Task, duration_s, explain
 
 LOCAL = "local-"

@@ -21,7 +21,7 @@ from inference.errors import (
     WrongState,
     write_error,
 )
-from inference.progress.tracker import Progress, Sink
+from inference.progress.stages import Progress, Sink
 from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage

@@ -24,7 +24,7 @@ from inference.errors import (
     StorageUnavailable,
 )
 from inference.media import photo
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.providers import WorkerType
 from inference.queues.base import SegmentStore
 from inference.queues.item import RELEASE_S, Item, ItemProgress

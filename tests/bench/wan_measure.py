@@ -22,7 +22,7 @@ from inference.engines.wan.placement import GB
 from inference.engines.wan.presets import Preset
 from inference.engines.wan.speed import Switches
 from inference.errors import CancelRequested
-from inference.progress.tracker import Progress, ProgressTracker
+from inference.progress.stages import Progress, StageTracker
 from inference.task import GenerationRequest
 from tests.bench.wan_models import Parts, Shape
 
@@ -216,7 +216,7 @@ class Subject:
                 if until == "latents":
                     job.cancel(CancelRequested("the rest is the same"))
 
-        job = Job(ProgressTracker(engine.stages, follow))
+        job = Job(StageTracker(engine.stages, follow))
         request = self.request()
         with self._measuring() as (watch, measured):
             watch.mark("begin")

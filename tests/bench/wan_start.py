@@ -19,7 +19,7 @@ import structlog  # noqa: E402
 from inference.build import build_engine  # noqa: E402
 from inference.engines.base import Job  # noqa: E402
 from inference.errors import CancelRequested  # noqa: E402
-from inference.progress.tracker import Progress, ProgressTracker  # noqa: E402
+from inference.progress.stages import Progress, StageTracker  # noqa: E402
 from inference.settings import Settings  # noqa: E402
 from inference.task import GenerationRequest  # noqa: E402
 
@@ -56,7 +56,7 @@ def main() -> None:
         if progress.done:
             job.cancel(CancelRequested("it has begun"))
 
-    job = Job(ProgressTracker(engine.stages, follow))
+    job = Job(StageTracker(engine.stages, follow))
     try:
         anyio.run(
             engine.generate,

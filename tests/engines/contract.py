@@ -20,7 +20,7 @@ from PIL import Image
 from inference.engines.base import Engine, Job
 from inference.errors import CancelRequested, I2VError, InvalidPhoto, InvalidRequest
 from inference.media.video import probe
-from inference.progress.tracker import Progress, ProgressTracker, plan
+from inference.progress.stages import Progress, StageTracker, plan
 from inference.task import GenerationRequest, Video
 from tests.media.hostile import many_scans
 
@@ -126,7 +126,7 @@ class EngineContract:
         """Only stages it declared, each in its turn, `done` never falling, the last one reported whole."""
         heard: list[Progress] = []
         await engine.generate(
-            self.request_, {"photo": photo}, folder, Job(ProgressTracker(plan(engine.stages), sink=heard.append))
+            self.request_, {"photo": photo}, folder, Job(StageTracker(plan(engine.stages), sink=heard.append))
         )
         order = list(engine.stages)
         turns = [order.index(each.stage) for each in heard]
@@ -155,7 +155,7 @@ class EngineContract:
             reports.append(progress)
             job.cancel(CancelRequested("a person cancelled"))
 
-        job = Job(ProgressTracker(engine.stages, sink=cancel))
+        job = Job(StageTracker(engine.stages, sink=cancel))
         with pytest.raises(CancelRequested, match="a person"):
             await engine.generate(self.request_, {"photo": photo}, folder, job)
         assert len(reports) <= 2
@@ -173,7 +173,7 @@ class EngineContract:
             else:
                 anyio.from_thread.run_sync(scope.cancel, token=loop)
 
-        job = Job(ProgressTracker(engine.stages, sink=cancel))
+        job = Job(StageTracker(engine.stages, sink=cancel))
         with anyio.move_on_after(self.patience_s) as scope:
             await engine.generate(self.request_, {"photo": photo}, folder, job)
         assert scope.cancelled_caught

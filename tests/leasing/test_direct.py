@@ -10,7 +10,7 @@ from inference.leasing.direct import generated, name_of
 from inference.leasing.retry import Policy
 from inference.payments.ledger import Ledger
 from inference.payments.records import MemoryRecords
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.task import GenerationRequest
 from tests.leasing.test_runner import SleepyEngine
 
@@ -53,7 +53,7 @@ async def test_tries_are_the_callers_to_choose(tmp_path, photo):
 async def test_what_ran_out_while_it_waited_is_not_generated_for(tmp_path, photo):
     """The check is asked when the turn has come, and not before."""
     turns, engine_began = EngineTurns(engine := SleepyEngine(seconds=0)), []
-    tracker = ProgressTracker(engine.stages, lambda progress: engine_began.append(progress.stage))
+    tracker = StageTracker(engine.stages, lambda progress: engine_began.append(progress.stage))
 
     def check():
         assert engine_began == ["wait"]

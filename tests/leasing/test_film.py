@@ -26,7 +26,7 @@ from inference.leasing.retry import Policy, repeat
 from inference.leasing.runner import Runner
 from inference.payments.ledger import Ledger
 from inference.payments.records import MemoryRecords
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.queues.base import SegmentStore
 from inference.task import GenerationRequest, Input, Lease, Segment, Task
 from inference.testing.memory_queue import MemoryQueue, MemorySegments
@@ -471,7 +471,7 @@ async def test_progress_of_a_film_without_a_queue(photo, tmp_path):
     """It has two stages."""
     seen = []
     stages = {"segments": 9.0, "join": 1.0}
-    job = FilmJob(ProgressTracker(stages, seen.append), 1, stages)
+    job = FilmJob(StageTracker(stages, seen.append), 1, stages)
     await film(photo, tmp_path, ClipEngine(), segments=moves(1), job=job).made()
     assert {(each.detail["stage"], each.detail["stage_index"]) for each in seen} == {("segments", 0), ("join", 1)}
     assert seen[0].detail["stages_total"] == 2

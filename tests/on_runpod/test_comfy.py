@@ -28,7 +28,7 @@ from inference.on_runpod.api import RunPodJob
 from inference.on_runpod.callback import Callback
 from inference.on_runpod.comfy import as_worker_comfyui, workflow_in
 from inference.on_runpod.worker import RunPodWorker
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.settings import Settings
 from inference.task import Input
 from tests.support.s3_server import S3Server

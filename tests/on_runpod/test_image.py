@@ -531,6 +531,7 @@ OF_THE_CALLER = {"RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID", "RUNPOD_ENDPOINT_BASE_U
 OF_THE_CALLER |= {"I2V_RUNPOD_MAX_WORKERS", "I2V_RUNPOD_WEBHOOK", "I2V_OVERFLOW_AFTER", "I2V_OVERFLOW_WAN_LOCAL"}
 OF_THE_SERVER = {"I2V_HOST", "I2V_PORT", "I2V_DATA_DIR", "I2V_DATABASE_URL", "I2V_PUBLIC_URL", "I2V_MAX_VIDEO_BYTES"}
 OF_THE_SERVER |= {"I2V_RETENTION_DAYS"}
+OF_PROGRESS = {"REDIS_URL", "I2V_GPU_PRICE"}
 OF_A_POLLING_WORKER = {"POLL_INTERVAL", "I2V_QUEUE", "I2V_WEBHOOK_BYTES", "CALLBACK_BASE_URL"}
 OF_A_POLLING_WORKER |= {"GMANIMATO_API_URL", "WORKER_TASK_SECRET", "I2V_WEBHOOK_RETRIES", "WORKER_MAX_RETRIES"}
 OF_A_POLLING_WORKER |= {"I2V_JOBS_DATABASE_URL", "I2V_JOBS_TABLE", "I2V_JOBS_COLUMNS", "I2V_JOBS_STALE"}
@@ -576,6 +577,7 @@ def test_everything_a_worker_may_need_is_asked_for(listing):
     asked = [it.key for it in listing.config.env]
     assert len(asked) == len(set(asked))
     others = OF_THE_IMAGE | OF_THE_MACHINE | OF_THE_CALLER | OF_THE_SERVER | OF_A_POLLING_WORKER | OF_COMFYUI
+    others |= OF_PROGRESS
     assert others <= set(FIELDS)
     assert set(asked) == {name for name in FIELDS if name not in others and not OF_OTHER_PLATFORMS.match(name)}
     shown = {it.key for it in listing.config.env if it.input and not it.input.advanced}

@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 from inference.on_runpod.progress_posts import POST_LIMIT_S, ProgressPosts
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from tests.support.virtual import virtual_time
 
 

@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from inference.errors import CancelRequested, InvalidPhoto, ItemMissing, LeaseLost, ObjectMissing
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.queues.base import TaskQueue
 from inference.queues.gmanimato import GmAnimatoQueue
 from inference.queues.item import CRASHED, Item, ItemProgress

@@ -31,7 +31,7 @@ from inference.errors import (
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.leasing.taking import CLAIM_LIMIT_S
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.queues import gmanimato
 from inference.queues.gmanimato import GmAnimatoQueue
 from inference.queues.gmanimato_wire import parse_job

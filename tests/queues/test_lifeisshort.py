@@ -40,7 +40,7 @@ from inference.errors import (
 from inference.leasing.polling import Worker
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.task import GenerationRequest, Input, Lease, Task, Video, parse_task
 from inference.transfer.storage import Storage

@@ -9,7 +9,7 @@ import anyio
 import trio
 import trio.testing
 
-from inference.progress import tracker as progress
+from inference.progress import stages as progress
 
 
 def run_virtual(main: Callable[[], Awaitable[object]], *, seed: int = 0) -> object:

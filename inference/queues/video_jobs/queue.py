@@ -35,7 +35,7 @@ from inference.errors import (
     one_line,
     write_error,
 )
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.queues.base import SegmentStore
 from inference.queues.video_jobs.job import ONGOING, WAITING_S, JobRow, Jobs, Standing, Swept
 from inference.queues.video_jobs.wire import parse_job, progress_json

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from inference.errors import InvalidTask
 from inference.inputs import MAX_INPUTS, source_kind
-from inference.progress.tracker import DELIVERY_STAGES, Progress
+from inference.progress.stages import DELIVERY_STAGES, Progress
 from inference.task import (
     LAST_PHOTO,
     MAX_DURATION_S,

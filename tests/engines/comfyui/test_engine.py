@@ -20,7 +20,7 @@ from inference.errors import (
     SettingsError,
 )
 from inference.media.video import probe
-from inference.progress.tracker import ProgressTracker, plan
+from inference.progress.stages import StageTracker, plan
 from inference.task import GenerationRequest
 from tests.engines.comfyui.graphs import still, template, wan
 from tests.engines.contract import EngineContract, landscape
@@ -364,7 +364,7 @@ async def test_out_of_memory_once_is_tried_again_with_memory_freed(engine, comfy
     """The second run finds the room that earlier models had taken. Progress does not fall in between."""
     comfy.out_of_memory["KSampler"] = 1
     heard = []
-    job = Job(ProgressTracker(plan(engine.stages), sink=heard.append))
+    job = Job(StageTracker(plan(engine.stages), sink=heard.append))
     await engine.generate(asks(wan()), {"x.png": photo}, folder, job)
     assert comfy.freed == 1
     assert [prompt.state for prompt in comfy.prompts] == ["failed", "done"]

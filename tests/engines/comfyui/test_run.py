@@ -24,7 +24,7 @@ from inference.errors import (
     PartsMissing,
     ProviderUnavailable,
 )
-from inference.progress.tracker import Progress, ProgressTracker, plan
+from inference.progress.stages import Progress, StageTracker, plan
 from inference.task import GenerationRequest
 from tests.engines.comfyui.graphs import still, wan
 from tests.engines.contract import landscape
@@ -61,7 +61,7 @@ class Task:
         self.photo, self.folder = landscape(tmp_path / "input-0.jpg"), tmp_path / "lease"
         self.folder.mkdir(exist_ok=True)
         self.heard: list[Progress] = []
-        self.job = Job(ProgressTracker(plan(self.engine.stages), sink=self.heard.append))
+        self.job = Job(StageTracker(plan(self.engine.stages), sink=self.heard.append))
         self.outcome: object = None
         self.scope: anyio.CancelScope | None = None
 
@@ -117,7 +117,7 @@ async def test_a_socket_that_drops_after_any_message(silently, comfy):
     async def run() -> list[Progress]:
         heard: list[Progress] = []
         comfy._cache.clear()
-        job = Job(ProgressTracker({"queue": 1, "workflow": 9}, sink=heard.append))
+        job = Job(StageTracker({"queue": 1, "workflow": 9}, sink=heard.append))
         async with ComfyApi(comfy.url, patience_s=PATIENCE_S) as api:
             each = Run(api, job, graph, RunProgress(graph, {}), of_task=True, stages=("queue", "workflow"))
             assert list(await each.outputs()) == ["9"]
@@ -437,7 +437,7 @@ async def test_a_cached_run_ends_too(comfy):
     graph, ends = still("SaveAnimatedPNG", fps=8.0, compress_level=1), []
     for _ in range(2):
         heard: list[Progress] = []
-        job = Job(ProgressTracker({"queue": 1, "workflow": 9}, sink=heard.append))
+        job = Job(StageTracker({"queue": 1, "workflow": 9}, sink=heard.append))
         async with ComfyApi(comfy.url, patience_s=PATIENCE_S) as api:
             run = Run(api, job, graph, RunProgress(graph, {}), of_task=True, stages=("queue", "workflow"))
             ends.append(await run.outputs())

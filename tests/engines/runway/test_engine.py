@@ -45,7 +45,7 @@ from inference.media.video import VideoWriter, probe
 from inference.payments import ledger as ledgers
 from inference.payments.ledger import Ledger
 from inference.payments.records import MemoryRecords
-from inference.progress.tracker import ProgressTracker, plan
+from inference.progress.stages import StageTracker, plan
 from inference.task import GenerationRequest
 from inference.testing.memory_queue import MemoryQueue
 from inference.testing.memory_store import MemoryStore
@@ -408,7 +408,7 @@ class TestOrder:
         """Through the stages of a lease, up to the whole."""
         runway.running_looks = 4
         heard = []
-        tracker = ProgressTracker(plan(RunwayEngine.stages), heard.append)
+        tracker = StageTracker(plan(RunwayEngine.stages), heard.append)
         await engine_of(runway).generate(ASKED, {"photo": photo}, folder, Job(tracker))
         generated = [it.done for it in heard if it.stage == "generate"]
         assert generated == sorted(generated)
@@ -798,7 +798,7 @@ class TestStopping:
         """Its money is spent: if the person changes their mind, the clip is there."""
         books, heard = Books(), []
         job = books.job()
-        job._tracker = ProgressTracker(plan(RunwayEngine.stages), heard.append)
+        job._tracker = StageTracker(plan(RunwayEngine.stages), heard.append)
 
         def cancel(progress) -> None:
             if progress.stage == "fetch":

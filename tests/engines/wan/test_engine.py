@@ -20,7 +20,7 @@ from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS, Schedule
 from inference.errors import CancelRequested, EngineFailed, EngineLost, I2VError, MachineFault, SettingsError
 from inference.media.video import probe
-from inference.progress.tracker import ProgressTracker
+from inference.progress.stages import StageTracker
 from inference.task import GenerationRequest
 from tests.engines.contract import EngineContract, landscape
 from tests.engines.wan.conftest import SMALL, make_engine, shared_models
@@ -62,7 +62,7 @@ class Cancels:
     def __init__(self, engine, at: int) -> None:
         self.heard = []
         self.at = at
-        self.job = Job(ProgressTracker(engine.stages, sink=self))
+        self.job = Job(StageTracker(engine.stages, sink=self))
 
     def __call__(self, progress) -> None:
         """As a tracker calls it."""

@@ -9,7 +9,7 @@ from inference import doctor
 from inference.build import build_worker, load_engine, open_queue
 from inference.engines.wan.presets import PRESETS
 from inference.media.video import probe
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.server.client import QueueClient
 from inference.settings import Settings
 from tests.commands.test_main import here, home  # noqa: F401 - fixtures

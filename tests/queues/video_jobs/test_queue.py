@@ -24,7 +24,7 @@ from inference.errors import (
 )
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
-from inference.progress.tracker import Progress
+from inference.progress.stages import Progress
 from inference.queues.video_jobs.queue import VideoJobsQueue
 from inference.queues.video_jobs.wire import TOLD
 from inference.settings import Settings

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.errors import InvalidTask
-from inference.progress.tracker import ProgressTracker, plan
+from inference.progress.stages import StageTracker, plan
 from inference.queues.video_jobs.wire import TOLD, parse_job, progress_json
 
 URL = "https://photos.example/a.jpg"
@@ -118,7 +118,7 @@ def test_any_json_is_a_task_or_a_malformed_one(content):
 
 def test_progress_has_the_fields_that_applications_read():
     """Of any engine, whatever it calls its stages; the percent never falls."""
-    tracker = ProgressTracker(plan({"encode": 1, "denoise": 3}))
+    tracker = StageTracker(plan({"encode": 1, "denoise": 3}))
     seen = []
     for stage in ("download", "wait", "encode", "denoise", "upload", "report"):
         tracker.update(stage, 1, 2)
@@ -134,7 +134,7 @@ def test_progress_has_the_fields_that_applications_read():
 
 def test_what_a_film_says_of_its_segments_is_passed_on():
     """And nothing else of its details."""
-    tracker = ProgressTracker(plan({"film": 1}))
+    tracker = StageTracker(plan({"film": 1}))
     tracker.update("film", 1, 3, {"segments_done": 1, "segments_total": 3, "stages_total": 9, "node": "x"})
     said = progress_json(tracker.latest, 3)
     assert (said["segments_done"], said["segments_total"], said["stages_total"]) == (1, 3, 9)

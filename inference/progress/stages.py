@@ -48,7 +48,7 @@ def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
     return stages
 
 
-class ProgressTracker:
+class StageTracker:
     """Turns (stage, done, total) into snapshots whose fraction never falls and reaches 1 only through `finish`.
 
     A stage that is not among `stages` counts time but does not move the fraction. Safe to call from any thread; the

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.progress.tracker import DELIVERY_STAGES, ProgressTracker, plan
+from inference.progress.stages import DELIVERY_STAGES, StageTracker, plan
 
 STAGES = plan({"denoise": 3, "decode": 1})
 
@@ -19,7 +19,7 @@ def test_engine_stages_take_the_place_of_generate():
 @given(st.lists(st.tuples(st.sampled_from([*STAGES, "unheard of"]), st.floats(-1, 300), st.floats(0, 200))))
 def test_the_fraction_never_falls_and_never_reaches_one_early(updates):
     """In whatever order stages are reported, also unknown ones, backwards or past their total."""
-    tracker = ProgressTracker(STAGES)
+    tracker = StageTracker(STAGES)
     fractions = [0.0]
     for stage, done, total in updates:
         tracker.update(stage, done, total)
@@ -33,7 +33,7 @@ def test_the_fraction_never_falls_and_never_reaches_one_early(updates):
 def test_the_sink_sees_every_snapshot_and_the_end():
     """A sink is told of each step and of the accepted end."""
     seen = []
-    tracker = ProgressTracker(STAGES, seen.append)
+    tracker = StageTracker(STAGES, seen.append)
     tracker.update("download", 1, 2)
     tracker.update("denoise", 1, 4)
     tracker.finish()
@@ -44,7 +44,7 @@ def test_the_sink_sees_every_snapshot_and_the_end():
 
 def test_time_is_counted_by_stage():
     """The summary names the stages that were entered, in order, and not the end itself."""
-    tracker = ProgressTracker(STAGES)
+    tracker = StageTracker(STAGES)
     for stage in ("download", "denoise", "upload"):
         tracker.update(stage)
     tracker.finish()
