@@ -15,7 +15,7 @@ from inference.errors import SettingsError
 from inference.progress.celery import connect, redis_url
 from inference.progress.hub import START
 from inference.progress.redis import RedisHub
-from tests.support.celery_app import Worker, workers
+from tests.support.celery_workers import APP, Worker, workers
 from tests.support.processes import environment, until
 from tests.support.redis_server import PASSWORD, redis_server
 
@@ -38,7 +38,7 @@ class Site:
 
     def send(self, name: str, *args, queue: str = "celery", **kwargs):
         """One of the tasks of `tests.support.celery_app`."""
-        return self.app.send_task(f"tests.support.celery_app.{name}", args, kwargs, queue=queue)
+        return self.app.send_task(f"{APP}.{name}", args, kwargs, queue=queue)
 
     def events(self, project_id: str) -> list[dict]:
         """What is in the stream of a project."""
