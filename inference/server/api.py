@@ -13,11 +13,13 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
+from inference.progress.hub import MemoryHub, ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
 from inference.server.config import ServerConfig
 from inference.server.docs import BrowserRules, add_docs
+from inference.server.events_api import event_routes, stream_routes
 from inference.server.guard import Guard
 from inference.server.objects import ObjectStore, Signer
 from inference.server.rows.store import Store
@@ -45,11 +47,14 @@ class Health(BaseModel):
     storage: str
 
 
-def create_app(config: ServerConfig) -> FastAPI:
+def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     """The application over its database and folder, which are opened here and closed when it shuts down.
+
+    `hub`: where progress is published; its listeners are served.
 
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
+    hub = MemoryHub() if hub is None else hub
     store = Store(config.database_url)
     objects = ObjectStore(config.storage_dir)
     signer = Signer(config.signing_secret)
@@ -79,6 +84,8 @@ def create_app(config: ServerConfig) -> FastAPI:
     app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(submit_routes(config, store, objects), dependencies=key)
     app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(event_routes(config), dependencies=key)
+    app.router.routes.extend(stream_routes(hub))
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
     add_docs(app)
