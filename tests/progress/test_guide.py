@@ -21,7 +21,7 @@ from tests.support.redis_server import redis_server
 ROOT = Path(__file__).parent.parent.parent
 GUIDE = (ROOT / "docs" / "progress.md").read_text()
 
-FILES = dict(re.findall(r"```\w+\n(?:# |<!-- )([\w.]+)(?: -->)?\n(.+?)```", GUIDE, re.DOTALL)
+FILES = dict(re.findall(r"```\w+\n(?:# |<!-- )([\w.]+)(?: -->)?\n(.+?)```", GUIDE, re.DOTALL))
 """Blocks that begin with the name of a file."""
 
 
