@@ -3,20 +3,16 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-import anyio.to_thread
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.routing import BaseRoute
 
-from inference.progress.events import Event
 from inference.progress.hub import ProgressHub
 from inference.progress.web.access import TOKEN_LIFETIME_S, Access
 from inference.progress.web.app import progress_app
-from inference.progress.web.follow import MAX_PROJECT_ID
+from inference.progress.web.follow import MAX_PROJECT_ID, Snapshot
 from inference.server.answers import Answer, errors
 from inference.server.config import ServerConfig
-from inference.server.live import Live
-from inference.server.rows.store import Store
 
 
 class EventsTokenRequest(BaseModel):
@@ -46,10 +42,6 @@ def event_routes(config: ServerConfig) -> APIRouter:
     return routes
 
 
-def stream_routes(hub: ProgressHub, live: Live, store: Store) -> Sequence[BaseRoute]:
+def stream_routes(hub: ProgressHub, snapshot: Snapshot) -> Sequence[BaseRoute]:
     """`/events/{project_id}` and `/ws/{project_id}`. Guard has checked who asks."""
-
-    async def rows(project_id: str) -> list[Event]:
-        return await anyio.to_thread.run_sync(live.snapshot, store, project_id)
-
-    return progress_app(hub, access=lambda _connection, _project_id: None, snapshot=rows).routes
+    return progress_app(hub, access=lambda _connection, _project_id: None, snapshot=snapshot).routes
