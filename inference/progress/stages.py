@@ -21,6 +21,7 @@ class Progress(Value):
     total: float
     fraction: float  # of the whole job, 0..1; below 1 until the queue accepted the report
     detail: Mapping[str, Any] = Field(default_factory=dict)  # what else the engine says, for queues that pass it on
+    eta_s: float | None = None  # seconds that are left, where enough is known to say so
 
 
 Sink = Callable[[Progress], None]
