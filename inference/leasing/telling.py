@@ -4,7 +4,7 @@
     completed         a completion event    with where the video is, what it cost, how long it took
     failed            an error event        error_code "failed"
     cancelled         an error event        error_code "cancelled"
-    released          a progress event      status "pending": another worker is going to take the task
+    released          a progress event      status "pending": another worker takes the task, from its beginning
     lease_lost        nothing               whoever has the task now tells of it
 
 The project is the task's group, or the task itself where its queue has no groups; `task_name` is the task's id.
@@ -68,7 +68,7 @@ class Telling:
             return
         with self._lock:
             self._ended = True
-            fraction, metadata = self._last, self._metadata()
+            metadata = self._metadata()
         project_id, task_name = self._project_id, self._task_name
         match outcome.status:
             case "completed":
@@ -81,7 +81,7 @@ class Telling:
                     lambda: ErrorEvent(project_id=project_id, task_name=task_name, error=said, details=details)
                 )
             case "released":
-                self._publish(lambda: self._progress(fraction, "pending", outcome.error or "", metadata))
+                self._publish(lambda: self._progress(0.0, "pending", outcome.error or "", metadata))
 
     def _metadata(self) -> dict[str, Any]:
         self._sequence += 1

@@ -174,6 +174,42 @@ async def test_a_lease_in_order(scene):
     assert it.is_clean()
 
 
+@pytest.mark.parametrize("own_usd, told_usd", [(None, 0.05), (0.25, 0.25), (0.0, 0.0)])
+@virtual_time
+async def test_a_video_costs_the_time_that_it_kept_the_engine(scene, own_usd, told_usd):
+    """All tries of its turn, and no wait for it; the price that a provider named stays. It is there before delivery."""
+    delivered = []
+
+    class Priced(SleepyEngine):
+        async def generate(self, *given):
+            video = await super().generate(*given)
+            return video.model_copy(update={"cost_usd": own_usd})
+
+    it = scene(engine=Priced(seconds=20, errors=[EngineFailed("once")]), policy=Policy(retry_wait_s=0))
+    runner = Runner(it.queue, it.engine, policy=it.policy, temp_dir=it.folder, usd_per_s=0.00125)
+
+    async def complete(lease, path, video):
+        delivered.append(video.cost_usd)
+        await MemoryQueue.complete(it.queue, lease, path, video)
+
+    it.queue.complete = complete
+    lease = await it.queue.lease()
+    with capture_logs() as logs:
+        async with anyio.create_task_group() as tasks:
+
+            async def busy():
+                async with runner.turns.taken():
+                    await anyio.sleep(100)
+
+            tasks.start_soon(busy)
+            await anyio.sleep(1)
+            outcome = await runner.run(lease)
+    assert (outcome.status, it.engine.runs) == ("completed", 2)
+    assert outcome.video.cost_usd == pytest.approx(told_usd, abs=0.00125)  # up to a second between the tries
+    assert delivered == [outcome.video.cost_usd]
+    assert [line["cost_usd"] for line in logs if line["event"] == "lease_ended"] == delivered
+
+
 @virtual_time
 async def test_beats_come_first_soon_and_then_regularly(scene):
     """The second beat comes within seconds, since an overtaking update can land after the first."""
