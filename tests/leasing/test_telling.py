@@ -95,7 +95,11 @@ async def test_a_lease_from_its_first_snapshot_to_its_completion(photo_bytes):
 @pytest.mark.parametrize(
     "error, status, told",
     [
-        (InvalidRequest("prompt: too rude"), "failed", ("error", "prompt: too rude", {"error_code": "failed", "lease": 1})),
+        (
+            InvalidRequest("prompt: too rude"),
+            "failed",
+            ("error", "prompt: too rude", {"error_code": "failed", "lease": 1}),
+        ),
         (EngineLost("no GPU"), "released", ("progress", "pending", "no GPU")),
     ],
 )

@@ -113,7 +113,8 @@ def test_a_lease_and_its_stages(photo_bytes, backend):
 
 
 @pytest.mark.parametrize(
-    "error, outcome, told", [(InvalidRequest("too rude"), "failed", "too rude"), (EngineLost("gone"), "released", "gone")]
+    "error, outcome, told",
+    [(InvalidRequest("too rude"), "failed", "too rude"), (EngineLost("gone"), "released", "gone")],
 )
 def test_an_error_is_the_status_of_the_span(photo_bytes, error, outcome, told):
     """With its text, under the virtual clock as well; the stage it happened in has ended."""
