@@ -26,12 +26,13 @@ from inference.leasing.scratch import require_room, scratch_folder
 from inference.leasing.taking import STOPPING, hand_back
 from inference.leasing.telling import Telling
 from inference.payments.ledger import Ledger, Purchase
+from inference.progress.eta import StageHistory, TaskEta
 from inference.progress.hub import ProgressHub
 from inference.progress.stages import Sink, StageTracker, both, plan
 from inference.progress.tracing import Tracing
 from inference.providers import is_known
 from inference.queues.base import TaskQueue
-from inference.task import GenerationRequest, Lease, Outcome, Video
+from inference.task import GenerationRequest, Lease, Outcome, Task, Video
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,7 @@ class Runner:
         at_once: int = 1,
         usd_per_s: float | None = None,
         hub: ProgressHub | None = None,
+        history: StageHistory | None = None,
         tracing: Tracing | None = None,
     ) -> None:
         """`engine`: one of this runner's own, for `at_once` leases at a time, or one shared with other runners.
@@ -62,6 +64,7 @@ class Runner:
         `recipe`: settings of the engine on which it depends what a clip looks like.
         `usd_per_s`: what a second of the engine costs, for videos that have no price of their own.
         `hub`: where applications hear of leases; its `publish` must not wait for a network.
+        `history`: how long stages took, to be shared by runners of one engine.
         """
         self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
@@ -73,7 +76,7 @@ class Runner:
         self._temp_dir = temp_dir
         self._sink = sink
         self._usd_per_s = usd_per_s
-        self._hub, self._tracing = hub, tracing or Tracing()
+        self._hub, self._history, self._tracing = hub, history or StageHistory(), tracing or Tracing()
 
     async def check(self) -> None:
         """Looks whether a task could be made now, before one is taken.
@@ -111,8 +114,10 @@ class Runner:
         return outcome
 
     def _tracker(self, lease: Lease, sink: Sink) -> StageTracker:
-        stages = film.STAGES if lease.task.segments else plan(self.turns.stages)
-        return StageTracker(stages, both(sink, self._sink(lease)) if self._sink else sink)
+        kind = _kind_of(lease.task, self.turns.name)
+        stages = film.STAGES if lease.task.segments else plan(self.turns.stages, self._history.medians(kind))
+        both_sinks = both(sink, self._sink(lease)) if self._sink else sink
+        return StageTracker(stages, both_sinks, TaskEta(self._history, kind))
 
     async def _run(self, lease: Lease, tracker: StageTracker) -> Outcome:
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
@@ -299,3 +304,12 @@ class Runner:
             with anyio.move_on_after(left_s):  # each beat renews the lease, which gives the report more time
                 return await repeat(report, self._policy)
         raise LeaseLost("the queue could not be reached before the lease ran out")
+
+
+def _kind_of(task: Task, engine: str) -> str:
+    """What takes about as long as this task."""
+    if task.segments:
+        return f"{engine}, {len(task.segments)} segments of {sum(each.duration_s for each in task.segments):g} s"
+    if task.workflow is not None:
+        return f"{engine}, a graph of {len(task.workflow)} nodes"
+    return f"{engine}, {task.duration_s:g} s"
