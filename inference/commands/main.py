@@ -15,6 +15,7 @@ from inference.build import (
     build_worker,
     choose_engine,
     load_engine,
+    open_events,
     open_queue,
 )
 from inference.commands.comfy import app as comfy_app
@@ -156,12 +157,12 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         taken.append(lease.task.item_id)
         return logs.stages(lease.task.item_id)
 
-    async with open_queue(settings) as queue, anyio.create_task_group() as tasks:
+    async with open_events(settings) as hub, open_queue(settings) as queue, anyio.create_task_group() as tasks:
         listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
-        worker = build_worker(settings, queue, engine, sink=sink)
+        worker = build_worker(settings, queue, engine, sink=sink, hub=hub)
         log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
         tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
         if listen is not None:
