@@ -244,8 +244,8 @@ NARROW = 110
 SHORT_ID_CHARS = 8
 """The end of an id: the beginning is a time, which tasks that were submitted together share."""
 
-MIN_PROMPT = 10
-"""Cells that are left for the last column; other columns go before it gets less."""
+MIN_PROMPT, MAX_PROMPT = 10, 40
+"""Cells of the last column: other columns go before it gets less, and it takes no more."""
 
 GO_FIRST = ("photo", "seconds", "age", "stage", "price", "left")
 """Columns that are left out where a terminal is too narrow, in this order."""
@@ -277,7 +277,8 @@ def _task_table(tasks: Sequence[TaskView], width: int, *, for_watching: bool = F
     for title, least in widths.items():
         # Never shortened, since people copy ids from here. A narrow terminal shows less of the prompt instead.
         table.add_column(title, no_wrap=True, min_width=least)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=40)
+    left = width - sum(widths.values()) - 2 * len(widths)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=max(1, min(left, MAX_PROMPT)))
     for number, task in enumerate(tasks):
         prompt = shown(task["prompt"])
         if for_watching and task["error_message"]:
