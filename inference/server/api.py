@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
-from inference.progress.hub import ProgressHub
+from inference.progress.hub import MemoryHub, ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
@@ -55,8 +55,11 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     `hub`: where its events go, and where listeners get them; one in memory unless given.
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
-    live, workers = Live(hub), Workers()
-    store = Store(config.database_url, live.changed, live.deleted)
+    store = Store(config.database_url)
+    hub = hub or MemoryHub()
+    live, workers = Live(store, hub), Workers()
+    live.seed()
+    store.tell(live.changed, live.deleted)
     objects = ObjectStore(config.storage_dir)
     signer = Signer(config.signing_secret)
     presigner = Presigner(config, signer)
@@ -67,6 +70,7 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
             tasks.start_soon(keep_tidy, store, objects, config)
             yield
             tasks.cancel_scope.cancel()
+        hub.close()
         child_process.stop()  # a thread that waits for a decoder would keep the process from ending
         await anyio.to_thread.run_sync(store.close)
 
@@ -85,9 +89,10 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(submit_routes(config, store, objects, live), dependencies=key)
     app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
-    app.include_router(overview_routes(store, workers), dependencies=key)
+    app.include_router(overview_routes(store, live, workers), dependencies=key)
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
+    app.state.hub = hub  # whoever stops the server ends its listeners first
     add_docs(app)
     app.add_middleware(Guard, config=config)
     app.add_middleware(BrowserRules)

@@ -10,28 +10,20 @@ preset computes on the CPU. Written to tests/progress/recorded/, a file for each
     {"kind of task": [[[seconds, stage, fraction], …] for each run]}
 """
 
-import json
-import random
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 
 from inference.engines.base import Engine
-from inference.engines.preview import PreviewEngine
-from inference.engines.runway.engine import RunwayEngine
 from inference.leasing.retry import Policy
 from inference.leasing.runner import Runner
 from inference.payments.ledger import Ledger
 from inference.payments.records import MemoryRecords
 from inference.progress.stages import Progress, Sink
-from inference.settings import Settings
 from inference.task import Lease
 from inference.testing.memory_queue import MemoryQueue
 from inference.testing.memory_store import MemoryStore
-from tests.support.runway_server import RunwayServer
 
 FOLDER = Path(__file__).parents[1] / "progress" / "recorded"
 PHOTO = Path(__file__).parents[2] / "inference" / "assets" / "sample.jpg"
