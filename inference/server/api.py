@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
+from inference.progress.events import Event
 from inference.progress.hub import MemoryHub, ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
@@ -65,6 +65,9 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     signer = Signer(config.signing_secret)
     presigner = Presigner(config, signer)
 
+    async def snapshot(project_id: str) -> list[Event]:
+        return await anyio.to_thread.run_sync(live.snapshot, store, project_id)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with anyio.create_task_group() as tasks:
@@ -91,7 +94,7 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
     app.include_router(overview_routes(store, workers), dependencies=key)
     app.include_router(event_routes(config), dependencies=key)
-    app.router.routes.extend(stream_routes(hub, partial(anyio.to_thread.run_sync, live.snapshot, store)))
+    app.router.routes.extend(stream_routes(hub, snapshot))
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
     app.include_router(page_routes(config, store, objects, live, workers))
