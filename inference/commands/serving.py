@@ -7,7 +7,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from inference import terminal
-from inference.build import build_server_config
+from inference.build import build_server_config, open_events
 from inference.settings import Settings
 
 POLL_AT_HOME_S = 1.0
@@ -27,9 +27,9 @@ async def serving(settings: Settings) -> AsyncIterator[Settings]:
 
     async def run(*, task_status: TaskStatus[tuple[str, int]]) -> None:
         with lifetime:
-            await serve_queue(config, settings.host, settings.port, task_status=task_status)
+            await serve_queue(config, settings.host, settings.port, hub=hub, task_status=task_status)
 
-    async with anyio.create_task_group() as tasks:
+    async with open_events(settings) as hub, anyio.create_task_group() as tasks:
         try:
             host, port = await tasks.start(run)
             reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared

@@ -161,16 +161,19 @@ async def _look(
 
 
 def _summary(overview: dict[str, Any] | None) -> str:
-    """`2 waiting (for up to 12 s), 1 in work, 14 made within an hour, $0.21 today`."""
+    """`2 waiting (for up to 12 s), 1 in work, all done in 3 min, 14 made within an hour, $0.21 today; 1 worker`."""
     if overview is None:
         return ""
-    counts, wait_s = overview["counts"], overview["oldest_wait_s"]
-    waits = "" if wait_s is None else f" (for up to {terminal.span(wait_s)})"
-    said = [f"{counts.get('pending', 0)} waiting{waits}", f"{counts.get('processing', 0)} in work"]
+    counts, wait_s, left_s = overview["counts"], overview["oldest_wait_s"], overview["left_s"]
+    said = [f"{counts.get('pending', 0)} waiting" + ("" if wait_s is None else f" (for up to {terminal.span(wait_s)})")]
+    said.append(f"{counts.get('processing', 0)} in work")
+    if left_s:
+        said.append(f"all done in {terminal.span(left_s)}")
     said.append(f"{overview['completed_last_hour']} made within an hour")
     if overview["spent_today_usd"]:
         said.append(f"{terminal.usd(overview['spent_today_usd'])} today")
-    return ", ".join(said)
+    workers = len(overview["workers"])
+    return f"{', '.join(said)}; {workers or 'no'} worker{'' if workers == 1 else 's'}"
 
 
 @contextmanager

@@ -172,6 +172,6 @@ def _as_redis_py_has_it(url: str) -> str | None:
         case "redis+socket" | "socket":
             if database := query.pop("virtual_host", None):
                 query["db"] = database.strip("/")
-            return urlunsplit(parts._replace(scheme="unix", query=urlencode(query)))
+            return f"unix://{parts.netloc}{parts.path}" + (f"?{urlencode(query)}" if query else "")
         case _:
             return None

@@ -174,13 +174,13 @@ class _Streams:
         self._reading: Any = _client(address, timeout_s=BLOCK_S + TIMEOUT_S)
         self._wake_key = WAKE_PREFIX + secrets.token_hex(8)
         self._woken_by = "0-0"
-        self._waking = threading.Lock()  # one at a time, so that many new listeners take no connection each
+        self.at_work = threading.Lock()  # one thread at a time writes, so that all of them take one connection
 
     def add(self, entries: Sequence[Entry], *, again: bool) -> None:
         """Appends entries to their streams. Raises Away."""
         from redis.exceptions import ResponseError  # noqa: PLC0415 - an extra
 
-        with self._as_away():
+        with self.at_work, self._as_away():
             if again:
                 entries = self._without_those_there(entries)
             pipeline = self._writing.pipeline(transaction=False)
@@ -223,7 +223,7 @@ class _Streams:
     def wake(self) -> None:
         """Ends the wait of `read`. Raises nothing: where Redis is away, `read` does not wait for it either."""
         try:
-            with self._waking, self._as_away():
+            with self.at_work, self._as_away():
                 pipeline = self._writing.pipeline(transaction=False)
                 pipeline.xadd(self._wake_key, {"wake": ""}, maxlen=1)
                 pipeline.expire(self._wake_key, 60)
@@ -299,13 +299,27 @@ def _client(address: Mapping[str, Any], *, timeout_s: float) -> "Redis":
 
 
 _hubs: "weakref.WeakSet[RedisHub]" = weakref.WeakSet()
+_held: "list[_Streams]" = []
+
+
+def _wait_for_others() -> None:
+    """Before a fork: another thread may hold a lock of Python's own, as of an import, which a child would inherit."""
+    _held.extend(hub._streams for hub in _hubs)  # noqa: SLF001 - of this module's own class
+    for streams in _held:
+        streams.at_work.acquire()
+
+
+def _go_on() -> None:
+    while _held:
+        _held.pop().at_work.release()
 
 
 def _begin_anew() -> None:
-    """In a child of a fork: the parent's sockets, threads and locks are of no use, and what waits is the parent's."""
+    """In a child: the parent's sockets, threads and locks are of no use, and what waits is the parent's to send."""
+    _held.clear()
     for hub in _hubs:
-        hub._begin()  # noqa: SLF001 - for this function it is there
+        hub._begin()  # noqa: SLF001
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_begin_anew)
+    os.register_at_fork(before=_wait_for_others, after_in_parent=_go_on, after_in_child=_begin_anew)
