@@ -34,6 +34,7 @@ def keys_of(settings: Settings) -> list[str]:
         keys = ["VERCEL_API_URL", "WORKER_API_KEY"]
     keys += ["RUNWAYML_API_SECRET"] if settings.runway_key else []
     keys += ["VERCEL_AUTOMATION_BYPASS_SECRET"] if settings.vercel_bypass else []
+    keys += ["REDIS_URL"] if settings.redis_url else []
     keys += ["I2V_PUSH_TOKEN"] if settings.push_token else []
     return keys
 
