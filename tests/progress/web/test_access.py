@@ -1,5 +1,7 @@
 """Who may follow progress, over either kind of stream."""
 
+from itertools import count
+
 import httpx
 import pytest
 from starlette.exceptions import HTTPException
@@ -53,6 +55,7 @@ def refusal(access, headers=(), query="", project="film"):
         ({}, f"token={Access(KEY, SECRET, lambda: NOW).sign('film', -1)}", 401),
         ({"authorization": "Worker x"}, f"token={Access(KEY, SECRET, lambda: NOW).sign('film')}", 401),
     ],
+    ids=count(),
 )
 def test_the_key_or_a_token_for_this_project(headers, query, status):
     """And nothing that looks like one."""
