@@ -114,7 +114,9 @@ async def test_what_one_process_says_another_hears(server, in_background):
                 assert late.resumed
                 assert numbers(await take(late, 39)) == list(range(21, 60))
                 assert await nothing_more(late)
+            server.client.config_resetstat()
             assert await nothing_more(early)
+            assert server.client.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"] <= 1  # and not again
 
 
 @pytest.mark.anyio
@@ -162,6 +164,7 @@ async def test_many_listeners_are_one_connection(server):
         patch.setattr(follower, "KEEP_S", 0)
         async with hears.subscribe("another"):
             until(lambda: list(hears._follower._followed) == ["another"], 5, "nobody follows the others")
+            assert list(hears._here._streams) == ["another"]
         say(says, range(3, 5), project=projects[0])
         async with hears.subscribe(projects[0], START) as subscription:
             assert subscription.resumed
