@@ -50,7 +50,6 @@ ENGLISH: Mapping[str, str] = {
     "upload.retry": "Try again",
     "upload.remove": "Remove {name}",
     "upload.progress": "{name}: upload",
-    "upload.leave": "Photos are still being sent.",
     # How things are
     "summary.heading": "Overview",
     "status.all": "All",
@@ -215,7 +214,6 @@ KOREAN: Mapping[str, str] = {
     "upload.retry": "다시 시도",
     "upload.remove": "{name} 빼기",
     "upload.progress": "{name}: 전송",
-    "upload.leave": "아직 사진을 보내는 중입니다.",
     "summary.heading": "현황",
     "status.all": "전체",
     "status.pending": "대기",
