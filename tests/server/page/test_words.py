@@ -7,14 +7,18 @@ from string import Formatter
 import pytest
 
 from inference.queues.item import Status
+from inference.server.page.english import ENGLISH
+from inference.server.page.korean import KOREAN
 from inference.server.page.views import HINTS
-from inference.server.page.words import ENGLISH, KOREAN, LANGUAGES, WORDS, language_of
+from inference.server.page.words import LANGUAGES, WORDS, language_of
 
 PACKAGE = resources.files("inference.server.page")
 TEMPLATES = "\n".join(file.read_text("utf-8") for file in (PACKAGE / "templates").iterdir())
 SCRIPT = (PACKAGE / "static" / "page.js").read_text("utf-8")
-SOURCES = "\n".join(file.read_text("utf-8") for file in PACKAGE.iterdir() if file.name.endswith(".py"))
-CODE = TEMPLATES + SCRIPT + SOURCES.replace((PACKAGE / "words.py").read_text("utf-8").partition("TABLES:")[0], "")
+MODULES = [file for file in PACKAGE.iterdir() if file.name.endswith(".py")]
+CODE = "\n".join(
+    (TEMPLATES, SCRIPT, *(file.read_text("utf-8") for file in MODULES if file.name not in ("english.py", "korean.py")))
+)
 
 
 def gaps(text):
