@@ -70,6 +70,12 @@ class Words:
         days, hours = divmod(whole // HOUR_S, 24)
         return self(f"time.days{'_hours' * bool(hours)}", d=self.number(days), h=hours)
 
+    def left(self, seconds: float | None) -> str:
+        """How long something still takes, as far as is known."""
+        if seconds is None:
+            return self("clip.unknown")
+        return self("clip.left", time=self.duration(seconds)) if seconds >= 1 else self("clip.soon")
+
     def seconds(self, seconds: float) -> str:
         """The length of a clip: "5 s", "2.5 s"."""
         return self("time.seconds", s=f"{seconds:.1f}".removesuffix(".0"))

@@ -113,6 +113,13 @@ def test_numbers_sizes_and_money():
     assert [WORDS["ko"].count("group.clips", n) for n in (1, 2)] == ["영상 1개", "영상 2개"]
 
 
+def test_time_left():
+    """Unknown rather than wrong, and no zero."""
+    english, korean = WORDS["en"], WORDS["ko"]
+    assert [english.left(s) for s in (None, 0.2, 90)] == ["—", "any moment", "1 min 30 s left"]
+    assert [korean.left(s) for s in (None, 0.2, 90)] == ["—", "곧 끝남", "1분 30초 남음"]
+
+
 def test_stages():
     """Known ones have a name in each language, others are shown as the worker calls them."""
     assert (WORDS["ko"].stage("denoise"), WORDS["ko"].stage("warp"), WORDS["en"].stage(None)) == (
