@@ -6,7 +6,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from inference.errors import SettingsError
-from inference.progress.hub import MemoryHub
+from inference.progress.hub import MemoryHub, ProgressHub
 from inference.progress.web.access import is_loopback
 from inference.server.answers import failure
 from inference.server.api import create_app
@@ -22,11 +22,13 @@ async def serve(
     host: str,
     port: int,
     *,
+    hub: ProgressHub | None = None,
     patience: Patience = Patience(),  # noqa: B008 - frozen
     task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until cancelled, then gives running requests some seconds to finish. On asyncio only, as uvicorn is.
 
+    `hub`: as `create_app` has it; closed when the server stops.
     Port 0 takes a free one. Starts with the (host, port) it listens on, once it does: `await tasks.start(serve, …)`.
     Raises SettingsError where it cannot listen, or would be open to strangers; and as `create_app`.
     """
@@ -38,7 +40,7 @@ async def serve(
         log.warning("no key is set: this server answers programs on this machine only", setting="WORKER_API_KEY")
     listener = listen(host, port)
     try:
-        hub = MemoryHub()
+        hub = hub or MemoryHub()
         app = await anyio.to_thread.run_sync(create_app, config, hub)
         stopping = failure(503, "the server is stopping: try again", {"connection": "close"})
         async with anyio.create_task_group() as tasks:
