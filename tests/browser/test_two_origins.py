@@ -1,7 +1,5 @@
 """A signed-in browser that visits somebody else's page: what that page can do to the queue is nothing."""
 
-import json
-
 import pytest
 from playwright.sync_api import expect
 
@@ -117,8 +115,9 @@ def test_a_page_from_elsewhere_can_do_nothing(keyed, visit, name):
         elsewhere.goto(f"http://{name}:{port}/")
         got = elsewhere.evaluate("attack()")
         elsewhere.close()
-    may_be_sent = ("blind cancel", "blind form", "sign out")
-    assert {key: got for key, got in got.items() if got not in ("refused",) and key not in may_be_sent} == {}, json.dumps(got)
+    may_be_sent = ("blind cancel", "blind form", "sign out")  # a page that sends without reading learns nothing
+    achieved = {name: result for name, result in got.items() if result != "refused" and name not in may_be_sent}
+    assert achieved == {}
     assert keyed.task(item_id)["status"] == "pending"
     assert len(keyed.tasks()) == 1
     seen.page.reload()  # still signed in, and all as it was

@@ -52,7 +52,8 @@ def test_a_file_is_dropped_and_a_clip_plays(open_html, tmp_path):
     """Files arrive as from a file manager, and H.264 plays without a codec of anybody's."""
     (tmp_path / "b.txt").write_text("dropped")
     video = base64.b64encode(clip()).decode()
-    html = f"""<body style="height: 300px"><video muted autoplay loop src="data:video/mp4;base64,{video}"></video><script>
+    html = f"""<body style="height: 300px">
+      <video muted autoplay loop src="data:video/mp4;base64,{video}"></video><script>
       ondragover = event => event.preventDefault();
       ondrop = async event => {{ event.preventDefault(); window.got = await event.dataTransfer.files[0].text(); }};
     </script>"""

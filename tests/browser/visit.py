@@ -140,6 +140,24 @@ class Visit:
         handle = video.element_handle()
         self.page.wait_for_function(PLAYING, arg=handle, timeout=WAIT_MS)
 
+    def confirm(self) -> None:
+        """Says yes to the dialog that is open."""
+        self.page.locator("dialog[open] button[value=yes], dialog[open] button.danger").first.click()
+
+    def expect_percent(self, item_id: str, percent: int) -> None:
+        """Waits until a bar shows so much."""
+        bar = self.card(item_id).locator("progress")
+        shown = "([bar, percent]) => Math.round(100 * bar.value / bar.max) === percent"
+        self.page.wait_for_function(shown, arg=[bar.element_handle(), percent])
+
+    def wait_for_pictures(self) -> None:
+        """Until every picture on the page has arrived and could be decoded."""
+        for picture in self.page.locator("article.task img").all():
+            picture.scroll_into_view_if_needed()
+        self.page.wait_for_function(
+            "[...document.querySelectorAll('article.task img')].every(image => image.naturalWidth > 0)"
+        )
+
     # ------------------------------------------------------------ looks
 
     def overflow_px(self) -> int:
