@@ -28,6 +28,11 @@ MAX_PROGRESS = 0.99
 """Until the completion of a task was accepted; then it is 1."""
 
 
+def percent(progress: float) -> int:
+    """0.35 of a task is 35 %, and 0.999 is 99: what is not whole yet is never rounded up."""
+    return int(progress * 100 + 1e-6)  # 0.29 * 100 is 28.999999999999996
+
+
 def timestamp() -> str:
     """Now, in UTC, as events have it: 2026-01-31T12:00:00.000Z."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -71,6 +76,14 @@ Event = ProgressEvent | ErrorEvent | CompletionEvent
 
 event_of: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 """Reads an event from JSON or from a mapping. Raises pydantic's ValidationError."""
+
+
+def as_json(event: Event) -> str:
+    """The event as it travels. What JSON has no form for is written as `str` has it; NaN becomes null.
+
+    Raises pydantic's PydanticSerializationError for text that cannot be encoded, such as a lone surrogate.
+    """
+    return event.model_dump_json(fallback=str)
 
 
 def is_terminal(event: Event) -> bool:

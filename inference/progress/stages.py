@@ -36,8 +36,12 @@ def both(one: Sink, other: Sink) -> Sink:
     return sink
 
 
-def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
-    """Stages of one lease with their weights; the engine's own stages replace `generate` and share its weight."""
+def plan(engine_stages: Mapping[str, float], medians: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Stages of one lease with their weights in percent; the engine's own replace `generate` and share its weight.
+
+    `medians`: how many seconds each stage took in the past. Where every stage has one, they are the weights. Stages
+    without a share of the whole, such as waiting for others, have none then either.
+    """
     scale = DELIVERY_STAGES["generate"] / sum(engine_stages.values())
     stages: dict[str, float] = {}
     for stage, weight in DELIVERY_STAGES.items():
@@ -45,7 +49,10 @@ def plan(engine_stages: Mapping[str, float]) -> dict[str, float]:
             stages |= {name: own * scale for name, own in engine_stages.items()}
         else:
             stages[stage] = weight
-    return stages
+    known_s = {stage: (medians or {}).get(stage, 0.0) for stage, weight in stages.items() if weight}
+    if min(known_s.values()) <= 0:
+        return stages
+    return {stage: 100 * known_s.get(stage, 0.0) / sum(known_s.values()) for stage in stages}
 
 
 class StageTracker:

@@ -13,18 +13,22 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
+from inference.progress.hub import ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
 from inference.server.config import ServerConfig
 from inference.server.docs import BrowserRules, add_docs
 from inference.server.guard import Guard
+from inference.server.live import Live
 from inference.server.objects import ObjectStore, Signer
+from inference.server.overview_api import overview_routes
 from inference.server.rows.store import Store
 from inference.server.storage_api import Presigner, storage_routes
 from inference.server.submit_api import submit_routes
 from inference.server.tidy import keep_tidy
 from inference.server.worker_api import presign_routes, worker_routes
+from inference.server.workers import Workers
 
 DESCRIPTION = """
 Photos wait here to become short videos. Programs add them under `/api/tasks`; workers lease them under
@@ -45,12 +49,14 @@ class Health(BaseModel):
     storage: str
 
 
-def create_app(config: ServerConfig) -> FastAPI:
+def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     """The application over its database and folder, which are opened here and closed when it shuts down.
 
+    `hub`: where its events go, and where listeners get them; one in memory unless given.
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
-    store = Store(config.database_url)
+    live, workers = Live(hub), Workers()
+    store = Store(config.database_url, live.changed, live.deleted)
     objects = ObjectStore(config.storage_dir)
     signer = Signer(config.signing_secret)
     presigner = Presigner(config, signer)
@@ -75,10 +81,11 @@ def create_app(config: ServerConfig) -> FastAPI:
     )
     answers.install(app)
     key = [Security(KEY)] if config.api_key else []
-    app.include_router(worker_routes(store, objects), dependencies=key)
+    app.include_router(worker_routes(config, store, objects, workers), dependencies=key)
     app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
-    app.include_router(submit_routes(config, store, objects), dependencies=key)
-    app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(submit_routes(config, store, objects, live), dependencies=key)
+    app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
+    app.include_router(overview_routes(store, workers), dependencies=key)
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
     add_docs(app)

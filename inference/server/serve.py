@@ -6,11 +6,11 @@ import structlog
 from anyio.abc import TaskStatus
 
 from inference.errors import SettingsError
+from inference.progress.web.access import is_loopback
 from inference.server.answers import failure
 from inference.server.api import create_app
 from inference.server.config import ServerConfig
 from inference.server.connections import Patience
-from inference.server.guard import is_loopback
 from inference.server.listening import listen, serve_app
 
 log = structlog.get_logger(__name__)

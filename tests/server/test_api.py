@@ -64,6 +64,8 @@ def test_a_task_from_photo_to_video(client):
         "frame_num",
         "inference_provider",
         "lease_seq",
+        "beat_interval_s",
+        "takes",
     }
     assert (task["prompt"], task["frame_num"], task["item_id"]) == ("waves", 73, made["items"][0]["id"])
     assert task["photo_storage_path"] == f"{made['group_id']}/{made['photo_id']}_original.jpg"
