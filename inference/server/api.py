@@ -23,6 +23,7 @@ from inference.server.guard import Guard
 from inference.server.live import Live
 from inference.server.objects import ObjectStore, Signer
 from inference.server.overview_api import overview_routes
+from inference.server.page.routes import page_routes
 from inference.server.rows.store import Store
 from inference.server.storage_api import Presigner, storage_routes
 from inference.server.submit_api import submit_routes
@@ -88,6 +89,7 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     app.include_router(overview_routes(store, workers), dependencies=key)
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
+    app.include_router(page_routes(config, store, objects, live, workers))
     add_docs(app)
     app.add_middleware(Guard, config=config)
     app.add_middleware(BrowserRules)

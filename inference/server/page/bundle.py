@@ -81,6 +81,9 @@ class _Outgoing:
     def flush(self) -> None:
         """Nothing is held back."""
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def take(self) -> bytes:
         """What was written since."""
         pieces, self._pieces = self._pieces, []

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import RedirectResponse, Response
 
 from inference.server.config import ServerConfig
-from inference.server.page.attempts import Attempts
 from inference.server.page.asking import words_for
+from inference.server.page.attempts import Attempts
 from inference.server.page.rendering import Renderer
 from inference.server.sessions import COOKIE, LIFETIME_S, Sessions, is_https
 

@@ -73,5 +73,3 @@ def thumbnail(photo: Path) -> bytes:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=QUALITY, optimize=True, progressive=True)
     return file.getvalue()
-
-

@@ -175,8 +175,12 @@ class Views:
     def __init__(self, store: Store, objects: ObjectStore, live: Live, workers: Workers) -> None:
         self._store, self._objects, self._live, self._workers = store, objects, live, workers
 
+    def card_of(self, item_id: str) -> Card:
+        """The card of a task as it is now."""
+        return self.card(self._store.get(item_id))
+
     def card(self, item: Item) -> Card:
-        """One card."""
+        """A card."""
         return Card(
             item=item,
             name=shown_name(item.photo_filename, item.photo_storage_path),
@@ -188,7 +192,7 @@ class Views:
     def head(self, group_id: str) -> GroupHead:
         """The head of a group."""
         group = self._store.get_group(group_id)
-        return GroupHead(group, self._live.group_left_s(group) if group.is_ongoing else None)
+        return GroupHead(group, None)
 
     def heads(self, group_ids: Sequence[str]) -> list[GroupHead]:
         """The heads of groups; those that were deleted are left out."""

@@ -95,7 +95,7 @@ ENGLISH: Mapping[str, str] = {
     "clip.failed_before.one": "Failed {n} time before",
     "clip.failed_before.other": "Failed {n} times before",
     "error.retry": "Retry puts it back in line with the same photo and prompt.",
-    "error.crashed": "The workers that tried this went silent each time. The photo may be what stops them: try another one.",
+    "error.crashed": "Each worker that tried this went silent. The photo may be what stops them: try another one.",
     "error.lost": "Workers took this and were not heard of again. See whether they can reach this server with its key.",
     "error.photo": "The photo cannot be used. Delete this one and add another photo.",
     "error.refused": "The photo or the prompt was refused. Change it and add it again.",
@@ -120,7 +120,8 @@ ENGLISH: Mapping[str, str] = {
     # The list
     "list.heading": "Clips",
     "list.empty.title": "No clips yet",
-    "list.empty.text": "Drop a few photos above, say what should happen in them, and press the button. Each photo becomes one clip, and plays here when it is done.",
+    "list.empty.text": "Drop a few photos above, say what should happen in them, and press the button. "
+    "Each photo becomes one clip, and plays here when it is done.",
     "list.none": "Nothing here at the moment.",
     "list.show_all": "Show all clips",
     "list.older": "Older",
@@ -277,7 +278,8 @@ KOREAN: Mapping[str, str] = {
     "group.all": "모든 묶음",
     "list.heading": "영상",
     "list.empty.title": "아직 영상이 없습니다",
-    "list.empty.text": "위에 사진을 몇 장 놓고, 어떤 장면이 될지 적은 다음 버튼을 누르세요. 사진 한 장이 영상 하나가 되고, 다 되면 여기서 바로 볼 수 있습니다.",
+    "list.empty.text": "위에 사진을 몇 장 놓고, 어떤 장면이 될지 적은 다음 버튼을 누르세요. "
+    "사진 한 장이 영상 하나가 되고, 다 되면 여기서 바로 볼 수 있습니다.",
     "list.none": "지금은 아무것도 없습니다.",
     "list.show_all": "모든 영상 보기",
     "list.older": "이전 영상",
@@ -330,7 +332,18 @@ KOREAN: Mapping[str, str] = {
 
 TABLES: Mapping[Language, Mapping[str, str]] = {"en": ENGLISH, "ko": KOREAN}
 
-FOR_SCRIPT = ("time.", "stage.", "upload.", "form.submit.", "said.", "title.", "clip.", "action.", "confirm.", "form.no")
+FOR_SCRIPT = (
+    "time.",
+    "stage.",
+    "upload.",
+    "form.submit.",
+    "said.",
+    "title.",
+    "clip.",
+    "action.",
+    "confirm.",
+    "form.no",
+)
 """How the keys begin that the page's script needs, too."""
 
 

@@ -329,8 +329,9 @@ function heard(event) {
   if (deleted.has(id)) return;
   const card = cardOf(id);
   const metadata = event.metadata ?? {};
+  const { group_id: groupId } = event.metadata ?? event.details ?? event.result ?? {};
   if (!card) {
-    if (belongs(id, metadata.group_id, status)) refreshList();
+    if (belongs(id, groupId, status)) refreshList();
     if (event.type !== "progress" || status !== "processing") refreshSummary();
     return;
   }
