@@ -13,12 +13,14 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
-from inference.progress.hub import ProgressHub
+from inference.progress.events import Event
+from inference.progress.hub import MemoryHub, ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
 from inference.server.config import ServerConfig
 from inference.server.docs import BrowserRules, add_docs
+from inference.server.events_api import event_routes, stream_routes
 from inference.server.guard import Guard
 from inference.server.live import Live
 from inference.server.objects import ObjectStore, Signer
@@ -56,11 +58,15 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     `hub`: where its events go, and where listeners get them; one in memory unless given.
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
+    hub = MemoryHub() if hub is None else hub
     live, workers = Live(hub), Workers()
     store = Store(config.database_url, live.changed, live.deleted)
     objects = ObjectStore(config.storage_dir)
     signer = Signer(config.signing_secret)
     presigner = Presigner(config, signer)
+
+    async def snapshot(project_id: str) -> list[Event]:
+        return await anyio.to_thread.run_sync(live.snapshot, store, project_id)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -87,6 +93,8 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     app.include_router(submit_routes(config, store, objects, live), dependencies=key)
     app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
     app.include_router(overview_routes(store, workers), dependencies=key)
+    app.include_router(event_routes(config), dependencies=key)
+    app.router.routes.extend(stream_routes(hub, snapshot))
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
     app.include_router(page_routes(config, store, objects, live, workers))

@@ -6,6 +6,7 @@ import structlog
 from anyio.abc import TaskStatus
 
 from inference.errors import SettingsError
+from inference.progress.hub import MemoryHub
 from inference.progress.web.access import is_loopback
 from inference.server.answers import failure
 from inference.server.api import create_app
@@ -37,12 +38,13 @@ async def serve(
         log.warning("no key is set: this server answers programs on this machine only", setting="WORKER_API_KEY")
     listener = listen(host, port)
     try:
-        app = await anyio.to_thread.run_sync(create_app, config)
+        hub = MemoryHub()
+        app = await anyio.to_thread.run_sync(create_app, config, hub)
         stopping = failure(503, "the server is stopping: try again", {"connection": "close"})
         async with anyio.create_task_group() as tasks:
             bound = await tasks.start(
                 lambda *, task_status: serve_app(
-                    app, listener, stopping=stopping, patience=patience, task_status=task_status
+                    app, listener, stopping=stopping, closing=hub.close, patience=patience, task_status=task_status
                 )
             )
             log.info("the queue is open", host=bound[0], port=bound[1])

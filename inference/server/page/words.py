@@ -112,6 +112,7 @@ ENGLISH: Mapping[str, str] = {
     # A group
     "group.clips.one": "{n} clip",
     "group.clips.other": "{n} clips",
+    "group.count": "{status}: {n}",
     "group.left": "{time} left",
     "group.download": "Download all",
     "group.download.label": "Download all finished clips of this group",
@@ -271,6 +272,7 @@ KOREAN: Mapping[str, str] = {
     "confirm.keep": "그대로 두기",
     "group.clips.one": "영상 {n}개",
     "group.clips.other": "영상 {n}개",
+    "group.count": "{status} {n}",
     "group.left": "{time} 남음",
     "group.download": "모두 내려받기",
     "group.download.label": "이 묶음에서 완성된 영상 모두 내려받기",
