@@ -107,7 +107,7 @@ ENGLISH: Mapping[str, str] = {
     "action.no_answer": "the server does not answer",
     "action.label": "{action}: {name}",
     "confirm.title": "Delete this?",
-    "confirm.text": "{name} goes with its clip, and the photo with the last clip of it. This cannot be undone.",
+    "confirm.text": "The clip of {name} will be gone, and so will the photo unless it has other clips. This cannot be undone.",
     "confirm.keep": "Keep",
     # A group
     "group.clips.one": "{n} clip",
@@ -268,7 +268,7 @@ KOREAN: Mapping[str, str] = {
     "action.no_answer": "서버가 답하지 않습니다",
     "action.label": "{action}: {name}",
     "confirm.title": "삭제할까요?",
-    "confirm.text": "{name}의 영상이 지워지고, 마지막 영상이면 사진도 지워집니다. 되돌릴 수 없습니다.",
+    "confirm.text": "{name} 영상이 지워집니다. 이 사진으로 만든 다른 영상이 없으면 사진도 지워집니다. 되돌릴 수 없습니다.",
     "confirm.keep": "그대로 두기",
     "group.clips.one": "영상 {n}개",
     "group.clips.other": "영상 {n}개",
@@ -401,8 +401,8 @@ class Words:
         return f"{size_bytes / 1_000_000_000:.1f} GB"
 
     def limit(self, size_bytes: int) -> str:
-        """A limit, in binary units, as it is set: "50 MB"."""
-        return f"{size_bytes / (1024 * 1024):.0f} MB" if size_bytes >= 1024 * 1024 else f"{size_bytes // 1024} KB"
+        """A limit, rounded down so that whatever keeps to it is accepted: "50 MB"."""
+        return f"{size_bytes // 1_000_000} MB" if size_bytes >= 1_000_000 else f"{size_bytes // 1000} KB"
 
     def money(self, usd: float) -> str:
         """Dollars; parts of a cent only where there is nothing else."""

@@ -755,5 +755,5 @@ addEventListener("beforeunload", (event) => {
 
 tick();
 setInterval(() => document.hidden || tick(), 1000);
-setInterval(() => document.hidden || refreshSummary(), SUMMARY_EVERY_MS);
+setInterval(() => document.hidden || wasLost || refreshSummary(), SUMMARY_EVERY_MS);
 connect();
