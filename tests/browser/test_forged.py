@@ -169,10 +169,10 @@ def test_without_a_key_a_name_that_leads_here_opens_nothing(without_key):
         assert without_key.get(path, headers=headers).status_code == 403, path
 
 
-def test_nothing_of_ours_can_be_framed_or_run_in(without_key):
-    """Every answer of the page says so."""
-    for path in ("/", "/sign-in"):
-        headers = without_key.get(path).headers
+def test_nothing_of_ours_can_be_framed_or_run_in(with_key, without_key):
+    """Every page says so."""
+    for client, path in ((without_key, "/"), (without_key, "/page/tasks/nobody"), (with_key[0], "/sign-in")):
+        headers = client.get(path).headers
         rules = {rule.split()[0]: rule.split()[1:] for rule in headers["content-security-policy"].split(";") if rule}
         assert rules["default-src"] == ["'none'"]
         assert rules["frame-ancestors"] == ["'none'"]
@@ -182,3 +182,30 @@ def test_nothing_of_ours_can_be_framed_or_run_in(without_key):
         assert rules["style-src"] == ["'self'"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
+
+
+def test_pictures_are_for_our_own_page(without_key):
+    """Another page could else show them, as small as a pixel or as large as life, and learn how large they are.
+
+    A link that somebody follows from elsewhere leads to the page, and videos behind signed URLs may be shown anywhere.
+    """
+    item_id = add(without_key)
+    photo_id = without_key.get(f"/api/tasks/{item_id}").json()["data"]["photo_id"]
+    embedded = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}
+    for site in ("cross-site", "same-site"):
+        assert (
+            without_key.get(f"/page/photos/{photo_id}.jpg", headers=embedded | {"sec-fetch-site": site}).status_code
+            == 403
+        )
+    followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert without_key.get("/", headers=followed).status_code == 200
+    ours = without_key.get(f"/page/photos/{photo_id}.jpg", headers=embedded | {"sec-fetch-site": "same-origin"})
+    assert ours.status_code == 200
+    # It is kept by the browser, which asks no more.
+    assert ours.headers["cross-origin-resource-policy"] == "same-origin"
+    asked = {
+        "operation": "download",
+        "storage_path": without_key.get(f"/api/tasks/{item_id}").json()["data"]["photo_storage_path"],
+    }
+    url = without_key.post("/api/worker/presign", json=asked).json()["data"]["url"]
+    assert without_key.get(url, headers=embedded).status_code == 200

@@ -1,9 +1,11 @@
 """One visitor of the page: a context of the browser, and what is done there again and again."""
 
 import base64
+import io
 from pathlib import Path
 from typing import Any, Self
 
+from PIL import Image
 from playwright.sync_api import Browser, Locator, expect
 
 from tests.browser.queue_process import QueueProcess
@@ -159,6 +161,12 @@ class Visit:
         )
 
     # ------------------------------------------------------------ looks
+
+    def background(self) -> tuple[int, int, int]:
+        """The colour of the page's left upper corner."""
+        shot = self.page.screenshot(clip={"x": 0, "y": 0, "width": 2, "height": 2})
+        with Image.open(io.BytesIO(shot)) as corner:
+            return corner.convert("RGB").getpixel((0, 0))
 
     def overflow_px(self) -> int:
         """How much wider the page is than the window."""
