@@ -7,7 +7,7 @@ from importlib.resources import files
 from tests.browser.photos import jpeg
 from tests.browser.queue_process import PlayedWorker, QueueProcess
 
-SIZE = (960, 640)  # pixels
+SIZE = (720, 540)  # pixels
 REFUSAL = "Runway refused the prompt: it does not make videos of real people in danger. Write another prompt."
 
 
@@ -33,18 +33,19 @@ def furnish(queue: QueueProcess) -> Gallery:
     worker.take(failed).fail(REFUSAL)
     cancelled = add(jpeg(3, *SIZE), name="moonrise.jpg", prompt="달이 천천히 떠오른다", seconds=4, **winter)
     queue.ask("POST", f"tasks/{cancelled}/cancel")
+    waiting = [
+        add(jpeg(8, *SIZE), name="할머니 댁 앞마당에서.jpg", prompt="바람에 나뭇잎이 흔들린다", seconds=3, **winter)
+    ]
     done = [
         add(jpeg(5, *SIZE), name="lagoon.jpg", prompt="Gentle waves, camera pans right", seconds=5, **summer),
         add(jpeg(2, *SIZE), name="last-evening.jpg", prompt="The sun sets behind the hills", seconds=6, **summer),
         add(jpeg(1, *SIZE), name="noon.jpg", prompt="Clouds drift by, slow dolly-in", seconds=5, **summer),
+        add(jpeg(9, *SIZE), name="first-frost.jpg", prompt="Snow begins to fall, slow zoom in", seconds=5, **summer),
     ]
-    for kind, (item_id, price) in enumerate(zip(done, (0.25, 0.3, None), strict=True)):
-        worker.make(item_id, (5, 2, 1)[kind], **({} if price is None else {"cost_usd": price}))
+    for item_id, kind, price in zip(done, (5, 2, 1, 9), (0.25, 0.3, None, 0.25), strict=True):
+        worker.make(item_id, kind, **({} if price is None else {"cost_usd": price}))
     running = add(sample, name="sample.jpg", prompt="She turns to the window and smiles", seconds=5, **summer)
-    waiting = [
-        add(jpeg(0, *SIZE), name="dawn.jpg", prompt="A slow push in over the hills", seconds=5, **summer),
-        add(jpeg(8, *SIZE), name="할머니 댁 앞마당에서.jpg", prompt="바람에 나뭇잎이 흔들린다", seconds=3, **winter),
-    ]
+    waiting.append(add(jpeg(0, *SIZE), name="dawn.jpg", prompt="A slow push in over the hills", seconds=5, **summer))
     lease = worker.take(running)
     for done_part in (0.1, 0.35, 0.62):
         lease.beat("denoise", done_part)

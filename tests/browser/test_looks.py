@@ -124,7 +124,7 @@ def test_a_keyboard_is_enough(queue, visit, tmp_path):
 def test_it_can_be_read_without_scripts(shop, visit):
     """Cards, states and counts are in the HTML; a form does what a button would."""
     seen = visit(shop, java_script_enabled=False)
-    expect(seen.cards).to_have_count(8)
+    expect(seen.cards).to_have_count(9)
     item_id = shop.submit(jpeg(0, 120, 80))
     seen.page.goto(shop.url)
     seen.act(item_id, "cancel")
