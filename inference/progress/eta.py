@@ -11,14 +11,15 @@ advance, since a queue sees only where a worker is and how much of the whole is 
 """
 
 import heapq
-import json
 import math
 import statistics
 import threading
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from inference.task import Value
 
 RUNS = 30
 """So many runs of a kind are remembered, and older ones forgotten."""
@@ -31,6 +32,9 @@ KINDS = 200
 
 SMOOTHING = 0.3
 """Weight of the newest value in a moving average: tqdm's default (tqdm.std.tqdm, parameter `smoothing`)."""
+
+MIN_STEP = 1e-6
+"""Of the whole: less is no progress, but the noise of adding up."""
 
 SEEN_FRACTION = 0.05
 """Without history: so much of the whole has to be done in the present stage before its speed says anything."""
@@ -64,10 +68,12 @@ class Ema:
         return self._last / (1 - (1 - self._alpha) ** self._calls) if self._calls else 0.0
 
 
-@dataclass
-class _Kind:
-    runs: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=RUNS))  # stage → seconds, in order
-    ends: dict[str, float] = field(default_factory=dict)  # stage → how much of the whole is done when it ends
+class _Kind(Value):
+    runs: Sequence[dict[str, Annotated[float, Field(ge=0)]]] = ()  # the last ones: stage → seconds, in order
+    ends: Mapping[str, float] = Field(default_factory=dict)  # stage → how much of the whole is done when it ends
+
+
+_written: TypeAdapter[dict[str, _Kind]] = TypeAdapter(dict[str, _Kind])
 
 
 class StageHistory:
@@ -83,10 +89,10 @@ class StageHistory:
         `ends`: how much of the whole was done when each stage ended, 0..1.
         """
         with self._lock:
-            known = self._kinds.pop(kind, None) or _Kind()
-            self._kinds[kind] = known
-            known.runs.append({stage: max(0.0, float(value)) for stage, value in seconds.items()})
-            known.ends |= ends or {}
+            known = self._kinds.pop(kind, _Kind())
+            self._kinds[kind] = _Kind(
+                runs=[*known.runs[1 - RUNS :], dict(seconds)], ends={**known.ends, **(ends or {})}
+            )
             while len(self._kinds) > KINDS:
                 del self._kinds[next(iter(self._kinds))]
 
@@ -125,31 +131,20 @@ class StageHistory:
     def to_json(self) -> str:
         """All of it, for `from_json`."""
         with self._lock:
-            return json.dumps(
-                {
-                    name: {
-                        "runs": [{stage: round(s, 3) for stage, s in run.items()} for run in kind.runs],
-                        "ends": kind.ends,
-                    }
-                    for name, kind in self._kinds.items()
-                }
-            )
+            return _written.dump_json(self._kinds).decode()
 
     @classmethod
     def from_json(cls, text: str) -> "StageHistory":
         """A history as `to_json` wrote it. Raises ValueError for anything else."""
         history = cls()
-        try:
-            for name, kind in json.loads(text).items():
-                for run in kind["runs"]:
-                    history.add(name, {str(stage): _seconds(value) for stage, value in run.items()}, kind["ends"])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not a history of stages: {error!r}") from error
+        for name, kind in _written.validate_json(text).items():
+            for run in kind.runs:
+                history.add(name, run, kind.ends)
         return history
 
-    def _runs(self, kind: str) -> list[dict[str, float]]:
+    def _runs(self, kind: str) -> Sequence[dict[str, float]]:
         with self._lock:
-            return list(self._kinds[kind].runs) if kind in self._kinds else []
+            return self._kinds[kind].runs if kind in self._kinds else ()
 
     def _with(self, kind: str, stage: str) -> list[dict[str, float]]:
         """Runs that had the stage; none while they are too few."""
@@ -176,16 +171,16 @@ class TaskEta:
     def observe(self, stage: str, fraction: float, at_s: float) -> None:
         """Where the task is, and how much of the whole is done, 0..1."""
         with self._lock:
-            if not math.isfinite(fraction):
-                return
-            fraction = max(fraction, self._fraction)
+            step = min(fraction, 1.0) - self._fraction if math.isfinite(fraction) else 0.0
+            if step < MIN_STEP:
+                step = 0.0
             if stage != self._stage:
-                self._enter(stage, fraction, at_s)
-            elif fraction > self._fraction:
-                self._steps.add(fraction - self._fraction)
+                self._enter(stage, self._fraction + step, at_s)
+            elif step:
+                self._steps.add(step)
                 self._steps_s.add(max(0.0, at_s - self._moved_at))
                 self._moved_at = at_s
-            self._fraction = fraction
+            self._fraction += step
 
     def left_s(self, at_s: float) -> float | None:
         """Seconds until the task ends well, None where nothing is known that is better than a guess."""
@@ -215,7 +210,8 @@ class TaskEta:
     def _enter(self, stage: str, fraction: float, at_s: float) -> None:
         if self._stage is not None:
             left_s = self.left_s(at_s)
-            self._promised = None if left_s is None else (left_s, at_s)
+            ahead = (1 - fraction) / (1 - self._fraction) if self._fraction < 1 else 0.0
+            self._promised = None if left_s is None else (left_s * ahead, at_s)
             self._leave(self._stage, fraction, at_s)
         self._stage = stage
         self._seconds.setdefault(stage, 0.0)
@@ -225,7 +221,9 @@ class TaskEta:
 
     def _leave(self, stage: str, fraction: float, at_s: float) -> None:
         self._seconds[stage] += max(0.0, at_s - self._entered[0])
-        self._ends[stage] = fraction
+        # Who is seldom told of a task may first hear of it again far beyond the end of a stage that moved step by step.
+        step = self._steps.value
+        self._ends[stage] = min(fraction, self._fraction + step) if step else fraction
 
     def _stage_left_s(self, at_s: float, past_s: list[float]) -> float:
         """Seconds to the end of the present stage, by what it took before and by its own speed."""
@@ -274,14 +272,7 @@ def _after(run: Mapping[str, float], stage: str) -> float:
     return sum(run[later] for later in stages[stages.index(stage) + 1 :])
 
 
-def _order(runs: list[dict[str, float]]) -> list[str]:
+def _order(runs: Sequence[dict[str, float]]) -> list[str]:
     """All stages of the runs: in the order of the longest run, others at the end."""
     longest = max(runs, key=len)
     return [*longest, *dict.fromkeys(stage for run in runs for stage in run if stage not in longest)]
-
-
-def _seconds(value: Any) -> float:
-    seconds = float(value)
-    if not math.isfinite(seconds):
-        raise ValueError("not a history of stages: a stage that never ends")
-    return seconds

@@ -30,6 +30,15 @@ PENDING = "pending"
 """The status of a task that waits, for the first time or again: whatever was said of an earlier try has no meaning."""
 
 
+AIMED_AT_THE_WORK = ("SoftTimeLimitExceeded",)
+"""Names of exceptions that are no fault of the code they come out of: Celery raises this one wherever a task is."""
+
+
+def is_aimed_at_the_work(error: BaseException) -> bool:
+    """Whether somebody wants to stop the work itself: those who only report its progress have to let it pass."""
+    return type(error).__name__ in AIMED_AT_THE_WORK
+
+
 class Gate:
     """Lets events of each task through to `send`, in this order of questions:
 
@@ -112,7 +121,9 @@ class Gate:
     def _tell(self, event: Event) -> None:
         try:
             self._send(event)
-        except Exception:  # whoever reports progress has something better to do than to see to it
+        except Exception as error:  # whoever reports progress has something better to do than to see to it
+            if is_aimed_at_the_work(error):
+                raise
             log.exception("progress could not be told", project_id=event.project_id, task_name=event.task_name)
 
     def _task(self, event: Event, now: float) -> "_Task":

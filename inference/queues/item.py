@@ -76,7 +76,7 @@ class Item(Value):
     status: Status = "pending"
     worker_id: str | None = None  # the holder; kept after the end, so that a repeated report is recognised
     leased_until: float | None = None
-    lease_seq: int = 0  # grows with each lease and each retry: a second fence beside worker_id
+    lease_seq: int = 0  # counts the leases of this item: a second fence beside worker_id
     retry_count: int = 0  # failures reported
     renewed: bool = False  # the holder was heard of under this lease
     crash_count: int = 0  # leases that ran out after a renewal

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
-from inference.progress.events import Event
 from inference.progress.hub import MemoryHub, ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
@@ -55,18 +54,18 @@ class Health(BaseModel):
 def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     """The application over its database and folder, which are opened here and closed when it shuts down.
 
-    `hub`: where its events go, and where listeners get them; one in memory unless given.
+    `hub`: where its events go, and where listeners get them; whoever gives one closes it. In memory unless given.
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
+    store = Store(config.database_url)
+    is_ours = hub is None
     hub = MemoryHub() if hub is None else hub
-    live, workers = Live(hub), Workers()
-    store = Store(config.database_url, live.changed, live.deleted)
+    live, workers = Live(store, hub), Workers()
+    live.seed()
+    store.tell(live.changed, live.deleted)
     objects = ObjectStore(config.storage_dir)
     signer = Signer(config.signing_secret)
     presigner = Presigner(config, signer)
-
-    async def snapshot(project_id: str) -> list[Event]:
-        return await anyio.to_thread.run_sync(live.snapshot, store, project_id)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -74,6 +73,8 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
             tasks.start_soon(keep_tidy, store, objects, config)
             yield
             tasks.cancel_scope.cancel()
+        if is_ours:
+            hub.close()
         child_process.stop()  # a thread that waits for a decoder would keep the process from ending
         await anyio.to_thread.run_sync(store.close)
 
@@ -92,9 +93,9 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
     app.include_router(submit_routes(config, store, objects, live), dependencies=key)
     app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
-    app.include_router(overview_routes(store, workers), dependencies=key)
+    app.include_router(overview_routes(store, live, workers), dependencies=key)
     app.include_router(event_routes(config), dependencies=key)
-    app.router.routes.extend(stream_routes(hub, snapshot))
+    app.router.routes.extend(stream_routes(hub, live.snapshot))
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
     app.include_router(page_routes(config, store, objects, live, workers))

@@ -71,6 +71,7 @@ class GroupView(BaseModel):
     name: str | None
     status: Status
     counts: dict[Status, int]
+    left_s: float | None = None  # until all of it is completed; only for a group that was asked for by its id
     created_at: str
 
 
@@ -144,7 +145,7 @@ def client_routes(
     @routes.get("/groups/{group_id}", responses=errors(400, 401, 404))
     def group(group_id: GroupId) -> Answer[GroupView]:
         """One group."""
-        return Answer(data=group_view(store.get_group(group_id)))
+        return Answer(data=group_view(store.get_group(group_id), live.group_left_s(group_id)))
 
     @routes.delete("/groups/{group_id}", responses=errors(400, 401, 404))
     def delete_group(group_id: GroupId) -> Answer[Deleted]:
@@ -176,8 +177,13 @@ def task_view(item: Item, video_url: str | None = None, *, live: Live) -> TaskVi
     )
 
 
-def group_view(group: Group) -> GroupView:
+def group_view(group: Group, left_s: float | None = None) -> GroupView:
     """A group as people see it."""
     return GroupView(
-        id=group.id, name=group.name, status=group.status, counts=group.counts, created_at=iso(group.created_at)
+        id=group.id,
+        name=group.name,
+        status=group.status,
+        counts=group.counts,
+        left_s=left_s,
+        created_at=iso(group.created_at),
     )

@@ -5,6 +5,7 @@ from pydantic import BaseModel
 
 from inference.queues.item import Status
 from inference.server.answers import Answer, errors
+from inference.server.live import Live
 from inference.server.rows.store import Store
 from inference.server.workers import Workers
 
@@ -26,10 +27,11 @@ class OverviewView(BaseModel):
     completed_last_hour: int
     spent_today_usd: float
     unpriced_today: int
+    left_s: float | None  # until all that is ongoing is completed, where that can be told
     workers: list[WorkerView]
 
 
-def overview_routes(store: Store, workers: Workers) -> APIRouter:
+def overview_routes(store: Store, live: Live, workers: Workers) -> APIRouter:
     """The one route."""
     routes = APIRouter(prefix="/api", tags=["tasks"])
 
@@ -40,6 +42,6 @@ def overview_routes(store: Store, workers: Workers) -> APIRouter:
             WorkerView(name=it.name, worker_type=it.worker_type, heard_s_ago=it.heard_s_ago, item_ids=list(it.item_ids))
             for it in workers.seen()
         ]
-        return Answer(data=OverviewView(**store.overview().model_dump(), workers=seen))
+        return Answer(data=OverviewView(**store.overview().model_dump(), left_s=live.queue_left_s(), workers=seen))
 
     return routes

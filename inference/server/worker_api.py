@@ -57,7 +57,7 @@ class LeasedTask(BaseModel):
     leased_until: str
     frame_num: int | None
     inference_provider: str | None
-    lease_seq: int  # grows with each lease; may be sent along with later calls as a second fence
+    lease_seq: int  # counts the leases of this item; may be sent along with later calls as a second fence
     beat_interval_s: float  # how often this queue would like to hear how far the work is
     takes: list[str]  # what this queue would like to hear that the contract does not have
 

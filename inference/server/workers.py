@@ -4,16 +4,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from inference.providers import WorkerType
 
 FORGET_S = 600.0
 """Who was not heard of for this long is gone."""
 
 MAX_WORKERS = 1000
-"""The most that are remembered. Names come from outside, so anybody with the key could make up any number of them."""
-
-MAX_ITEMS = 20
-"""The most tasks that are remembered of one worker: more than one machine works on at once."""
+MAX_ITEMS = 5000
+"""The most that are remembered. Names come from outside: whoever has the key can make up any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +21,16 @@ class WorkerSeen:
     """A worker, or a pool of containers that go by one name."""
 
     name: str
-    worker_type: str | None  # what kind of tasks it asks for; None: any
+    worker_type: WorkerType | None  # what kind of tasks it asked for last; None: any, or it has asked for none
     heard_s_ago: float
-    item_ids: tuple[str, ...]  # what it works on, in the order in which it began
+    item_ids: tuple[str, ...]  # the tasks that it has
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Heard:
+    name: str  # of the worker
     at_s: float
-    worker_type: str | None = None
-    items: dict[str, float] = field(default_factory=dict)  # when each was heard of
+    worker_type: WorkerType | None = None
 
 
 class Workers:
@@ -42,56 +42,58 @@ class Workers:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._heard: OrderedDict[str, _Heard] = OrderedDict()  # who was heard of last is at the end
+        # Who, and of which task, was heard of last is at the end.
+        self._workers: OrderedDict[str, _Heard] = OrderedDict()
+        self._items: OrderedDict[str, _Heard] = OrderedDict()
 
-    def asked(self, worker_id: str, worker_type: str | None = None) -> None:
-        """It asked for a task, and says of which kind."""
+    def asked(self, worker_id: str, worker_type: WorkerType | None = None) -> None:
+        """It asked for a task, of this kind."""
         with self._lock:
-            self._of(worker_id).worker_type = worker_type
+            heard = _Heard(name_of(worker_id), self._clock(), worker_type)
+            self._note(self._workers, heard.name, heard, MAX_WORKERS)
 
     def heard(self, worker_id: str, item_id: str) -> None:
-        """It has a task, or renewed it."""
+        """It got a task, or renewed it."""
         with self._lock:
-            it = self._of(worker_id)
-            it.items[item_id] = it.at_s
-            if len(it.items) > MAX_ITEMS:
-                del it.items[next(iter(it.items))]
+            name = name_of(worker_id)
+            known = self._workers.get(name)
+            heard = _Heard(name, self._clock(), known.worker_type if known else None)
+            self._note(self._workers, name, heard, MAX_WORKERS)
+            self._note(self._items, item_id, heard, MAX_ITEMS)
 
     def ended(self, worker_id: str, item_id: str) -> None:
-        """It handed a task back, or its work on it ended."""
+        """It reported the end of a task, or handed it back."""
+        self.heard(worker_id, item_id)
         with self._lock:
-            self._of(worker_id).items.pop(item_id, None)
+            self._items.pop(item_id, None)
 
     def seen(self) -> list[WorkerSeen]:
         """Who was heard of, the latest first."""
         with self._lock:
             now_s = self._clock()
-            self._forget(now_s)
+            for those, most in ((self._workers, MAX_WORKERS), (self._items, MAX_ITEMS)):
+                _forget(those, now_s, most)
+            items: dict[str, list[str]] = {}
+            for item_id, heard in self._items.items():
+                items.setdefault(heard.name, []).append(item_id)
             return [
-                WorkerSeen(
-                    name=name,
-                    worker_type=it.worker_type,
-                    heard_s_ago=max(0.0, now_s - it.at_s),
-                    item_ids=tuple(item for item, at_s in it.items.items() if at_s > now_s - FORGET_S),
-                )
-                for name, it in reversed(self._heard.items())
+                WorkerSeen(it.name, it.worker_type, max(0.0, now_s - it.at_s), tuple(sorted(items.get(it.name, ()))))
+                for it in reversed(self._workers.values())
             ]
 
-    def _of(self, worker_id: str) -> _Heard:
-        now_s = self._clock()
-        name = name_of(worker_id)
-        it = self._heard.setdefault(name, _Heard(now_s))
-        it.at_s = now_s
-        self._heard.move_to_end(name)
-        self._forget(now_s)
-        return it
+    @staticmethod
+    def _note(those: OrderedDict[str, _Heard], key: str, heard: _Heard, most: int) -> None:
+        those[key] = heard
+        those.move_to_end(key)
+        _forget(those, heard.at_s, most)
 
-    def _forget(self, now_s: float) -> None:
-        while self._heard:
-            name, it = next(iter(self._heard.items()))
-            if it.at_s > now_s - FORGET_S and len(self._heard) <= MAX_WORKERS:
-                return
-            del self._heard[name]
+
+def _forget(those: OrderedDict[str, _Heard], now_s: float, most: int) -> None:
+    while those:
+        key, heard = next(iter(those.items()))
+        if heard.at_s > now_s - FORGET_S and len(those) <= most:
+            return
+        del those[key]
 
 
 def name_of(worker_id: str) -> str:

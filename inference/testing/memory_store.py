@@ -188,7 +188,6 @@ class MemoryStore:
             status="pending",
             worker_id=None,
             leased_until=None,
-            lease_seq=item.lease_seq + 1,
             retry_count=0,
             crash_count=0,
             lost_count=0,

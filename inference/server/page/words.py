@@ -107,7 +107,8 @@ ENGLISH: Mapping[str, str] = {
     "action.no_answer": "the server does not answer",
     "action.label": "{action}: {name}",
     "confirm.title": "Delete this?",
-    "confirm.text": "The clip of {name} will be gone, and so will the photo unless it has other clips. This cannot be undone.",
+    "confirm.text": "The clip of {name} will be gone, and the photo as well unless it has other clips. "
+    "This cannot be undone.",
     "confirm.keep": "Keep",
     # A group
     "group.clips.one": "{n} clip",
@@ -268,7 +269,8 @@ KOREAN: Mapping[str, str] = {
     "action.no_answer": "서버가 답하지 않습니다",
     "action.label": "{action}: {name}",
     "confirm.title": "삭제할까요?",
-    "confirm.text": "{name} 영상이 지워집니다. 이 사진으로 만든 다른 영상이 없으면 사진도 지워집니다. 되돌릴 수 없습니다.",
+    "confirm.text": "{name} 영상이 지워집니다. 이 사진으로 만든 다른 영상이 없으면 사진도 지워집니다. "
+    "되돌릴 수 없습니다.",
     "confirm.keep": "그대로 두기",
     "group.clips.one": "영상 {n}개",
     "group.clips.other": "영상 {n}개",

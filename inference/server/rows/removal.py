@@ -236,10 +236,9 @@ class Removal:
     Raises, from any method: QueueUnavailable, QueueRefused.
     """
 
-    def __init__(self, database: Database, on_delete: Callable[[DeletedItem], None] | None = None) -> None:
-        """`on_delete`: as `Store` has it."""
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._on_delete = on_delete
+        self.on_delete: Callable[[DeletedItem], None] | None = None  # see `Store.tell`
 
     # ------------------------------------------------------------ rows
 
@@ -289,10 +288,10 @@ class Removal:
         return paths
 
     def _tell(self, deleted: DeletedItem) -> None:
-        if self._on_delete is None:
+        if self.on_delete is None:
             return
         try:
-            self._on_delete(deleted)
+            self.on_delete(deleted)
         except Exception:
             log.exception("a deletion could not be told", item_id=deleted.id)
 

@@ -327,7 +327,6 @@ RETRY = Statement(
         status=PENDING,
         worker_id=null(),
         leased_until=null(),
-        lease_seq=items.c.lease_seq + ONE,  # or what is told of the next try would seem to be of the one that ended
         retry_count=ZERO,
         crash_count=ZERO,
         lost_count=ZERO,
@@ -443,13 +442,16 @@ OF_PHOTO = Statement(
 def list_items(*, status: Literal["ongoing", "ended"] | None, group: bool, before: bool) -> Statement:
     """A page of items, newest first, narrowed by what the caller names. Of a status it says which kind it is of."""
     narrowed: list[Any] = [true()]
+    # Of an expression there is no order to walk along, so databases look up what is ongoing and sort it. Along the ids
+    # they would walk past all that has ended, until they have found a page of what is ongoing.
+    item_id = func.coalesce(items.c.id, constant("")) if status == "ongoing" else items.c.id
     if status:
         narrowed += [items.c.status == bindparam("status", type_=Text), ONGOING if status == "ongoing" else ENDED]
     if group:
         narrowed.append(items.c.group_id == bindparam("group_id", type_=Text))
     if before:
-        narrowed.append(items.c.id < bindparam("before", type_=Text))
-    page = select(*row).where(and_(*narrowed)).order_by(items.c.id.desc()).limit(bindparam("limit", type_=Integer))
+        narrowed.append(item_id < bindparam("before", type_=Text))
+    page = select(*row).where(and_(*narrowed)).order_by(item_id.desc()).limit(bindparam("limit", type_=Integer))
     return Statement(f"list_items_{status}_{group:d}{before:d}", "A page of items, newest first.", page)
 
 
@@ -528,6 +530,15 @@ LATELY = Statement(
     )
     .select_from(items)
     .where(items.c.status == COMPLETED, items.c.ended_at > now - DAY_S),
+)
+
+IN_LINE = Statement(
+    "in_line",
+    "The items that are ongoing, in the order in which they are leased.",
+    select(items.c.id, items.c.group_id, items.c.inference_provider, items.c.frame_num, items.c.status)
+    .where(ONGOING)
+    .order_by(items.c.created_at, items.c.id)
+    .limit(bindparam("limit", type_=Integer)),
 )
 
 LAST_COMPLETED = Statement(

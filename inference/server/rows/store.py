@@ -26,7 +26,7 @@ from inference.server.rows.migration import migrate
 from inference.server.rows.removal import NAME, DeletedItem, Removal
 from inference.sql.database import Database, Row, Transaction
 from inference.sql.statement import Statement
-from inference.task import Value
+from inference.task import Value, duration_s
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +96,22 @@ class Overview(Value):
     unpriced_today: int  # of those, how many have no known price
 
 
+@dataclass(frozen=True, slots=True)
+class InLine:
+    """As much of an ongoing item as tells how long it will take."""
+
+    id: str
+    group_id: str
+    inference_provider: str | None
+    frame_num: int | None
+    status: Status
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of video wanted."""
+        return duration_s(self.frame_num)
+
+
 class Group(Value):
     """Photos that were uploaded together, and how their videos are doing."""
 
@@ -121,22 +137,21 @@ class Group(Value):
 class Store:
     """The rows of a queue."""
 
-    def __init__(
-        self,
-        url: str,
-        on_change: Callable[[Item], None] | None = None,
-        on_delete: Callable[[DeletedItem], None] | None = None,
-    ) -> None:
-        """Opens the database and creates missing tables. Raises SettingsError, QueueUnavailable.
-
-        `on_change` is called with each item that this store has changed, `on_delete` with each that it has deleted, in
-        the thread that did it, once the change is committed; renewals are changes, too. What they raise is logged, and
-        the caller of this store does not hear of it.
-        """
+    def __init__(self, url: str) -> None:
+        """Opens the database and creates missing tables. Raises SettingsError, QueueUnavailable."""
         self._database = Database(url, migrate)
         self._sqlite = self._database.dialect_name == "sqlite"
+        self._on_change: Callable[[Item], None] | None = None
+        self.removal = Removal(self._database)
+
+    def tell(self, on_change: Callable[[Item], None], on_delete: Callable[[DeletedItem], None]) -> None:
+        """From now on calls these with each item that this store has changed, and with each that it has deleted.
+
+        That is in the thread that did it, once the change is committed; renewals are changes, too. What is raised by
+        them is logged, and the caller of the store does not hear of it.
+        """
         self._on_change = on_change
-        self.removal = Removal(self._database, on_delete)
+        self.removal.on_delete = on_delete
 
     def close(self) -> None:
         """Closes every connection."""
@@ -246,6 +261,10 @@ class Store:
         counts |= {row["status"]: row["count"] for row in self._database.read(statements.COUNTS)}
         [lately] = self._database.read(statements.LATELY)
         return Overview.model_validate(lately | {"counts": counts})
+
+    def in_line(self, limit: int) -> list[InLine]:
+        """The items that are ongoing, in the order in which they are leased."""
+        return [InLine(**row) for row in self._database.read(statements.IN_LINE, limit=limit)]
 
     def last_completed(self, limit: int) -> list[Item]:
         """The items that were completed last, the latest first."""
