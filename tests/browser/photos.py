@@ -18,10 +18,10 @@ SKIES = (
 def landscape(kind: int = 0, width: int = 480, height: int = 320) -> Image.Image:
     """A sky, a sun or a moon, and four rows of hills; the same for the same arguments."""
     random = np.random.default_rng(kind)
-    top, bottom = (np.array(colour, float) for colour in SKIES[kind % len(SKIES)])
-    rows = np.linspace(0, 1, height)[:, None, None]
+    top, bottom = (np.array(colour, np.float32) for colour in SKIES[kind % len(SKIES)])
+    rows = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     picture = np.repeat(top * (1 - rows) + bottom * rows, width, axis=1)
-    y, x = np.mgrid[0:height, 0:width]
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     sun = np.hypot(x - width * random.uniform(0.2, 0.8), y - height * random.uniform(0.25, 0.45))
     picture += np.exp(-((sun / (height * 0.11)) ** 4))[..., None] * (255 - picture) * 0.85
     picture += np.exp(-(sun / (height * 0.45)))[..., None] * (255 - picture) * 0.35
@@ -33,7 +33,7 @@ def landscape(kind: int = 0, width: int = 480, height: int = 320) -> Image.Image
         hills = y > ridge[None, :] * height
         colour = top * (0.75 - 0.17 * layer) + bottom * (0.22 - 0.05 * layer)
         picture[hills] = picture[hills] * 0.08 + colour * 0.92
-    grain = random.normal(0, 1.5, (height, width, 1))
+    grain = random.standard_normal((height, width, 1), np.float32) * 1.5
     return Image.fromarray(np.clip(picture + grain, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
 
 

@@ -27,11 +27,10 @@ class QueueProcess:
 
     def __init__(self, folder: Path, command: str = "serve", key: str | None = None, **settings: object) -> None:
         self.data_dir = folder / "data"
-        self.key = key
         self._folder, self._command = folder, command
         self._settings = {"I2V_DATA_DIR": self.data_dir, "POLL_INTERVAL": 0.1, "TEMP_DIR": folder / "temp"} | settings
-        if key is not None:
-            self._settings["WORKER_API_KEY"] = key
+        self.key = key
+        self.http = httpx.Client(timeout=20)  # one, since each reads certificates when it is made
         self._port = 0
         self._runs = 0
         self._process: Process | None = None
@@ -42,10 +41,12 @@ class QueueProcess:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.kill()
+        self.http.close()
 
-    def start(self) -> None:
-        """Starts it, or starts it again; returns once it listens."""
-        env = environment(**self._settings)
+    def start(self, key: str | None = None) -> None:
+        """Starts it, or starts it again, with another key if one is given; returns once it listens."""
+        self.key = key or self.key
+        env = environment(**self._settings, **({"WORKER_API_KEY": self.key} if self.key else {}))
         name = f"{self._command}-{self._runs}"
         arguments = (self._command, "--port", str(self._port), "--verbose")
         self._runs += 1
@@ -84,7 +85,7 @@ class QueueProcess:
     def ask(self, method: str, path: str, **options: Any) -> Any:
         """One call to its API, on a connection of its own; the data of the answer."""
         headers = {"Connection": "close"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        answer = httpx.request(method, f"{self.url}/api/{path}", headers=headers, timeout=20, **options)
+        answer = self.http.request(method, f"{self.url}/api/{path}", headers=headers, **options)
         assert answer.is_success, answer.text
         return answer.json()["data"]
 
@@ -162,8 +163,8 @@ class PlayedLease:
         """Stores a clip and reports it."""
         asked = {"operation": "upload", "video_item_id": self._mine["item_id"], "file_extension": "mp4"}
         put = self._queue.ask("POST", "worker/presign", json=asked)
-        headers = {"content-type": "video/mp4"}
-        httpx.put(put["url"], content=clip(kind), headers=headers, timeout=20).raise_for_status()
+        headers = {"content-type": "video/mp4", "connection": "close"}
+        self._queue.http.put(put["url"], content=clip(kind), headers=headers).raise_for_status()
         report = {"status": "completed", "video_storage_path": put["storage_path"]} | said
         self._queue.ask("POST", "worker/report", json=self._mine | report)
 

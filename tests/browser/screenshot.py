@@ -24,6 +24,7 @@ def take(browser: Browser, queue: QueueProcess) -> bytes:
         seen.expect_connection("live")
         seen.wait_for_pictures()
         seen.page.evaluate("scrollTo(0, 0)")
+        seen.page.wait_for_timeout(800)  # a player turns a wheel while it looks at its poster
         shot = Image.open(io.BytesIO(seen.page.screenshot(animations="disabled", caret="hide")))
         assert seen.watch.problems() == []
     file = io.BytesIO()
@@ -39,7 +40,7 @@ def main() -> None:
         QueueProcess(Path(folder)) as queue,
         running_browser() as browser,
     ):
-        furnish(queue)
+        furnish(queue, took_s=52)
         picture = take(browser, queue)
     PICTURE.write_bytes(picture)
     print(f"{PICTURE}: {len(picture) // 1000} kB")

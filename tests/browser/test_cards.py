@@ -43,6 +43,21 @@ def test_photos_become_tasks(queue, visit, photos, way):
     seen.wait_for_pictures()
 
 
+def test_a_folder_of_photos_is_dropped(queue, visit, photos):
+    """With all that is in it, whatever is no photo left out."""
+    folder = photos[0].parent
+    (folder / "deeper").mkdir()
+    photos[1].rename(folder / "deeper" / photos[1].name)
+    (folder / "notes.txt").write_text("not a photo")
+    seen = visit(queue)
+    seen.drop(folder)
+    expect(seen.page.locator("#uploads li")).to_have_count(3)
+    seen.submit(seconds=1)
+    expect(seen.cards).to_have_count(3, timeout=WAIT_MS)
+    for path in photos:
+        expect(seen.cards.filter(has_text=path.name)).to_have_count(1)
+
+
 def test_a_bar_follows_its_worker(queue, visit, worker):
     """Stage, percent and time left as the worker tells them; never back, never 100 before the clip is there."""
     item_id = queue.submit(jpeg(1, 240, 160), name="lake.jpg", seconds=1)

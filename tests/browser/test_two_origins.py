@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 
 from tests.browser.other_site import other_site
 from tests.browser.queue_process import QueueProcess
-from tests.browser.visit import WAIT_MS
+from tests.browser.visit import AWAY, WAIT_MS
 
 KEY = "key-of-the-browser-tests"
 
@@ -77,18 +77,19 @@ def sign_in(seen, key):
     seen.page.locator("#key").press("Enter")
 
 
-def test_the_key_opens_the_page(keyed, visit):
-    """A wrong key is told and opens nothing; the right one does, once, and signing out closes it again."""
+@pytest.mark.parametrize("locale, dark", [("en-GB", False), ("ko-KR", True)])
+def test_the_key_opens_the_page(keyed, visit, locale, dark):
+    """A wrong key is told and opens nothing; the right one does, once, until signing out."""
     keyed.clear()
     item_id = keyed.submit(prompt="only for us")
-    seen = visit(keyed)
+    seen = visit(keyed, locale=locale, dark=dark)
     seen.watch.expect(r"status of 40[13]")  # the wrong key's answer
     expect(seen.page.locator("#key")).to_be_visible()
     assert "only for us" not in seen.page.content()
     sign_in(seen, "not the key")
-    expect(seen.page.locator("#key")).to_be_visible()
     expect(seen.page.locator("[role=alert]")).to_be_visible()
-    assert not [cookie for cookie in seen.cookies if cookie["name"] == "i2v_session"]
+    assert seen.axe() == []
+    assert "i2v_session" not in {cookie["name"] for cookie in seen.cookies}
     sign_in(seen, KEY)
     expect(seen.card(item_id)).to_be_visible(timeout=WAIT_MS)
     [cookie] = [cookie for cookie in seen.cookies if cookie["name"] == "i2v_session"]
@@ -97,6 +98,29 @@ def test_the_key_opens_the_page(keyed, visit):
     seen.page.reload()
     expect(seen.card(item_id)).to_be_visible(timeout=WAIT_MS)
     seen.expect_connection("live")
+    seen.page.locator("form[action=sign-out] button").click()
+    expect(seen.page.locator("#key")).to_be_visible()
+    seen.page.goto(keyed.url)
+    expect(seen.page.locator("#key")).to_be_visible()
+    assert "only for us" not in seen.page.content()
+
+
+def test_a_session_outlives_the_server_and_not_the_key(visit, tmp_path):
+    """Started again, the server knows who is signed in; with another key it asks again, and the page leads there."""
+    with QueueProcess(tmp_path, key=KEY) as queue:
+        seen = visit(queue)
+        seen.watch.expect(AWAY).expect(r"status of 401")
+        sign_in(seen, KEY)
+        seen.expect_connection("live")
+        seen.page.evaluate("window.stayed = true")
+        queue.kill()
+        seen.expect_connection("lost")
+        queue.start()
+        seen.expect_connection("live")
+        assert seen.page.evaluate("window.stayed")
+        queue.kill()
+        queue.start(key="another-key")
+        expect(seen.page.locator("#key")).to_be_visible(timeout=WAIT_MS)
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])

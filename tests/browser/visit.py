@@ -1,8 +1,9 @@
 """One visitor of the page: a context of the browser, and what is done there again and again."""
 
-import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any, Self
 
 from PIL import Image
@@ -13,6 +14,9 @@ from tests.support.browser import Watch
 
 WAIT_MS = 15_000
 """How long whatever is awaited may take on a busy machine."""
+
+AWAY = "ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE"
+"""What the console says while a server is away."""
 
 RECORDER = """
 window.seen = {};
@@ -139,8 +143,7 @@ class Visit:
         video.scroll_into_view_if_needed()
         video.focus()
         self.page.keyboard.press("Space")
-        handle = video.element_handle()
-        self.page.wait_for_function(PLAYING, arg=handle, timeout=WAIT_MS)
+        self.wait_for(lambda: video.evaluate(PLAYING), "the clip plays")
 
     def confirm(self) -> None:
         """Says yes to the dialog that is open."""
@@ -149,16 +152,21 @@ class Visit:
     def expect_percent(self, item_id: str, percent: int) -> None:
         """Waits until a bar shows so much."""
         bar = self.card(item_id).locator("progress")
-        shown = "([bar, percent]) => Math.round(100 * bar.value / bar.max) === percent"
-        self.page.wait_for_function(shown, arg=[bar.element_handle(), percent])
+        self.wait_for(lambda: bar.evaluate("bar => Math.round(100 * bar.value / bar.max)") == percent, f"{percent} %")
 
     def wait_for_pictures(self) -> None:
         """Until every picture on the page has arrived and could be decoded."""
         for picture in self.page.locator("article.task img").all():
             picture.scroll_into_view_if_needed()
-        self.page.wait_for_function(
-            "[...document.querySelectorAll('article.task img')].every(image => image.naturalWidth > 0)"
-        )
+        arrived = "[...document.querySelectorAll('article.task img')].every(image => image.naturalWidth > 0)"
+        self.wait_for(lambda: self.page.evaluate(arrived), "all pictures are there")
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Asks again and again until the answer is true. Playwright's own way uses eval(), which the page forbids."""
+        give_up_at = monotonic() + WAIT_MS / 1000
+        while not condition():
+            assert monotonic() < give_up_at, f"not within {WAIT_MS / 1000:g} s: {what}"
+            self.page.wait_for_timeout(50)
 
     # ------------------------------------------------------------ looks
 
@@ -184,8 +192,3 @@ class Visit:
             if rule["impact"] in ("serious", "critical")
             for node in rule["nodes"]
         ]
-
-
-def files(data: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Files for a script of a page, by name."""
-    return [{"name": name, "data": base64.b64encode(content).decode()} for name, content in data.items()]
