@@ -73,6 +73,11 @@ class QueueProcess:
         return code
 
     @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
     def host(self) -> str:
         """The name:port that it is asked by."""
         return f"127.0.0.1:{self._port}"

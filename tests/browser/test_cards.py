@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 
 from tests.browser.photos import jpeg
 from tests.browser.queue_process import clip, no_photo
+from tests.browser.under_a_path import under_a_path
 from tests.browser.visit import WAIT_MS
 from tests.support.processes import until
 
@@ -240,3 +241,30 @@ def test_tasks_of_others_appear_by_themselves(queue, visit, worker):
     queue.ask("DELETE", f"tasks/{item_id}")
     expect(seen.card(item_id)).to_have_count(0, timeout=WAIT_MS)
     assert seen.page.evaluate("window.stayed")
+
+
+def test_it_works_under_a_path_of_a_proxy(queue, visit, worker, photos):
+    """All addresses are relative: pictures, events, uploads, buttons, clips, tabs and languages."""
+    done = queue.submit(jpeg(5, 240, 160), group="a trip")
+    worker.make(done, 5)
+    with under_a_path(queue.port) as place:
+        seen = visit(place)
+        seen.expect_connection("live")
+        seen.wait_for_pictures()
+        seen.play(done)
+        seen.choose(photos[0])
+        seen.submit(seconds=1)
+        expect(seen.cards).to_have_count(2, timeout=WAIT_MS)
+        [waiting] = [task["id"] for task in queue.tasks() if task["id"] != done]
+        seen.act(waiting, "cancel")
+        seen.expect_status(waiting, "cancelled")
+        seen.page.locator('nav.filters a[data-status="completed"]').click()
+        expect(seen.cards).to_have_count(1)
+        seen.page.reload()
+        expect(seen.cards).to_have_count(1)
+        seen.page.locator('a[hreflang="ko"]').click()
+        expect(seen.page.locator("html")).to_have_attribute("lang", "ko")
+        with seen.page.expect_download() as started:
+            seen.card(done).locator("a[download]").click()
+        assert Path(started.value.path()).read_bytes() == clip(5)
+        assert seen.page.url.startswith(place.url)

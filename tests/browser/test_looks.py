@@ -151,6 +151,12 @@ def test_little_moves_for_those_who_ask_for_it(shop, visit):
     assert moving == 0
 
 
+def test_the_description_of_the_api_opens(shop, visit):
+    """Swagger UI lists the routes, with nothing from elsewhere and no error in the console."""
+    seen = visit(shop, "docs")
+    expect(seen.page.locator("#ui .opblock").first).to_be_visible(timeout=WAIT_MS)
+
+
 def test_the_picture_in_the_readme_can_be_made(shop, browser):
     """As it was made for docs/page.png, which is there and small."""
     for picture in (screenshot.take(browser, shop), screenshot.PICTURE.read_bytes()):

@@ -48,9 +48,14 @@ def test_a_server_that_was_gone_is_found_again(home, visit, tmp_path):
     photo.write_bytes(jpeg(3, 240, 160))
     seen = visit(home)
     seen.watch.expect(AWAY)
+    deleted = home.submit(jpeg(5, 240, 160))
+    home.ask("POST", f"tasks/{deleted}/cancel")
     seen.expect_connection("live")
+    seen.expect_status(deleted, "cancelled")
     seen.page.evaluate("window.stayed = true")
     home.kill()
+    with home.rows() as store:
+        store.removal.delete(deleted)  # nobody tells the page: it has to look for itself
     seen.expect_connection("lost")
     seen.choose(photo)
     seen.submit(seconds=0.5)  # sent while nobody listens: it must not be lost
@@ -61,6 +66,7 @@ def test_a_server_that_was_gone_is_found_again(home, visit, tmp_path):
     seen.expect_status(other, "completed", timeout_ms=LONG_MS)
     expect(seen.page.locator('article.task[data-status="completed"]')).to_have_count(2, timeout=LONG_MS)
     assert len(home.tasks()) == 2  # once each
+    expect(seen.card(deleted)).to_have_count(0)
     assert seen.page.evaluate("window.stayed")
 
 

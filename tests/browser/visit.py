@@ -10,6 +10,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, expect
 
 from tests.browser.queue_process import QueueProcess
+from tests.browser.under_a_path import Place
 from tests.support.browser import Watch
 
 WAIT_MS = 15_000
@@ -45,7 +46,7 @@ class Visit:
     def __init__(
         self,
         browser: Browser,
-        queue: QueueProcess,
+        queue: QueueProcess | Place,
         path: str = "",
         *,
         locale: str = "en-GB",
@@ -56,7 +57,6 @@ class Visit:
         **options: Any,
     ) -> None:
         """`hosts`: name:port of other servers that may be asked; `options`: of the context."""
-        self._queue = queue
         self._context = browser.new_context(
             locale=locale,
             timezone_id="Asia/Seoul",
