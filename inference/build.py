@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 import httpx
+import structlog
 
 from inference import private
 from inference.engines.base import Engine, Job, run_in_thread
@@ -31,6 +32,9 @@ from inference.leasing.runner import Runner
 from inference.leasing.scratch import sweep
 from inference.payments.ledger import Ledger
 from inference.payments.records import Records, SqliteRecords
+from inference.progress.eta import StageHistory
+from inference.progress.hub import ProgressHub
+from inference.progress.redis import open_hub
 from inference.progress.stages import Sink
 from inference.providers import PAID, EngineName, QueueName, is_paid
 from inference.queues.base import TaskQueue
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
     from inference.queues.video_jobs.store import JobStore
     from inference.server.config import ServerConfig
 
+
+log = structlog.get_logger(__name__)
 
 SIGNING_SECRET_CHARS = 64
 """Hexadecimal: 256 bits, as much as the HMAC-SHA256 it keys."""
@@ -433,6 +439,29 @@ def clear_temp(settings: Settings) -> None:
         sweep(settings.temp_dir)
 
 
+@asynccontextmanager
+async def open_events(settings: Settings, *, needed: bool = True) -> AsyncIterator[ProgressHub | None]:
+    """Where applications hear of the leases of this process; None where no Redis is set.
+
+    What waits to be told is sent at the end, for some seconds at most. Raises SettingsError for a URL that is none, or
+    where the package is missing; unless it is `needed`, that is a log line, and nobody hears of anything.
+    """
+    hub = None
+    if settings.redis_url is not None:
+        try:
+            hub = open_hub(settings.redis_url.get_secret_value())
+        except SettingsError as error:
+            if needed:
+                raise
+            log.error("no_events", error=str(error))  # noqa: TRY400 - the message is the point
+    try:
+        yield hub
+    finally:
+        if hub is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(hub.close)
+
+
 def build_runner(
     settings: Settings,
     queue: TaskQueue,
@@ -440,10 +469,12 @@ def build_runner(
     *,
     ledger: Ledger | None = None,
     sink: Callable[[Lease], Sink] | None = None,
+    hub: ProgressHub | None = None,
+    history: StageHistory | None = None,
 ) -> Runner:
     """What runs leases; clears away what killed workers left behind.
 
-    Raises SettingsError where the temporary folder cannot be made.
+    `hub`, `history`: as Runner has them. Raises SettingsError where the temporary folder cannot be made.
     """
     clear_temp(settings)
     return Runner(
@@ -455,7 +486,17 @@ def build_runner(
         ledger=ledger,
         recipe=recipe(settings),
         at_once=settings.runway_concurrency if is_paid(settings.engine) else 1,
+        usd_per_s=usd_per_s(settings),
+        hub=hub,
+        history=history,
     )
+
+
+def usd_per_s(settings: Settings) -> float | None:
+    """What a second of this machine's engine costs; None where that is not known, or its provider names prices."""
+    if is_paid(settings.engine) or settings.gpu_usd_per_hour is None:
+        return None
+    return settings.gpu_usd_per_hour / 3600
 
 
 def build_worker(
@@ -465,6 +506,7 @@ def build_worker(
     *,
     sink: Callable[[Lease], Sink] | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
+    hub: ProgressHub | None = None,
 ) -> Worker:
     """A polling worker. Raises SettingsError where the temporary folder cannot be made."""
     pays = is_paid(settings.engine)
@@ -472,7 +514,7 @@ def build_worker(
     held = settings.concurrency if queue.hands_back or "concurrency" in settings.model_fields_set else 1
     return Worker(
         queue,
-        build_runner(settings, queue, engine, ledger=build_ledger(settings) if pays else None, sink=sink),
+        build_runner(settings, queue, engine, ledger=build_ledger(settings) if pays else None, sink=sink, hub=hub),
         concurrency=max(held, settings.runway_concurrency) if pays else held,
         poll_interval_s=settings.poll_interval_s,
         grace_s=settings.shutdown_grace_s,

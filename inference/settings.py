@@ -422,7 +422,7 @@ class Settings(LoadableSettings):
         None,
         "REDIS_URL",
         about="Redis through which several processes share live progress, e.g. redis://:password@host:6379/0. Without "
-        "it, only the embedded server tells it, of its own tasks.",
+        "it, only the embedded server tells it, of its own tasks. On Modal it belongs into the secret.",
     )
     gpu_usd_per_hour: Annotated[float, Field(ge=0)] | None = setting(
         None,

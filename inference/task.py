@@ -246,7 +246,7 @@ class Video(Value):
     frames: int
     size_bytes: int
     seed: int | None = None
-    cost_usd: float | None = None  # what a provider charges for it, where clips are paid one by one
+    cost_usd: float | None = None  # what its provider charges, or else its seconds at an engine whose price is known
     as_it_came: str | None = None  # why a paid clip was left uncut or not re-encoded; None where all was done
     external_ids: dict[str, str] = {}  # ids at a paid provider, under the names that the queue's report uses
     others: dict[str, Path] = {}  # further files that a workflow made, by file name

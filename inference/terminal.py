@@ -3,18 +3,20 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -35,6 +37,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 PIPED_WIDTH = 240
 """Width where there is no terminal: programs that read the output expect one line a task."""
+
+TaskView = Mapping[str, Any]
+"""A task as the embedded queue's API describes it; those of other versions may lack fields."""
 
 STATUS_STYLES = {"completed": "green", "failed": "red", "processing": "cyan", "cancelled": "dim"}
 
@@ -99,16 +104,29 @@ def bar(label: str) -> Iterator[Sink]:
         TextColumn("[dim]{task.fields[stage]}"),
         TimeElapsedColumn(),
         TextColumn("[dim]left"),
-        TimeRemainingColumn(),
+        _TimeLeft(),
     )
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(legible(label)), total=1.0, stage="")
+        task = progress.add_task(escape(legible(label)), total=1.0, stage="", left_s=None)
 
         def sink(snapshot: Snapshot) -> None:
             count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
-            progress.update(task, completed=snapshot.fraction, stage=f"{escape(legible(snapshot.stage))}{count}")
+            progress.update(
+                task,
+                completed=snapshot.fraction,
+                stage=f"{escape(legible(snapshot.stage))}{count}",
+                left_s=snapshot.eta_s,
+            )
 
         yield sink
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """What is left as whoever works on it says, or else as the speed of the bar suggests."""
+
+    def render(self, task: Task) -> Text:
+        left_s = task.fields.get("left_s")
+        return super().render(task) if left_s is None else shown(span(left_s), "cyan")
 
 
 @contextmanager
@@ -174,40 +192,131 @@ def show(table: Table) -> None:
     (out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPED_WIDTH)).print(table)
 
 
-def show_tasks(tasks: list[dict[str, Any]]) -> None:
+def show_tasks(tasks: Sequence[TaskView]) -> None:
     """Tasks of the embedded queue, one a row, followed by the errors of failed ones."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    rows = [_task_cells(task) for task in tasks]
-    for number, title in enumerate(("task", "status", "age", "seconds")):
-        # Never shortened, since people copy ids from here. A narrow terminal shows less of the prompt instead.
-        table.add_column(
-            title, no_wrap=True, min_width=max(cell_len(cell) for cell in (title, *(row[number].plain for row in rows)))
-        )
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=40)
-    for row in rows:
-        table.add_row(*row)
-    show(table)
+    show(_task_table(tasks, out.width if out.is_terminal else PIPED_WIDTH))
     for task in tasks:
         if task["error_message"]:
             out.print(shown(f"{task['id']}  ").append_text(shown(task["error_message"], "red")))
 
 
-def _task_cells(task: dict[str, Any]) -> tuple[Text, ...]:
-    status = str(task["status"])
-    progress = task.get("progress") or {}
-    percent = f" {progress['fraction']:.0%}" if status == "processing" and progress else ""
-    return (
-        shown(task["id"]),
-        shown(f"{status}{percent}", STATUS_STYLES.get(status, "")),
-        shown(_age(task["created_at"])),
-        shown(f"{task['seconds']:g}"),
-        shown(task["prompt"]),
-    )
+@contextmanager
+def watched_tasks() -> Iterator[Callable[[Sequence[TaskView], str], None]]:
+    """Takes tasks again and again, with a line about all of them, and shows them as a table that changes in place.
+
+    The table stays after the block. Without a terminal, a line on stdout for each change of a task's status or stage.
+    """
+    if not out.is_terminal:
+        yield _change_lines()
+        return
+    with Live(console=out, auto_refresh=False) as live:
+
+        def show_now(tasks: Sequence[TaskView], summary: str) -> None:
+            fitting = tasks[: max(1, out.height - 4)]  # the head, two lines below, and the one of the cursor
+            table: Table | Text = Text("No tasks.")
+            if fitting:
+                table = _task_table(fitting, out.width, for_watching=True)
+            left_out = f"  (and {len(tasks) - len(fitting)} more)" if len(tasks) > len(fitting) else ""
+            live.update(Group(table, shown(f"{summary}{left_out}", "dim")), refresh=True)
+
+        yield show_now
 
 
-def _age(created_at: str) -> str:
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(created_at)).total_seconds()
+def _change_lines() -> Callable[[Sequence[TaskView], str], None]:
+    told: dict[str, tuple[str, str]] = {}
+
+    def show_changes(tasks: Sequence[TaskView], _summary: str) -> None:
+        nonlocal told
+        before, told = told, {task["id"]: (task["status"], _progress_of(task).get("stage", "")) for task in tasks}
+        for task in reversed(tasks):  # what began first is told first
+            status, stage = told[task["id"]]
+            if before.get(task["id"]) != (status, stage):
+                cells = [task["id"], _status_of(task), stage, _price_of(task), task["error_message"] or ""]
+                result("  ".join(legible(cell) for cell in cells if cell))
+        sys.stdout.flush()
+
+    return show_changes
+
+
+NARROW = 110
+"""Cells of a terminal on which a table that is watched has only the ends of ids, to have room for what changes."""
+
+SHORT_ID_CHARS = 8
+"""The end of an id: the beginning is a time, which tasks that were submitted together share."""
+
+MIN_PROMPT, MAX_PROMPT = 10, 40
+"""Cells of the last column: other columns go before it gets less, and it takes no more."""
+
+GO_FIRST = ("photo", "seconds", "age", "stage", "price", "left")
+"""Columns that are left out where a terminal is too narrow, in this order."""
+
+
+def _task_table(tasks: Sequence[TaskView], width: int, *, for_watching: bool = False) -> Table:
+    """`for_watching`: shortens ids on a narrow terminal, and shows a failed task's error instead of its prompt."""
+    is_short = for_watching and width < NARROW
+    columns: dict[str, list[Text]] = {
+        "task": [shown(task["id"][-SHORT_ID_CHARS:] if is_short else task["id"]) for task in tasks],
+        "status": [shown(_status_of(task), STATUS_STYLES.get(task["status"], "")) for task in tasks],
+        "stage": [shown(_progress_of(task).get("stage", "")) for task in tasks],
+        "left": [shown("" if task.get("eta_s") is None else span(task["eta_s"])) for task in tasks],
+        "price": [shown(_price_of(task)) for task in tasks],
+        "age": [shown(_age(task["created_at"])) for task in tasks],
+        "seconds": [shown(f"{task['seconds']:g}") for task in tasks],
+        "photo": [shown(task.get("photo_filename") or "") for task in tasks],
+    }
+    columns = {
+        title: cells
+        for title, cells in columns.items()
+        if title not in ("stage", "left", "price", "photo") or any(cell.plain for cell in cells)
+    }
+    widths = {title: max(cell_len(text) for text in (title, *map(str, cells))) for title, cells in columns.items()}
+    for title in GO_FIRST:
+        if sum(widths.values()) + 2 * len(widths) + MIN_PROMPT > width:
+            widths.pop(title, None)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, least in widths.items():
+        # Never shortened, since people copy ids from here. A narrow terminal shows less of the prompt instead.
+        table.add_column(title, no_wrap=True, min_width=least)
+    left = width - sum(widths.values()) - 2 * len(widths)
+    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=max(1, min(left, MAX_PROMPT)))
+    for number, task in enumerate(tasks):
+        prompt = shown(task["prompt"])
+        if for_watching and task["error_message"]:
+            prompt = shown(task["error_message"], "red")
+        table.add_row(*(columns[title][number] for title in widths), prompt)
+    return table
+
+
+def _progress_of(task: TaskView) -> Mapping[str, Any]:
+    """How far a task is, while somebody works on it."""
+    return (task.get("progress") or {}) if task["status"] == "processing" else {}
+
+
+def _status_of(task: TaskView) -> str:
+    """`processing 34%`. A task that is to be cancelled says so until its worker has heard."""
+    if task["status"] == "processing" and task.get("cancel_requested"):
+        return "cancelling"
+    progress = _progress_of(task)
+    return f"{task['status']} {int(progress['fraction'] * 100 + 1e-6)}%" if progress else str(task["status"])
+
+
+def _price_of(task: TaskView) -> str:
+    """Of what a worker knew the price of; other servers than ours say nothing of it."""
+    return "" if task.get("cost_usd") is None else usd(task["cost_usd"])
+
+
+def usd(amount_usd: float) -> str:
+    """`$0.05`; less than a cent is told to a hundredth of one."""
+    return f"${amount_usd:.4f}" if 0 < amount_usd < 0.01 else f"${amount_usd:.2f}"
+
+
+def span(seconds: float) -> str:
+    """`45 s`, `3 min`, `2 h`, `1 d`."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def _age(created_at: str) -> str:
+    return span((datetime.now(UTC) - datetime.fromisoformat(created_at)).total_seconds())

@@ -1,9 +1,12 @@
 """What entry points build from settings, and what they refuse to build."""
 
+import json
 import stat
 import threading
 
+import anyio
 import pytest
+from structlog.testing import capture_logs
 
 from inference.build import (
     build_engine,
@@ -11,8 +14,10 @@ from inference.build import (
     build_worker,
     choose_engine,
     engine_note,
+    open_events,
     open_queue,
     refuse,
+    usd_per_s,
 )
 from inference.engines.preview import PreviewEngine
 from inference.errors import InvalidRequest, NotWritable, SettingsError
@@ -21,6 +26,7 @@ from inference.settings import Settings
 from inference.task import GenerationRequest
 from inference.testing.memory_queue import MemoryQueue
 from inference.testing.memory_store import MemoryStore
+from tests.support.redis_server import redis_server
 
 
 def test_the_signing_secret_is_made_once_and_kept_private(tmp_path):
@@ -133,3 +139,52 @@ async def test_no_queue_without_an_address():
     with pytest.raises(SettingsError, match="VERCEL_API_URL"):
         async with open_queue(Settings.isolated()):
             pass
+
+
+def test_a_worker_tells_redis_of_its_leases(tmp_path, photo_bytes):
+    """All of it is there when the worker has ended, the end above all; with the price of the time that it took."""
+
+    async def work():
+        store = MemoryStore(clock=anyio.current_time)
+        item = store.add(photo_bytes, "pan left", frame_num=13)
+        async with open_events(settings) as hub:
+            worker = build_worker(settings, MemoryQueue(store=store, worker_id="me"), PreviewEngine(), hub=hub)
+            await worker.run(at_most=1)
+        return item
+
+    with redis_server(tmp_path) as server:
+        settings = Settings.isolated(temp_dir=tmp_path / "temp", redis_url=server.url, gpu_usd_per_hour=3600)
+        item = anyio.run(work)
+        events = [json.loads(event) for event in server.events(item.group_id)]
+    assert [event["type"] for event in events[:-1]] == ["progress"] * (len(events) - 1)
+    assert events[0]["metadata"]["stage"] == "download"
+    assert (events[-1]["type"], events[-1]["task_name"]) == ("completion", item.id)
+    assert 0 < events[-1]["result"]["cost_usd"] < 60
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_an_address_of_redis_that_is_none(needed):
+    """A person at a terminal is told at once. A container that cannot tell of its leases runs them all the same."""
+
+    async def opened():
+        async with open_events(Settings.isolated(redis_url="http://secret@host"), needed=needed) as hub:
+            return hub
+
+    with capture_logs() as logs:
+        if needed:
+            with pytest.raises(SettingsError, match="REDIS_URL") as told:
+                anyio.run(opened)
+            assert "secret" not in str(told.value)
+        else:
+            assert anyio.run(opened) is None
+            assert [(line["event"], "REDIS_URL" in line["error"]) for line in logs] == [("no_events", True)]
+            assert "secret" not in str(logs)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [({}, None), ({"gpu_usd_per_hour": 3.6}, 0.001), ({"gpu_usd_per_hour": 3.6, "engine": "runway"}, None)],
+)
+def test_the_price_of_a_second(given, told):
+    """Of engines that run here. A provider says itself what a clip costs."""
+    assert usd_per_s(Settings.isolated(**given)) == (told if told is None else pytest.approx(told))

@@ -101,6 +101,7 @@ with terminal.bar({NAME!r}) as sink:
     "program",
     [
         f"terminal.show_tasks([{TASK!r}])",
+        f"with terminal.watched_tasks() as show: show([{TASK!r}], {HOSTILE + NAME!r})",
         f"terminal.finding('queue', 'FAIL', {HOSTILE + NAME!r})",
         f"terminal.say({NAME + HOSTILE!r})",
         f"terminal.error({NAME + HOSTILE!r})",
@@ -135,6 +136,106 @@ def test_a_narrow_terminal_shows_whole_ids():
     assert head.split() == ["task", "status", "age", "seconds", "prompt"]
     assert row.split()[:3] == [task["id"], "processing", "55%"]
     assert re.search(r" 5 +a slow.*…$", row.rstrip())
+
+
+WORKING_ON = {
+    "id": "01a224bb-2aad-78f7-b746-7aa16abb865d",
+    "status": "processing",
+    "progress": {"fraction": 0.29, "stage": "denoise"},
+    "eta_s": 95.2,
+    "cost_usd": None,
+    "photo_filename": "holiday.jpg",
+    "prompt": "a slow dolly-in over the garden",
+    "error_message": None,
+    "seconds": 5,
+    "created_at": datetime.now(UTC).isoformat(),
+}
+COMPLETED = WORKING_ON | {
+    "id": "01a224bb-2aad-78f7-b746-7aa16abb865e",
+    "status": "completed",
+    "progress": {"fraction": 1, "stage": "done"},
+    "eta_s": None,
+    "cost_usd": 0.004321,
+}
+FAILED = COMPLETED | {"id": "01a224bb-2aad-78f7-b746-7aa16abb865f", "status": "failed", "cost_usd": None}
+FAILED |= {"error_message": "the photo is damaged: send it again"}
+
+
+def plain(said):
+    """Lines without colours."""
+    return [line.rstrip() for line in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", said).replace("\r", "").split("\n")]
+
+
+@pytest.mark.parametrize(
+    "columns, title",
+    [
+        (200, "task status stage left price age seconds photo prompt"),
+        (100, "task status stage left price age prompt"),
+        (80, "task status left price prompt"),
+    ],
+)
+def test_what_is_known_of_tasks_has_columns(columns, title):
+    """Time left, price, stage and photo, where there is room; the least important go first, and ids stay whole."""
+    head, first, second, third, *_ = plain(
+        on_a_terminal(f"terminal.show_tasks([{WORKING_ON!r}, {COMPLETED!r}, {FAILED!r}])", columns=columns)
+    )
+    assert head.split() == title.split()
+    for line, task in ((first, WORKING_ON), (second, COMPLETED), (third, FAILED)):
+        assert line.startswith(task["id"])
+        assert len(line) <= columns
+    assert "processing 29%" in first
+    assert ("2 min" in first) == ("left" in title)
+    assert ("denoise" in first) == ("stage" in title)
+    assert ("$0.0043" in second) == ("price" in title)
+    assert "done" not in second
+    assert ("holiday.jpg" in third) == ("photo" in title)
+
+
+@pytest.mark.parametrize("columns", [30, 60, 130])
+def test_tasks_are_watched_in_place(columns):
+    """On a narrow terminal ids are cut to their ends, lines never wrap, and errors stand where the prompt was."""
+    program = f"""
+with terminal.watched_tasks() as show:
+    show([], "")
+    show([{WORKING_ON!r}] * 100, "1 in work")
+    show([{COMPLETED!r}, {FAILED!r}], "none in work")
+"""
+    last_frame = on_a_terminal(program, columns=columns).rpartition("\x1b[2K")[2]
+    head, first, second, summary, _ = plain(last_frame)
+    assert head.split()[:2] == ["task", "status"]
+    assert first.split()[:2] == [COMPLETED["id"] if columns == 130 else "6abb865e", "completed"]
+    assert "the ph" in second
+    assert summary == "none in work"
+    assert max(map(len, (head, first, second))) <= columns
+
+
+def test_changes_are_lines_where_there_is_no_terminal(capfd):
+    """One for each status and stage, the oldest task first; what stays as it was is not said again."""
+    from inference import terminal
+
+    decoding = WORKING_ON | {"progress": {"fraction": 0.9, "stage": "decode"}}
+    done = WORKING_ON | {"status": "completed", "cost_usd": 0.25}
+    with terminal.watched_tasks() as show:
+        for tasks in ([WORKING_ON, FAILED], [WORKING_ON], [decoding], [decoding | {"eta_s": 1}], [done], [done]):
+            show(tasks, "a summary")
+    one = WORKING_ON["id"]
+    assert capfd.readouterr().out.splitlines() == [
+        f"{FAILED['id']}  failed  the photo is damaged: send it again",
+        f"{one}  processing 29%  denoise",
+        f"{one}  processing 90%  decode",
+        f"{one}  completed  $0.25",
+    ]
+
+
+def test_a_bar_has_the_time_that_is_left():
+    """As whoever works on it says."""
+    program = """
+from inference.progress.stages import Progress
+with terminal.bar("task") as sink:
+    sink(Progress(stage="denoise", done=3, total=10, fraction=0.3, eta_s=123.4))
+"""
+    said = " ".join(plain(on_a_terminal(program)))
+    assert re.search(r"task .* 30 % denoise 3/10 .*left 2 min", said)
 
 
 def test_a_program_reads_results_as_they_are():

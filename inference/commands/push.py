@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -11,7 +12,15 @@ import typer
 from anyio.abc import TaskStatus
 
 from inference import logs, process, terminal
-from inference.build import build_ledger, build_runner, choose_engine, load_engine, migrate_jobs, needing_extra
+from inference.build import (
+    build_ledger,
+    build_runner,
+    choose_engine,
+    load_engine,
+    migrate_jobs,
+    needing_extra,
+    open_events,
+)
 from inference.commands.start import Verbose, start
 from inference.errors import SettingsError
 from inference.leasing.polling import Worker
@@ -63,16 +72,19 @@ async def _serve(settings: Settings) -> None:
         from inference.server.listening import listen  # noqa: PLC0415
     auth, tasks = opening.build_auth(settings), opening.build_tasks(settings)
     ledger = build_ledger(settings) if is_paid(settings.engine) else None
-    async with opening.open_jobs(settings) as jobs:
+    async with open_events(settings) as hub, opening.open_jobs(settings) as jobs:
         await jobs.check()  # no database, no service: an answer of 404 to every job would end them all
         engine = await load_engine(settings)
-        runner = build_runner(settings, jobs, engine, ledger=ledger, sink=lambda lease: logs.stages(lease.task.item_id))
+        sink = lambda lease: logs.stages(lease.task.item_id)  # noqa: E731
+        runner = build_runner(settings, jobs, engine, ledger=ledger, sink=sink, hub=hub)
         here = Here(jobs, runner, at_once=settings.push_at_once)
         ask = opening.ask_of(tasks)
         sweeper = Sweeper(jobs, ask=ask, here=None if ask else here)
-        app = create_app(auth, runs=here, wake=sweeper.wake, deadline_s=settings.push_deadline_s)
+        streams = opening.build_streams(settings, auth, hub)
+        app = create_app(auth, runs=here, wake=sweeper.wake, deadline_s=settings.push_deadline_s, beside=streams)
+        serve = partial(opening.serve_calls, closing=hub.close if hub else None)
         async with anyio.create_task_group() as around:
-            bound = await around.start(opening.serve_calls, app, listen(settings.host, settings.port))
+            bound = await around.start(serve, app, listen(settings.host, settings.port))
             log.info("push_open", host=bound[0], port=bound[1], engine=engine.name)
             terminal.tell(f"Jobs are taken at http://{bound[0]}:{bound[1]}/jobs/run, engine {engine.name}.")
             async with anyio.create_task_group() as beside:

@@ -124,6 +124,7 @@ class Film:
     purchase: Callable[[str], Purchase] | None = None  # the entry of a segment in the ledger, by its key; None: unpaid
     on_segment: Callable[[int, bool], None] = lambda _number, _found: None  # its number, from 1; whether it was kept
     unsettled: list[Purchase] = field(default_factory=list)  # to be ended when the film is delivered
+    engine_s: float = 0.0  # for which it held a turn at the engine so far
 
     async def made(self) -> Video:
         """The film, in `folder`. Raises as EngineTurns.generate and SegmentStore, EncodeFailed, and as `attempt`.
@@ -190,7 +191,9 @@ class Film:
         part = self.job.part(self.turns.stages, purchase)
         try:
             async with self.turns.taken():  # for this segment alone: others that wait need not wait for the whole film
+                began_at = anyio.current_time()
                 video = await self.attempt(lambda: self.turns.generate(request, {PHOTO: photo}, folder, part))
+                self.engine_s += anyio.current_time() - began_at
         finally:
             self.job.hung = self.job.hung or part.hung
         await anyio.to_thread.run_sync(_take_out, video.path, clip)

@@ -24,11 +24,15 @@ from inference.leasing.keeper import Keeper
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import require_room, scratch_folder
 from inference.leasing.taking import STOPPING, hand_back
+from inference.leasing.telling import Telling
 from inference.payments.ledger import Ledger, Purchase
-from inference.progress.stages import Sink, StageTracker, plan
+from inference.progress.eta import StageHistory, TaskEta
+from inference.progress.hub import ProgressHub
+from inference.progress.stages import Sink, StageTracker, both, plan
+from inference.progress.tracing import Tracing
 from inference.providers import is_known
 from inference.queues.base import TaskQueue
-from inference.task import GenerationRequest, Lease, Outcome, Video
+from inference.task import GenerationRequest, Lease, Outcome, Task, Video
 
 log = structlog.get_logger(__name__)
 
@@ -50,10 +54,17 @@ class Runner:
         ledger: Ledger | None = None,
         recipe: str = "",
         at_once: int = 1,
+        usd_per_s: float | None = None,
+        hub: ProgressHub | None = None,
+        history: StageHistory | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """`engine`: one of this runner's own, for `at_once` leases at a time, or one shared with other runners.
 
         `recipe`: settings of the engine on which it depends what a clip looks like.
+        `usd_per_s`: what a second of the engine costs, for videos that have no price of their own.
+        `hub`: where applications hear of leases; its `publish` must not wait for a network.
+        `history`: how long stages took, to be shared by runners of one engine.
         """
         self._queue, self._ledger = queue, ledger
         self._policy = policy or Policy()
@@ -64,6 +75,8 @@ class Runner:
         self._recipe = recipe
         self._temp_dir = temp_dir
         self._sink = sink
+        self._usd_per_s = usd_per_s
+        self._hub, self._history, self._tracing = hub, history or StageHistory(), tracing or Tracing()
 
     async def check(self) -> None:
         """Looks whether a task could be made now, before one is taken.
@@ -78,9 +91,37 @@ class Runner:
     async def run(self, lease: Lease) -> Outcome:
         """Runs one lease to its end. Errors become its Outcome; when cancelled, hands it back first."""
         bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
+        telling, span = Telling(self._hub, lease), self._tracing.span(lease, self.turns.name)
+        tracker = self._tracker(lease, both(span.sink, telling.sink))
+
+        def ended(outcome: Outcome) -> Outcome:
+            timed = outcome.model_copy(update={"stage_seconds": tracker.stage_seconds()})
+            telling.ended(timed)
+            span.ended(timed)
+            return timed
+
+        try:
+            with span.current():
+                outcome = ended(await self._run(lease, tracker))
+        except anyio.get_cancelled_exc_class():
+            ended(Outcome(status="released", item_id=lease.task.item_id))
+            log.info("lease_ended", **bound, status="released", error=STOPPING)
+            raise
+        facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
+        if outcome.video is not None and outcome.video.cost_usd is not None:
+            facts["cost_usd"] = outcome.video.cost_usd
+        log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)
+        return outcome
+
+    def _tracker(self, lease: Lease, sink: Sink) -> StageTracker:
+        kind = _kind_of(lease.task, self.turns.name)
+        stages = film.STAGES if lease.task.segments else plan(self.turns.stages, self._history.medians(kind))
+        both_sinks = both(sink, self._sink(lease)) if self._sink else sink
+        return StageTracker(stages, both_sinks, TaskEta(self._history, kind))
+
+    async def _run(self, lease: Lease, tracker: StageTracker) -> Outcome:
+        bound = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
         task = lease.task
-        stages = film.STAGES if task.segments else plan(self.turns.stages)
-        tracker = StageTracker(stages, self._sink(lease) if self._sink else None)
         keeper = Keeper(self._queue, lease, self._policy, tracker)
         if task.segments:
             job: Job = FilmJob(tracker, len(task.segments), check=keeper.check)
@@ -100,23 +141,12 @@ class Runner:
                 outcome = await self._settle(lease, error, keeper)
         except anyio.get_cancelled_exc_class():
             await keeper.release(STOPPING)
-            log.info("lease_ended", **bound, status="released", error=STOPPING)
             raise
-        outcome = outcome.model_copy(
-            update={
-                "stage_seconds": tracker.stage_seconds(),
-                "machine_at_fault": outcome.machine_at_fault or job.hung,
-            }
-        )
         # After a lost or released lease the reservation belongs to the task's next holder. Of a film's, something may
         # be left in the end: segments that were found cost nothing.
         if outcome.status in ("failed", "cancelled") or (task.segments and outcome.status == "completed"):
             await self._unreserve(outcome.item_id)
-        facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
-        if outcome.video is not None and outcome.video.cost_usd is not None:
-            facts["cost_usd"] = outcome.video.cost_usd
-        log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)
-        return outcome
+        return outcome.model_copy(update={"machine_at_fault": outcome.machine_at_fault or job.hung})
 
     async def _to_the_end(self, lease: Lease, keeper: Keeper, job: Job, tracker: StageTracker, folder: Path) -> Outcome:
         async def work() -> Outcome:
@@ -143,8 +173,10 @@ class Runner:
         if not isinstance(job, FilmJob):
             job.report("wait")
             async with self.turns.taken():
+                began_at = anyio.current_time()
                 video = await keeper.stage(lambda: self.turns.generate(request, inputs, folder, job))
-            return video, [job.purchase] if job.purchase else []
+                engine_s = anyio.current_time() - began_at
+            return self._priced(video, engine_s), [job.purchase] if job.purchase else []
 
         def purchase(key: str) -> Purchase:
             assert ledger is not None  # noqa: S101  it is only asked where there is one
@@ -163,7 +195,13 @@ class Runner:
             store=self._queue.segments(lease),
             purchase=purchase if ledger else None,
         )
-        return await making.made(), making.unsettled
+        return self._priced(await making.made(), making.engine_s), making.unsettled
+
+    def _priced(self, video: Video, engine_s: float) -> Video:
+        """The video with its price: its provider's, or else that of the time that it kept the engine busy."""
+        if video.cost_usd is not None or self._usd_per_s is None:
+            return video
+        return video.model_copy(update={"cost_usd": round(engine_s * self._usd_per_s, 6)})
 
     async def hand_back(self, lease: Lease) -> None:
         """Hands back a lease whose work has not begun."""
@@ -266,3 +304,12 @@ class Runner:
             with anyio.move_on_after(left_s):  # each beat renews the lease, which gives the report more time
                 return await repeat(report, self._policy)
         raise LeaseLost("the queue could not be reached before the lease ran out")
+
+
+def _kind_of(task: Task, engine: str) -> str:
+    """What takes about as long as this task."""
+    if task.segments:
+        return f"{engine}, {len(task.segments)} segments of {sum(each.duration_s for each in task.segments):g} s"
+    if task.workflow is not None:
+        return f"{engine}, a graph of {len(task.workflow)} nodes"
+    return f"{engine}, {task.duration_s:g} s"

@@ -12,7 +12,7 @@ import structlog
 from pydantic import ValidationError
 
 from inference import logs
-from inference.build import build_ledger, build_runner, load_engine, open_queue
+from inference.build import build_ledger, build_runner, load_engine, open_events, open_queue
 from inference.engines.base import Engine, Job
 from inference.errors import EngineLost, I2VError
 from inference.fleet.opening import version
@@ -128,7 +128,7 @@ async def open_warm_worker(
     if fault is not None:
         log.error("engine_not_loaded", pool=pool, error=str(fault))
         engine = BrokenEngine(fault)
-    async with open_queue(own) as queue:
+    async with open_events(own, needed=False) as hub, open_queue(own) as queue:
         books, readings = build_ledger(settings, records), Readings(MemoryRecords() if by_hand else records)
 
         async def fits(task: Task) -> bool:
@@ -141,7 +141,7 @@ async def open_warm_worker(
         yield WarmWorker(
             pool,
             queue,
-            build_runner(own, queue, engine, ledger=books, sink=sink),
+            build_runner(own, queue, engine, ledger=books, sink=sink, hub=hub),
             readings,
             fault=fault,
             fits=fits,

@@ -24,6 +24,7 @@ from inference.build import (
     choose_engine,
     clear_temp,
     load_engine,
+    open_events,
     open_queue,
     open_storage,
 )
@@ -33,11 +34,13 @@ from inference.engines.turns import EngineTurns
 from inference.errors import EngineLost, I2VError, InvalidRequest, PartsMissing, SettingsError, UrlExpired
 from inference.leasing.executor import Executor
 from inference.leasing.polling import Worker
+from inference.leasing.runner import Runner
 from inference.leasing.taking import hand_back
 from inference.on_runpod.comfy import WorkflowInput, as_worker_comfyui, run_workflow, workflow_in
 from inference.on_runpod.direct import DirectContext, render
 from inference.on_runpod.progress_posts import ProgressPosts
 from inference.on_runpod.wire import DirectInput, DrainInput, TaskInput, answer_of, failure, parse, parse_s3
+from inference.progress.eta import StageHistory
 from inference.progress.stages import Progress, Sink, both
 from inference.providers import DEFAULT, is_paid
 from inference.queues.base import TaskQueue
@@ -67,6 +70,7 @@ class RunPodWorker:
         self._settings = settings.model_copy(update={"worker_type": worker_type})
         self._bucket = bucket_of(settings)
         self._engine: Engine | None = None
+        self._history = StageHistory()  # of its tasks, each of which has a runner of its own
         self._opening = asyncio.Lock()
         self._executor: Executor  # set once it is open
         self._serving: asyncio.Task[None] | None = None  # since then
@@ -125,6 +129,7 @@ class RunPodWorker:
                 async with AsyncExitStack() as stack:
                     storage = await stack.enter_async_context(open_storage(settings, ()))
                     own = await stack.enter_async_context(open_storage(settings, _origins(self._bucket)))
+                    self._hub = await stack.enter_async_context(open_events(settings, needed=False))
                     self._queue = await stack.enter_async_context(open_queue(settings)) if settings.api_url else None
                     engine = self._engine or await load_engine(settings)
                     turns = EngineTurns(engine, limit_s=settings.attempt_limit_s, strict=True)
@@ -189,9 +194,7 @@ class RunPodWorker:
         except I2VError:
             await hand_back(queue, lease)
             raise
-        runner = build_runner(
-            self._settings, queue, self._executor.turns, sink=lambda lease: both(logs.stages(lease.task.item_id), sink)
-        )
+        runner = self._runner(queue, lambda lease: both(logs.stages(lease.task.item_id), sink))
         self._leases.add(key)
         try:
             outcome = await self._executor.run_lease(runner, lease)
@@ -208,7 +211,7 @@ class RunPodWorker:
         self._refuse_unfit()
         outcomes: list[Outcome] = []
         settings = self._settings
-        runner = build_runner(settings, queue, self._executor.turns, sink=lambda lease: logs.stages(lease.task.item_id))
+        runner = self._runner(queue, lambda lease: logs.stages(lease.task.item_id))
 
         def ended(outcome: Outcome) -> None:
             outcomes.append(outcome)
@@ -230,6 +233,10 @@ class RunPodWorker:
         finally:  # what ended before stays ended, also where the rest is cancelled
             completed = sum(outcome.status == "completed" for outcome in outcomes)
             said |= {"tasks": [answer_of(outcome) for outcome in outcomes], "completed": completed}
+
+    def _runner(self, queue: TaskQueue, sink: Callable[[Lease], Sink]) -> Runner:
+        turns = self._executor.turns
+        return build_runner(self._settings, queue, turns, sink=sink, hub=self._hub, history=self._history)
 
     def _asked_queue(self) -> TaskQueue:
         if self._queue is None:

@@ -114,10 +114,10 @@ class MemoryHub:
             self._stream(project_id).add(published)
 
     def forget(self, project_id: str) -> None:
-        """Drops what is kept of a project. For who feeds it, and will miss events because nobody listens."""
+        """Drops a project without listeners. For who feeds it, and stops; it can be fed again from its beginning."""
         with self._lock:
-            if stream := self._streams.get(project_id):
-                stream.clear()
+            if (stream := self._streams.get(project_id)) and not stream.listeners:
+                del self._streams[project_id]
 
     @asynccontextmanager
     async def subscribe(self, project_id: str, after: str | None = None) -> AsyncIterator[Subscription]:
@@ -195,11 +195,6 @@ class _Stream:
         if len(self._newest) > KEPT:
             del self._newest[next(iter(self._newest))]
         self.listeners = {listener for listener in self.listeners if listener.offer(published)}
-
-    def clear(self) -> None:
-        self._is_whole = False
-        self._kept.clear()
-        self._newest.clear()
 
     def welcome(self, listener: "_Listener", after: str | None) -> None:
         """Gives a listener what it missed, and from now on everything."""

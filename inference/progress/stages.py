@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from inference.progress.eta import TaskEta
 from inference.task import Value
 
 DELIVERY_STAGES: Mapping[str, float] = {"download": 2, "wait": 0, "generate": 90, "upload": 6, "report": 2}
@@ -21,6 +22,7 @@ class Progress(Value):
     total: float
     fraction: float  # of the whole job, 0..1; below 1 until the queue accepted the report
     detail: Mapping[str, Any] = Field(default_factory=dict)  # what else the engine says, for queues that pass it on
+    eta_s: float | None = None  # seconds that are left, where enough is known to say so
 
 
 Sink = Callable[[Progress], None]
@@ -64,9 +66,10 @@ class StageTracker:
 
     CEILING = 0.99  # the rest is for `finish`, when the queue has accepted the report
 
-    def __init__(self, stages: Mapping[str, float], sink: Sink | None = None) -> None:
+    def __init__(self, stages: Mapping[str, float], sink: Sink | None = None, eta: TaskEta | None = None) -> None:
+        """`eta`: tells each snapshot how much time is left, and learns from a job that ended well."""
         self._lock = threading.Lock()
-        self._sink = sink
+        self._sink, self._eta = sink, eta
         whole = sum(stages.values())
         self._span: dict[str, tuple[float, float]] = {}  # stage → (fraction before it, its share)
         before = 0.0
@@ -85,7 +88,13 @@ class StageTracker:
             before, share = self._span.get(stage, (last, 0.0))
             inside = min(max(done / total, 0.0), 1.0) if total > 0 else 0.0
             fraction = max(last, min(before + share * inside, self.CEILING))
-            self.latest = Progress(stage=stage, done=done, total=total, fraction=fraction, detail=dict(detail or {}))
+            left_s = None
+            if self._eta is not None:
+                self._eta.observe(stage, fraction, self._counted_at)
+                left_s = self._eta.left_s(self._counted_at)
+            self.latest = Progress(
+                stage=stage, done=done, total=total, fraction=fraction, detail=dict(detail or {}), eta_s=left_s
+            )
             snapshot = self.latest
         if self._sink:
             self._sink(snapshot)
@@ -94,6 +103,8 @@ class StageTracker:
         """The queue accepted the report: 100 %."""
         with self._lock:
             self._count_time()
+            if self._eta is not None:
+                self._eta.complete(self._counted_at)
             self.latest = Progress(stage="done", done=1, total=1, fraction=1.0)
             snapshot = self.latest
         if self._sink:

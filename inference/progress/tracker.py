@@ -174,7 +174,7 @@ class ProgressTracker:
                 return
             self._told = (now, event.progress_percent, event.status)
         try:
-            self._task.update_state(state=STATE, meta=event.model_dump(mode="json"))
+            self._task.update_state(state=STATE, meta=event.model_dump(mode="json"), **_impatience(self._task))
         except Exception:
             self._silent_until = now + PAUSE_S
             raise
@@ -225,6 +225,11 @@ class BatchProgressTracker(ProgressTracker):
                     "current_item": index,
                 }
             self._move(whole, _text(status), _text(message), counts, "items")
+
+
+def _impatience(task: Any) -> dict[str, int]:
+    """With `result_backend_always_retry`, Celery tries for ever to store a state. Only the task's end is worth that."""
+    return {"max_retries": 0} if getattr(getattr(task, "backend", None), "always_retry", False) is True else {}
 
 
 def _new_lease() -> int:

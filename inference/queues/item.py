@@ -9,6 +9,8 @@
     cancel: pending → cancelled at once; processing → cancel_requested, and cancelled as soon as the holder
     writes, releases, or its lease runs out. retry: failed or cancelled → pending, counters at zero.
 
+Within one lease the progress never falls and stays below 1, and it is 1 once the item is completed.
+
 Leasing takes the oldest item that is pending, or processing with a lease that ran out, with
 retry_count < MAX_FAILURES and no cancellation requested; or a given item, where all this is true of it. Only the
 holder (same worker_id, status processing) can renew, complete, fail or release. A repeated end by the same holder
@@ -22,6 +24,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from inference.progress.events import MAX_PROGRESS
 from inference.task import PHOTO, Input, Task, Value, duration_s
 
 MAX_FAILURES = 3
@@ -49,6 +52,15 @@ class ItemProgress(Value):
     stage: str
     fraction: float
 
+    def after(self, last: "ItemProgress | None") -> "ItemProgress":
+        """What is kept of it where `last` was kept before."""
+        fraction = min(self.fraction, MAX_PROGRESS)
+        return ItemProgress(stage=self.stage, fraction=max(fraction, last.fraction) if last else fraction)
+
+
+DONE = ItemProgress(stage="done", fraction=1.0)
+"""The progress of a completed item, whatever its holder said last."""
+
 
 class Item(Value):
     """A video item: one row. Times are seconds since the epoch on the store's clock."""
@@ -57,6 +69,7 @@ class Item(Value):
     group_id: str
     photo_id: str
     photo_storage_path: str
+    photo_filename: str | None = None  # as whoever uploaded it called it
     prompt: str = ""
     frame_num: int | None = None  # at 24 fps, 24·seconds + 1; None means 121
     inference_provider: str | None = None
@@ -75,6 +88,9 @@ class Item(Value):
     external_ids: dict[str, str] = Field(default_factory=dict)  # runway_task_id, veo_operation_id
     created_at: float
     updated_at: float
+    started_at: float | None = None  # when it was leased last; a retry forgets it
+    ended_at: float | None = None
+    cost_usd: float | None = None  # of a completed item, where its worker knew what the video cost
 
     @property
     def duration_s(self) -> float:

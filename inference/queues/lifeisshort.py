@@ -52,7 +52,7 @@ from inference.queues.lifeisshort_wire import (
     SignedDownload,
     SignedUpload,
 )
-from inference.task import PHOTO, Lease, Video, VideoFormat, explain, identifier, parse_task
+from inference.task import PHOTO, Lease, Task, Video, VideoFormat, explain, identifier, parse_task
 from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
@@ -61,7 +61,14 @@ from inference.transfer.storage_errors import FOREIGN, reason_of
 logger = structlog.get_logger(__name__)
 
 LEASE_SEQ = "lease_seq"
-"""The one extra field that is used: every write sends it back (see `_fence`)."""
+"""An extra field of tasks, which every write sends back (see `_fence`)."""
+
+BEAT_INTERVAL, TAKES = "beat_interval_s", "takes"
+"""Extra fields of tasks from the embedded server: how often it would like to hear how far the work is, and what it
+takes that the worker API does not have. The real server has neither."""
+
+MIN_BEAT_INTERVAL_S = 0.5
+"""No queue is told more often. How seldom it may be told is for the worker's own settings (`leasing/keeper.py`)."""
 
 CONFIRM_SHARE = 1 / 20
 """The longest pause before a heartbeat is repeated, as a share of the lease. `keeper.py` allows a heartbeat, this pause
@@ -77,6 +84,9 @@ ONLY_THE_NEXT = (
     "this queue hands out only the next task, and that is another; "
     "put the item back in your app, or run without an item id"
 )
+
+COST = "cost_usd"
+"""What a video cost, in the report to a queue that takes it."""
 
 REPORTED_IDS = ("runway_task_id", "veo_operation_id")  # the only external ids the report call knows
 
@@ -128,7 +138,7 @@ class LifeIsShortQueue:
         if not (lease_s >= 2 and 2 <= extension_s <= 86_400):
             raise SettingsError("LEASE_DURATION: leases and their extensions last from 2 s to a day")
         # Progress is our extension, and other servers may refuse unknown fields. A server that reports
-        # `cancel_requested` has the extension; until one does, no progress is sent.
+        # `cancel_requested` has the extension; until one does, or its task says so, no progress is sent.
         self._speaks_progress = False
         self._tells_backlog = True
         self._was_there = False  # the worker API has answered at this address
@@ -190,10 +200,10 @@ class LifeIsShortQueue:
             if error.item_id is not None:
                 await self._report_malformed(error.item_id, worker_id, str(error))
             raise
-        ignored = sorted(task.extras.keys() - {LEASE_SEQ})
+        ignored = sorted(task.extras.keys() - {LEASE_SEQ, BEAT_INTERVAL, TAKES})
         if ignored:
             logger.info("ignored", item_id=task.item_id, fields=ignored)
-        return Lease(task=task, worker_id=worker_id, length_s=self._extension_s)
+        return Lease(task=task, worker_id=worker_id, length_s=self._extension_s, beat_interval_s=_beat_interval_s(task))
 
     async def backlog(self) -> int | None:
         """As TaskQueue.backlog: an extension of the embedded server. A server without it is asked only once."""
@@ -205,9 +215,9 @@ class LifeIsShortQueue:
         return None
 
     async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
-        """As TaskQueue.heartbeat. Sends progress once the server has shown that it knows `cancel_requested`."""
+        """As TaskQueue.heartbeat. Sends progress to a server that takes it, or has shown `cancel_requested`."""
         said = {}
-        if progress is not None and self._speaks_progress:
+        if progress is not None and (self._speaks_progress or _takes(lease.task, "progress")):
             said["progress"] = {"stage": progress.stage, "fraction": progress.fraction}
         # Rounded up: the lease must not be shorter for the server than for its holder.
         data = await self._renew(lease, math.ceil(lease.length_s), **said)
@@ -256,8 +266,10 @@ class LifeIsShortQueue:
 
     async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
         """As TaskQueue.complete."""
-        ids = {name: video.external_ids[name] for name in REPORTED_IDS if name in video.external_ids}
-        await self._report(lease, {"status": "completed", "video_storage_path": storage_path, **ids})
+        said: dict[str, Any] = {name: video.external_ids[name] for name in REPORTED_IDS if name in video.external_ids}
+        if video.cost_usd is not None and _takes(lease.task, COST):
+            said[COST] = video.cost_usd
+        await self._report(lease, {"status": "completed", "video_storage_path": storage_path, **said})
 
     async def fail(self, lease: Lease, message: str) -> None:
         """As TaskQueue.fail. Each report that the server accepts increments the task's retry_count."""
@@ -449,6 +461,23 @@ def _fence(lease: Lease) -> dict[str, Any]:
     if isinstance(lease_seq, int) and not isinstance(lease_seq, bool):
         fence[LEASE_SEQ] = lease_seq
     return fence
+
+
+def _beat_interval_s(task: Task) -> float | None:
+    """How often the queue wants to hear; None where it says nothing of it, or nonsense."""
+    wanted = task.extras.get(BEAT_INTERVAL)
+    if wanted is None:
+        return None
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < math.inf:
+        logger.info("ignored", item_id=task.item_id, fields=[BEAT_INTERVAL])
+        return None
+    return max(MIN_BEAT_INTERVAL_S, float(wanted))
+
+
+def _takes(task: Task, name: str) -> bool:
+    """Whether the queue says that it takes this."""
+    takes = task.extras.get(TAKES)
+    return isinstance(takes, list) and name in takes
 
 
 def _photo_path(lease: Lease) -> str:

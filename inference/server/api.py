@@ -13,18 +13,24 @@ from pydantic import BaseModel
 
 from inference.errors import I2VError
 from inference.media import child_process
+from inference.progress.hub import MemoryHub, ProgressHub
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
 from inference.server.config import ServerConfig
 from inference.server.docs import BrowserRules, add_docs
+from inference.server.events_api import event_routes, stream_routes
 from inference.server.guard import Guard
+from inference.server.live import Live
 from inference.server.objects import ObjectStore, Signer
+from inference.server.overview_api import overview_routes
+from inference.server.page.routes import page_routes
 from inference.server.rows.store import Store
 from inference.server.storage_api import Presigner, storage_routes
 from inference.server.submit_api import submit_routes
 from inference.server.tidy import keep_tidy
 from inference.server.worker_api import presign_routes, worker_routes
+from inference.server.workers import Workers
 
 DESCRIPTION = """
 Photos wait here to become short videos. Programs add them under `/api/tasks`; workers lease them under
@@ -45,12 +51,18 @@ class Health(BaseModel):
     storage: str
 
 
-def create_app(config: ServerConfig) -> FastAPI:
+def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     """The application over its database and folder, which are opened here and closed when it shuts down.
 
+    `hub`: where its events go, and where listeners get them; whoever gives one closes it. In memory unless given.
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
     store = Store(config.database_url)
+    is_ours = hub is None
+    hub = MemoryHub() if hub is None else hub
+    live, workers = Live(store, hub), Workers()
+    live.seed()
+    store.tell(live.changed, live.deleted)
     objects = ObjectStore(config.storage_dir)
     signer = Signer(config.signing_secret)
     presigner = Presigner(config, signer)
@@ -61,6 +73,8 @@ def create_app(config: ServerConfig) -> FastAPI:
             tasks.start_soon(keep_tidy, store, objects, config)
             yield
             tasks.cancel_scope.cancel()
+        if is_ours:
+            hub.close()
         child_process.stop()  # a thread that waits for a decoder would keep the process from ending
         await anyio.to_thread.run_sync(store.close)
 
@@ -75,12 +89,16 @@ def create_app(config: ServerConfig) -> FastAPI:
     )
     answers.install(app)
     key = [Security(KEY)] if config.api_key else []
-    app.include_router(worker_routes(store, objects), dependencies=key)
+    app.include_router(worker_routes(config, store, objects, workers), dependencies=key)
     app.include_router(presign_routes(config, store, objects, presigner), dependencies=key)
-    app.include_router(submit_routes(config, store, objects), dependencies=key)
-    app.include_router(client_routes(config, store, objects, presigner), dependencies=key)
+    app.include_router(submit_routes(config, store, objects, live), dependencies=key)
+    app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
+    app.include_router(overview_routes(store, live, workers), dependencies=key)
+    app.include_router(event_routes(config), dependencies=key)
+    app.router.routes.extend(stream_routes(hub, live.snapshot))
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
+    app.include_router(page_routes(config, store, objects, live, workers))
     add_docs(app)
     app.add_middleware(Guard, config=config)
     app.add_middleware(BrowserRules)

@@ -95,11 +95,23 @@ class QueueClient:
         items: list[dict[str, Any]] = data["items"]
         return items
 
-    async def tasks(self, *, status: str | None = None, limit: int = 20) -> list[dict[str, Any]]:
-        """The newest tasks."""
-        data = await self._ask("GET", "tasks", params={"limit": limit} | ({"status": status} if status else {}))
+    async def tasks(
+        self, *, status: str | None = None, group: str | None = None, limit: int = 20
+    ) -> list[dict[str, Any]]:
+        """The newest tasks, of one status or of the group with this id where that is named."""
+        named = {"status": status, "group": group}
+        narrowed = {name: value for name, value in named.items() if value is not None}
+        data = await self._ask("GET", "tasks", params={"limit": limit, **narrowed})
         items: list[dict[str, Any]] = data["items"]
         return items
+
+    async def overview(self) -> dict[str, Any] | None:
+        """How the whole queue is doing; None where the server is of a version that does not say."""
+        try:
+            overview: dict[str, Any] = await self._ask("GET", "overview")
+        except ItemMissing:
+            return None
+        return overview
 
     async def task(self, item_id: str) -> dict[str, Any]:
         """One task; a completed one has a presigned `video_url`."""
@@ -119,7 +131,7 @@ class QueueClient:
                     raise
             else:
                 told = task["progress"] or {"stage": task["status"], "fraction": 0}
-                sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"]))
+                sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"], eta_s=task.get("eta_s")))
                 if task["status"] in ("completed", "failed", "cancelled"):
                     return task
             await anyio.sleep(POLL_S)

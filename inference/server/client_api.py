@@ -1,6 +1,7 @@
 """Routes for people: follow, cancel, retry and delete tasks. `submit_api` creates them."""
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel
@@ -9,6 +10,7 @@ from pydantic.json_schema import SkipJsonSchema
 from inference.queues.item import Item, ItemProgress, Status
 from inference.server.answers import Answer, errors
 from inference.server.config import ServerConfig
+from inference.server.live import Live
 from inference.server.objects import ObjectStore
 from inference.server.rows.store import Group, Store
 from inference.server.storage_api import Presigner
@@ -36,12 +38,17 @@ class TaskView(BaseModel):
     leased_until: str | None
     error_message: str | None
     photo_storage_path: str
+    photo_filename: str | None
     video_storage_path: str | None
     video_url: str | None = None  # only for a completed task that was asked for by its id
     runway_task_id: str | None
     veo_operation_id: str | None
+    cost_usd: float | None  # of a completed task, where its worker knew
+    eta_s: float | None  # seconds until it is completed, of a task that is worked on and where that can be told
     created_at: str
     updated_at: str
+    started_at: str | None  # when it was leased last
+    ended_at: str | None
 
 
 class TaskPage(BaseModel):
@@ -64,6 +71,7 @@ class GroupView(BaseModel):
     name: str | None
     status: Status
     counts: dict[Status, int]
+    left_s: float | None = None  # until all of it is completed; only for a group that was asked for by its id
     created_at: str
 
 
@@ -80,9 +88,12 @@ Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 Cursor = Annotated[Name | SkipJsonSchema[None], Query(description="`cursor` of the page before")]
 
 
-def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner) -> APIRouter:
+def client_routes(
+    config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner, live: Live
+) -> APIRouter:
     """The routes a person's program calls."""
     routes = APIRouter(prefix="/api", tags=["tasks"])
+    view = partial(task_view, live=live)
 
     @routes.get("/tasks", responses=errors(400, 401))
     def tasks(
@@ -94,7 +105,7 @@ def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
         """Tasks, newest first."""
         page = store.list_items(status=status, group=group, limit=limit, before=cursor)
         more = page[-1].id if len(page) == limit else None
-        return Answer(data=TaskPage(items=[task_view(item) for item in page], cursor=more))
+        return Answer(data=TaskPage(items=[view(item) for item in page], cursor=more))
 
     @routes.get("/tasks/{item_id}", responses=errors(400, 401, 404))
     def task(item_id: ItemId, request: Request) -> Answer[TaskView]:
@@ -103,17 +114,17 @@ def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
         url = None
         if item.status == "completed" and item.video_storage_path and objects.exists(item.video_storage_path):
             url = presigner.url(request, "download", item.video_storage_path)
-        return Answer(data=task_view(item, url))
+        return Answer(data=view(item, url))
 
     @routes.post("/tasks/{item_id}/cancel", responses=errors(400, 401, 404, 409))
     def cancel(item_id: ItemId) -> Answer[TaskView]:
         """Ends a task that waits; asks the worker to stop one that is being worked on."""
-        return Answer(data=task_view(store.cancel(item_id)))
+        return Answer(data=view(store.cancel(item_id)))
 
     @routes.post("/tasks/{item_id}/retry", responses=errors(400, 401, 404, 409))
     def retry(item_id: ItemId) -> Answer[TaskView]:
         """Puts a failed or cancelled task back in the line."""
-        return Answer(data=task_view(store.retry(item_id)))
+        return Answer(data=view(store.retry(item_id)))
 
     @routes.delete("/tasks/{item_id}", responses=errors(400, 401, 404))
     def delete(item_id: ItemId) -> Answer[Deleted]:
@@ -134,7 +145,7 @@ def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
     @routes.get("/groups/{group_id}", responses=errors(400, 401, 404))
     def group(group_id: GroupId) -> Answer[GroupView]:
         """One group."""
-        return Answer(data=group_view(store.get_group(group_id)))
+        return Answer(data=group_view(store.get_group(group_id), live.group_left_s(group_id)))
 
     @routes.delete("/groups/{group_id}", responses=errors(400, 401, 404))
     def delete_group(group_id: GroupId) -> Answer[Deleted]:
@@ -146,23 +157,33 @@ def client_routes(config: ServerConfig, store: Store, objects: ObjectStore, pres
     return routes
 
 
-def task_view(item: Item, video_url: str | None = None) -> TaskView:
+TIMES = ("leased_until", "created_at", "updated_at", "started_at", "ended_at")
+
+
+def task_view(item: Item, video_url: str | None = None, *, live: Live) -> TaskView:
     """An item as people see it."""
-    shared = item.model_dump(include=TaskView.model_fields.keys() - {"leased_until", "created_at", "updated_at"})
+    shared = item.model_dump(include=TaskView.model_fields.keys() - set(TIMES))
+    times: dict[str, Any] = {
+        name: None if at_s is None else iso(at_s) for name in TIMES for at_s in [getattr(item, name)]
+    }
     return TaskView(
         **shared,
+        **times,
         seconds=item.duration_s,
-        leased_until=None if item.leased_until is None else iso(item.leased_until),
+        eta_s=live.left_s(item),
         video_url=video_url,
         runway_task_id=item.external_ids.get("runway_task_id"),
         veo_operation_id=item.external_ids.get("veo_operation_id"),
-        created_at=iso(item.created_at),
-        updated_at=iso(item.updated_at),
     )
 
 
-def group_view(group: Group) -> GroupView:
+def group_view(group: Group, left_s: float | None = None) -> GroupView:
     """A group as people see it."""
     return GroupView(
-        id=group.id, name=group.name, status=group.status, counts=group.counts, created_at=iso(group.created_at)
+        id=group.id,
+        name=group.name,
+        status=group.status,
+        counts=group.counts,
+        left_s=left_s,
+        created_at=iso(group.created_at),
     )

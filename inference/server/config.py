@@ -21,4 +21,5 @@ class ServerConfig:
     max_upload_bytes: int = 1024 * MIB  # one video
     max_photo_bytes: int = 50 * MIB
     retention_days: float | None = None  # tasks that ended longer ago are deleted with their files; None: none are
+    beat_interval_s: float = 2.0  # how often workers are asked to say how far they are, for those who watch
     bucket: str = "group-photos"

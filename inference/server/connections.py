@@ -4,6 +4,8 @@ uvicorn waits for ever for the rest of a request and accepts any number of conne
 requests of one stranger use up the files that this process may open, and other clients get no answer. Here a client has
 a time limit for its next step (completing the header, sending more of the body, reading the answer). If there is no
 room for another connection, the one whose client has been idle for longest is closed.
+
+A client that follows events over a WebSocket owes nothing but to read them.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ from typing import Any
 import h11
 import structlog
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 BACKLOG = 64
 """Connections that the kernel queues until they are accepted; asyncio accepts as many at once."""
@@ -48,6 +51,9 @@ class Patience:
     stalled_s: float = 60.0
     """Without a byte of the request's body arriving, or of the answer being read."""
 
+    listener_s: float = 10.0
+    """For what was sent over a WebSocket to be read."""
+
     connections: int = 1000
     """Fewer where the system allows fewer files."""
 
@@ -68,6 +74,7 @@ class Connection(H11Protocol):
         self._crowd = crowd
         self._timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0  # bytes of answers that were unread when the timer was set
+        self._is_websocket = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -98,8 +105,13 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._stop_timer()
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._is_websocket = True
+        self._stop_timer()
+        super().handle_websocket_upgrade(event)
+
     def _unsupported_upgrade_warning(self) -> None:
-        """Nothing: anybody may ask for a websocket, and uvicorn would advise to install what speaks it."""
+        """Nothing: anybody may ask for any protocol, and the log would grow."""
 
     def abort(self) -> None:
         """Closes the connection at once. The application is told that its client has left."""
@@ -107,7 +119,9 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _limit_s(self) -> float | None:
-        """The time limit for the client's next step; None while the server is working."""
+        """The time limit for the client's next step; None while the server is working, or for a WebSocket."""
+        if self._is_websocket:
+            return None
         if self.transport.get_write_buffer_size():
             return self._crowd.patience.stalled_s
         if self._waits_for_a_request():
@@ -140,6 +154,51 @@ class Connection(H11Protocol):
             self._set_timer()
         else:
             self.abort()
+
+
+class WebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, closed at once where its client does not read or does not answer pings."""
+
+    def __init__(self, *, crowd: Crowd, **given: Any) -> None:
+        super().__init__(**given)
+        self._patience = crowd.patience
+        self._timer: asyncio.TimerHandle | None = None
+        self.close_timeout = crowd.patience.listener_s  # uvicorn's: until the client answers that it closes, too
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # Whatever the kernel does not take is unread, and sending waits until it does.
+        self.transport.set_write_buffer_limits(high=0)
+        # A request that this class cannot read, although Connection could, would keep the connection for ever.
+        self._set_timer(self._patience.stalled_s)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._set_timer(self._patience.listener_s)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def keepalive_timeout(self) -> None:
+        self.transport.abort()  # closing it would wait until the client reads
+
+    def _set_timer(self, limit_s: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(limit_s, self._time_is_up)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_is_up(self) -> None:
+        if not self.handshake_complete or self.transport.get_write_buffer_size():
+            self.transport.abort()
 
 
 def affordable(wanted: int) -> int:

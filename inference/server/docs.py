@@ -57,7 +57,7 @@ def add_docs(app: FastAPI) -> None:
 
 
 class BrowserRules:
-    """Adds HEADERS to every answer, photos and videos of strangers included."""
+    """Adds HEADERS to every answer, photos and videos of strangers included; those of the page at / bring their own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -67,7 +67,9 @@ class BrowserRules:
 
         async def ruled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, ruled)

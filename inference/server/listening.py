@@ -3,21 +3,28 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import anyio
+import anyio.to_thread
 import uvicorn
 from anyio.abc import TaskStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference.errors import SettingsError
-from inference.server.connections import BACKLOG, Connection, Crowd, Patience, affordable, told_briefly
+from inference.server.connections import BACKLOG, Connection, Crowd, Patience, WebSocket, affordable, told_briefly
 
 GRACE_S = 5
 """How long requests under way have to finish when the server stops."""
+
+PING_S = 20.0
+"""Between two pings of a WebSocket, and how long its client has to answer one."""
+
+MAX_MESSAGE_BYTES = 4096
+"""Of what a client sends over a WebSocket. No route of ours reads any of it."""
 
 
 class _Server(uvicorn.Server):
@@ -55,9 +62,9 @@ class _Unfinished:
         try:
             await self._app(scope, receive, noted)
         except asyncio.CancelledError:  # uvicorn cancels the task, which has nothing to do beside this request
-            if scope["type"] != "http":
+            if scope["type"] == "lifespan":
                 raise
-            if not is_begun:
+            if scope["type"] == "http" and not is_begun:
                 await self._stopping(scope, receive, send)
 
 
@@ -66,19 +73,26 @@ async def serve_app(
     listener: socket.socket,
     *,
     stopping: ASGIApp,
+    closing: Callable[[], None] | None = None,
     patience: Patience = Patience(),  # noqa: B008 - frozen
     task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves until cancelled, then gives running requests GRACE_S to finish. On asyncio only, as uvicorn is.
 
-    `stopping`: answers the requests that did not finish. Starts with the (host, port) it listens on, once it does.
+    `stopping`: answers the requests that did not finish. `closing`: called in a thread as soon as the server stops; it
+    ends what would never finish by itself, such as streams of events. Starts with the (host, port) it listens on, once
+    it does.
     """
     crowd = Crowd(replace(patience, connections=affordable(patience.connections)))
     server = _Server(
         uvicorn.Config(
             _Unfinished(app, stopping),
             http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # called as the class would be
-            ws="none",  # no route uses websockets
+            ws=partial(WebSocket, crowd=crowd),  # type: ignore[arg-type]  # as above
+            ws_max_size=MAX_MESSAGE_BYTES,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,  # events are short; a compressor each would cost more than it saves
             backlog=BACKLOG,
             log_config=None,
             access_log=False,
@@ -89,7 +103,7 @@ async def serve_app(
     )
     with told_briefly():
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_stop_when_cancelled, server)
+            tasks.start_soon(_stop_when_cancelled, server, closing)
             tasks.start_soon(_announce, server, listener, task_status)
             # Shielded: when told to exit, it closes connections and the application in order.
             with anyio.CancelScope(shield=True):
@@ -103,11 +117,14 @@ async def _announce(server: _Server, listener: socket.socket, task_status: TaskS
     task_status.started((host, port))
 
 
-async def _stop_when_cancelled(server: _Server) -> None:
+async def _stop_when_cancelled(server: _Server, closing: Callable[[], None] | None) -> None:
     try:
         await anyio.sleep_forever()
     finally:
         server.should_exit = True
+        if closing is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(closing)
 
 
 def listen(host: str, port: int) -> socket.socket:

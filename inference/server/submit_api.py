@@ -18,6 +18,7 @@ from inference.queues.item import Item
 from inference.server.answers import Answer, errors
 from inference.server.client_api import TaskView, task_view
 from inference.server.config import ServerConfig
+from inference.server.live import Live
 from inference.server.objects import ObjectStore, copy
 from inference.server.rows.store import NewItem, NewPhoto, Once, Store, new_id
 from inference.server.tidy import discard
@@ -54,7 +55,7 @@ class Created(BaseModel):
 Seconds = Annotated[float, Form(ge=MIN_DURATION_S, le=MAX_DURATION_S, allow_inf_nan=False)]
 
 
-def submit_routes(config: ServerConfig, store: Store, objects: ObjectStore) -> APIRouter:
+def submit_routes(config: ServerConfig, store: Store, objects: ObjectStore, live: Live) -> APIRouter:
     """The route that takes photos."""
     routes = APIRouter(prefix="/api", tags=["tasks"])
     decoding = anyio.CapacityLimiter(PHOTOS_AT_ONCE)
@@ -91,7 +92,7 @@ def submit_routes(config: ServerConfig, store: Store, objects: ObjectStore) -> A
                 store_photo, photo, group, store, objects, config.max_photo_bytes, limiter=decoding
             )
             items = await anyio.to_thread.run_sync(add, stored, wanted, once)
-        views = [task_view(item) for item in items]
+        views = [task_view(item, live=live) for item in items]
         return Answer(data=Created(group_id=items[0].group_id, photo_id=items[0].photo_id, items=views))
 
     return routes

@@ -30,6 +30,12 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS, pattern=r"^[^\x00]*$")]
 
 
+MAX_COST_USD = 100_000
+"""Far above what one video costs, so that a mistake does not become the day's sum."""
+
+CostUsd = Annotated[float, Field(strict=True, ge=0, le=MAX_COST_USD, allow_inf_nan=False)]
+
+
 class ForeignBody(BaseModel):
     """A body that foreign workers send, too: null means that the field is absent."""
 

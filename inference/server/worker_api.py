@@ -18,6 +18,7 @@ from inference.server.rows.store import Store
 from inference.server.storage_api import VIDEOS, Presigner
 from inference.server.wire import (
     UNKNOWN_ERROR,
+    CostUsd,
     ErrorText,
     ForeignBody,
     ForeignName,
@@ -28,6 +29,7 @@ from inference.server.wire import (
     StoragePath,
     iso,
 )
+from inference.server.workers import Workers
 
 # Messages of the real server, which never give the reason (measured against its routes and its storage).
 NO_DOWNLOAD = "Failed to generate download URL"  # the object does not exist
@@ -56,6 +58,13 @@ class LeasedTask(BaseModel):
     frame_num: int | None
     inference_provider: str | None
     lease_seq: int  # counts the leases of this item; may be sent along with later calls as a second fence
+    beat_interval_s: float  # how often this queue would like to hear how far the work is
+    takes: list[str]  # what this queue would like to hear that the contract does not have
+
+
+TAKES = ("progress", "cost_usd")
+"""What this server takes beyond the contract: the progress of heartbeats, which it tells to all who listen, so that
+workers need not; and in the report of a completed task, what the video cost."""
 
 
 class AskBacklog(BaseModel):
@@ -134,6 +143,7 @@ class ReportCompleted(ForeignBody):
     video_storage_path: StoragePath
     runway_task_id: ForeignName | None = None
     veo_operation_id: ForeignName | None = None
+    cost_usd: Annotated[CostUsd | None, Field(description="What it cost; an extension of ours")] = None
     lease_seq: LeaseSeq | None = None
 
 
@@ -168,7 +178,7 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
-def worker_routes(store: Store, objects: ObjectStore) -> APIRouter:
+def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, workers: Workers) -> APIRouter:
     """What a worker says of tasks and leases."""
     routes = APIRouter(prefix="/api/worker", tags=["worker"], route_class=JsonRoute)
 
@@ -179,8 +189,12 @@ def worker_routes(store: Store, objects: ObjectStore) -> APIRouter:
         With `item_id`, an extension of ours, leases that task if it waits: null when it does not, 404 when there is
         no such task.
         """
+        workers.asked(asked.worker_id, asked.worker_type)
         item = store.lease(asked.worker_id, asked.lease_duration_seconds, asked.worker_type, asked.item_id)
-        return Answer(data=_leased(item) if item else None)
+        if item is None:
+            return Answer(data=None)
+        workers.heard(asked.worker_id, item.id)
+        return Answer(data=_leased(item, config.beat_interval_s))
 
     @routes.post("/backlog", responses=errors(400, 401))
     def backlog(asked: AskBacklog) -> Answer[Backlog]:
@@ -195,6 +209,7 @@ def worker_routes(store: Store, objects: ObjectStore) -> APIRouter:
             item = store.heartbeat(beat.item_id, beat.worker_id, beat.extend_seconds, said, beat.lease_seq)
         except NotHolder as error:
             return failure(404, str(error))
+        (workers.heard if item.status == "processing" else workers.ended)(beat.worker_id, item.id)
         # A task that was handed back has no lease: it ended when the answer was written.
         until = item.updated_at if item.leased_until is None else item.leased_until
         return Answer(data=Renewed(leased_until=iso(until), cancel_requested=item.cancel_requested))
@@ -213,11 +228,17 @@ def worker_routes(store: Store, objects: ObjectStore) -> APIRouter:
             item = store.fail(said.item_id, said.worker_id, said.error_message, said.lease_seq)
         elif _is_video_of(said.item_id, said.video_storage_path) and objects.exists(said.video_storage_path):
             item = store.complete(
-                said.item_id, said.worker_id, said.video_storage_path, _external_ids(said), said.lease_seq
+                said.item_id,
+                said.worker_id,
+                said.video_storage_path,
+                _external_ids(said),
+                said.lease_seq,
+                cost_usd=said.cost_usd,
             )
         else:
             store.require_holder(said.item_id, said.worker_id, said.lease_seq)
             return failure(500, NO_VIDEO)
+        workers.ended(said.worker_id, item.id)
         return Answer(data=Reported(item_id=item.id, status=item.status))
 
     return routes
@@ -266,7 +287,7 @@ def _external_ids(said: ReportCompleted) -> dict[str, str]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _leased(item: Item) -> LeasedTask:
+def _leased(item: Item, beat_interval_s: float) -> LeasedTask:
     return LeasedTask(
         item_id=item.id,
         group_id=item.group_id,
@@ -277,4 +298,6 @@ def _leased(item: Item) -> LeasedTask:
         frame_num=item.frame_num,
         inference_provider=item.inference_provider,
         lease_seq=item.lease_seq,
+        beat_interval_s=beat_interval_s,
+        takes=list(TAKES),
     )

@@ -13,6 +13,7 @@ from inference.errors import ItemMissing, NotHolder, ObjectExists, WrongState
 from inference.providers import WorkerType, provider_of
 from inference.queues.item import (
     CRASHED,
+    DONE,
     LOST,
     MAX_CRASHES,
     MAX_FAILURES,
@@ -93,6 +94,9 @@ class MemoryStore:
             lease_seq=item.lease_seq + 1,
             renewed=False,
             progress=None,
+            started_at=self._clock(),
+            ended_at=None,
+            cost_usd=None,
             **(self._counted(item) if self._ran_out(item) else {}),
         )
 
@@ -110,7 +114,7 @@ class MemoryStore:
             status = "cancelled" if item.cancel_requested else "pending"
             return self._write("release", item, worker_id, status=status, worker_id=None, leased_until=None)
         until = self._clock() + extend_s
-        said = progress or item.progress
+        said = progress.after(item.progress) if progress else item.progress
         return self._write("heartbeat", item, worker_id, leased_until=until, renewed=True, lost_count=0, progress=said)
 
     def complete(
@@ -120,6 +124,8 @@ class MemoryStore:
         video_storage_path: str,
         external_ids: dict[str, str] | None = None,
         lease_seq: int | None = None,
+        *,
+        cost_usd: float | None = None,
     ) -> Item:
         """Ends an item whose video is stored. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
         item = self._find(item_id)
@@ -139,6 +145,8 @@ class MemoryStore:
             video_storage_path=video_storage_path,
             external_ids=external_ids or {},
             error_message=None,
+            progress=DONE,
+            cost_usd=cost_usd,
         )
 
     def fail(self, item_id: str, worker_id: str, message: str, lease_seq: int | None = None) -> Item:
@@ -186,6 +194,9 @@ class MemoryStore:
             cancel_requested=False,
             progress=None,
             error_message=None,
+            started_at=None,
+            ended_at=None,
+            cost_usd=None,
         )
 
     def put(self, path: str, body: bytes) -> None:
@@ -242,6 +253,8 @@ class MemoryStore:
 
     def _write(self, verb: str, item: Item, by: str | None, *, accepted: bool = True, **changes: object) -> Item:
         now = self._clock()
+        if changes.get("status") in ("completed", "failed", "cancelled"):
+            changes["ended_at"] = now
         written = item.model_copy(update=changes | {"updated_at": now})
         self.items[item.id] = written
         self.log.append(Event(now, verb, item.id, by, accepted, written.status))

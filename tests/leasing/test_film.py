@@ -92,12 +92,14 @@ class FilmQueue(MemoryQueue):
 class Scene:
     """A film of `count` segments in a queue, its segments kept in memory, and a runner."""
 
-    def __init__(self, photo: bytes, folder: Path, *, count: int = 3, paid: bool = False, kept: bool = True, **task):
+    def __init__(
+        self, photo: bytes, folder: Path, *, count=3, paid: bool = False, kept: bool = True, usd_per_s=None, **task
+    ):
         self.store = MemoryStore(clock=anyio.current_time)
         self.segments = MemorySegments()
         self.queue = FilmQueue(store=self.store, worker_id="me", kept=self.segments if kept else None)
         self.ledger = Ledger(MemoryRecords(), budget_usd=count * PRICE_USD) if paid else None
-        self.folder, self.seen, self.policy = folder, [], NO_WAIT
+        self.folder, self.seen, self.policy, self.usd_per_s = folder, [], NO_WAIT, usd_per_s
         item = self.store.add(photo, "")
         path = self.store.get(item.id).to_task().inputs["photo"].source
         self.task = Task(
@@ -118,6 +120,7 @@ class Scene:
             temp_dir=self.folder,
             ledger=self.ledger,
             sink=lambda _: self.seen.append,
+            usd_per_s=self.usd_per_s,
         )
         lease = await self.queue.lease()
         lease = Lease(task=self.task, worker_id=lease.worker_id, length_s=lease.length_s)
@@ -175,6 +178,24 @@ async def test_a_film_in_order(scene):
     assert list(outcome.stage_seconds) == ["download", "segments", "join", "upload", "report"]
     assert len(it.segments.segments) == 3
     assert list(it.folder.iterdir()) == []
+
+
+async def test_a_film_costs_the_time_of_the_segments_that_this_lease_made(scene):
+    """What another worker has made before is not paid for twice."""
+
+    async def long():
+        await anyio.sleep(0.05)
+
+    it = scene(usd_per_s=2.0)
+    outcome, _ = await it.run(None, long, InvalidRequest("no"))
+    assert (outcome.status, outcome.video) == ("failed", None)
+    it.store.retry(it.task.item_id)
+    outcome, engine = await it.run(long)
+    assert engine.prompts == ["move 3"]
+    assert 0.1 <= outcome.video.cost_usd <= 2 * outcome.stage_seconds["segments"]
+    it.store.items[it.task.item_id] = it.store.items[it.task.item_id].model_copy(update={"status": "pending"})
+    outcome, engine = await it.run()
+    assert (outcome.status, outcome.video.cost_usd, engine.prompts) == ("completed", 0, [])
 
 
 async def test_progress_is_told_by_stage_and_segment(scene):

@@ -174,6 +174,42 @@ async def test_a_lease_in_order(scene):
     assert it.is_clean()
 
 
+@pytest.mark.parametrize("own_usd, told_usd", [(None, 0.05), (0.25, 0.25), (0.0, 0.0)])
+@virtual_time
+async def test_a_video_costs_the_time_that_it_kept_the_engine(scene, own_usd, told_usd):
+    """All tries of its turn, and no wait for it; the price that a provider named stays. It is there before delivery."""
+    delivered = []
+
+    class Priced(SleepyEngine):
+        async def generate(self, *given):
+            video = await super().generate(*given)
+            return video.model_copy(update={"cost_usd": own_usd})
+
+    it = scene(engine=Priced(seconds=20, errors=[EngineFailed("once")]), policy=Policy(retry_wait_s=0))
+    runner = Runner(it.queue, it.engine, policy=it.policy, temp_dir=it.folder, usd_per_s=0.00125)
+
+    async def complete(lease, path, video):
+        delivered.append(video.cost_usd)
+        await MemoryQueue.complete(it.queue, lease, path, video)
+
+    it.queue.complete = complete
+    lease = await it.queue.lease()
+    with capture_logs() as logs:
+        async with anyio.create_task_group() as tasks:
+
+            async def busy():
+                async with runner.turns.taken():
+                    await anyio.sleep(100)
+
+            tasks.start_soon(busy)
+            await anyio.sleep(1)
+            outcome = await runner.run(lease)
+    assert (outcome.status, it.engine.runs) == ("completed", 2)
+    assert outcome.video.cost_usd == pytest.approx(told_usd, abs=0.00125)  # up to a second between the tries
+    assert delivered == [outcome.video.cost_usd]
+    assert [line["cost_usd"] for line in logs if line["event"] == "lease_ended"] == delivered
+
+
 @virtual_time
 async def test_beats_come_first_soon_and_then_regularly(scene):
     """The second beat comes within seconds, since an overtaking update can land after the first."""
@@ -759,3 +795,43 @@ async def test_a_queue_that_counts_tries_gets_back_what_may_pass(scene, error, e
         outcomes.append(await it.runner.run(lease))
     assert [outcome.status for outcome in outcomes] == ends
     assert [outcome.machine_at_fault for outcome in outcomes] == [not isinstance(error, InvalidRequest)] * len(ends)
+
+
+@virtual_time
+async def test_what_stages_took_before_says_how_long_they_take(scene):
+    """Their share of the whole, and the time that is left; of the first lease nothing is known that is not a guess."""
+    seen: list[list] = []
+
+    class TwoStages(SleepyEngine):
+        async def generate(self, request, inputs, folder, job):
+            for stage, seconds in (("load", 30), ("paint", 10)):
+                job.report(stage)
+                await anyio.sleep(seconds / 2)
+                job.report(stage, 1, 2)
+                await anyio.sleep(seconds / 2)
+            return await super().generate(request, inputs, folder, job)
+
+    engine = TwoStages(seconds=2, stages={"load": 1, "paint": 9, "sleep": 1})
+    it = scene(engine=engine)
+    slow = {"fetch_inputs": 5, "deliver": 5, "complete": 1}  # seconds of other stages, which have to be known as well
+    for name, seconds in slow.items():
+        method = getattr(it.queue, name)
+
+        async def slowly(*given, method=method, seconds=seconds):
+            await anyio.sleep(seconds)
+            return await method(*given)
+
+        setattr(it.queue, name, slowly)
+    runner = Runner(it.queue, engine, temp_dir=it.folder, sink=lambda _: seen.append([]) or seen[-1].append)
+    for _ in range(5):
+        it.store.add(it.photo, "a prompt")
+    for _ in range(5):
+        assert (await runner.run(await it.queue.lease())).status == "completed"
+    first = {(it.stage, it.done): it for it in seen[0]}
+    last = {(it.stage, it.done): it for it in seen[-1]}
+    assert first["load", 0].eta_s is None
+    assert first["load", 1].fraction < 0.1  # as the engine's own weights have it
+    assert last["load", 1].fraction == pytest.approx((5 + 15) / 53, abs=0.02)
+    assert last["load", 0].eta_s == pytest.approx(30 + 10 + 2 + 5 + 1, abs=1)
+    assert last["paint", 1].eta_s == pytest.approx(5 + 2 + 5 + 1, abs=2)
+    assert last["done", 1].eta_s is None

@@ -193,6 +193,7 @@ def test_what_a_deployment_with_a_table_needs():
         "BUCKET_SECRET_ACCESS_KEY",
         "I2V_PUSH_TOKEN",
     ]
+    assert deployment.keys_of(Settings.isolated(redis_url="redis://:p@r/0"))[-1] == "REDIS_URL"
     assert table.for_containers() == {"I2V_QUEUE": "video_jobs", "BUCKET_ENDPOINT_URL": "https://s3.example.com"}
     with pytest.raises(SettingsError, match="I2V_JOBS_STALE"):
         deployment.refuse_deployment(table)

@@ -1,6 +1,7 @@
 """The Life-is-Short dialect, against a small server that behaves as the real one does."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -294,7 +295,8 @@ def test_frames_are_seconds_at_24_a_second(frame_num, seconds):
 @pytest.mark.anyio
 async def test_what_a_task_carries_beyond_that_is_ignored_with_one_line():
     """By name: whoever wonders why `resolution` did nothing finds out. What we use is not among it."""
-    for extras, lines in (({"resolution": "4k", "lease_seq": 3, "end_photo": "x"}, 1), ({"lease_seq": 3}, 0)):
+    ours = {"lease_seq": 3, "takes": ["progress"], "beat_interval_s": 2.0}
+    for extras, lines in ((ours | {"resolution": "4k", "end_photo": "x"}, 1), (ours, 0)):
         with structlog.testing.capture_logs() as logs:
             async with queue_on(lambda _, task=WIRE_TASK | extras: success(task)) as queue:
                 assert await queue.lease() is not None
@@ -596,6 +598,43 @@ async def test_progress_goes_to_servers_that_speak_of_cancelling():
     assert second["progress"] == {"stage": "denoise", "fraction": 0.5}
     assert "progress" not in third
     assert {beat["lease_seq"] for beat in (first, second, third)} == {7}
+
+
+async def test_progress_goes_at_once_to_servers_that_take_it():
+    """Their tasks say so, also to a container that has never asked them for anything."""
+    server = RealServer(takes=["progress"])
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+    async with queue_on(server) as container:
+        await container.heartbeat(
+            Lease.model_validate_json(lease.model_dump_json()), Progress(stage="a", done=1, total=2, fraction=0.5)
+        )
+    [beat] = server.sent("heartbeat")
+    assert beat["progress"] == {"stage": "a", "fraction": 0.5}
+
+
+@pytest.mark.parametrize("wanted,interval_s", [(2.0, 2), (1, 1), (0.1, 0.5), (1e6, 1e6), (None, None)])
+async def test_a_queue_says_how_often_it_wants_to_hear(wanted, interval_s):
+    """Nobody beats more than twice a second; more seldom than its own settings a worker does not beat either."""
+    async with queue_on(RealServer(beat_interval_s=wanted)) as queue:
+        lease = await queue.lease()
+    assert lease.beat_interval_s == interval_s
+    assert Lease.model_validate_json(lease.model_dump_json()) == lease
+
+
+@pytest.mark.parametrize("wanted", ["2", True, -1, 0, math.inf, math.nan, [2], {}])
+async def test_an_interval_that_makes_no_sense_is_ignored_with_one_line(wanted):
+    """A field of that name may mean something else elsewhere."""
+    with structlog.testing.capture_logs() as logs:
+        async with queue_on(lambda _: success_as_is(WIRE_TASK | {"beat_interval_s": wanted})) as queue:
+            lease = await queue.lease()
+    assert lease.beat_interval_s is None
+    assert [line["fields"] for line in logs if line["event"] == "ignored"] == [["beat_interval_s"]]
+
+
+def success_as_is(data: object) -> httpx.Response:
+    """As JSON that is none, with NaN and Infinity, which some servers write."""
+    return httpx.Response(200, content=json.dumps({"success": True, "data": data}))
 
 
 @pytest.mark.parametrize("lease_seq", [True, "7", 7.5, None])
@@ -930,6 +969,29 @@ async def test_complete(video):
         "video_storage_path": "videos/1.mp4",
         "runway_task_id": "r-1",
     }
+
+
+@pytest.mark.parametrize(
+    "extras,cost_usd,reported",
+    [
+        ({"takes": ["progress", "cost_usd"]}, 0.25, {"cost_usd": 0.25}),
+        ({"takes": ["progress", "cost_usd"]}, 0.0, {"cost_usd": 0.0}),
+        ({"takes": ["cost_usd"]}, None, {}),
+        ({"takes": ["progress"]}, 0.25, {}),
+        ({"takes": "cost_usd"}, 0.25, {}),
+        ({"takes": None}, 0.25, {}),
+        ({}, 0.25, {}),
+    ],
+)
+async def test_what_a_video_cost_is_told_to_who_takes_it(video, extras, cost_usd, reported):
+    """The real server knows no such field, so it is told nothing of it."""
+    server = RealServer(**extras)
+    server.objects["videos/1.mp4"] = b"an mp4"
+    async with queue_on(server) as queue:
+        lease = await queue.lease()
+        await queue.complete(lease, "videos/1.mp4", video.model_copy(update={"cost_usd": cost_usd}))
+    [report] = server.sent("report")
+    assert {name: report[name] for name in report if name == "cost_usd"} == reported
 
 
 def test_a_failed_report_whose_answer_was_lost():

@@ -64,6 +64,8 @@ def test_a_task_from_photo_to_video(client):
         "frame_num",
         "inference_provider",
         "lease_seq",
+        "beat_interval_s",
+        "takes",
     }
     assert (task["prompt"], task["frame_num"], task["item_id"]) == ("waves", 73, made["items"][0]["id"])
     assert task["photo_storage_path"] == f"{made['group_id']}/{made['photo_id']}_original.jpg"
@@ -99,6 +101,52 @@ def test_a_task_from_photo_to_video(client):
         "processing",
         {"completed": 1, "pending": 1},
     )
+
+
+def test_what_this_queue_takes_beyond_the_contract(client):
+    """It says so with the task: how often it wants to hear, and that it keeps progress and prices."""
+    task = lease_of_new(client)
+    assert (task["beat_interval_s"], task["takes"]) == (2.0, ["progress", "cost_usd"])
+    holder = {"item_id": task["item_id"], "worker_id": "w"}
+    for fraction in (0.5, 0.25):
+        client.post("/api/worker/heartbeat", json=holder | {"progress": {"stage": "denoise", "fraction": fraction}})
+    seen = client.get(f"/api/tasks/{task['item_id']}").json()["data"]
+    assert seen["progress"] == {"stage": "denoise", "fraction": 0.5}
+    assert (seen["photo_filename"], seen["ended_at"], seen["cost_usd"], seen["eta_s"]) == ("a b.jpg", None, None, None)
+    assert ISO.fullmatch(seen["started_at"])
+    end = holder | {"status": "completed", "video_storage_path": upload(client, task["item_id"]), "cost_usd": 0.25}
+    for cost_usd in (-1, 100_001, "0.25", True):
+        refused(client.post("/api/worker/report", json=end | {"cost_usd": cost_usd}), 400, "cost_usd")
+    assert client.post("/api/worker/report", json=end).json()["data"]["status"] == "completed"
+    seen = client.get(f"/api/tasks/{task['item_id']}").json()["data"]
+    assert (seen["progress"], seen["cost_usd"]) == ({"stage": "done", "fraction": 1.0}, 0.25)
+    assert ISO.fullmatch(seen["ended_at"])
+
+
+def test_the_queue_in_a_few_numbers(client):
+    """How many tasks there are, what they cost, and who works on them."""
+    create(client, count="3")
+    done = lease(client, worker_id="host-1.a")["item_id"]
+    end = {"item_id": done, "worker_id": "host-1.a", "status": "completed", "cost_usd": 0.5}
+    client.post("/api/worker/report", json=end | {"video_storage_path": upload(client, done)})
+    held = lease(client, worker_id="host-1.b", worker_type="wan")["item_id"]
+    client.post("/api/worker/next-task", json={"worker_id": "host-2.c", "worker_type": "runway"})
+    seen = client.get("/api/overview").json()["data"]
+    workers = seen.pop("workers")
+    assert seen.pop("oldest_wait_s") == pytest.approx(0, abs=20)
+    assert seen == {
+        "counts": {"pending": 1, "processing": 1, "completed": 1, "failed": 0, "cancelled": 0},
+        "completed_last_hour": 1,
+        "spent_today_usd": 0.5,
+        "unpriced_today": 0,
+        "left_s": None,
+    }
+    assert [(it["name"], it["worker_type"], it["item_ids"]) for it in workers] == [
+        ("host-2", "runway", []),
+        ("host-1", "wan", [held]),
+    ]
+    client.post("/api/worker/heartbeat", json={"item_id": held, "worker_id": "host-1.b", "extend_seconds": 1})
+    assert client.get("/api/overview").json()["data"]["workers"][0]["item_ids"] == []
 
 
 def test_nothing_to_do_is_null(client):

@@ -1,10 +1,11 @@
 """Makes the tables, and brings those of an earlier version up to date."""
 
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, inspect, update
 from sqlalchemy.schema import CreateColumn, CreateIndex
 
 from inference.errors import SettingsError
-from inference.server.rows.schema import LINE_BY_WORKER_TYPE, metadata
+from inference.queues.item import DONE
+from inference.server.rows.schema import ENDED, LINE_BY_WORKER_TYPE, metadata, video_items
 
 # SQLAlchemy's inspector is not used, because it skips SQLite's indexes on expressions.
 INDEX_NAMES = {
@@ -18,17 +19,26 @@ INDEX_NAMES = {
 def migrate(connection: Connection) -> None:
     """Makes what is missing. Raises SettingsError for foreign tables that happen to have the same names."""
     metadata.create_all(connection)
-    _add_columns(connection)
+    if "ended_at" in _add_columns(connection):
+        _tell_ends(connection)
     _update_indexes(connection)
 
 
-def _add_columns(connection: Connection) -> None:
-    """Adds columns that tables of an earlier version lack, with defaults for existing rows.
+def _tell_ends(connection: Connection) -> None:
+    """Earlier versions kept neither when an item ended, which is when it was written last, nor that it was done."""
+    connection.execute(update(video_items).where(ENDED).values(ended_at=video_items.c.updated_at))
+    done = {"progress_stage": DONE.stage, "progress_fraction": DONE.fraction}
+    connection.execute(update(video_items).where(video_items.c.status == "completed").values(done))
+
+
+def _add_columns(connection: Connection) -> set[str]:
+    """Adds columns that tables of an earlier version lack, with defaults for existing rows; returns their names.
 
     Other columns of that version stay: one of its servers may run beside this one, or be returned to.
 
     Raises SettingsError, and changes nothing, for foreign tables that happen to have the same names.
     """
+    added = set()
     for table in metadata.sorted_tables:
         there = {column["name"] for column in inspect(connection).get_columns(table.name)}
         lacking = [column for column in table.columns if column.name not in there]
@@ -39,6 +49,8 @@ def _add_columns(connection: Connection) -> None:
         for column in lacking:
             described = CreateColumn(column).compile(dialect=connection.dialect)
             connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {described}")
+            added.add(column.name)
+    return added
 
 
 def _update_indexes(connection: Connection) -> None:

@@ -10,6 +10,7 @@ Statements as in `statements.py`, with the same rules for their fences.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import structlog
 from sqlalchemy import Double, Integer, Text, and_, bindparam, case, cast, delete, exists, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -19,6 +20,8 @@ from inference.server.rows.schema import video_items as items
 from inference.server.rows.statements import PENDING, PROCESSING, ZERO, now
 from inference.sql.database import Database, Transaction
 from inference.sql.statement import Clock, Statement
+
+log = structlog.get_logger(__name__)
 
 ended = and_(items.c.status != PENDING, items.c.status != PROCESSING)
 
@@ -52,7 +55,7 @@ DELETE_ITEM = Statement(
             and_(ended, items.c.updated_at < now - bindparam("age_s")),
         ),
     )
-    .returning(items.c.id, items.c.photo_id, items.c.video_storage_path.label("path")),
+    .returning(items.c.id, items.c.group_id, items.c.photo_id, items.c.video_storage_path.label("path")),
 )
 
 DELETE_PHOTO = Statement(
@@ -206,6 +209,13 @@ FORGET = Statement(
 )
 
 
+class DeletedItem(NamedTuple):
+    """An item that is no more."""
+
+    id: str
+    group_id: str
+
+
 class Gone(NamedTuple):
     """What was deleted."""
 
@@ -228,6 +238,7 @@ class Removal:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.on_delete: Callable[[DeletedItem], None] | None = None  # see `Store.tell`
 
     # ------------------------------------------------------------ rows
 
@@ -250,7 +261,10 @@ class Removal:
             of_items = transaction.run(DELETE_ITEMS_OF_GROUP, group_id=group_id)
             of_photos = transaction.run(DELETE_PHOTOS_OF_GROUP, group_id=group_id)
             transaction.run(DELETE_GROUP, group_id=group_id)
-            return Gone(len(of_items), self._unname(transaction, of_items + of_photos))
+            gone = Gone(len(of_items), self._unname(transaction, of_items + of_photos))
+        for row in of_items:
+            self._tell(DeletedItem(row["id"], group_id))
+        return gone
 
     def delete_ended(self, age_s: float, limit: int) -> int:
         """Deletes up to `limit` items that ended more than `age_s` ago, then empty groups; returns how many.
@@ -268,8 +282,18 @@ class Removal:
             gone = transaction.run(DELETE_ITEM, item_id=item_id, age_s=age_s)
             if not gone:
                 return None
-            gone += transaction.run(DELETE_PHOTO, photo_id=gone[0]["photo_id"])
-            return self._unname(transaction, gone)
+            photo = transaction.run(DELETE_PHOTO, photo_id=gone[0]["photo_id"])
+            paths = self._unname(transaction, gone + photo)
+        self._tell(DeletedItem(gone[0]["id"], gone[0]["group_id"]))
+        return paths
+
+    def _tell(self, deleted: DeletedItem) -> None:
+        if self.on_delete is None:
+            return
+        try:
+            self.on_delete(deleted)
+        except Exception:
+            log.exception("a deletion could not be told", item_id=deleted.id)
 
     def _unname(self, transaction: Transaction, gone: list[dict[str, Any]]) -> list[str]:
         named = [row for row in gone if row["path"] is not None]

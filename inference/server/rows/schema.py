@@ -76,6 +76,9 @@ video_items = Table(
     Column("veo_operation_id", Text),
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double, nullable=False),
+    Column("started_at", Double, server_default=text("NULL")),
+    Column("ended_at", Double, server_default=text("NULL")),
+    Column("cost_usd", Double, server_default=text("NULL")),
     CheckConstraint(
         "status IN ('pending', 'processing', 'completed', 'failed', 'cancelled')",
         name="video_items_status",
@@ -102,7 +105,10 @@ unnamed_objects = Table(
 )
 
 ONGOING = text("status IN ('pending', 'processing')")
-"""The predicate of the two indexes below. SQLite uses them only where a query repeats it word for word."""
+"""The predicate of the two indexes of the line. SQLite uses them only where a query repeats it word for word."""
+
+ENDED = text("status IN ('completed', 'failed', 'cancelled')")
+"""The predicate of the index of what has ended; as ONGOING."""
 
 
 _by_hint = case(
@@ -138,6 +144,10 @@ _partial_index("video_items_line", "created_at", "id", where=ONGOING)
 _partial_index(LINE_BY_WORKER_TYPE + _digest(worker_type), worker_type, "created_at", "id", where=ONGOING)
 # Whose lease ran out.
 _partial_index("video_items_leases", "leased_until", where=text("status = 'processing'"))
+# What ended, by status: pages of it, and how much there is. And which videos were made lately, and for how much. Beats
+# write to no column of these and to none of their conditions, so beats do not pay for them.
+_partial_index("video_items_ended", "status", "id", where=ENDED)
+_partial_index("video_items_completed", "ended_at", where=text("status = 'completed'"))
 # What people list, which is in the order of the ids. There is no index of all items by created_at: while most of
 # them wait PostgreSQL would lease along that one, and walk past ever more ended items when they no longer do.
 Index("video_items_of_group", video_items.c.group_id, video_items.c.id)

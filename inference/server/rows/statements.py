@@ -9,9 +9,10 @@ follows from the text.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
+    BigInteger,
     Double,
     Integer,
     Select,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    cast,
     delete,
     func,
     insert,
@@ -30,15 +32,16 @@ from sqlalchemy import (
     select,
     text,
     true,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.expression import ColumnElement
 
 from inference.providers import WorkerType
-from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST
+from inference.queues.item import CRASHED, DONE, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST
 from inference.server.rows import schema
-from inference.server.rows.schema import ONGOING, groups, idempotency_keys, photos
+from inference.server.rows.schema import ENDED, ONGOING, groups, idempotency_keys, photos
 from inference.server.rows.schema import video_items as items
 from inference.sql.statement import Clock, Statement, constant
 
@@ -55,7 +58,10 @@ now = select(Clock()).scalar_subquery()
 _photo_storage_path: ColumnElement[str] = literal_column(
     "(SELECT storage_path FROM photos WHERE photos.id = video_items.photo_id)"
 )
-row = (*items.c, _photo_storage_path.label("photo_storage_path"))
+_photo_filename: ColumnElement[str] = literal_column(
+    "(SELECT original_filename FROM photos WHERE photos.id = video_items.photo_id)"
+)
+row = (*items.c, _photo_storage_path.label("photo_storage_path"), _photo_filename.label("photo_filename"))
 """The columns of an `Item`."""
 
 ran_out = and_(items.c.status == PROCESSING, items.c.leased_until <= now)
@@ -118,7 +124,9 @@ SWEEP = Statement(
             else_=constant(LOST),
         ),
         updated_at=Clock(),
-    ),
+        ended_at=Clock(),
+    )
+    .returning(*row),
 )
 
 # ---------------------------------------------------------------- leasing
@@ -157,6 +165,9 @@ def _lease(waiting: Select[Any]) -> Update:
             progress_stage=null(),
             progress_fraction=null(),
             updated_at=Clock(),
+            started_at=Clock(),
+            ended_at=null(),
+            cost_usd=null(),
         )
         .returning(*row)
     )
@@ -167,7 +178,7 @@ def lease(worker_type: WorkerType | None, *, given: bool, sweep: bool) -> Statem
     """Leases an item to a worker: the oldest that waits, or the given one if it waits.
 
     An item whose last lease expired counts a crash. With `sweep` the sweep runs in the same statement, to save
-    PostgreSQL a round trip; SQLite has no UPDATE within a WITH.
+    PostgreSQL a round trip, and the items that it ended are returned as well; SQLite has no UPDATE within a WITH.
     """
     waiting = select(items.c.id).where(*_line(worker_type))
     if given:
@@ -179,7 +190,7 @@ def lease(worker_type: WorkerType | None, *, given: bool, sweep: bool) -> Statem
     return Statement(
         f"lease_{worker_type or 'any'}{'_given' * given}{'_and_sweep' * sweep}",
         "Hands the oldest item that waits, or whose lease ran out, to a worker; or the given one, if it is such.",
-        leasing.add_cte(SWEEP.sql.cte("ended")) if sweep else leasing,
+        union_all(select(leasing.cte("leased")), select(SWEEP.sql.cte("ended"))) if sweep else leasing,
     )
 
 
@@ -192,6 +203,8 @@ def backlog(worker_type: WorkerType | None) -> Statement:
 
 # ---------------------------------------------------------------- a holder's writes
 
+_fraction = bindparam("fraction", type_=Double)
+
 HEARTBEAT = Statement(
     "heartbeat",
     "Renews a lease, and keeps the progress its holder told.",
@@ -202,7 +215,10 @@ HEARTBEAT = Statement(
         renewed=true(),
         lost_count=ZERO,
         progress_stage=func.coalesce(bindparam("stage", type_=Text), items.c.progress_stage),
-        progress_fraction=func.coalesce(bindparam("fraction", type_=Double), items.c.progress_fraction),
+        progress_fraction=case(
+            (items.c.progress_fraction > _fraction, items.c.progress_fraction),
+            else_=func.coalesce(_fraction, items.c.progress_fraction),
+        ),
         updated_at=Clock(),
     )
     .returning(*row),
@@ -218,6 +234,7 @@ RELEASE = Statement(
         worker_id=null(),
         leased_until=null(),
         updated_at=Clock(),
+        ended_at=case((items.c.cancel_requested, Clock())),
     )
     .returning(*row),
 )
@@ -237,7 +254,11 @@ COMPLETE = Statement(
         runway_task_id=bindparam("runway_task_id", type_=Text),
         veo_operation_id=bindparam("veo_operation_id", type_=Text),
         error_message=null(),
+        progress_stage=constant(DONE.stage),
+        progress_fraction=ONE,
         updated_at=Clock(),
+        ended_at=Clock(),
+        cost_usd=bindparam("cost_usd", type_=Double),
     )
     .returning(*row),
 )
@@ -256,6 +277,7 @@ FAIL = Statement(
         retry_count=items.c.retry_count + ONE,
         error_message=bindparam("message", type_=Text),
         updated_at=Clock(),
+        ended_at=Clock(),
     )
     .returning(*row),
 )
@@ -268,11 +290,13 @@ END_CANCELLED = Statement(
         *held,
         items.c.cancel_requested,  # fence
     )
-    .values(status=CANCELLED, leased_until=null(), updated_at=Clock())
+    .values(status=CANCELLED, leased_until=null(), updated_at=Clock(), ended_at=Clock())
     .returning(*row),
 )
 
 # ---------------------------------------------------------------- a person's writes
+
+_is_nobodys = or_(items.c.status == PENDING, items.c.leased_until <= now)
 
 CANCEL = Statement(
     "cancel",
@@ -283,9 +307,10 @@ CANCEL = Statement(
         ONGOING,  # fence
     )
     .values(
-        status=case((or_(items.c.status == PENDING, items.c.leased_until <= now), CANCELLED), else_=items.c.status),
+        status=case((_is_nobodys, CANCELLED), else_=items.c.status),
         cancel_requested=true(),  # leased_until stays: a second reading of the clock could disagree with the first
         updated_at=Clock(),
+        ended_at=case((_is_nobodys, now)),
     )
     .returning(*row),
 )
@@ -310,6 +335,9 @@ RETRY = Statement(
         progress_fraction=null(),
         error_message=null(),
         updated_at=Clock(),
+        started_at=null(),
+        ended_at=null(),
+        cost_usd=null(),
     )
     .returning(*row),
 )
@@ -411,17 +439,20 @@ OF_PHOTO = Statement(
 
 
 @cache
-def list_items(*, status: bool, group: bool, before: bool) -> Statement:
-    """A page of items, newest first, narrowed by what the caller names."""
-    narrowed: list[ColumnElement[bool]] = [true()]
+def list_items(*, status: Literal["ongoing", "ended"] | None, group: bool, before: bool) -> Statement:
+    """A page of items, newest first, narrowed by what the caller names. Of a status it says which kind it is of."""
+    narrowed: list[Any] = [true()]
+    # Of an expression there is no order to walk along, so databases look up what is ongoing and sort it. Along the ids
+    # they would walk past all that has ended, until they have found a page of what is ongoing.
+    item_id = func.coalesce(items.c.id, constant("")) if status == "ongoing" else items.c.id
     if status:
-        narrowed.append(items.c.status == bindparam("status", type_=Text))
+        narrowed += [items.c.status == bindparam("status", type_=Text), ONGOING if status == "ongoing" else ENDED]
     if group:
         narrowed.append(items.c.group_id == bindparam("group_id", type_=Text))
     if before:
-        narrowed.append(items.c.id < bindparam("before", type_=Text))
-    page = select(*row).where(and_(*narrowed)).order_by(items.c.id.desc()).limit(bindparam("limit", type_=Integer))
-    return Statement(f"list_items_{status:d}{group:d}{before:d}", "A page of items, newest first.", page)
+        narrowed.append(item_id < bindparam("before", type_=Text))
+    page = select(*row).where(and_(*narrowed)).order_by(item_id.desc()).limit(bindparam("limit", type_=Integer))
+    return Statement(f"list_items_{status}_{group:d}{before:d}", "A page of items, newest first.", page)
 
 
 FIND_GROUP = Statement(
@@ -466,6 +497,58 @@ def list_groups(*, before: bool) -> Statement:
     )
     return Statement(f"list_groups_{before:d}", "As get_group, for a page of groups, newest first.", counted)
 
+
+GET_PHOTO = Statement("get_photo", "One photo.", select(photos).where(photos.c.id == bindparam("photo_id", type_=Text)))
+
+COUNTS = Statement(
+    "counts",
+    "How many items have which status.",
+    union_all(
+        *(
+            select(items.c.status, func.count().label("count")).where(kind).group_by(items.c.status)
+            for kind in (ONGOING, ENDED)
+        )
+    ),
+)
+
+DAY_S, HOUR_S = constant(24 * 3600), constant(3600)
+_day = cast(now, BigInteger) - cast(now, BigInteger) % DAY_S  # to half a second: PostgreSQL rounds, SQLite cuts off
+_is_of_today = items.c.ended_at >= _day
+_waiting_since = case((items.c.started_at.is_(None), items.c.updated_at), else_=items.c.created_at)
+
+LATELY = Statement(
+    "lately",
+    "How long the oldest item has waited, and what was completed in the last hour, and since midnight (UTC) for how "
+    "much. An item waits from when it was added or retried: its workers may have handed it back since.",
+    select(
+        (now - select(func.min(_waiting_since)).where(ONGOING, items.c.status == PENDING).scalar_subquery()).label(
+            "oldest_wait_s"
+        ),
+        func.count(case((items.c.ended_at > now - HOUR_S, ONE))).label("completed_last_hour"),
+        func.coalesce(func.sum(case((_is_of_today, items.c.cost_usd))), ZERO).label("spent_today_usd"),
+        func.count(case((and_(_is_of_today, items.c.cost_usd.is_(None)), ONE))).label("unpriced_today"),
+    )
+    .select_from(items)
+    .where(items.c.status == COMPLETED, items.c.ended_at > now - DAY_S),
+)
+
+IN_LINE = Statement(
+    "in_line",
+    "The items that are ongoing, in the order in which they are leased.",
+    select(items.c.id, items.c.group_id, items.c.inference_provider, items.c.frame_num, items.c.status)
+    .where(ONGOING)
+    .order_by(items.c.created_at, items.c.id)
+    .limit(bindparam("limit", type_=Integer)),
+)
+
+LAST_COMPLETED = Statement(
+    "last_completed",
+    "The items that were completed last.",
+    select(*row)
+    .where(items.c.status == COMPLETED, items.c.ended_at > ZERO)
+    .order_by(items.c.ended_at.desc())
+    .limit(bindparam("limit", type_=Integer)),
+)
 
 CHECK = Statement(
     "check",

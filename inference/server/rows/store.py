@@ -9,21 +9,26 @@ QueueRefused for a value the database cannot hold.
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal, get_args
 from uuid import UUID
+
+import structlog
 
 from inference.errors import ItemMissing, NotHolder, WrongState
 from inference.providers import WorkerType
 from inference.queues.item import RELEASE_S, Item, ItemProgress, Status
 from inference.server.rows import statements
 from inference.server.rows.migration import migrate
-from inference.server.rows.removal import NAME, Removal
+from inference.server.rows.removal import NAME, DeletedItem, Removal
 from inference.sql.database import Database, Row, Transaction
-from inference.task import Value
+from inference.sql.statement import Statement
+from inference.task import Value, duration_s
+
+log = structlog.get_logger(__name__)
 
 
 def new_id() -> str:
@@ -68,6 +73,45 @@ class Once:
     fingerprint: str  # digest of the request: another request under the same key is an error
 
 
+class Photo(Value):
+    """A photo whose file is in storage."""
+
+    id: str
+    group_id: str
+    storage_path: str
+    original_filename: str | None  # as whoever uploaded it called it
+    width: int | None  # pixels
+    height: int | None  # pixels
+    size_bytes: int | None
+    created_at: float
+
+
+class Overview(Value):
+    """How the whole queue is doing. Days are those of UTC, on the database's clock."""
+
+    counts: dict[Status, int]  # of every status, 0 where there is none
+    oldest_wait_s: float | None  # of the items that wait now
+    completed_last_hour: int
+    spent_today_usd: float  # for the videos that were completed today and are still there
+    unpriced_today: int  # of those, how many have no known price
+
+
+@dataclass(frozen=True, slots=True)
+class InLine:
+    """As much of an ongoing item as tells how long it will take."""
+
+    id: str
+    group_id: str
+    inference_provider: str | None
+    frame_num: int | None
+    status: Status
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of video wanted."""
+        return duration_s(self.frame_num)
+
+
 class Group(Value):
     """Photos that were uploaded together, and how their videos are doing."""
 
@@ -97,7 +141,17 @@ class Store:
         """Opens the database and creates missing tables. Raises SettingsError, QueueUnavailable."""
         self._database = Database(url, migrate)
         self._sqlite = self._database.dialect_name == "sqlite"
+        self._on_change: Callable[[Item], None] | None = None
         self.removal = Removal(self._database)
+
+    def tell(self, on_change: Callable[[Item], None], on_delete: Callable[[DeletedItem], None]) -> None:
+        """From now on calls these with each item that this store has changed, and with each that it has deleted.
+
+        That is in the thread that did it, once the change is committed; renewals are changes, too. What is raised by
+        them is logged, and the caller of the store does not hear of it.
+        """
+        self._on_change = on_change
+        self.removal.on_delete = on_delete
 
     def close(self) -> None:
         """Closes every connection."""
@@ -131,6 +185,7 @@ class Store:
         """
         with self._database.transaction() as transaction:
             made = self._add(transaction, photo, items, once)
+        self._tell(made)
         return made or (self.made_by(once) if once else [])
 
     def _add(
@@ -173,7 +228,10 @@ class Store:
     ) -> list[Item]:
         """The newest items, of a status or a group, older than the item of the id `before`."""
         self._sweep()
-        statement = statements.list_items(status=status is not None, group=group is not None, before=before is not None)
+        kind: Literal["ongoing", "ended"] | None = None
+        if status is not None:
+            kind = "ongoing" if status in ("pending", "processing") else "ended"
+        statement = statements.list_items(status=kind, group=group is not None, before=before is not None)
         rows = self._database.read(statement, status=status, group_id=group, before=before, limit=limit)
         return [_item(row) for row in rows]
 
@@ -190,11 +248,33 @@ class Store:
         statement = statements.list_groups(before=before is not None)
         return list(_groups(self._database.read(statement, before=before, limit=limit)))
 
+    def photo(self, photo_id: str) -> Photo:
+        """A photo. Raises ItemMissing."""
+        for row in self._database.read(statements.GET_PHOTO, photo_id=photo_id):
+            return Photo.model_validate(row)
+        raise ItemMissing(f"no photo {photo_id}")
+
+    def overview(self) -> Overview:
+        """How the whole queue is doing now."""
+        self._sweep()
+        counts = dict.fromkeys(get_args(Status), 0)
+        counts |= {row["status"]: row["count"] for row in self._database.read(statements.COUNTS)}
+        [lately] = self._database.read(statements.LATELY)
+        return Overview.model_validate(lately | {"counts": counts})
+
+    def in_line(self, limit: int) -> list[InLine]:
+        """The items that are ongoing, in the order in which they are leased."""
+        return [InLine(**row) for row in self._database.read(statements.IN_LINE, limit=limit)]
+
+    def last_completed(self, limit: int) -> list[Item]:
+        """The items that were completed last, the latest first."""
+        return [_item(row) for row in self._database.read(statements.LAST_COMPLETED, limit=limit)]
+
     def cancel(self, item_id: str) -> Item:
         """Cancels an item, or asks its holder to stop. Idempotent. Raises ItemMissing, WrongState."""
         self._sweep()
-        for row in self._database.write(statements.CANCEL, item_id=item_id):
-            return _item(row)
+        for item in self._written(statements.CANCEL, item_id=item_id):
+            return item
         item = self._find(item_id)
         if item.status == "cancelled":
             return item
@@ -203,8 +283,8 @@ class Store:
     def retry(self, item_id: str) -> Item:
         """Makes a failed or cancelled item wait again. Raises ItemMissing, WrongState."""
         self._sweep()
-        for row in self._database.write(statements.RETRY, item_id=item_id):
-            return _item(row)
+        for item in self._written(statements.RETRY, item_id=item_id):
+            return item
         item = self._find(item_id)
         raise WrongState(f"the task is {item.status}: only a failed or cancelled one can be retried")
 
@@ -218,13 +298,17 @@ class Store:
         values = {"worker_id": worker_id, "lease_s": lease_s, "item_id": item_id}
         if self._sqlite:
             with self._database.transaction() as transaction:
-                leased = transaction.run(statement, **values)
-                transaction.run(statements.SWEEP)
+                rows = transaction.run(statement, **values) + transaction.run(statements.SWEEP)
         else:
-            leased = self._database.write_unsorted(statement, **values)
-        if item_id is not None and not leased:
+            rows = self._database.write_unsorted(statement, **values)
+        changed = [_item(row) for row in rows]
+        self._tell(changed)
+        for item in changed:
+            if item.status == "processing":
+                return item
+        if item_id is not None:
             self._find(item_id)
-        return _item(leased[0]) if leased else None
+        return None
 
     def backlog(self, worker_type: WorkerType | None = None) -> int:
         """How many items could be leased now."""
@@ -242,17 +326,13 @@ class Store:
         """Renews a lease; a renewal of RELEASE_S or less gives it back. Raises ItemMissing, NotHolder."""
         holder = {"item_id": item_id, "worker_id": worker_id, "lease_seq": lease_seq}
         if extend_s <= RELEASE_S:
-            written = self._database.write(statements.RELEASE, **holder)
+            written = self._written(statements.RELEASE, **holder)
         else:
-            written = self._database.write(
-                statements.HEARTBEAT,
-                **holder,
-                extend_s=extend_s,
-                stage=progress.stage if progress else None,
-                fraction=progress.fraction if progress else None,
-            )
-        for row in written:
-            return _item(row)
+            said = progress.after(None) if progress else None
+            told = {"stage": said.stage if said else None, "fraction": said.fraction if said else None}
+            written = self._written(statements.HEARTBEAT, **holder, **told, extend_s=extend_s)
+        for item in written:
+            return item
         raise _not_held(self._find(item_id), worker_id)
 
     def complete(
@@ -262,15 +342,19 @@ class Store:
         video_storage_path: str,
         external_ids: dict[str, str] | None = None,
         lease_seq: int | None = None,
+        *,
+        cost_usd: float | None = None,
     ) -> Item:
         """Ends an item whose video is stored. Raises ItemMissing, NotHolder (also for an item that was cancelled).
 
-        Of the external ids, those with a column are kept: runway_task_id, veo_operation_id.
+        Of the external ids, those with a column are kept: runway_task_id, veo_operation_id. `cost_usd`: what the video
+        cost, where that is known.
         """
         holder = {"item_id": item_id, "worker_id": worker_id, "lease_seq": lease_seq}
         ids = {name: (external_ids or {}).get(name) for name in _EXTERNAL_IDS}
-        for row in self._database.write(statements.COMPLETE, **holder, **ids, video_storage_path=video_storage_path):
-            return _item(row)
+        video = {"video_storage_path": video_storage_path, "cost_usd": cost_usd}
+        for item in self._written(statements.COMPLETE, **holder, **ids, **video):
+            return item
         self._end_if_cancelled(holder)
         item = self._find(item_id)
         if (item.status, item.worker_id, item.video_storage_path) == ("completed", worker_id, video_storage_path):
@@ -280,8 +364,8 @@ class Store:
     def fail(self, item_id: str, worker_id: str, message: str, lease_seq: int | None = None) -> Item:
         """Records the holder's failure. Raises ItemMissing, NotHolder (also for an item that was cancelled)."""
         holder = {"item_id": item_id, "worker_id": worker_id, "lease_seq": lease_seq}
-        for row in self._database.write(statements.FAIL, **holder, message=message):
-            return _item(row)
+        for item in self._written(statements.FAIL, **holder, message=message):
+            return item
         self._end_if_cancelled(holder)
         item = self._find(item_id)
         if (item.status, item.worker_id) == ("failed", worker_id):
@@ -303,11 +387,26 @@ class Store:
 
     def _sweep(self) -> None:
         if self._database.read(statements.ANY_TO_SWEEP):
-            self._database.write(statements.SWEEP)
+            self._written(statements.SWEEP)
 
     def _end_if_cancelled(self, holder: dict[str, Any]) -> None:
-        if self._database.write(statements.END_CANCELLED, **holder):
+        if self._written(statements.END_CANCELLED, **holder):
             raise NotHolder("the task was cancelled")
+
+    def _written(self, statement: Statement, **parameters: Any) -> list[Item]:
+        """The items that a statement has changed."""
+        items = [_item(row) for row in self._database.write(statement, **parameters)]
+        self._tell(items)
+        return items
+
+    def _tell(self, changed: list[Item]) -> None:
+        if self._on_change is None:
+            return
+        for item in changed:
+            try:
+                self._on_change(item)
+            except Exception:
+                log.exception("a change could not be told", item_id=item.id)
 
 
 _EXTERNAL_IDS = ("runway_task_id", "veo_operation_id")

@@ -64,9 +64,17 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
     """By each server that opens it, at once if need be; what is in it stays, and goes on."""
     item = sql.add()
     sql.store.lease("w", 600)
-    before = sql.row(item.id)
-    for column in ("renewed", "lost_count"):
+    done, failed = sql.add(), sql.add()
+    for each in (done, failed):
+        sql.store.lease("w", 600, None, each.id)
+    sql.store.complete(done.id, "w", "v")
+    sql.store.fail(failed.id, "w", "no")
+    before, done, failed = (sql.row(each.id) for each in (item, done, failed))
+    for index in ("video_items_ended", "video_items_completed"):
+        sql.run(f"DROP INDEX {index}")
+    for column in ("renewed", "lost_count", "started_at", "ended_at", "cost_usd"):
         sql.run(f"ALTER TABLE video_items DROP COLUMN {column}")
+    sql.run("UPDATE video_items SET progress_stage = 'upload', progress_fraction = 0.9 WHERE id = :id", id=done.id)
     for lacking in ("TABLE idempotency_keys", "TABLE unnamed_objects", "INDEX video_items_of_photo"):
         sql.run(f"DROP {lacking}")
     together = threading.Barrier(4)
@@ -77,7 +85,9 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(open_it, range(4)))
-    assert sql.row(item.id) == before
+    assert sql.row(item.id) == before.model_copy(update={"started_at": None})
+    for was in (done, failed):  # it was written last when it ended
+        assert sql.row(was.id) == was.model_copy(update={"started_at": None, "ended_at": was.updated_at})
     assert sql.store.heartbeat(item.id, "w", 600).renewed
     sql.run("DROP INDEX video_items_of_photo")  # it is there again
     assert sql.store.removal.delete(item.id) == [item.photo_storage_path]

@@ -1,8 +1,9 @@
 """What a lease costs does not grow with what has ended: the plans of its statements."""
 
 import pytest
+from sqlalchemy.schema import CreateIndex
 
-from inference.server.rows import statements
+from inference.server.rows import schema, statements
 from inference.server.rows.store import NewItem, NewPhoto
 from inference.sql.database import NO_SORTING
 
@@ -15,7 +16,7 @@ KINDS = (None, "wan", "runway")
 def plan(sql):
     """Tells how the database would run a statement, with many items ended and few that wait."""
     sql.store.add(NewPhoto("group-1", "p"), [NewItem() for _ in range(ENDED)])
-    sql.run("UPDATE video_items SET status = 'completed'")
+    sql.run(f"UPDATE video_items SET status = 'completed', ended_at = {sql.now} - 7 * 86400")
     sql.store.add(
         NewPhoto("group-1", "p"), [NewItem(inference_provider=hint) for hint in (None, "veo3") * (WAITING // 2)]
     )
@@ -44,6 +45,32 @@ def test_what_waits_is_found_along_the_line(sql, plan, kind):
         assert "video_items_line" in steps
         assert "Seq Scan on video_items" not in steps
         assert "SCAN video_items\n" not in steps
+
+
+@pytest.mark.parametrize("status", ["ongoing", "ended"])
+def test_pages_of_a_status_walk_past_no_other(plan, status):
+    """Few failed ones among very many completed are found at once, and so is what waits."""
+    listed = statements.list_items(status=status, group=False, before=False)
+    steps = plan(listed, status="failed" if status == "ended" else "pending", limit=50)
+    assert ("video_items_ended" if status == "ended" else "video_items_line") in steps
+
+
+def test_numbers_of_today_look_at_today_alone(plan):
+    """And what is ongoing is found without what has ended."""
+    for statement in (statements.LATELY, statements.LAST_COMPLETED):
+        steps = plan(statement, limit=50)
+        assert "video_items_completed" in steps
+        assert "Seq Scan on video_items" not in steps
+        assert "SCAN video_items\n" not in steps
+    assert "video_items_line" in plan(statements.IN_LINE, limit=50)
+
+
+def test_beats_write_to_no_index_but_the_one_of_leases(sql):
+    """On PostgreSQL a beat that changes an indexed column, or one of an index's condition, writes to every index."""
+    beaten = {"leased_until", "renewed", "lost_count", "progress_stage", "progress_fraction", "updated_at"}
+    for index in schema.video_items.indexes:
+        named = {column for column in beaten if column in str(CreateIndex(index).compile(dialect=sql._admin.dialect))}
+        assert named == ({"leased_until"} if index.name == "video_items_leases" else set()), index.name
 
 
 @pytest.mark.parametrize("kind", KINDS)

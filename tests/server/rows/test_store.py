@@ -262,6 +262,103 @@ def test_a_release_hands_back(subject):
     assert (again.id, again.retry_count, again.crash_count, again.lease_seq) == (item.id, 0, 0, 2)
 
 
+@pytest.mark.parametrize(
+    "told,kept",
+    [([("a", 0.5), ("b", 0.25)], ("b", 0.5)), ([("a", 0.25), ("a", 0.5)], ("a", 0.5)), ([("a", 1.0)], ("a", 0.99))],
+)
+def test_progress_never_falls_and_is_whole_at_the_end_alone(subject, told, kept):
+    """A worker may count anew, or count 1 before its report was accepted; nobody is shown either."""
+    item = leased(subject)
+    for stage, fraction in told:
+        seen = subject.store.heartbeat(item.id, "w", 60, ItemProgress(stage=stage, fraction=fraction)).progress
+    assert (seen.stage, seen.fraction) == kept
+    done = subject.store.complete(item.id, "w", "v")
+    assert done.progress == subject.row(item.id).progress == ItemProgress(stage="done", fraction=1)
+
+
+def test_a_task_that_said_nothing_is_done_all_the_same(subject):
+    """Whatever its holder said last, or did not; and one that failed stays where it was."""
+    silent, failed = leased(subject), leased(subject)
+    assert subject.store.complete(silent.id, "w", "v").progress.fraction == 1
+    subject.store.heartbeat(failed.id, "w", 60, ItemProgress(stage="a", fraction=0.5))
+    assert subject.store.fail(failed.id, "w", "no").progress == ItemProgress(stage="a", fraction=0.5)
+
+
+def refused_end(subject, item):
+    """A report for an item that was cancelled."""
+    subject.store.cancel(item.id)
+    with pytest.raises(NotHolder):
+        subject.store.complete(item.id, "w", "v")
+
+
+def gives_up(subject, item):
+    """Its workers go silent until nobody may have it any more."""
+    for _ in range(MAX_CRASHES):
+        subject.store.lease("w", 60, None, item.id)
+        silence(subject, item, "w")
+    subject.store.get(item.id)
+
+
+WAYS_TO_END = {
+    "completed": lambda it, item: it.store.complete(item.id, "w", "v"),
+    "failed": lambda it, item: it.store.fail(item.id, "w", "no"),
+    "cancelled, then released": lambda it, item: (it.store.cancel(item.id), it.store.heartbeat(item.id, "w", 1)),
+    "cancelled, then reported": refused_end,
+    "cancelled, then run out": lambda it, item: (it.store.cancel(item.id), it.expire(item.id), it.store.get(item.id)),
+    "run out, then cancelled": lambda it, item: (it.expire(item.id), it.store.cancel(item.id)),
+    "run out too often": gives_up,
+}
+"""Every way in which an item that `w` holds can end."""
+
+
+@pytest.mark.parametrize("end", WAYS_TO_END.values(), ids=WAYS_TO_END)
+def test_it_is_known_when_an_item_was_worked_on(subject, end):
+    """From its last lease to its end, whatever ended it; while it waits or is worked on it has no end."""
+    item = subject.add()
+    assert (item.started_at, item.ended_at) == (None, None)
+    held = subject.store.lease("w", 600)
+    assert held.started_at == pytest.approx(held.updated_at, abs=1)
+    assert held.ended_at is None
+    subject.store.heartbeat(item.id, "w", 600)
+    assert subject.row(item.id).started_at == held.started_at
+    end(subject, item)
+    ended = subject.row(item.id)
+    assert ended.status in ("completed", "failed", "cancelled")
+    assert ended.started_at <= ended.ended_at == pytest.approx(ended.updated_at, abs=1)
+
+
+def test_one_that_was_never_worked_on_has_an_end_alone(subject):
+    """It was cancelled while it waited."""
+    cancelled = subject.store.cancel(subject.add().id)
+    assert cancelled.started_at is None
+    assert cancelled.ended_at == pytest.approx(cancelled.updated_at, abs=1)
+
+
+def test_what_is_stopped_or_handed_back_has_not_ended(subject):
+    """A holder that was asked to stop works still; what was handed back waits."""
+    asked, back = leased(subject), leased(subject)
+    assert subject.store.cancel(asked.id).ended_at is None
+    assert subject.store.heartbeat(back.id, "w", 1).ended_at is None
+
+
+def test_a_retry_begins_anew(subject):
+    """Nothing is left of when the try before began and ended."""
+    item = leased(subject)
+    subject.store.fail(item.id, "w", "no")
+    again = subject.store.retry(item.id)
+    assert (again.started_at, again.ended_at, again.progress, again.cost_usd) == (None, None, None, None)
+    assert subject.store.lease("w", 60).ended_at is None
+
+
+@pytest.mark.parametrize("cost_usd", [None, 0.0, 0.25])
+def test_what_a_video_cost_is_kept(subject, cost_usd):
+    """Unknown is not nothing; a report that is repeated with another price changes nothing."""
+    item = leased(subject)
+    assert subject.store.complete(item.id, "w", "v", cost_usd=cost_usd).cost_usd == cost_usd
+    assert subject.store.complete(item.id, "w", "v", cost_usd=7).cost_usd == cost_usd
+    assert subject.row(item.id).cost_usd == cost_usd
+
+
 def test_progress_stays_until_the_next_lease(subject):
     """A beat without progress keeps what the last one said; a new lease starts over."""
     item = leased(subject)

@@ -11,7 +11,7 @@ from inference.queues.item import Item, ItemProgress
 from inference.server.rows.store import new_id
 from tests.server.conftest import MemorySubject, SqlSubject
 
-TIMES = {"created_at", "updated_at", "leased_until"}
+TIMES = {"created_at", "updated_at", "leased_until", "started_at", "ended_at"}
 TOLERANCE_S = 20
 
 worker = st.sampled_from(["w1", "w2", "w3"])
@@ -34,15 +34,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.sql = sql
         self.memory = MemorySubject()
 
-    def both(self, verb: str, *arguments: Any) -> None:
+    def both(self, verb: str, *arguments: Any, **options: Any) -> None:
         """Calls a verb of both and compares what they say."""
-        said, expected = (self.say(subject, verb, *arguments) for subject in (self.sql, self.memory))
+        said, expected = (self.say(subject, verb, *arguments, **options) for subject in (self.sql, self.memory))
         assert said == expected, verb
 
-    def say(self, subject, verb: str, *arguments: Any) -> Any:
+    def say(self, subject, verb: str, *arguments: Any, **options: Any) -> Any:
         """A verb's answer, or how it was refused."""
         try:
-            answer = getattr(subject.store, verb)(*arguments)
+            answer = getattr(subject.store, verb)(*arguments, **options)
         except Refusal as refusal:
             return type(refusal), str(refusal)
         return answer.model_dump(exclude=TIMES) if isinstance(answer, Item) else answer
@@ -81,10 +81,17 @@ class StoreMachine(RuleBasedStateMachine):
         """Somebody renews or releases."""
         self.both("heartbeat", item, worker, length, said, seq)
 
-    @rule(item=items, worker=worker, path=st.sampled_from(["v1", "v2"]), task=st.booleans(), seq=lease_seq)
-    def complete(self, item, worker, path, task, seq):
+    @rule(
+        item=items,
+        worker=worker,
+        path=st.sampled_from(["v1", "v2"]),
+        task=st.booleans(),
+        seq=lease_seq,
+        cost=st.sampled_from([None, 0.0, 1.5]),
+    )
+    def complete(self, item, worker, path, *, task, seq, cost):
         """Somebody completes."""
-        self.both("complete", item, worker, path, {"runway_task_id": "r"} if task else None, seq)
+        self.both("complete", item, worker, path, {"runway_task_id": "r"} if task else None, seq, cost_usd=cost)
 
     @rule(item=items, worker=worker, seq=lease_seq)
     def fail(self, item, worker, seq):
@@ -102,6 +109,8 @@ class StoreMachine(RuleBasedStateMachine):
         for item_id, expected in self.memory.store.items.items():
             row = self.sql.row(item_id)
             assert row.model_dump(exclude=TIMES) == expected.model_dump(exclude=TIMES)
+            for time in ("started_at", "ended_at"):
+                assert (getattr(row, time) is None) == (getattr(expected, time) is None), time
             remaining_s, expected_s = self.sql.remaining_s(row), self.memory.remaining_s(expected)
             assert (remaining_s is None) == (expected_s is None)
             assert remaining_s is None or abs(remaining_s - expected_s) < TOLERANCE_S

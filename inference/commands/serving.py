@@ -1,0 +1,49 @@
+"""The embedded queue in the process of a command."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+from anyio.abc import TaskStatus
+
+from inference import terminal
+from inference.build import build_server_config, open_events
+from inference.settings import Settings
+
+POLL_AT_HOME_S = 1.0
+"""The longest pause between questions to the queue of the same process, which cost nothing."""
+
+
+@asynccontextmanager
+async def serving(settings: Settings) -> AsyncIterator[Settings]:
+    """The embedded queue for the length of a block; yields settings with which a worker on this machine reaches it.
+
+    If the block is cancelled, the queue stays open until it has ended, so that its worker can hand leases back.
+    """
+    config = build_server_config(settings)
+    from inference.server.serve import serve as serve_queue  # noqa: PLC0415 - an extra
+
+    lifetime = anyio.CancelScope(shield=True)
+
+    async def run(*, task_status: TaskStatus[tuple[str, int]]) -> None:
+        with lifetime:
+            await serve_queue(config, settings.host, settings.port, hub=hub, task_status=task_status)
+
+    async with open_events(settings) as hub, anyio.create_task_group() as tasks:
+        try:
+            host, port = await tasks.start(run)
+            reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
+            yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
+        finally:
+            lifetime.cancel()
+
+
+def at_home(settings: Settings) -> Settings:
+    """Settings of a worker whose queue is in the same process."""
+    return settings.model_copy(update={"poll_interval_s": min(settings.poll_interval_s, POLL_AT_HOME_S)})
+
+
+def tell_page(here: Settings) -> None:
+    """Where the queue's page is, and what it asks for."""
+    key = "" if here.api_key is None else ", and sign in with the key that WORKER_API_KEY has"
+    terminal.say(f"Open {here.api_url} in a browser{key}.")

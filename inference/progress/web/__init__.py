@@ -1,0 +1,1 @@
+"""Progress over WebSocket and server-sent events."""

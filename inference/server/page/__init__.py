@@ -1,0 +1,1 @@
+"""The page at `/` of the embedded server, for people: photos in, clips out."""
