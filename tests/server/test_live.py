@@ -1,15 +1,23 @@
 """What changes is told to those who listen, and how long it will take."""
 
+import json
+
+import httpx
 import pytest
 
 from inference.errors import NotHolder
 from inference.progress.eta import MIN_RUNS
 from inference.progress.events import CompletionEvent, ErrorEvent, ProgressEvent
 from inference.progress.hub import START, MemoryHub
+from inference.progress.stages import Progress
 from inference.queues.item import ItemProgress
+from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.server import live
 from inference.server.live import QUEUE, Live
 from inference.server.rows.store import NewItem, NewPhoto, Store
+from inference.task import Video
+from inference.transfer.storage import Storage
+from tests.server.harness import KEY, config, jpeg, running_server
 
 
 class Clock:
@@ -296,3 +304,38 @@ def test_nobody_knows_when_what_nobody_works_on_will_be_ready(here):
     assert here.live.queue_left_s() is not None
     here.add(inference_provider="veo3.1")
     assert here.live.queue_left_s() is None
+
+
+@pytest.mark.anyio
+async def test_a_worker_over_the_wire(tmp_path):
+    """The adapter hears what this queue wants to hear, and says it; a page that comes late is told how it ended."""
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"an mp4")
+    video = Video(path=clip, width=16, height=16, fps=16, frames=16, size_bytes=6, cost_usd=0.25)
+    headers = {"authorization": f"Worker {KEY}"}
+    with running_server(config(tmp_path)) as url:
+        async with (
+            httpx.AsyncClient(base_url=url, headers=headers) as client,
+            Storage(allow_private=True) as storage,
+            LifeIsShortQueue(url, KEY, worker_id="host-1", storage=storage) as queue,
+        ):
+            answer = await client.post("/api/tasks", files={"photo": ("a.jpg", jpeg())})
+            [made] = answer.json()["data"]["items"]
+            path = f"/api/tasks/{made['id']}"
+            lease = await queue.lease()
+            assert (lease.beat_interval_s, lease.task.extras["takes"]) == (2.0, ["progress", "cost_usd"])
+            await queue.heartbeat(lease, Progress(stage="denoise", done=1, total=2, fraction=0.5))
+            seen = (await client.get(path)).json()["data"]
+            assert seen["progress"] == {"stage": "denoise", "fraction": 0.5}
+            [worker] = (await client.get("/api/overview")).json()["data"]["workers"]
+            assert (worker["name"], worker["item_ids"]) == ("host-1", [made["id"]])
+            await queue.complete(lease, await queue.deliver(lease, video), video)
+            seen = (await client.get(path)).json()["data"]
+            assert (seen["status"], seen["cost_usd"], seen["progress"]["fraction"]) == ("completed", 0.25, 1.0)
+            async with client.stream("GET", f"/events/{made['group_id']}") as stream:
+                async for line in stream.aiter_lines():
+                    if line.startswith("data:"):
+                        told = json.loads(line.removeprefix("data:"))
+                        break
+    assert told["type"] == "completion"
+    assert told["result"] == {"item_id": made["id"], "group_id": made["group_id"], "cost_usd": 0.25}
