@@ -97,6 +97,7 @@ class MemoryHub:
         self._gate = Gate(self._number, interval_s=interval_s, clock=clock)
         self._lock = threading.Lock()
         self._streams: dict[str, _Stream] = {}
+        self._bells: dict[Any, _Bell] = {}  # of event loops in which somebody listens
         self._last_id = (0, 0)
         self._swept_at = clock()
         self._closed = False
@@ -122,8 +123,11 @@ class MemoryHub:
     @asynccontextmanager
     async def subscribe(self, project_id: str, after: str | None = None) -> AsyncIterator[Subscription]:
         """Follows a project: after the event of the id `after`, or without one from a snapshot on."""
-        listener = _Listener()
+        loop = lowlevel.current_token().native_token
         with self._lock:
+            bell = self._bells.setdefault(loop, _Bell(loop))
+            bell.listeners += 1
+            listener = _Listener(bell)
             stream = self._stream(project_id)
             stream.welcome(listener, after)
             if self._closed:
@@ -134,6 +138,9 @@ class MemoryHub:
             with self._lock:
                 stream.listeners.discard(listener)
                 stream.used_at = self._clock()
+                bell.listeners -= 1
+                if not bell.listeners:
+                    del self._bells[loop]
 
     def close(self) -> None:
         """Ends every subscription once it has delivered what it has; later events go nowhere."""
@@ -216,16 +223,51 @@ class _Stream:
         return later[::-1]
 
 
+class _Bell:
+    """Wakes the listeners of one event loop, all that an event is for at once: being called from another thread costs
+    a loop a system call, as much as sending the event does.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        """`loop`: as anyio's tokens have it, asyncio's or trio's."""
+        # anyio's own `from_thread.run_sync` waits for the function's end, and no publisher should.
+        self._call_soon: Callable[[Callable[[], object]], object] = (
+            loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
+        )
+        self._lock = threading.Lock()
+        self._asleep: list[_Listener] = []
+        self.listeners = 0
+
+    def ring(self, listener: "_Listener") -> bool:
+        """Wakes a listener soon, whatever thread this is. False where the loop is gone."""
+        with self._lock:
+            self._asleep.append(listener)
+            if len(self._asleep) > 1:
+                return True  # the loop has been called, and has not come yet
+            try:
+                self._call_soon(self._wake)
+            except RuntimeError:  # the loop has ended without the subscription: asyncio's, and trio's RunFinishedError
+                self._asleep.clear()
+                return False
+            return True
+
+    def _wake(self) -> None:
+        with self._lock:
+            asleep, self._asleep = self._asleep, []
+        for listener in asleep:
+            listener.rise()
+
+
 class _Listener:
     """One subscription. `offer` and `end` are called in any thread, the rest in the listener's event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, bell: _Bell) -> None:
         self.resumed = False
         self.snapshot: list[Published] = []
         self.missed: deque[Published] = deque()  # from before it came, so that it is not too slow for them
         self._waiting: deque[Published] = deque()
         self._lock = threading.Lock()
-        self._call_soon = _call_soon()
+        self._bell = bell
         self._something = anyio.Event()
         self._is_asleep = False  # waits for `_something`, and nobody has called it yet
         self._ended = False
@@ -266,27 +308,15 @@ class _Listener:
                 self._is_asleep = True
             await self._something.wait()
 
+    def rise(self) -> None:
+        """Looks again. Called in the listener's event loop."""
+        self._something.set()
+
     def _wake(self) -> bool:
         """False where the listener's event loop is gone."""
         if self._is_asleep:
             self._is_asleep = False
-            try:
-                self._call_soon(self._rise)
-            except RuntimeError:  # the loop has ended without the subscription: asyncio's, and trio's RunFinishedError
+            if not self._bell.ring(self):
                 self._ended = True
                 return False
         return True
-
-    def _rise(self) -> None:
-        self._something.set()
-
-
-def _call_soon() -> Callable[[Callable[[], object]], object]:
-    """What runs a function soon in the event loop that runs here, when it is called from any thread.
-
-    anyio's own `from_thread.run_sync` waits for the function's end, and no publisher should.
-    """
-    loop: Any = lowlevel.current_token().native_token
-    call_soon: Callable[[Callable[[], object]], object]
-    call_soon = loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
-    return call_soon

@@ -1,6 +1,7 @@
 """The hub in memory: every listener gets every event once and in order, and none is waited for."""
 
 import threading
+from contextlib import AsyncExitStack
 
 import anyio
 import anyio.lowlevel
@@ -8,7 +9,7 @@ import pytest
 
 from inference.errors import ListenerTooSlow
 from inference.progress.events import CompletionEvent, ProgressEvent
-from inference.progress.hub import BUFFER, KEPT, START, MemoryHub, Published, _Listener, install, installed
+from inference.progress.hub import BUFFER, KEPT, START, MemoryHub, Published, _Bell, _Listener, install, installed
 
 pytestmark = pytest.mark.anyio
 
@@ -158,7 +159,7 @@ def test_a_listener_whose_loop_is_gone_is_forgotten(hub, anyio_backend):
     """A loop that ended without ending the subscription costs nobody an error."""
 
     async def begin():
-        listener = _Listener()
+        listener = _Listener(_Bell(anyio.lowlevel.current_token().native_token))
         hub._stream("film").welcome(listener, None)
         with anyio.move_on_after(0):
             await anext(listener)
@@ -208,3 +209,20 @@ def test_a_process_has_one_hub(hub):
     assert installed() is hub
     install(None)
     assert installed() is None
+
+
+async def test_listeners_of_one_loop_are_called_once_for_an_event(hub):
+    """However many there are; the next event calls again."""
+    async with AsyncExitStack() as stack:
+        subscriptions = [await stack.enter_async_context(hub.subscribe("film")) for _ in range(5)]
+        [bell] = hub._bells.values()
+        calls, call_soon = [], bell._call_soon
+        bell._call_soon = lambda function: (calls.append(function), call_soon(function))
+        for number in (1, 2):
+            async with anyio.create_task_group() as tasks:
+                for subscription in subscriptions:
+                    tasks.start_soon(take, subscription, 1)
+                await anyio.wait_all_tasks_blocked()
+                say(hub, [number])
+            assert len(calls) == number
+    assert not hub._bells

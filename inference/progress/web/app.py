@@ -83,8 +83,11 @@ class _Listening:
         project_id, after = connection.path_params["project_id"], last_seen(connection)
 
         async def told(event_id: str | None, text: str) -> None:
-            with anyio.fail_after(self._bounds.send_s):
+            # What `fail_after` does, at half the price; this is done for every event and listener.
+            with anyio.CancelScope(deadline=anyio.current_time() + self._bounds.send_s) as limit:
                 await tell(event_id, text)
+            if limit.cancelled_caught:
+                raise TimeoutError
 
         self._listeners += 1
         try:

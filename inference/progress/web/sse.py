@@ -47,7 +47,7 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _stream(self, receive: Receive, send: Send) -> None:
-        turns = anyio.Lock()
+        turns = anyio.Lock(fast_acquire=True)
 
         async def write(text: str) -> None:
             async with turns:
