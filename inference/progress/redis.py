@@ -109,12 +109,14 @@ class RedisHub:
     async def subscribe(self, project_id: str, after: str | None = None) -> AsyncIterator[Subscription]:
         """Follows a project: after the event of the id `after`, or without one from a snapshot on.
 
-        Where Redis is away, all that it has comes as soon as it is back.
+        Where Redis is away, all that it has comes as soon as it is back. Raises ValueError for an id that cannot be
+        encoded.
         """
+        project_id.encode()  # one question reads for all listeners, and would fail for all
         followed, is_to_be_told = self._follower.follow(project_id)
         try:
             if is_to_be_told:
-                await anyio.to_thread.run_sync(self._streams.wake)
+                await anyio.to_thread.run_sync(self._streams.wake, abandon_on_cancel=True)
             with anyio.move_on_after(READY_S):
                 # The thread that reads knows no event loop, and is nearly always done at the first look.
                 while not (followed.is_ready or self._follower.is_away or self._follower.is_closed):  # noqa: ASYNC110

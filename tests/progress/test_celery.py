@@ -177,6 +177,22 @@ async def test_redis_killed_and_back_in_the_middle(site):
         assert site.server.url not in said
 
 
+@pytest.mark.slow
+def test_a_pool_of_threads(tmp_path):
+    """Announces no processes, and its tasks' events are told all the same; a warm shutdown loses none."""
+    with redis_server(tmp_path) as server:
+        worker = Worker(tmp_path, "threads", "--pool", "threads", "-c", "4", url=server.url)
+        app = Celery("client", broker=server.url, backend=server.url, set_as_current=False)
+        with workers(worker):
+            results = [app.send_task(f"{APP}.work", ("film", f"task-{number}", 5, 0.1)) for number in range(8)]
+            failed = app.send_task(f"{APP}.fail", ("film", "bad"), {"says_so": False})
+            until(lambda: all(result.ready() for result in [*results, failed]), 30, "all have ended")
+        app.close()
+        ends = [json.loads(text) for text in server.events("film") if '"type":"progress"' not in text]
+        assert sorted(event["type"] for event in ends) == ["completion"] * 8 + ["error"]
+        assert ends[[event["type"] for event in ends].index("error")]["task_name"] == "bad"
+
+
 SILENT = """
 import sys
 from celery import Celery
