@@ -161,7 +161,7 @@ def test_demo_on_its_page(home):
     demo = Process(home.folder, "demo", "demo", "--open", "--seconds", "0.5", env=home.env(BROWSER=f"{browser} %s"))
     try:
         url = until(lambda: opened.exists() and opened.read_text().strip(), 20, "a browser was started")
-        assert demo.stderr.read_text().startswith(f"Open {url} in a browser.\n")
+        assert demo.stderr.read_text().lstrip().startswith(f"Open {url} in a browser.\n")
         page = httpx.get(url, headers={"Accept": "text/html"})
         assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
         until(lambda: "Ctrl-C" in demo.stderr.read_text(), 20, "the demo is made")
@@ -455,6 +455,26 @@ def test_a_terminal_gets_lines_for_people(site, home):
     assert b"worker_started" in said
     assert b"The queue has no task to take." in said
     assert b'{"' not in said
+
+
+def test_up_says_where_its_page_is(home):
+    """In a terminal before all else that is for people, and that it asks for the key."""
+    main, end = pty.openpty()
+    env = home.env(I2V_PORT=0, WORKER_API_KEY=KEY, TERM="xterm", COLUMNS=200)
+    with subprocess.Popen([I2V, "up"], cwd=home.folder, env=env, stdout=end, stderr=end) as up:
+        os.close(end)
+        shown = Shown(main)
+        try:
+            until(lambda: b"worker_started" in shown.text, 20, "it is open")
+        finally:
+            up.send_signal(signal.SIGINT)
+        assert up.wait(15) == 0
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.text.decode()).split("\r\n") if line.strip()]
+    first = next(line for line in lines if not re.match(r"\d{4}-", line))
+    url, hint = re.fullmatch(r"Open (http://127\.0\.0\.1:\d+) in a browser, and sign in with (.+)\.", first).groups()
+    assert "WORKER_API_KEY" in hint
+    assert any(f"i2v submit PHOTO PROMPT --url {url}" in line for line in lines)
+    assert KEY not in shown.text.decode()
 
 
 def _read(terminal: int) -> bytes:
