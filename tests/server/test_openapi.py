@@ -65,7 +65,7 @@ def description(tmp_path_factory):
 def test_the_description_holds(description, mode):
     """No crash, no answer that is not described, nothing forbidden accepted, nothing allowed refused."""
     operations = [found.ok() for found in description.get_all_operations()]
-    assert len(operations) == 18
+    assert len(operations) == 19
     for operation in operations:
 
         @given(case=operation.as_strategy(generation_mode=mode))
