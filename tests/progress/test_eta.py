@@ -125,12 +125,14 @@ def test_with_history_it_is_known_from_the_beginning():
 
 
 def test_what_is_seen_of_a_stage_outweighs_its_past():
-    """A machine twice as slow as those before: after a quarter of the stage its own speed counts alone."""
+    """A machine twice as slow as those before: after half of the stage its own speed counts alone."""
     eta = TaskEta(history_of(*THREE, ends=ENDS), "film")
     eta.observe("draw", 0.0, 0)
-    for step in range(1, 10):
+    for step in range(1, 11):
         eta.observe("draw", step * 0.045, step * 10)
-    assert eta.left_s(90) == pytest.approx(110 + 5)
+        if step == 5:
+            assert eta.left_s(50) == pytest.approx((75 + 150) / 2 + 5)
+    assert eta.left_s(100) == pytest.approx(100 + 5)
 
 
 def test_a_run_becomes_history():
