@@ -24,6 +24,9 @@ tasks every five, unless its settings say otherwise."""
 MAX_WORKERS = 12
 """Workers that the strip names."""
 
+MAX_TIMED_GROUPS = 6
+"""Groups on one page of which the time left is told: for each the whole line is looked at."""
+
 STATUSES: Sequence[Status] = get_args(Status)
 
 Hint = Literal["crashed", "lost", "photo", "refused", "retry"]
@@ -158,6 +161,7 @@ class Summary:
     """The strip above the list."""
 
     overview: Overview
+    left_s: float | None  # until all that is ongoing is done
     counts: Mapping[Status, int]  # of the filtered group, or else of all
     workers: Sequence[WorkerSeen]
     more_workers: int
@@ -189,20 +193,9 @@ class Views:
             clip_bytes=self._clip_bytes(item),
         )
 
-    def head(self, group_id: str) -> GroupHead:
-        """The head of a group."""
-        group = self._store.get_group(group_id)
-        return GroupHead(group, None)
-
     def heads(self, group_ids: Sequence[str]) -> list[GroupHead]:
         """The heads of groups; those that were deleted are left out."""
-        found = []
-        for group_id in group_ids:
-            try:
-                found.append(self.head(group_id))
-            except ItemMissing:
-                continue
-        return found
+        return self._timed(self._groups(group_ids))
 
     def page(self, wanted: Filter) -> ListPage:
         """A page of the list, newest first."""
@@ -229,6 +222,7 @@ class Views:
         seen = self._workers.seen()
         return Summary(
             overview=overview,
+            left_s=self._live.queue_left_s() if _is_ongoing(overview) else None,
             counts={status: counts.get(status, 0) for status in STATUSES},
             workers=seen[:MAX_WORKERS],
             more_workers=max(0, len(seen) - MAX_WORKERS),
@@ -240,15 +234,31 @@ class Views:
         by_group: dict[str, list[Card]] = {}
         for card in cards:
             by_group.setdefault(card.item.group_id, []).append(card)
+        groups = self._groups(list(by_group))
+        heads = {head.group.id: head for head in self._timed([group for group in groups if not _is_single(group)])}
         sections: list[Section] = []
-        for head in self.heads(list(by_group)):
-            if head.total == 1 and head.group.name is None:  # a photo that came alone needs no head
+        for group in groups:
+            if group.id in heads:
+                sections.append(Section(heads[group.id], by_group[group.id]))
+            else:
                 if not sections or sections[-1].head is not None:
                     sections.append(Section(None))
-                sections[-1].cards += by_group[head.group.id]
-            else:
-                sections.append(Section(head, by_group[head.group.id]))
+                sections[-1].cards += by_group[group.id]
         return sections
+
+    def _groups(self, group_ids: Sequence[str]) -> list[Group]:
+        found = []
+        for group_id in group_ids:
+            try:
+                found.append(self._store.get_group(group_id))
+            except ItemMissing:
+                continue
+        return found
+
+    def _timed(self, groups: Sequence[Group]) -> list[GroupHead]:
+        ongoing = [group.id for group in groups if group.status in ("pending", "processing")]
+        left_s = {group_id: self._live.group_left_s(group_id) for group_id in ongoing[:MAX_TIMED_GROUPS]}
+        return [GroupHead(group, left_s.get(group.id)) for group in groups]
 
     def _clip_bytes(self, item: Item) -> int | None:
         if item.status != "completed" or item.video_storage_path is None:
@@ -257,6 +267,15 @@ class Views:
             return self._objects.path(item.video_storage_path).stat().st_size
         except (I2VError, OSError):
             return None
+
+
+def _is_ongoing(overview: Overview) -> bool:
+    return bool(overview.counts.get("pending") or overview.counts.get("processing"))
+
+
+def _is_single(group: Group) -> bool:
+    """Whether it is a photo that came alone, which needs no head."""
+    return group.name is None and sum(group.counts.values()) == 1
 
 
 def _id(text: str | None) -> str | None:

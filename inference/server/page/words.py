@@ -50,7 +50,6 @@ ENGLISH: Mapping[str, str] = {
     "upload.retry": "Try again",
     "upload.remove": "Remove {name}",
     "upload.progress": "{name}: upload",
-    "upload.leave": "Photos are still being sent.",
     # How things are
     "summary.heading": "Overview",
     "status.all": "All",
@@ -61,6 +60,7 @@ ENGLISH: Mapping[str, str] = {
     "status.cancelled": "Cancelled",
     "filter.heading": "Show by state",
     "fact.oldest": "Longest wait",
+    "fact.left": "All done in",
     "fact.hour": "Clips in the last hour",
     "fact.spent": "Spent today (UTC)",
     "fact.unpriced.one": "+ {n} clip without a known price",
@@ -107,7 +107,8 @@ ENGLISH: Mapping[str, str] = {
     "action.no_answer": "the server does not answer",
     "action.label": "{action}: {name}",
     "confirm.title": "Delete this?",
-    "confirm.text": "The clip of {name} will be gone, and so will the photo unless it has other clips. This cannot be undone.",
+    "confirm.text": "The clip of {name} will be gone, and the photo as well unless it has other clips. "
+    "This cannot be undone.",
     "confirm.keep": "Keep",
     # A group
     "group.clips.one": "{n} clip",
@@ -213,7 +214,6 @@ KOREAN: Mapping[str, str] = {
     "upload.retry": "다시 시도",
     "upload.remove": "{name} 빼기",
     "upload.progress": "{name}: 전송",
-    "upload.leave": "아직 사진을 보내는 중입니다.",
     "summary.heading": "현황",
     "status.all": "전체",
     "status.pending": "대기",
@@ -223,6 +223,7 @@ KOREAN: Mapping[str, str] = {
     "status.cancelled": "취소됨",
     "filter.heading": "상태별로 보기",
     "fact.oldest": "가장 오래 기다린 시간",
+    "fact.left": "모두 끝나기까지",
     "fact.hour": "최근 1시간 완료",
     "fact.spent": "오늘 쓴 돈(UTC)",
     "fact.unpriced.one": "+ 가격을 모르는 영상 {n}개",
@@ -268,7 +269,8 @@ KOREAN: Mapping[str, str] = {
     "action.no_answer": "서버가 답하지 않습니다",
     "action.label": "{action}: {name}",
     "confirm.title": "삭제할까요?",
-    "confirm.text": "{name} 영상이 지워집니다. 이 사진으로 만든 다른 영상이 없으면 사진도 지워집니다. 되돌릴 수 없습니다.",
+    "confirm.text": "{name} 영상이 지워집니다. 이 사진으로 만든 다른 영상이 없으면 사진도 지워집니다. "
+    "되돌릴 수 없습니다.",
     "confirm.keep": "그대로 두기",
     "group.clips.one": "영상 {n}개",
     "group.clips.other": "영상 {n}개",
