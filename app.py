@@ -83,11 +83,21 @@ async def dispatch() -> str:
 
 if deployment.takes_calls(settings):
 
-    @app.function(image=slim, max_containers=2, timeout=MINUTES, scaledown_window=10, cpu=0.125, memory=256)
+    @app.function(
+        image=slim,
+        max_containers=2,
+        timeout=deployment.calls_timeout_s(settings),
+        scaledown_window=10,
+        cpu=0.125,
+        memory=256,
+    )
     @modal.concurrent(max_inputs=100)
     @modal.asgi_app()
     def calls() -> Any:
-        """`POST /wake`, `POST /jobs/run` and `GET /jobs/health`: checks who calls, hands on, and answers."""
+        """`POST /wake`, `POST /jobs/run` and `GET /jobs/health`: checks who calls, hands on, and answers.
+
+        With REDIS_URL also live progress: `/events/{project_id}` and `/ws/{project_id}`.
+        """
         from inference.on_modal.calls import application  # noqa: PLC0415 - starlette is not where this is deployed from
 
         here = Settings.load()  # with what the secret holds

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -79,9 +80,11 @@ async def _serve(settings: Settings) -> None:
         here = Here(jobs, runner, at_once=settings.push_at_once)
         ask = opening.ask_of(tasks)
         sweeper = Sweeper(jobs, ask=ask, here=None if ask else here)
-        app = create_app(auth, runs=here, wake=sweeper.wake, deadline_s=settings.push_deadline_s)
+        streams = opening.build_streams(settings, auth, hub)
+        app = create_app(auth, runs=here, wake=sweeper.wake, deadline_s=settings.push_deadline_s, beside=streams)
+        serve = partial(opening.serve_calls, closing=hub.close if hub else None)
         async with anyio.create_task_group() as around:
-            bound = await around.start(opening.serve_calls, app, listen(settings.host, settings.port))
+            bound = await around.start(serve, app, listen(settings.host, settings.port))
             log.info("push_open", host=bound[0], port=bound[1], engine=engine.name)
             terminal.tell(f"Jobs are taken at http://{bound[0]}:{bound[1]}/jobs/run, engine {engine.name}.")
             async with anyio.create_task_group() as beside:

@@ -5,22 +5,26 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import structlog
 from starlette.types import ASGIApp
 
 from inference import logs
-from inference.errors import I2VError, PoolUnavailable, QueueUnavailable
+from inference.errors import I2VError, PoolUnavailable, QueueUnavailable, SettingsError
 from inference.fleet.containers import Containers, Sized
 from inference.fleet.shape import Shape, for_a_cold_start
 from inference.leasing.taking import LEASE_LIMIT_S, hand_back
-from inference.on_modal import ticks
+from inference.on_modal import deployment, ticks
 from inference.payments.records import Records
+from inference.progress.hub import ProgressHub
+from inference.progress.redis import open_hub
+from inference.progress.web.follow import Bounds
 from inference.providers import DEFAULT, provider_of
 from inference.push import answers
 from inference.push.answers import Answer
 from inference.push.app import create_app
 from inference.push.jobs import JobQueue, Standing, attempt_of
-from inference.push.opening import build_auth, open_jobs
+from inference.push.opening import build_auth, build_streams, open_jobs
 from inference.settings import Settings
 from inference.task import Lease
 
@@ -28,6 +32,9 @@ log = structlog.get_logger(__name__)
 
 CALL_S = 10.0
 """How long the platform is waited for, one call."""
+
+LISTENERS = 80
+"""Of live progress, a container. It takes 100 requests at once (app.py), and some of them have to be calls."""
 
 
 class HandsOn:
@@ -115,14 +122,29 @@ def application(
     async def wake() -> None:
         await ticks.ask(records, spawn_tick)
 
-    if settings.queue != "video_jobs":
-        return create_app(auth, wake=wake, deadline_s=settings.push_deadline_s)
-    runs = HandsOn(pool, shape.sizes[DEFAULT.pool], wake)
+    hub = _hub(settings)
+    streams = build_streams(settings, auth, hub, Bounds(LISTENERS, longest_s=deployment.LISTEN_S))
+    deadline_s = settings.push_deadline_s
+    runs = HandsOn(pool, shape.sizes[DEFAULT.pool], wake) if settings.queue == "video_jobs" else None
 
     @asynccontextmanager
     async def opened(_app: Any) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            runs.jobs = await stack.enter_async_context(open_jobs(for_a_cold_start(settings, shape)))
+            if hub is not None:
+                stack.push_async_callback(anyio.to_thread.run_sync, hub.close)
+            if runs is not None:
+                runs.jobs = await stack.enter_async_context(open_jobs(for_a_cold_start(settings, shape)))
             yield
 
-    return create_app(auth, runs=runs, wake=wake, deadline_s=settings.push_deadline_s, lifespan=opened)
+    return create_app(auth, runs=runs, wake=wake, deadline_s=deadline_s, beside=streams, lifespan=opened)
+
+
+def _hub(settings: Settings) -> ProgressHub | None:
+    """Where containers publish progress. Jobs are taken without it, too."""
+    if settings.redis_url is None:
+        return None
+    try:
+        return open_hub(settings.redis_url.get_secret_value())
+    except SettingsError as error:
+        log.error("no_events", error=str(error))  # noqa: TRY400 - the message is the point
+        return None

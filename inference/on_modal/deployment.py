@@ -13,6 +13,10 @@ from inference.settings import Settings
 
 CRON_FIELDS = 5
 
+LISTEN_S = 540
+"""Seconds for which a page follows live progress until it has to connect again. The function's timeout is longer, so
+that Modal ends no request. An open stream keeps its container."""
+
 
 CRON_FIELD = re.compile(r"[0-9A-Za-z*,/-]+")  # Modal's client does not check the expression
 
@@ -37,6 +41,11 @@ def keys_of(settings: Settings) -> list[str]:
     keys += ["REDIS_URL"] if settings.redis_url else []
     keys += ["I2V_PUSH_TOKEN"] if settings.push_token else []
     return keys
+
+
+def calls_timeout_s(settings: Settings) -> int:
+    """How long the web endpoint may work on one request: longer where live progress is followed over it."""
+    return LISTEN_S + 60 if settings.redis_url else 60
 
 
 def takes_calls(settings: Settings) -> bool:

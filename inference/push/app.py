@@ -7,7 +7,7 @@ GET  /jobs/health                 whether the store of jobs answers; needs no to
 
 import json
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from inference.errors import I2VError, QueueUnavailable
 from inference.push.answers import RETRY_AFTER_S, Answer, for_error
@@ -64,7 +64,7 @@ class Runs(Protocol):
         ...
 
 
-class _Malformed(Exception):
+class Malformed(Exception):
     """The body of a request cannot be used; the text says why."""
 
     def __init__(self, status: int, why: str) -> None:
@@ -78,13 +78,16 @@ def create_app(
     runs: Runs | None = None,
     wake: Wake | None = None,
     deadline_s: float,
+    beside: Sequence[BaseRoute] = (),
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
 ) -> Starlette:
     """The application. `deadline_s`: how long a caller waits who does not say. `lifespan`: open while it is served.
 
+    `beside`: routes that check their callers themselves.
+
     Without `runs` there is no `/jobs/run`, and without `wake` no `/wake`.
     """
-    routes = [Route("/jobs/health", _Health(runs).answer, methods=["GET"])]
+    routes: list[BaseRoute] = [*beside, Route("/jobs/health", _Health(runs).answer, methods=["GET"])]
     if runs is not None:
         routes.append(Route("/jobs/run", partial(_run, auth, runs, deadline_s), methods=["POST"]))
     if wake is not None:
@@ -98,10 +101,10 @@ async def _run(auth: Auth, runs: Runs, default_s: float, request: Request) -> JS
         return respond(refusal)
     job_id: str | None = None
     try:
-        job_id, extras = _job_of(await _body_of(request, MAX_BODY_BYTES))
+        job_id, extras = _job_of(await body_of(request, MAX_BODY_BYTES))
         limit_s = _deadline_s(request, default_s)
         return respond(await runs.run(job_id, extras, limit_s - min(ANSWER_MARGIN_S, ANSWER_MARGIN * limit_s)))
-    except _Malformed as error:
+    except Malformed as error:
         return respond(Answer(http_status=error.status, outcome="malformed", error=str(error)))
     except I2VError as error:
         log.warning("job_not_run", item_id=job_id, error=str(error))
@@ -113,9 +116,9 @@ async def _wake(auth: Auth, wake: Wake, request: Request) -> JSONResponse:
     if refusal is not None:
         return respond(refusal)
     try:
-        await _body_of(request, MAX_WAKE_BYTES)  # read, so that the answer reaches a client that still sends
+        await body_of(request, MAX_WAKE_BYTES)  # read, so that the answer reaches a client that still sends
         await wake()
-    except _Malformed as error:
+    except Malformed as error:
         return respond(Answer(http_status=error.status, outcome="malformed", error=str(error)))
     except I2VError as error:
         log.warning("not_woken", error=str(error))
@@ -178,7 +181,8 @@ def stopping() -> JSONResponse:
     )
 
 
-async def _body_of(request: Request, limit_bytes: int) -> bytes:
+async def body_of(request: Request, limit_bytes: int) -> bytes:
+    """The body of a request. Raises Malformed where it is longer."""
     body, deadline = bytearray(), math.inf
     async with aclosing(request.stream()) as chunks:
         with anyio.CancelScope() as scope:
@@ -189,7 +193,7 @@ async def _body_of(request: Request, limit_bytes: int) -> bytes:
                     # A client that still sends may lose an early answer, so the rest is read and thrown away.
                     deadline = scope.deadline = anyio.current_time() + LINGER_S
     if len(body) > limit_bytes:
-        raise _Malformed(413, f"body: more than {limit_bytes} bytes")
+        raise Malformed(413, f"body: more than {limit_bytes} bytes")
     return bytes(body)
 
 
@@ -198,13 +202,13 @@ def _job_of(body: bytes) -> tuple[str, dict[str, Any]]:
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
-        raise _Malformed(400, 'body: not JSON; it has to be {"job_id": "…"}') from None
+        raise Malformed(400, 'body: not JSON; it has to be {"job_id": "…"}') from None
     if not isinstance(given, dict):
-        raise _Malformed(400, 'body: it has to be {"job_id": "…"}')
+        raise Malformed(400, 'body: it has to be {"job_id": "…"}')
     try:
         job_id = identifier.validate_python(given.pop("job_id", None), strict=True)
     except ValidationError:
-        raise _Malformed(400, "job_id: has to be 1 to 200 letters, digits, and . _ : -") from None
+        raise Malformed(400, "job_id: has to be 1 to 200 letters, digits, and . _ : -") from None
     return job_id, given
 
 
@@ -212,7 +216,7 @@ def _deadline_s(request: Request, default_s: float) -> float:
     try:
         asked_s = float(request.headers.get(DEADLINE_HEADER, default_s))
     except ValueError:
-        raise _Malformed(400, f"{DEADLINE_HEADER}: has to be a number of seconds") from None
+        raise Malformed(400, f"{DEADLINE_HEADER}: has to be a number of seconds") from None
     if not MIN_DEADLINE_S <= asked_s <= MAX_DEADLINE_S:  # NaN is in no range
-        raise _Malformed(400, f"{DEADLINE_HEADER}: has to be between {MIN_DEADLINE_S:g} and {MAX_DEADLINE_S:g} s")
+        raise Malformed(400, f"{DEADLINE_HEADER}: has to be between {MIN_DEADLINE_S:g} and {MAX_DEADLINE_S:g} s")
     return asked_s

@@ -1,20 +1,24 @@
 """The parts of the push application, made from settings."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
 import structlog
 from anyio.abc import TaskStatus
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from inference.build import needing_extra, open_queue
 from inference.errors import SettingsError
+from inference.progress.hub import ProgressHub
+from inference.progress.web.follow import Bounds
 from inference.push.app import stopping
 from inference.push.auth import Auth
 from inference.push.jobs import JobQueue
+from inference.push.progress import progress_routes
 from inference.push.sweeping import Ask
 from inference.server.listening import serve_app
 from inference.settings import Settings
@@ -39,6 +43,17 @@ def build_auth(settings: Settings) -> Auth:
         tokens = GoogleTokens(settings.push_audience, callers_of(settings))
     secret = settings.push_token.get_secret_value() if settings.push_token else None
     return Auth(secret, settings.push_token_header, tokens)
+
+
+def build_streams(
+    settings: Settings,
+    auth: Auth,
+    hub: ProgressHub | None,
+    bounds: Bounds = Bounds(),  # noqa: B008 - frozen
+) -> Sequence[BaseRoute]:
+    """Routes of live progress; none without a hub that other processes publish to."""
+    secret = settings.push_token.get_secret_value() if settings.push_token else None
+    return progress_routes(hub, auth, secret, bounds) if hub is not None else ()
 
 
 def build_tasks(settings: Settings) -> "Tasks | None":
@@ -80,8 +95,9 @@ async def serve_calls(
     app: ASGIApp,
     listener: socket.socket,
     *,
+    closing: Callable[[], None] | None = None,
     task_status: TaskStatus[tuple[str, int]] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves the application until cancelled, and closes the listener; as `serve_app`."""
     with listener:
-        await serve_app(app, listener, stopping=stopping(), task_status=task_status)
+        await serve_app(app, listener, stopping=stopping(), closing=closing, task_status=task_status)

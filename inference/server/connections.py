@@ -163,6 +163,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         super().__init__(**given)
         self._patience = crowd.patience
         self._timer: asyncio.TimerHandle | None = None
+        self.close_timeout = crowd.patience.listener_s  # uvicorn's: until the client answers that it closes, too
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

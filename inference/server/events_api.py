@@ -4,27 +4,21 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import AfterValidator, BaseModel
+from pydantic import BaseModel, Field
 from starlette.routing import BaseRoute
 
 from inference.progress.hub import ProgressHub
 from inference.progress.web.access import TOKEN_LIFETIME_S, Access
 from inference.progress.web.app import progress_app
-from inference.progress.web.follow import MAX_PROJECT_ID, Snapshot, is_project_id
+from inference.progress.web.follow import MAX_PROJECT_ID, Snapshot
 from inference.server.answers import Answer, errors
 from inference.server.config import ServerConfig
-
-
-def _readable(text: str) -> str:
-    if not is_project_id(text):
-        raise ValueError(f"has to be 1 to {MAX_PROJECT_ID} characters that can be read")
-    return text
 
 
 class EventsTokenRequest(BaseModel):
     """Which project somebody is to follow."""
 
-    project_id: Annotated[str, AfterValidator(_readable)]  # a group's id, or `queue` for all tasks
+    project_id: Annotated[str, Field(min_length=1, max_length=MAX_PROJECT_ID)]  # a group's id, or `queue` for all tasks
 
 
 class EventsToken(BaseModel):
@@ -48,6 +42,6 @@ def event_routes(config: ServerConfig) -> APIRouter:
     return routes
 
 
-def stream_routes(hub: ProgressHub, snapshot: Snapshot | None = None) -> Sequence[BaseRoute]:
+def stream_routes(hub: ProgressHub, snapshot: Snapshot) -> Sequence[BaseRoute]:
     """`/events/{project_id}` and `/ws/{project_id}`. Guard has checked who asks."""
     return progress_app(hub, access=lambda _connection, _project_id: None, snapshot=snapshot).routes

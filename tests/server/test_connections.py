@@ -11,6 +11,7 @@ from functools import partial
 
 import httpx
 import pytest
+from websockets.sync.client import connect as websocket
 
 from inference.server.connections import Patience
 from tests.server.harness import KEY, config, jpeg, running_server
@@ -158,10 +159,43 @@ def test_who_has_owed_for_longest_makes_room(tmp_path):
         assert all(map(is_answered, (third, fourth, fifth)))
 
 
-def test_a_websocket_that_nobody_speaks_is_no_news(tmp_path, caplog):
-    """Anybody may ask for one, without a key: the log does not grow, and does not advise to install what speaks it."""
-    asks = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13", "sec-websocket-key": "a"}
-    with running_server(config(tmp_path)) as url:
-        assert httpx.get(f"{url}/api/tasks", headers=asks).status_code == 401
-    assert "upgrade" not in caplog.text
-    assert "WebSocket" not in caplog.text
+@pytest.mark.parametrize(
+    "asks, path, status",
+    [
+        ({}, "/ws/queue", 403),
+        ({}, "/nowhere", 403),
+        ({"sec-websocket-key": "a"}, "/ws/queue", 400),
+        ({}, f"/ws/{'x' * 20_000}", None),  # longer than a line may be
+        ({"upgrade": "h2c"}, "/api/tasks", 401),
+    ],
+)
+def test_a_websocket_that_is_refused_is_no_news(tmp_path, caplog, asks, path, status):
+    """Anybody may ask for one, without the key: the connection ends, and the log does not grow."""
+    asks = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==",
+    } | asks
+    with running_server(config(tmp_path), patience=SOON) as url:
+        if status is None:
+            with pytest.raises(httpx.RemoteProtocolError):
+                httpx.get(f"{url}{path}", headers=asks)
+        else:
+            assert httpx.get(f"{url}{path}", headers=asks).status_code == status
+    assert not [record for record in caplog.records if record.levelname not in {"DEBUG", "INFO"}]
+
+
+def test_a_websocket_stays_where_it_is_read(tmp_path):
+    """It owes nothing: no limit of a request ends it, and it makes no room for others."""
+    patience = Patience(header_s=0.1, stalled_s=0.1, listener_s=0.1, connections=2)
+    key = {"authorization": f"Worker {KEY}"}
+    with running_server(config(tmp_path), patience=patience) as url, ExitStack() as stack:
+        address = url.replace("http", "ws", 1) + "/ws/queue"
+        talk = stack.enter_context(websocket(address, additional_headers=key))
+        assert httpx.get(f"{url}/api/tasks", headers=key).status_code == 200
+        silent = [stack.enter_context(connect(url)) for _ in range(3)]
+        assert all(ends_within(connection, 5) for connection in silent)
+        talk.ping().wait(5)
+        httpx.post(f"{url}/api/tasks", files={"photo": ("a.jpg", jpeg(), "image/jpeg")}, headers=key)
+        assert json.loads(talk.recv(5))["status"] == "pending"

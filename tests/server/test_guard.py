@@ -1,6 +1,7 @@
 """Who gets in with a session, or with a token for one project; and that no page of another site does."""
 
 from base64 import urlsafe_b64encode
+from itertools import count
 
 import pytest
 from starlette.requests import HTTPConnection, Request
@@ -95,6 +96,7 @@ async def test_a_page_without_a_session_leads_to_the_sign_in(tmp_path, path, pla
         Sessions(SECRET, KEY, lambda: 1000.0).open(),
         Access(KEY, SECRET, lambda: 1e12).sign(""),
     ],
+    ids=count(),
 )
 async def test_a_forged_or_an_old_session_is_none(tmp_path, value):
     """Also one of an earlier key, of another secret, and a token for listeners in its place."""

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from anyio.from_thread import start_blocking_portal
 from starlette.responses import PlainTextResponse
-from websockets.exceptions import ConnectionClosedError
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
 from inference.progress.events import ProgressEvent
@@ -106,6 +106,15 @@ def _received(socket) -> Iterator[tuple[str | None, dict[str, Any]]]:
         for message in socket:
             event = json.loads(message)
             yield event.pop("id", None), event
+
+
+def websocket_status(url: str, project: str = "film", query: str = "", **headers: str) -> int:
+    """With which status of HTTP a WebSocket is refused; 101 where it is not."""
+    try:
+        with connect(address_of(url, project, query), additional_headers=headers):
+            return 101
+    except InvalidStatus as error:
+        return error.response.status_code
 
 
 WAYS = {"sse": by_sse, "websocket": by_websocket}
