@@ -2,8 +2,8 @@
 
     i2v:progress:{project_id}   a stream; the field `event` of each entry is one event as JSON
 
-A stream keeps about the last thousand events, and is gone a day after the last one. A single Redis 5 or newer, or what
-speaks like one (Valkey); behind TLS with `rediss://`. Not a cluster: one question reads the streams of many projects.
+A stream keeps about the last thousand events, and is gone a day after the last one. It takes a single Redis, 5 or
+newer, behind TLS with `rediss://`. A cluster would not do: one question reads the streams of many projects.
 """
 
 import os
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 PREFIX = "i2v:progress:"
 WAKE_PREFIX = "i2v:wake:"
 """Keys of streams, and of one stream for each process that follows some, in which it is told to look for new projects.
-Where users of Redis have rights of their own (ACL), `~i2v:*` and the commands of streams are enough."""
+A user of Redis with rights of its own (ACL) needs `~i2v:* +xadd +xread +xrevrange +expire`."""
 
 FIELD = "event"
 """Of an entry."""

@@ -14,6 +14,7 @@ from websockets.sync.client import connect
 
 from inference.progress.events import event_of
 from inference.progress.hub import install
+from tests.support.browser import Watch, running_browser
 from tests.support.celery_workers import Worker, workers
 from tests.support.processes import environment, until
 from tests.support.redis_server import redis_server
@@ -83,6 +84,23 @@ def test_the_worked_example(site):
         again = [json.loads(socket.recv(timeout=5)) for _ in heard]
     assert all(event.pop("id") for event in again)
     assert again == heard
+
+
+def test_its_page_in_a_browser(site):
+    """One that is open before the task begins, and one that comes late, show how it ended."""
+    with running_browser() as browser:
+        context = browser.new_context()
+        watch = Watch(context, site.removeprefix("http://"))
+        early, late = context.new_page(), context.new_page()
+        early.goto(f"{site}/films/film-3")
+        httpx.post(f"{site}/films/film-3", json=["a fox", "a river"]).raise_for_status()
+        for page in (early, late):
+            if page is late:
+                page.goto(f"{site}/films/film-3")
+            page.wait_for_function("document.getElementById('says').textContent === 'films/film-3.mp4'", timeout=20_000)
+            assert page.evaluate("document.getElementById('bar').value") == 100
+        context.close()
+        assert watch.problems() == []
 
 
 def test_the_worked_example_that_fails(site):

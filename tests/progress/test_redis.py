@@ -1,6 +1,7 @@
 """Progress through a real Redis: every listener gets every event once and in order, whatever happens to Redis."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from inference.progress.hub import KEPT, START, MemoryHub, Published
 from inference.progress.outbox import MAX_WAITING, Away, Entry, Outbox
 from inference.progress.redis import EXPIRE_S, FIELD, KEPT_IN_REDIS, PREFIX, RedisHub, open_hub
 from tests.support.processes import environment, until
-from tests.support.redis_server import PASSWORD, RedisServer, redis_server
+from tests.support.redis_server import PASSWORD, PASSWORD_IN_URL, RedisServer, redis_server
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -114,7 +115,9 @@ async def test_what_one_process_says_another_hears(server, in_background):
                 assert late.resumed
                 assert numbers(await take(late, 39)) == list(range(21, 60))
                 assert await nothing_more(late)
+            server.client.config_resetstat()
             assert await nothing_more(early)
+            assert server.client.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"] <= 1  # and not again
 
 
 @pytest.mark.anyio
@@ -162,6 +165,7 @@ async def test_many_listeners_are_one_connection(server):
         patch.setattr(follower, "KEEP_S", 0)
         async with hears.subscribe("another"):
             until(lambda: list(hears._follower._followed) == ["another"], 5, "nobody follows the others")
+            assert list(hears._here._streams) == ["another"]
         say(says, range(3, 5), project=projects[0])
         async with hears.subscribe(projects[0], START) as subscription:
             assert subscription.resumed
@@ -190,6 +194,21 @@ async def test_what_others_write_into_a_stream_is_passed_over(server):
         async with hub.subscribe("film", START) as subscription:
             assert numbers(await take(subscription, 1)) == [1]
     assert len(logs) == 3
+
+
+@pytest.mark.anyio
+async def test_a_user_of_redis_with_few_rights(server):
+    """The guide says which are enough."""
+    rights = re.search(r"`(~i2v:\* .+?)`", (ROOT / "docs" / "progress.md").read_text())[1]
+    server.client.execute_command("ACL", "SETUSER", "limited", "on", ">word", *rights.split())
+    limited = RedisHub(server.url.replace("//:", "//limited:").replace(PASSWORD_IN_URL, "word"), interval_s=0)
+    with capture_logs() as logs, hub_of(server) as says:
+        say(limited, [1])
+        async with limited.subscribe("other"), limited.subscribe("film", START) as subscription:
+            say(says, [2])
+            assert numbers(await take(subscription, 2)) == [1, 2]
+        limited.close()
+    assert logs == []
 
 
 @pytest.mark.anyio

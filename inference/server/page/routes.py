@@ -10,10 +10,11 @@ from inference.server.objects import ObjectStore
 from inference.server.page.actions import action_routes
 from inference.server.page.asking import LANGUAGE_COOKIE, words_for
 from inference.server.page.files import file_routes
+from inference.server.page.filter import Filter
 from inference.server.page.rendering import Renderer
 from inference.server.page.sign_in import sign_in_routes
 from inference.server.page.telling import told_to_people
-from inference.server.page.views import PAGE_SIZE, Filter, Views
+from inference.server.page.views import PAGE_SIZE, Views
 from inference.server.rows.store import Store
 from inference.server.workers import Workers
 

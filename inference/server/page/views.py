@@ -3,13 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-from urllib.parse import urlencode
+from typing import Literal
 
 from inference.errors import I2VError, ItemMissing
 from inference.queues.item import CRASHED, LOST, Item, Status
 from inference.server.live import Live
 from inference.server.objects import ObjectStore
+from inference.server.page.filter import STATUSES, Filter
 from inference.server.page.names import shown_name
 from inference.server.rows.store import Group, Overview, Store
 from inference.server.workers import Workers, WorkerSeen
@@ -27,8 +27,6 @@ MAX_WORKERS = 12
 MAX_TIMED_GROUPS = 6
 """Groups on one page of which the time left is told: for each the whole line is looked at."""
 
-STATUSES: Sequence[Status] = get_args(Status)
-
 Hint = Literal["crashed", "lost", "photo", "refused", "retry"]
 
 # What workers write in error messages, in small letters, and which hint helps there. The first match counts.
@@ -40,33 +38,6 @@ HINTS: Sequence[tuple[str, Hint]] = (
     ("safety", "refused"),
     ("content policy", "refused"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """What part of the list is asked for."""
-
-    status: Status | None = None
-    group: str | None = None
-    before: str | None = None  # id of the last task of the page before
-
-    @classmethod
-    def of(cls, query: Mapping[str, str]) -> "Filter":
-        """From the query of an address; what makes no sense there is left out."""
-        wanted = query.get("status")
-        status = next((status for status in STATUSES if status == wanted), None)
-        return cls(status, _id(query.get("group")), _id(query.get("before")))
-
-    def address(self, **changed: str | None) -> str:
-        """The page that shows this part of the list, relative to the page itself: "./?status=failed"."""
-        query = {"status": self.status, "group": self.group, "before": self.before} | changed
-        text = urlencode({name: value for name, value in query.items() if value})
-        return f"./?{text}" if text else "./"
-
-    @property
-    def query(self) -> str:
-        """The same as a query alone, with its question mark, or nothing."""
-        return self.address().removeprefix("./")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +247,3 @@ def _is_ongoing(overview: Overview) -> bool:
 def _is_single(group: Group) -> bool:
     """Whether it is a photo that came alone, which needs no head."""
     return group.name is None and sum(group.counts.values()) == 1
-
-
-def _id(text: str | None) -> str | None:
-    return text if text and len(text) <= 200 and text.isprintable() else None

@@ -7,14 +7,18 @@ from string import Formatter
 import pytest
 
 from inference.queues.item import Status
+from inference.server.page.english import ENGLISH
+from inference.server.page.korean import KOREAN
 from inference.server.page.views import HINTS
-from inference.server.page.words import ENGLISH, KOREAN, LANGUAGES, WORDS, language_of
+from inference.server.page.words import LANGUAGES, WORDS, language_of
 
 PACKAGE = resources.files("inference.server.page")
 TEMPLATES = "\n".join(file.read_text("utf-8") for file in (PACKAGE / "templates").iterdir())
 SCRIPT = (PACKAGE / "static" / "page.js").read_text("utf-8")
-SOURCES = "\n".join(file.read_text("utf-8") for file in PACKAGE.iterdir() if file.name.endswith(".py"))
-CODE = TEMPLATES + SCRIPT + SOURCES.replace((PACKAGE / "words.py").read_text("utf-8").partition("TABLES:")[0], "")
+MODULES = [file for file in PACKAGE.iterdir() if file.name.endswith(".py")]
+CODE = "\n".join(
+    (TEMPLATES, SCRIPT, *(file.read_text("utf-8") for file in MODULES if file.name not in ("english.py", "korean.py")))
+)
 
 
 def gaps(text):
@@ -107,6 +111,13 @@ def test_numbers_sizes_and_money():
     assert [words.limit(n) for n in (50_000_000, 52_428_800, 800)] == ["50 MB", "52 MB", "0 KB"]
     assert [words.count("group.clips", n) for n in (1, 2)] == ["1 clip", "2 clips"]
     assert [WORDS["ko"].count("group.clips", n) for n in (1, 2)] == ["영상 1개", "영상 2개"]
+
+
+def test_time_left():
+    """Unknown rather than wrong, and no zero."""
+    english, korean = WORDS["en"], WORDS["ko"]
+    assert [english.left(s) for s in (None, 0.2, 90)] == ["—", "any moment", "1 min 30 s left"]
+    assert [korean.left(s) for s in (None, 0.2, 90)] == ["—", "곧 끝남", "1분 30초 남음"]
 
 
 def test_stages():
