@@ -1,5 +1,6 @@
 """What the templates show: cards of tasks, groups of cards, a page of the list, and the strip of numbers above it."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,14 +30,11 @@ MAX_TIMED_GROUPS = 6
 
 Hint = Literal["crashed", "lost", "photo", "refused", "retry"]
 
-# What workers write in error messages, in small letters, and which hint helps there. The first match counts.
-HINTS: Sequence[tuple[str, Hint]] = (
-    ("the photo ", "photo"),
-    ("not a photo", "photo"),
-    ("refused the prompt", "refused"),
-    ("moderation", "refused"),
-    ("safety", "refused"),
-    ("content policy", "refused"),
+# What our workers write in error messages (errors of media/photo*.py and engines/runway/wire.py), and which hint helps
+# there. The first match counts.
+HINTS: Sequence[tuple[re.Pattern[str], Hint]] = (
+    (re.compile(r"moderation refused|cannot use the photo or the prompt|nothing usable of this photo"), "refused"),
+    (re.compile(r"the photo (is|has|cannot|takes|crashes|shows)|not a JPEG, PNG, WebP or HEIC"), "photo"),
 )
 
 
@@ -88,7 +86,7 @@ class Card:
             return "crashed"
         if message == LOST:
             return "lost"
-        return next((hint for words, hint in HINTS if words in message.lower()), "retry")
+        return next((hint for said, hint in HINTS if said.search(message)), "retry")
 
 
 @dataclass(frozen=True, slots=True)

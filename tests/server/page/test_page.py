@@ -351,7 +351,7 @@ def test_the_strip(site):
 def test_tasks_without_any_worker_are_told(site):
     """The page says what is missing, and how it is started."""
     site.add()
-    assert "i2v work" in site.page().one(class_="notice").text
+    assert site.page().one(class_="notice").text.endswith("i2v work --url http://127.0.0.1:8000")
     site.client.post("/api/worker/next-task", json={"worker_id": "mac.1"})
     site.add()
     assert not site.page().all(class_="notice")
@@ -362,8 +362,8 @@ def test_tasks_without_any_worker_are_told(site):
     [
         (CRASHED, "Each worker that tried this went silent."),
         ("the photo is only 8x8 pixels", "add another photo"),
-        ("Runway refused the prompt", "was refused"),
-        ("something else", "Retry puts it back"),
+        ("its moderation refused the photo or the prompt (SAFETY.INPUT)", "was refused"),
+        ("safetensors: the file is damaged", "Retry puts it back"),
     ],
 )
 def test_a_failure_says_what_to_do(site, message, words):
