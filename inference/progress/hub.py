@@ -113,9 +113,7 @@ class MemoryHub:
         so is a late word of a try that is over.
         """
         with self._lock:
-            stream = self._stream(project_id)
-            if not stream.is_late(published):
-                stream.add(published)
+            self._stream(project_id).feed(published)
 
     def forget(self, project_id: str) -> None:
         """Drops a project without listeners. For who feeds it, and stops; it can be fed again from its beginning."""
@@ -196,9 +194,13 @@ class _Stream:
         self._tries: dict[str, Tries] = {}  # of each task
         self._is_whole = True  # nothing that was ever published here is gone
 
+    def feed(self, published: Published) -> None:
+        is_new = not self._kept or _order(published.id) > _order(self._kept[-1].id)
+        tries = self._tries.setdefault(published.event.task_name, Tries())
+        if is_new and not tries.is_late(published.event):
+            self.add(published)
+
     def add(self, published: Published) -> None:
-        if self._kept and _order(published.id) <= _order(self._kept[-1].id):
-            return
         self._is_whole = self._is_whole and len(self._kept) < KEPT
         self._kept.append(published)
         self._newest.pop(published.event.task_name, None)
@@ -208,9 +210,6 @@ class _Stream:
             del self._newest[oldest]
             self._tries.pop(oldest, None)
         self.listeners = {listener for listener in self.listeners if listener.offer(published)}
-
-    def is_late(self, published: Published) -> bool:
-        return self._tries.setdefault(published.event.task_name, Tries()).is_late(published.event)
 
     def welcome(self, listener: "_Listener", after: str | None) -> None:
         """Gives a listener what it missed, and from now on everything."""
