@@ -14,7 +14,7 @@ from anyio import lowlevel
 
 from inference.errors import ListenerTooSlow
 from inference.progress.events import Event, as_json
-from inference.progress.gate import INTERVAL_S, Gate
+from inference.progress.gate import INTERVAL_S, Gate, Tries
 
 __all__ = ["START", "Gate", "MemoryHub", "ProgressHub", "Published", "Subscription", "install", "installed"]
 
@@ -109,10 +109,11 @@ class MemoryHub:
     def feed(self, project_id: str, published: Published) -> None:
         """Adds an event that was published elsewhere, under the id it has there.
 
-        It passes no gate. One that does not come after the last of its stream is ignored.
+        It has passed the gate of its own process. One that does not come after the last of its stream is ignored, and
+        so is a late word of a try that is over.
         """
         with self._lock:
-            self._stream(project_id).add(published)
+            self._stream(project_id).feed(published)
 
     def forget(self, project_id: str) -> None:
         """Drops a project without listeners. For who feeds it, and stops; it can be fed again from its beginning."""
@@ -190,17 +191,24 @@ class _Stream:
         self.used_at = 0.0
         self._kept: deque[Published] = deque(maxlen=KEPT)
         self._newest: dict[str, Published] = {}  # of each task, in the order of the stream
+        self._tries: dict[str, Tries] = {}  # of each task
         self._is_whole = True  # nothing that was ever published here is gone
 
+    def feed(self, published: Published) -> None:
+        is_new = not self._kept or _order(published.id) > _order(self._kept[-1].id)
+        tries = self._tries.setdefault(published.event.task_name, Tries())
+        if is_new and not tries.is_late(published.event):
+            self.add(published)
+
     def add(self, published: Published) -> None:
-        if self._kept and _order(published.id) <= _order(self._kept[-1].id):
-            return
         self._is_whole = self._is_whole and len(self._kept) < KEPT
         self._kept.append(published)
         self._newest.pop(published.event.task_name, None)
         self._newest[published.event.task_name] = published
         if len(self._newest) > KEPT:
-            del self._newest[next(iter(self._newest))]
+            oldest = next(iter(self._newest))
+            del self._newest[oldest]
+            self._tries.pop(oldest, None)
         self.listeners = {listener for listener in self.listeners if listener.offer(published)}
 
     def welcome(self, listener: "_Listener", after: str | None) -> None:

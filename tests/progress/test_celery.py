@@ -123,9 +123,10 @@ def test_a_task_that_fails_without_a_word(site):
         site.send("fail", "bad", "silent", says_so=False),
         site.send("fail", "bad", "told", says_so=True),
         site.send("fail_once", "bad", "again"),
+        site.send("fail_inside", "bad"),
     ]
     until(lambda: all(result.ready() for result in results), 20, "all have ended")
-    assert [result.state for result in results] == ["FAILURE", "FAILURE", "SUCCESS"]
+    assert [result.state for result in results] == ["FAILURE", "FAILURE", "SUCCESS", "FAILURE"]
     assert str(results[0].result) == "no photo\nat all"
     ends: dict[str, list] = {}
     for event in site.events("bad"):
@@ -135,6 +136,8 @@ def test_a_task_that_fails_without_a_word(site):
         "silent": ["error"],
         "told": ["error"],
         "again": ["completion"],
+        "outside": ["error"],
+        "inside": ["error"],
     }
     assert ends["silent"][0]["error"] == "no photo at all"
     assert ends["silent"][0]["details"]["error_code"] == "ValueError"
@@ -224,6 +227,25 @@ def test_progress_is_not_stored_at_any_price():
         for number in range(10):
             tracker.update(number / 10)
     assert [line["error"] for line in logs] == ["ConnectionError('PROGRESS 0.0')"]
+
+
+TWO_APPS = """
+from celery import Celery, signals
+from inference.progress.celery import connect
+from inference.progress.hub import installed
+
+own, other = (Celery(name, broker=f"redis://{name}", set_as_current=False) for name in ("own", "other"))
+for app in (other, own):
+    connect(app)
+own.set_current()
+signals.worker_process_init.send(sender=None)
+assert installed()._hub._streams.where == "own:6379/0", installed()._hub._streams.where
+"""
+
+
+def test_a_program_with_two_apps():
+    """A worker's process tells the Redis of its own app, although the signal does not say which that is."""
+    subprocess.run([sys.executable, "-c", TWO_APPS], check=True, cwd=ROOT, env=environment(), timeout=30)
 
 
 SILENT = """

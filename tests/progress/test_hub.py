@@ -8,7 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from inference.errors import ListenerTooSlow
-from inference.progress.events import CompletionEvent, ProgressEvent
+from inference.progress.events import CompletionEvent, ErrorEvent, ProgressEvent
 from inference.progress.hub import BUFFER, KEPT, START, MemoryHub, Published, _Bell, _Listener, install, installed
 
 pytestmark = pytest.mark.anyio
@@ -148,11 +148,48 @@ async def test_events_of_elsewhere_keep_their_ids(hub):
             hub.feed("film", Published(each, event, "{}"))
         assert [each.id for each in await take(subscription, 3)] == ["5-0", "5-1", "6-0"]
     hub.forget("film")
-    for gone in ("5-1", START):
-        async with hub.subscribe("film", gone) as subscription:
-            assert not subscription.resumed, gone
-            assert subscription.snapshot == []
+    async with hub.subscribe("film", "5-1") as subscription:
+        assert not subscription.resumed
+        assert subscription.snapshot == []
+    async with hub.subscribe("film", START) as subscription:  # who feeds it begins with the first event again
+        assert subscription.resumed
     assert not hub._streams["film"].listeners
+
+
+def of_try(lease: int, message: int, status: str = "processing") -> ProgressEvent:
+    """Progress of one try of a task."""
+    return progress(message).model_copy(update={"metadata": {"lease": lease}, "status": status})
+
+
+END = CompletionEvent(project_id="film", task_name="director")
+FAILED = ErrorEvent(project_id="film", task_name="director", error="lost", details={"lease": 1})
+
+
+@pytest.mark.parametrize(
+    "fed, heard",
+    [
+        # A worker that seemed to be gone goes on beside the one that has its task now, and after that one's end.
+        ([of_try(1, 1), of_try(2, 2), of_try(1, 3), FAILED, of_try(2, 4), END, of_try(1, 5), of_try(2, 6)],
+         [1, 2, 4, "completion"]),
+        # What was told late, because Redis was away, does not take the place of what is newer.
+        ([of_try(2, 1), of_try(1, 2), of_try(2, 3), of_try(1, 4)], [1, 2, 3]),
+        # The clock of the second machine is behind.
+        ([of_try(2, 1), FAILED.model_copy(update={"details": {"lease": 2}}), of_try(1, 2), END],
+         [1, "error", 2, "completion"]),
+        # It waits for another try.
+        ([of_try(1, 1), END, of_try(1, 2, "pending"), of_try(1, 3)], [1, "completion", 2, 3]),
+        ([progress(1), END, progress(2)], [1, "completion", 2]),
+    ],
+)  # fmt: skip
+async def test_of_two_processes_with_one_task_the_later_try_is_heard(hub, fed, heard):
+    """Each has a gate of its own, so who hears of both leaves out what is late. An end of the newest is never late."""
+    for number, event in enumerate(fed):
+        hub.feed("film", Published(f"{number}-0", event, "{}"))
+    async with hub.subscribe("film", START) as subscription:
+        told = await take(subscription, len(heard))
+        hub.close()
+        assert [each async for each in subscription] == []
+    assert [int(getattr(each.event, "message", 0)) or each.event.type for each in told] == heard
 
 
 def test_a_listener_whose_loop_is_gone_is_forgotten(hub, anyio_backend):

@@ -440,6 +440,36 @@ def test_children_of_a_fork_have_connections_of_their_own(server, how):
     assert all(said == list(range(50)) for said in found.values())
 
 
+TWO_FORKS = """
+import concurrent.futures.thread, os, threading
+from inference.progress.redis import RedisHub
+
+hub = RedisHub("redis://127.0.0.1:1")
+begun = threading.Semaphore(0)
+os.register_at_fork(before=begun.release)  # called before the hub's
+
+def fork():
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+threads = [threading.Thread(target=fork) for _ in range(2)]
+with hub._streams.at_work:
+    for thread in threads:
+        thread.start()
+        begun.acquire()
+    threads[1].join(0.2)
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_two_threads_that_fork_at_once():
+    """Both come back, also where a third one talks to Redis meanwhile."""
+    subprocess.run([sys.executable, "-c", TWO_FORKS], check=True, cwd=ROOT, env=environment(), timeout=15)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -520,6 +550,24 @@ def test_more_tasks_than_can_wait():
     order = [int(entry.json) for entry in store.has]
     assert MAX_WAITING // 2 <= len(order) <= MAX_WAITING
     assert order == list(range(order[0], MAX_WAITING * 2))
+
+
+def test_a_process_that_may_have_no_more_threads(monkeypatch):
+    """What waits goes with the first entry after it may."""
+    store = Store()
+    outbox = Outbox(store, where="a store", in_background=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            outbox.put(Entry("film", "director", "1"))
+    outbox.put(Entry("film", "director", "2"))
+    outbox.close(5)
+    assert [entry.json for entry in store.has] == ["1", "2"]
+
+
+def no_thread(_: threading.Thread) -> None:
+    """As `threading.Thread.start` where the system has no more."""
+    raise RuntimeError("can't start new thread")
 
 
 def test_an_entry_that_no_store_takes_is_not_tried_for_ever():

@@ -68,7 +68,8 @@ def test_events_have_the_documents_form(ear):
     tracker = ProgressTracker(None, "film-1", "director", hub=ear)
     tracker.update(0.35, "processing", "clip 3 of 10", {"current_clip": 3})
     tracker.complete({"final_video_path": "1.mp4"})
-    ProgressTracker(None, "film-1", "director", hub=ear).error("no credits", {"retry_after": 60, "error_code": "402"})
+    again = ProgressTracker(None, "film-1", "director", hub=ear)
+    again.error("no credits", {"retry_after": 60, "error_code": "402"})
     progress, completion, error = ear.heard
     assert all(each.pop("timestamp").endswith("Z") for each in ear.heard)
     assert progress.pop("metadata") == {"current_clip": 3, "lease": tracker._lease, "sequence": 1}
@@ -77,9 +78,8 @@ def test_events_have_the_documents_form(ear):
         "type": "progress", "progress": 0.35, "progress_percent": 35, "status": "processing", "message": "clip 3 of 10"
     }  # fmt: skip
     assert completion == of | {"type": "completion", "result": {"final_video_path": "1.mp4"}}
-    assert error == of | {
-        "type": "error", "error": "no credits", "details": {"retry_after": 60, "error_code": "402"}
-    }  # fmt: skip
+    assert error.pop("details") == {"retry_after": 60, "error_code": "402", "lease": again._lease}
+    assert error == of | {"type": "error", "error": "no credits"}
 
 
 def test_a_celery_task_is_told_as_well(ear):
@@ -100,6 +100,17 @@ def test_a_backend_is_not_written_to_for_nothing():
     assert [meta["progress_percent"] for _, meta in task.states] == list(range(100))
     ProgressTracker(called, "film-1", "director").update(0.5)
     assert called.states == []
+
+
+@pytest.mark.parametrize("name", ["ignore_result", "is_eager"])
+def test_a_state_that_nothing_would_replace_is_not_written(name):
+    """Celery stores no end of a task whose result is ignored, or that runs where it is called."""
+    task = BoundTask()
+    setattr(task.request, name, True)
+    tracker = ProgressTracker(task, "film-1", "director")
+    tracker.update(0.5)
+    tracker.complete()
+    assert task.states == []
 
 
 def test_a_backend_that_is_away_costs_one_line_and_not_the_task():
@@ -160,6 +171,8 @@ def test_percent_may_be_told_as_percent(ear):
     for value in (0.5, 75, 100, 1.0):
         tracker.update(value)
     assert ear.percents == [50, 75, 99, 99]
+    ProgressTracker(None, "film-1", "sum", hub=ear).update(sum([0.1] * 3 + [0.7]) + 1e-12)
+    assert ear.percents[-1] == 99
 
 
 def test_what_json_has_no_form_for_is_told_as_text(ear):
@@ -181,9 +194,22 @@ def test_what_json_has_no_form_for_is_told_as_text(ear):
     with capture_logs() as logs:
         tracker.update(0.2, metadata=endless)
         tracker.update(0.3, metadata={"it": Unspeakable()})
-        tracker.complete("a word")
-    assert [line["event"] for line in logs] == ["progress could not be told"] * 2
-    assert ear.heard[-1]["result"] == {"value": "a word"}
+        tracker.complete(endless)
+    assert [line["event"] for line in logs] == ["a part of progress could not be told"] * 3
+    assert [each.get("progress_percent") for each in ear.heard] == [10, 20, 30, None]
+
+
+@pytest.mark.parametrize("end, told", [("complete", "result"), ("error", "details")])
+def test_an_end_is_told_whatever_comes_with_it(ear, end, told):
+    """A mapping or not; also one with names that tell tries apart elsewhere."""
+    for said, found in [("a word", {"value": "a word"}), (None, {}), ({"lease": 7, "sequence": 1}, {"sequence": 1})]:
+        tracker = ProgressTracker(None, "film-1", "director", hub=ear)
+        tracker.update(0.1, metadata={"lease": 7, "sequence": 3})
+        tracker.update(0.2, metadata={"lease": 7, "sequence": 3})
+        tracker.complete(said) if end == "complete" else tracker.error("no credits", said)
+        assert [each.get("progress_percent") for each in ear.heard] == [10, 20, None]
+        assert ear.heard.pop()[told].items() >= found.items()
+        ear.heard.clear()
 
 
 def test_a_task_ends_once(ear):
@@ -227,7 +253,7 @@ def test_a_with_block_ends_the_task(ear):
     with ProgressTracker(None, "film-1", "director", hub=ear) as tracker:
         tracker.complete({"path": "1.mp4"})
     assert [each["type"] for each in ear.heard] == ["progress", "completion", "error", "progress", "completion"]
-    assert (ear.heard[2]["error"], ear.heard[2]["details"]) == ("'script'", {"error_code": "KeyError"})
+    assert (ear.heard[2]["error"], ear.heard[2]["details"]["error_code"]) == ("'script'", "KeyError")
     assert (ear.heard[3]["status"], ear.heard[3]["message"]) == ("pending", "retry")
     assert ear.heard[4]["result"] == {"path": "1.mp4"}
 

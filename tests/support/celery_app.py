@@ -45,6 +45,13 @@ def fail(self, project_id: str, name: str, *, says_so: bool) -> None:
 
 
 @app.task(bind=True)
+def fail_inside(self, project_id: str) -> None:
+    """Calls another task as a plain function, which fails without a word."""
+    ProgressTracker(self, project_id, "outside").update(0.1)
+    fail(project_id, "inside", says_so=False)
+
+
+@app.task(bind=True)
 def fail_once(self, project_id: str, name: str) -> str:
     """Is tried again after its first failure."""
     tracker = ProgressTracker(self, project_id, name)
