@@ -345,6 +345,7 @@ function heard(event) {
     if (status !== "processing") return;
     const stage = metadata.stage === undefined ? undefined : stageName(metadata.stage);
     moveProgress(card, event.progress_percent, stage, leftText(metadata.eta_s));
+    if (metadata.cancel_requested && card.querySelector("[data-action=cancel]")) refreshCard(id); // by another tab, say
     return;
   }
   if (metadata.lease !== undefined && metadata.lease < Number(card.dataset.lease)) return; // of an earlier try
@@ -438,7 +439,9 @@ document.addEventListener("submit", async (event) => {
   button.setAttribute("aria-busy", "true");
   const askedAt = performance.now();
   try {
-    const html = await ask(event.target.action, "POST");
+    const address = new URL(event.target.action);
+    address.searchParams.set("lang", LANGUAGE);
+    const html = await ask(address, "POST");
     if (verb === "delete") {
       announce(say("said.deleted", { name }));
       removeCard(id);
@@ -635,7 +638,8 @@ function post(upload) {
         // A proxy's page, or nothing.
       }
       const isOurs = answer !== null && typeof answer === "object" && "success" in answer;
-      resolve({ status: request.status < 400 && !isOurs ? 0 : request.status, answer });
+      const isProxys = !isOurs && (request.status < 400 || [502, 503, 504].includes(request.status)); // the server is away
+      resolve({ status: isProxys ? 0 : request.status, answer });
     };
     request.open("POST", "api/tasks");
     request.setRequestHeader("Idempotency-Key", upload.key);
