@@ -93,11 +93,12 @@ class Refused extends Error {
   }
 }
 
-// The answer's text. Throws Refused, or TypeError where there is no answer. Signed out: on to signing in.
+// The answer's text. Throws Refused, or TypeError where there is no answer. Signed out: on to signing in, unless photos
+// or a prompt would be lost with the page.
 async function ask(address, method = "GET") {
   const answer = await fetch(address, { method, headers: { "x-fragment": "1" }, redirect: "manual", cache: "no-store" });
   if (SIGN_IN && (answer.type === "opaqueredirect" || answer.status === 401)) {
-    if (!uploadsUnderWay()) location.assign(SIGN_IN);
+    if (uploads.length === 0 && byId("prompt").value === byId("prompt").defaultValue) location.assign(SIGN_IN);
     throw new Refused(401, say("upload.signed_out"));
   }
   const text = await answer.text();
@@ -376,6 +377,7 @@ function connect() {
       wasLost = false;
       refreshList();
       refreshSummary();
+      reload();
     }
   };
   mine.onmessage = (message) => heard(JSON.parse(message.data));
@@ -455,6 +457,25 @@ document.addEventListener("submit", async (event) => {
   }
   refreshSummary();
 });
+
+// ------------------------------------------------------------------ pictures and clips
+
+// What could not be loaded leaves its frame empty, and is asked for again once the server is back.
+document.addEventListener(
+  "error",
+  ({ target }) => {
+    if (target.matches(".frame img")) target.dataset.broken = "";
+  },
+  true,
+);
+
+function reload() {
+  for (const picture of document.querySelectorAll("img[data-broken]")) {
+    delete picture.dataset.broken;
+    picture.src = picture.getAttribute("src");
+  }
+  for (const video of document.querySelectorAll("video")) if (video.error) video.load();
+}
 
 // One clip at a time makes a sound.
 document.addEventListener(
