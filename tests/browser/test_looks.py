@@ -142,6 +142,20 @@ def test_an_empty_queue_says_what_to_do(queue, visit):
         assert seen.overflow_px() <= 0
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_chosen_photos_stand_below_each_other(queue, visit, tmp_path, width):
+    """Also where there are more than the list shows at once: none covers the next."""
+    seen = visit(queue, width=width)
+    paths = [tmp_path / f"{'long ' * 8}{number}.jpg" for number in range(12)]
+    for path in paths:
+        path.write_bytes(b"not sent")
+    seen.choose(*paths)
+    rows = seen.page.locator("#uploads .upload")
+    expect(rows).to_have_count(len(paths))
+    too_high = "rows => rows.filter(row => row.scrollHeight > row.clientHeight + 1).length"
+    assert rows.evaluate_all(too_high) == 0
+
+
 def test_little_moves_for_those_who_ask_for_it(shop, visit):
     """With prefers-reduced-motion nothing is animated for long."""
     seen = visit(shop, reduced_motion="reduce")

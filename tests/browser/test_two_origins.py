@@ -4,6 +4,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.other_site import other_site
+from tests.browser.photos import jpeg
 from tests.browser.queue_process import QueueProcess
 from tests.browser.visit import AWAY, WAIT_MS
 
@@ -121,6 +122,27 @@ def test_a_session_outlives_the_server_and_not_the_key(visit, tmp_path):
         queue.kill()
         queue.start(key="another-key")
         expect(seen.page.locator("#key")).to_be_visible(timeout=WAIT_MS)
+
+
+def test_chosen_photos_outlive_a_session(keyed, visit, tmp_path):
+    """Signed out meanwhile, the page stays, says so beside each photo, and sends it once there is a session again."""
+    keyed.clear()
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(jpeg(0, 120, 80))
+    seen = visit(keyed)
+    seen.watch.expect(r"status of 401")
+    sign_in(seen, KEY)
+    seen.expect_connection("live")
+    seen.choose(photo)
+    session = seen.cookies
+    seen.page.context.clear_cookies()
+    seen.page.locator(".filters a[data-status=failed]").click()  # asks the server, which refuses
+    expect(seen.page.locator("#toast")).to_be_visible()
+    seen.submit(seconds=1)
+    expect(seen.page.locator('.upload[data-state="failed"]')).to_have_count(1)
+    seen.page.context.add_cookies(session)
+    seen.page.locator("[data-upload=retry]").click()
+    seen.expect_count("pending", 1)
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])

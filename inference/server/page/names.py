@@ -13,13 +13,18 @@ _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
+# Direction of writing turned around, invisible characters, halves of characters. Not U+200D, which joins emoji.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
 def shown_name(filename: str | None, storage_path: str) -> str:
     """What a photo is called on the page: as whoever uploaded it called it, or else as it is stored.
 
-    macOS sends Hangul in pieces, which some fonts show as such; so it is composed (NFC).
+    macOS sends Hangul in pieces, which some fonts show as such; so it is composed (NFC). It writes the time of a
+    screenshot with a narrow space of its own, which becomes an ordinary one.
     """
-    name = unicodedata.normalize("NFC", filename or "").strip()
-    return name if name and name.isprintable() else PurePosixPath(storage_path).name
+    name = " ".join(_UNSEEN.sub("", unicodedata.normalize("NFC", filename or "")).split())
+    return name or PurePosixPath(storage_path).name
 
 
 def clip_name(photo_name: str, video_path: str) -> str:

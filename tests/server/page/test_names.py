@@ -44,10 +44,25 @@ def test_names_from_macos_are_composed():
     assert clip_name(pieces, "v.mp4") == "가족.mp4"
 
 
-@pytest.mark.parametrize("filename", [None, "", "  ", "a\x07b", "\u202eevil"])
-def test_a_photo_without_a_fit_name_is_called_as_it_is_stored(filename):
-    """What cannot be printed, such as what turns the direction of writing around, is not shown."""
+@pytest.mark.parametrize("filename", [None, "", "  ", "\x07", "\u202e"])
+def test_a_photo_without_a_name_is_called_as_it_is_stored(filename):
+    """A name of nothing that is seen is none."""
     assert shown_name(filename, "g/p_original.jpg") == "p_original.jpg"
+
+
+@pytest.mark.parametrize(
+    "filename,shown",
+    [
+        ("a\x07b.jpg", "ab.jpg"),
+        ("\u202egpj.evil", "gpj.evil"),
+        ("Screenshot at 3.05.12\u202fPM.png", "Screenshot at 3.05.12 PM.png"),
+        ("여행\u3000사진\xa01.jpg", "여행 사진 1.jpg"),
+        ("\U0001f468\u200d\U0001f469\u200d\U0001f467 2026.jpg", "\U0001f468\u200d\U0001f469\u200d\U0001f467 2026.jpg"),
+    ],
+)
+def test_names_keep_what_is_seen(filename, shown):
+    """Spaces of any kind become ordinary ones and emoji stay whole; nothing turns the direction of writing around."""
+    assert shown_name(filename, "g/p_original.jpg") == shown
 
 
 def test_names_in_one_archive_differ():

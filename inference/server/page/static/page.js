@@ -93,11 +93,12 @@ class Refused extends Error {
   }
 }
 
-// The answer's text. Throws Refused, or TypeError where there is no answer. Signed out: on to signing in.
+// The answer's text. Throws Refused, or TypeError where there is no answer. Signed out: on to signing in, unless photos
+// or a prompt would be lost with the page.
 async function ask(address, method = "GET") {
   const answer = await fetch(address, { method, headers: { "x-fragment": "1" }, redirect: "manual", cache: "no-store" });
   if (SIGN_IN && (answer.type === "opaqueredirect" || answer.status === 401)) {
-    if (!uploadsUnderWay()) location.assign(SIGN_IN);
+    if (uploads.length === 0 && byId("prompt").value === byId("prompt").defaultValue) location.assign(SIGN_IN);
     throw new Refused(401, say("upload.signed_out"));
   }
   const text = await answer.text();
@@ -345,6 +346,7 @@ function heard(event) {
     if (status !== "processing") return;
     const stage = metadata.stage === undefined ? undefined : stageName(metadata.stage);
     moveProgress(card, event.progress_percent, stage, leftText(metadata.eta_s));
+    if (metadata.cancel_requested && card.querySelector("[data-action=cancel]")) refreshCard(id); // by another tab, say
     return;
   }
   if (metadata.lease !== undefined && metadata.lease < Number(card.dataset.lease)) return; // of an earlier try
@@ -375,6 +377,7 @@ function connect() {
       wasLost = false;
       refreshList();
       refreshSummary();
+      reload();
     }
   };
   mine.onmessage = (message) => heard(JSON.parse(message.data));
@@ -438,7 +441,9 @@ document.addEventListener("submit", async (event) => {
   button.setAttribute("aria-busy", "true");
   const askedAt = performance.now();
   try {
-    const html = await ask(event.target.action, "POST");
+    const address = new URL(event.target.action);
+    address.searchParams.set("lang", LANGUAGE);
+    const html = await ask(address, "POST");
     if (verb === "delete") {
       announce(say("said.deleted", { name }));
       removeCard(id);
@@ -452,6 +457,25 @@ document.addEventListener("submit", async (event) => {
   }
   refreshSummary();
 });
+
+// ------------------------------------------------------------------ pictures and clips
+
+// What could not be loaded leaves its frame empty, and is asked for again once the server is back.
+document.addEventListener(
+  "error",
+  ({ target }) => {
+    if (target.matches(".frame img")) target.dataset.broken = "";
+  },
+  true,
+);
+
+function reload() {
+  for (const picture of document.querySelectorAll("img[data-broken]")) {
+    delete picture.dataset.broken;
+    picture.src = picture.getAttribute("src");
+  }
+  for (const video of document.querySelectorAll("video")) if (video.error) video.load();
+}
 
 // One clip at a time makes a sound.
 document.addEventListener(
@@ -635,7 +659,8 @@ function post(upload) {
         // A proxy's page, or nothing.
       }
       const isOurs = answer !== null && typeof answer === "object" && "success" in answer;
-      resolve({ status: request.status < 400 && !isOurs ? 0 : request.status, answer });
+      const isProxys = !isOurs && (request.status < 400 || [502, 503, 504].includes(request.status)); // the server is away
+      resolve({ status: isProxys ? 0 : request.status, answer });
     };
     request.open("POST", "api/tasks");
     request.setRequestHeader("Idempotency-Key", upload.key);
