@@ -1,16 +1,18 @@
-"""Processes of `i2v` without the second that each takes to import what it needs: one has done so, and is forked.
+"""Scripts in processes of their own, without the second of a core that each takes to import what it needs.
 
-What comes out is a process like any other: in a session of its own, with its own environment, folder and files, and it
-ends as Python ends. Only its start is not the one of the installed script, which other tests run, and it has modules
-that its command may not need.
+One process has imported that, and is forked. What comes out is like any other: in a session of its own, with its own
+environment, folder and files, it runs the script and ends as Python ends. But modules are there that it did not ask
+for, so whether a script asks for all that it needs is for tests that start it in the usual way.
 
-Run as a script, this file is the process that is forked. It takes one request a message on the socket in its argument.
+Run as a script, this file is the process that is forked. Its arguments are a socket, on which each message is a
+request, and the modules to import.
 """
 
 import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -29,7 +31,7 @@ FIRST_FILE = 3  # after stdin, stdout and stderr
 
 
 class Forked:
-    """A child of the forking process, with the part of subprocess.Popen that tests use."""
+    """A process that was forked, with the part of subprocess.Popen that tests use."""
 
     def __init__(self, pid: int, status: int) -> None:
         self.pid = pid
@@ -41,11 +43,11 @@ class Forked:
         self._look(0)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         """Its exit code. Raises subprocess.TimeoutExpired after so many seconds."""
         self._look(timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired("i2v", timeout)
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -57,7 +59,7 @@ class Forked:
         """SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-    def _look(self, limit_s: float) -> None:
+    def _look(self, limit_s: float | None) -> None:
         if self.returncode is None and select.select([self._status], [], [], limit_s)[0]:
             told = os.read(self._status, STATUS.size)
             assert told, "the process that forks is gone"
@@ -72,11 +74,11 @@ class Forked:
 class Forker:
     """The process that is forked. It ends with the one that started it."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", __file__, str(theirs.fileno())],
+                [sys.executable, "-P", __file__, str(theirs.fileno()), *modules],
                 env=dict(env),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -84,9 +86,10 @@ class Forker:
                 start_new_session=True,
             )
 
-    def start(self, command: Sequence[str], cwd: Path, env: Mapping[str, str], out: int, err: int) -> Forked:
-        """Runs `i2v` with this command line, its output in open files."""
-        request = json.dumps({"command": [str(word) for word in command], "cwd": str(cwd), "env": dict(env)}).encode()
+    def start(self, command: Sequence[object], cwd: Path, env: Mapping[str, str], out: int, err: int) -> Forked:
+        """Runs a script with its arguments, its output in open files."""
+        settings = {name: str(value) for name, value in env.items()}
+        request = json.dumps({"command": [str(word) for word in command], "cwd": str(cwd), "env": settings}).encode()
         assert len(request) <= MAX_REQUEST_BYTES
         status, theirs = os.pipe()
         try:
@@ -103,10 +106,10 @@ class Forker:
         self._popen.wait(10)
 
 
-def fork_on_request(requests: socket.socket) -> list[str] | None:
-    """Forks for each request: returns the command line in the child, and None in the parent when nobody asks any more.
+def fork_on_request(requests: socket.socket) -> bool:
+    """Forks for each request, and passes exit codes on as they come.
 
-    Exit codes are passed on as they come.
+    Returns True in each child, and False in the parent when nobody is there any more who asks.
     """
     children: dict[int, tuple[int, int]] = {}  # by pidfd: the process, and where its exit code goes
     while True:
@@ -121,12 +124,12 @@ def fork_on_request(requests: socket.socket) -> list[str] | None:
                 continue
             raw, files, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 3)
             if not raw:
-                return None
+                return False
             asked = json.loads(raw)
             pid = os.fork()
             if pid == 0:
                 become(asked, files)
-                return asked["command"]
+                return True
             for file in files[:2]:
                 os.close(file)
             children[os.pidfd_open(pid)] = pid, files[2]
@@ -134,7 +137,7 @@ def fork_on_request(requests: socket.socket) -> list[str] | None:
 
 
 def become(asked: dict, files: list[int]) -> None:
-    """What the kernel and Python do when a program starts."""
+    """What the kernel and Python do when a script is started."""
     os.setsid()
     os.chdir(asked["cwd"])
     os.environ.clear()
@@ -142,20 +145,22 @@ def become(asked: dict, files: list[int]) -> None:
     os.dup2(files[0], 1)
     os.dup2(files[1], 2)
     os.closerange(FIRST_FILE, os.sysconf("SC_OPEN_MAX"))
+    sys.stdout.reconfigure(line_buffering=True)  # about as `python -u` has it
+    sys.argv = asked["command"]
+    paths = asked["env"].get("PYTHONPATH", "")
+    sys.path[:0] = [str(Path(sys.argv[0]).parent), *filter(None, paths.split(os.pathsep))]
 
 
 def main() -> None:
-    """Imports what `i2v` needs, then forks."""
-    for name in ("inference.commands.main", "inference.build", "inference.server.serve", "inference.push.app"):
+    """Imports, then forks."""
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # so that a child's collector does not touch, and so copy, what all of them share
     requests = socket.socket(fileno=int(sys.argv[1]))
-    command = fork_on_request(requests)
-    if command is not None:
-        requests.detach()
-        sys.argv = command
-        sys.exit(sys.modules["inference.commands.main"].main())
+    if fork_on_request(requests):
+        requests.detach()  # it is closed
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -74,11 +74,15 @@ def i2v_here(
 
 
 @cache
-def forker() -> Forker:
-    """What starts processes, for as long as this process."""
-    started = Forker(environment())
+def forker(*modules: str) -> Forker:
+    """What starts processes that need these modules, for as long as this process."""
+    started = Forker(modules, environment())
     atexit.register(started.close)
     return started
+
+
+NEEDED = ("inference.commands.main", "inference.build", "inference.server.serve", "inference.push.app")
+"""By commands that go on, such as `i2v serve`, `i2v work` and `i2v push`."""
 
 
 class Process:
@@ -89,7 +93,7 @@ class Process:
         self.name = name
         self.stdout, self.stderr = folder / f"{name}.out", folder / f"{name}.err"
         with self.stdout.open("ab") as out, self.stderr.open("ab") as err:
-            self._popen = forker().start([str(I2V), *arguments], folder, env, out.fileno(), err.fileno())
+            self._popen = forker(*NEEDED).start([I2V, *arguments], folder, env, out.fileno(), err.fileno())
         self.pid = self._popen.pid
 
     @property
