@@ -87,7 +87,7 @@ class Forker:
             )
 
     def start(self, command: Sequence[object], cwd: Path, env: Mapping[str, str], out: int, err: int) -> Forked:
-        """Runs a script with its arguments, its output in open files."""
+        """Runs a script, or `-m` and a module, with arguments, its output in open files."""
         settings = {name: str(value) for name, value in env.items()}
         request = json.dumps({"command": [str(word) for word in command], "cwd": str(cwd), "env": settings}).encode()
         assert len(request) <= MAX_REQUEST_BYTES
@@ -147,8 +147,9 @@ def become(asked: dict, files: list[int]) -> None:
     os.closerange(FIRST_FILE, os.sysconf("SC_OPEN_MAX"))
     sys.stdout.reconfigure(line_buffering=True)  # about as `python -u` has it
     sys.argv = asked["command"]
+    first = asked["cwd"] if sys.argv[0] == "-m" else str(Path(sys.argv[0]).parent)
     paths = asked["env"].get("PYTHONPATH", "")
-    sys.path[:0] = [str(Path(sys.argv[0]).parent), *filter(None, paths.split(os.pathsep))]
+    sys.path[:0] = [first, *filter(None, paths.split(os.pathsep))]
 
 
 def main() -> None:
@@ -160,7 +161,11 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     if fork_on_request(requests):
         requests.detach()  # it is closed
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

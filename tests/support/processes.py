@@ -74,9 +74,9 @@ def i2v_here(
 
 
 @cache
-def forker(*modules: str) -> Forker:
+def forker(*modules: str, **settings: str) -> Forker:
     """What starts processes that need these modules, for as long as this process."""
-    started = Forker(modules, environment())
+    started = Forker(modules, environment(**settings))
     atexit.register(started.close)
     return started
 
