@@ -2,7 +2,6 @@
 
 import asyncio
 import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
@@ -16,9 +15,37 @@ from tests.cloud.containers import Container
 from tests.cloud.control_plane import ControlPlane
 from tests.cloud.objects import Function, Image, Input
 from tests.cloud.scheduler import Settings
-from tests.support.processes import environment, until
+from tests.support.processes import environment, forker, until
 
 CLI_LIMIT_S = 90
+
+
+NEEDED = ("modal", "modal.cli.entry_point", "httpx", "numpy", "PIL.Image", "pydantic_settings", "structlog", "tenacity")
+"""By the `modal` command with app.py, but for this project, of which it takes the copy in the folder it is run in."""
+
+
+class Command:
+    """A `modal` command that goes on beside the test; has what tests use of subprocess.Popen."""
+
+    def __init__(self, arguments: tuple[str, ...], cwd: Path, env: Mapping[str, str], said: Path) -> None:
+        said.mkdir()
+        self.args = ("-m", "modal", *arguments)
+        self._out, self._err = said / "out", said / "err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = forker(*NEEDED, MODAL_CONFIG_PATH="/nowhere").start(
+                self.args, cwd, env, out.fileno(), err.fileno()
+            )
+        self.send_signal, self.kill = self._process.send_signal, self._process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it said on stdout and stderr until its end."""
+        self._process.wait(timeout)
+        return self._out.read_text(), self._err.read_text()
 
 
 class Cloud:
@@ -38,7 +65,7 @@ class Cloud:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open, self._may_close = threading.Event(), asyncio.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="offline modal")
-        self._commands: list[subprocess.Popen] = []
+        self._commands: list[Command] = []
         self.env: dict[str, str] = {}
         """For processes of users, such as the command line."""
 
@@ -100,19 +127,11 @@ class Cloud:
         """As `modal secret create` does."""
         self._do(self._plane.add_secret, name, dict(values))
 
-    def start_cli(self, *arguments: str, cwd: Path) -> subprocess.Popen:
+    def start_cli(self, *arguments: str, cwd: Path) -> Command:
         """A `modal` command that goes on beside the test."""
-        command = subprocess.Popen(
-            [sys.executable, "-m", "modal", *arguments],
-            cwd=cwd,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._commands.append(command)
-        return command
+        said = self.folder / f"command-{len(self._commands)}"
+        self._commands.append(Command(arguments, cwd, self.env, said))
+        return self._commands[-1]
 
     def run_cli(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         """A `modal` command, to its end: `run_cli("run", "app.py::process", "--item-id", "7", cwd=…)`."""

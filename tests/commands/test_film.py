@@ -60,29 +60,36 @@ def test_kept_segments_are_for_the_next_film(i2v, photos):
     assert len(list((photos / "kept").iterdir())) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_the_same_command_goes_on_where_it_was(photos, number):
-    """After a SIGKILL as after Ctrl-C, which says so: finished segments are taken as they are."""
-    for index in range(4):
-        picture(photos / f"{index}.jpg", (96, 64), "navy")
-    names = [f"{index}.jpg" for index in range(4)]
+def test_the_same_command_goes_on_where_it_was(photos):
+    """After Ctrl-C, which says so, as after a SIGKILL: finished segments are taken as they are."""
+    names = [picture(photos / f"{index}.jpg", (96, 64), "navy") for index in range(4)]
     command = ("film", *names, "-s", "1.5", "-p", "pan right", "-o", "film.mp4")
-    first = Process(photos, "first", *command, env=environment(TMPDIR=photos))
-    until(lambda: "2/4" in first.stderr.read_text(), 60, "two segments are done")
-    first.send(number)
-    code = first.wait(20)
-    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert not (photos / "film.mp4").exists()
-    kept = list((photos / ".film.mp4.segments").glob("*.mp4"))
-    assert len(kept) in (2, 3)
-    if number == signal.SIGINT:
-        assert f"segments are kept in {photos}/.film.mp4.segments: the same command goes on" in first.stderr.read_text()
-        assert not list(photos.glob(".i2v-*"))
-    second = Process(photos, "second", *command, env=environment(TMPDIR=photos))
-    assert second.wait(60) == 0, second.stderr.read_text()
-    assert second.stderr.read_text().count("kept from before") == len(kept)
+    segments = photos / ".film.mp4.segments"
+
+    def stopped(name: str, number: signal.Signals, at: str) -> Process:
+        running = Process(photos, name, *command, env=environment(TMPDIR=photos))
+        until(lambda: at in running.stderr.read_text(), 60, f"{at} segments are done")
+        running.send(number)
+        assert running.wait(20) == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+        assert not (photos / "film.mp4").exists()
+        return running
+
+    interrupted = stopped("interrupted", signal.SIGINT, "1/4")
+    kept = list(segments.glob("*.mp4"))
+    assert len(kept) in (1, 2)
+    assert f"segments are kept in {segments}: the same command goes on" in interrupted.stderr.read_text()
+    assert not list(photos.glob(".i2v-*"))
+
+    killed = stopped("killed", signal.SIGKILL, f"{len(kept) + 1}/4")
+    assert killed.stderr.read_text().count("kept from before") == len(kept)
+    kept = list(segments.glob("*.mp4"))
+    assert len(kept) in (2, 3, 4)
+
+    last = Process(photos, "last", *command, env=environment(TMPDIR=photos))
+    assert last.wait(60) == 0, last.stderr.read_text()
+    assert last.stderr.read_text().count("kept from before") == len(kept)
     assert probe(photos / "film.mp4").frames == 4 * (36 + 1)
-    assert not (photos / ".film.mp4.segments").exists()
+    assert not segments.exists()
 
 
 @pytest.mark.parametrize(

@@ -18,52 +18,12 @@ import pytest
 
 from inference.errors import InvalidPhoto, MachineFault
 from inference.media import child_process as module
-from inference.media.child_process import in_child_process
 from inference.media.photo import load, measure, open_photo, verify
+from tests.media.elsewhere import die, fail, leave, meet, process_id, work
 from tests.media.hostile import many_scans
 from tests.server.harness import config, running_server
 
 ROOT = Path(__file__).parents[2]
-
-
-@in_child_process
-def process_id() -> int:
-    """Where this runs."""
-    return os.getpid()
-
-
-@in_child_process
-def meet(folder: Path) -> None:
-    """Ends when two processes are here."""
-    (folder / str(os.getpid())).touch()
-    while len(list(folder.iterdir())) < 2:
-        pass
-
-
-@in_child_process
-def fail(message: str) -> None:
-    """A refusal."""
-    raise InvalidPhoto(message)
-
-
-@in_child_process
-def die(number: int) -> None:
-    """As a decoder that crashes, or a process that is killed."""
-    os.kill(os.getpid(), number)
-
-
-@in_child_process
-def leave(code: int) -> None:
-    """As an interpreter that cannot go on."""
-    os._exit(code)
-
-
-@in_child_process
-def work(begun: Path) -> None:
-    """Never ends."""
-    begun.open("w").close()  # a pipe, at whose other end somebody waits for that
-    while True:
-        pass
 
 
 @pytest.fixture
@@ -221,7 +181,7 @@ def test_one_whose_parent_was_killed_ends_as_well():
     """A worker killed outright kills nobody: what waits for a call sees that the other side is gone."""
     program = """
 import os, signal
-from tests.media.test_child_process import process_id
+from tests.media.elsewhere import process_id
 assert process_id() != os.getpid()
 os.kill(os.getpid(), signal.SIGKILL)
 """

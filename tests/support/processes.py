@@ -1,5 +1,6 @@
 """Real `i2v` processes: a queue server, workers, and what may happen to them."""
 
+import atexit
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self, TypeVar
@@ -21,6 +23,7 @@ from PIL import Image
 
 from inference.commands import main as cli
 from tests.support import ledger
+from tests.support.forking import Forker
 from tests.support.proxy import Exchange, Fault, Proxy, Record
 
 T = TypeVar("T")
@@ -70,23 +73,27 @@ def i2v_here(
     return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
 
 
+@cache
+def forker(*modules: str, **settings: str) -> Forker:
+    """What starts processes that need these modules, for as long as this process."""
+    started = Forker(modules, environment(**settings))
+    atexit.register(started.close)
+    return started
+
+
+NEEDED = ("inference.commands.main", "inference.build", "inference.server.serve", "inference.push.app")
+"""By commands that go on, such as `i2v serve`, `i2v work` and `i2v push`."""
+
+
 class Process:
-    """An `i2v` command in a session of its own, its output in files."""
+    """An `i2v` command in a session of its own, its output in files. See forking.py for how it starts."""
 
     def __init__(self, folder: Path, name: str, *arguments: str, env: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.stdout, self.stderr = folder / f"{name}.out", folder / f"{name}.err"
         with self.stdout.open("ab") as out, self.stderr.open("ab") as err:
-            self._popen = subprocess.Popen(
-                [I2V, *arguments],
-                cwd=folder,
-                env=dict(env),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            self._popen = forker(*NEEDED).start([I2V, *arguments], folder, env, out.fileno(), err.fileno())
         self.pid = self._popen.pid
 
     @property

@@ -14,8 +14,6 @@ where they are silent, the docstrings here say what was assumed.
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import uuid
 from collections import Counter, deque
@@ -30,8 +28,9 @@ from urllib.parse import parse_qsl
 
 import httpx
 
-from tests.support.processes import environment
+from tests.support.processes import environment, forker
 
+STAND_INS = Path(__file__).parents[1] / "stand_ins"
 ROOT = Path(__file__).parents[2]
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"})
 SHUTDOWN_S = 30
@@ -106,20 +105,22 @@ class Job:
         return answer | {key: it for key, it in (("output", output), ("error", self.error)) if it is not None}
 
 
+NEEDED = ("inference.on_runpod.worker", "inference.transfer.bucket", "aiohttp", "aiohttp_retry", "paramiko", "requests")
+"""By a worker, but for the SDK itself, which reads the environment when it is imported. paramiko is what it imports."""
+
+
 class Worker:
     """A process that serves the endpoint, in a session of its own; gone with its children when its block ends."""
 
     def __init__(
-        self, cloud: "RunPodCloud", pod: "_Pod", command: Sequence[str], folder: Path, env: Mapping[str, str]
+        self, cloud: "RunPodCloud", pod: "_Pod", command: Sequence[object], folder: Path, env: Mapping[str, str]
     ) -> None:
         self._cloud, self._pod = cloud, pod
         self._ended = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{pod.id}.log"
         with self._log.open("ab") as log:
-            self._popen = subprocess.Popen(
-                command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            self._popen = forker(*NEEDED).start(command, folder, env, log.fileno(), log.fileno())
         self.pid = self._popen.pid
         threading.Thread(target=self._watch, name=f"watch {pod.id}", daemon=True).start()
 
@@ -247,7 +248,7 @@ class RunPodCloud:
     # ------------------------------------------------------------ workers
 
     def worker_env(self, pod_id: str = "pod1") -> dict[str, str]:
-        """What RunPod puts into the environment of a worker, and what lets one start without the internet."""
+        """What RunPod puts into the environment of a worker, and what lets one start here, and soon."""
         base = f"{self.url}/{self.endpoint_id}"
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
@@ -260,6 +261,7 @@ class RunPodCloud:
             "RUNPOD_PING_INTERVAL": "1000",
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
             "RUNPOD_SKIP_GPU_CHECK": "true",
+            "PYTHONPATH": str(STAND_INS),
         }
 
     def worker(
@@ -280,7 +282,7 @@ class RunPodCloud:
             former = self._pods.get(pod_id)
             assert not (former and former.worker and former.worker.exit_code is None), f"{pod_id} runs already"
             pod = self._pods[pod_id] = _Pod(pod_id)
-            pod.worker = Worker(self, pod, [sys.executable, "-u", str(script), *arguments], folder, settings)
+            pod.worker = Worker(self, pod, [script, *arguments], folder, settings)
             self._workers.append(pod.worker)
         return pod.worker
 
