@@ -5,7 +5,7 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import httpx
 import pytest
@@ -19,6 +19,7 @@ from inference.progress.hub import MemoryHub
 from inference.progress.web import sse
 from inference.progress.web.app import progress_app
 from inference.progress.web.follow import Bounds, last_seen
+from inference.server.connections import Patience
 from tests.progress.web.harness import LIMIT_S, WAYS, address_of, by_sse, by_websocket, serving, step, websocket_status
 
 
@@ -220,7 +221,7 @@ def test_who_never_reads_is_let_go_and_does_no_harm(hub):
     big = "x" * 50_000
     bounds = Bounds(send_s=0.3)
     with ExitStack() as stack:
-        url = stack.enter_context(serving(progress_app(hub, bounds=bounds), hub))
+        url = stack.enter_context(serving(progress_app(hub, bounds=bounds), hub, patience=Patience(listener_s=1)))
         one, other = (stack.enter_context(deaf(url, path)) for path in ("/events/film", "/ws/film"))
         with by_websocket(url) as reader:
             one.sendall(b"Connection: close\r\n\r\n")
@@ -331,9 +332,7 @@ def test_it_can_be_mounted_anywhere(hub, prefix):
 def test_a_project_may_be_called_anything_that_can_be_read(hub, url, follow, project):
     """In any script."""
     hub.publish(step("a", 10, project=project))
-    with follow(
-        url, project=httpx.QueryParams({"": project}).__str__().partition("=")[2].replace("+", "%20")
-    ) as listener:
+    with follow(url, project=quote(project)) as listener:
         assert listener.next()[1]["project_id"] == project
 
 
