@@ -54,6 +54,13 @@ def say(text: str) -> None:
     err.print(shown(text))
 
 
+def headline(text: str) -> None:
+    """What somebody who starts a command has to see first, between log lines."""
+    err.print()
+    err.print(shown(text, "bold"))
+    err.print()
+
+
 def completed(text: str) -> None:
     """The final line of a command that has succeeded."""
     err.print(Text("  ").append_text(shown("completed", "green")).append_text(shown(f"  {text}")))

@@ -22,6 +22,7 @@ from inference.build import (
 from inference.engines.preview import PreviewEngine
 from inference.errors import InvalidRequest, NotWritable, SettingsError
 from inference.leasing.scratch import scratch_folder
+from inference.progress.events import CompletionEvent
 from inference.settings import Settings
 from inference.task import GenerationRequest
 from inference.testing.memory_queue import MemoryQueue
@@ -160,6 +161,19 @@ def test_a_worker_tells_redis_of_its_leases(tmp_path, photo_bytes):
     assert events[0]["metadata"]["stage"] == "download"
     assert (events[-1]["type"], events[-1]["task_name"]) == ("completion", item.id)
     assert 0 < events[-1]["result"]["cost_usd"] < 60
+
+
+def test_what_is_told_last_is_not_lost(tmp_path):
+    """A process ends when all of it was sent, as far as Redis takes it."""
+
+    async def tell():
+        async with open_events(Settings.isolated(redis_url=server.url)) as hub:
+            for number in range(900):
+                hub.publish(CompletionEvent(project_id="p", task_name=str(number)))
+
+    with redis_server(tmp_path) as server:
+        anyio.run(tell)
+        assert len(server.events("p")) == 900
 
 
 @pytest.mark.parametrize("needed", [True, False])

@@ -1,5 +1,6 @@
 """Text of strangers on a terminal: it is shown, and obeyed by nobody."""
 
+import io
 import json
 import os
 import pty
@@ -9,7 +10,9 @@ import sys
 from datetime import UTC, datetime
 
 import pytest
+from rich.console import Console
 
+from inference import terminal
 from inference.errors import legible, one_line
 from inference.progress.stages import Progress
 
@@ -166,6 +169,16 @@ def plain(said):
     return [line.rstrip() for line in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", said).replace("\r", "").split("\n")]
 
 
+def screen(monkeypatch, columns):
+    """What is shown on a terminal of so many columns and 25 lines, in this process, which spares the start of one."""
+    shown = io.StringIO()
+    console = Console(
+        file=shown, force_terminal=True, width=columns, height=25, highlight=False, soft_wrap=True, legacy_windows=False
+    )
+    monkeypatch.setattr(terminal, "out", console)
+    return shown
+
+
 @pytest.mark.parametrize(
     "columns, title",
     [
@@ -174,11 +187,11 @@ def plain(said):
         (80, "task status left price prompt"),
     ],
 )
-def test_what_is_known_of_tasks_has_columns(columns, title):
+def test_what_is_known_of_tasks_has_columns(monkeypatch, columns, title):
     """Time left, price, stage and photo, where there is room; the least important go first, and ids stay whole."""
-    head, first, second, third, *_ = plain(
-        on_a_terminal(f"terminal.show_tasks([{WORKING_ON!r}, {COMPLETED!r}, {FAILED!r}])", columns=columns)
-    )
+    shown = screen(monkeypatch, columns)
+    terminal.show_tasks([WORKING_ON, COMPLETED, FAILED])
+    head, first, second, third, *_ = plain(shown.getvalue())
     assert head.split() == title.split()
     for line, task in ((first, WORKING_ON), (second, COMPLETED), (third, FAILED)):
         assert line.startswith(task["id"])
@@ -192,16 +205,16 @@ def test_what_is_known_of_tasks_has_columns(columns, title):
 
 
 @pytest.mark.parametrize("columns", [30, 60, 130])
-def test_tasks_are_watched_in_place(columns):
+def test_tasks_are_watched_in_place(monkeypatch, columns):
     """On a narrow terminal ids are cut to their ends, lines never wrap, and errors stand where the prompt was."""
-    program = f"""
-with terminal.watched_tasks() as show:
-    show([], "")
-    show([{WORKING_ON!r}] * 100, "1 in work")
-    show([{COMPLETED!r}, {FAILED!r}], "none in work")
-"""
-    last_frame = on_a_terminal(program, columns=columns).rpartition("\x1b[2K")[2]
-    head, first, second, summary, _ = plain(last_frame)
+    shown = screen(monkeypatch, columns)
+    with terminal.watched_tasks() as show:
+        show([], "")
+        assert plain(shown.getvalue())[0] == "No tasks."
+        show([WORKING_ON] * 100, "1 in work")
+        assert "1 in work  (and 79 more)" in plain(shown.getvalue())
+        show([COMPLETED, FAILED], "none in work")
+    head, first, second, summary, _ = plain(shown.getvalue().rpartition("\x1b[2K")[2])
     assert head.split()[:2] == ["task", "status"]
     assert first.split()[:2] == [COMPLETED["id"] if columns == 130 else "6abb865e", "completed"]
     assert "the ph" in second
@@ -211,8 +224,6 @@ with terminal.watched_tasks() as show:
 
 def test_changes_are_lines_where_there_is_no_terminal(capfd):
     """One for each status and stage, the oldest task first; what stays as it was is not said again."""
-    from inference import terminal
-
     decoding = WORKING_ON | {"progress": {"fraction": 0.9, "stage": "decode"}}
     done = WORKING_ON | {"status": "completed", "cost_usd": 0.25}
     with terminal.watched_tasks() as show:
@@ -259,8 +270,6 @@ terminal.json_line(json.dumps({task!r}, ensure_ascii=False))
 @pytest.mark.parametrize("stage", [NAME, "[/red]"])
 def test_stages_where_nobody_watches(capsys, stage):
     """A line each, as they are named."""
-    from inference import terminal
-
     with terminal.bar("[x]") as sink:
         sink(Progress(stage=stage, done=0, total=1, fraction=0))
     assert capsys.readouterr().err == f"  [x]: {stage}\n"

@@ -46,4 +46,4 @@ def at_home(settings: Settings) -> Settings:
 def tell_page(here: Settings) -> None:
     """Where the queue's page is, and what it asks for."""
     key = "" if here.api_key is None else ", and sign in with the key that WORKER_API_KEY has"
-    terminal.say(f"Open {here.api_url} in a browser{key}.")
+    terminal.headline(f"Open {here.api_url} in a browser{key}.")

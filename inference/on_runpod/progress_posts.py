@@ -45,6 +45,6 @@ class ProgressPosts:
     async def _try(self, progress: Progress) -> None:
         try:
             with anyio.fail_after(POST_LIMIT_S):
-                await self._post(progress.model_dump(mode="json"))
+                await self._post(progress.model_dump(mode="json", exclude_none=True))
         except Exception as error:  # noqa: BLE001 - foreign code, whose errors are its own
             log.warning("progress_not_posted", error=f"{type(error).__name__}: {error}")

@@ -42,7 +42,7 @@ SEEN_FRACTION = 0.05
 SEEN_S = 3.0
 """Without history: the present stage has to have gone on for so long."""
 
-TRUSTED_FRACTION = 0.25
+TRUSTED_FRACTION = 0.5
 """Once so much of a stage is done, its own speed counts alone, and its history no more."""
 
 OVERTIME = 0.25

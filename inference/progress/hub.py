@@ -112,7 +112,7 @@ class MemoryHub:
         It passes no gate. One that does not come after the last of its stream is ignored.
         """
         with self._lock:
-            self._add(project_id, published)
+            self._stream(project_id).add(published)
 
     def forget(self, project_id: str) -> None:
         """Drops a project without listeners. For who feeds it, and stops; it can be fed again from its beginning."""
@@ -158,11 +158,7 @@ class MemoryHub:
             last_ms, last_n = self._last_id
             # Ids grow even where the clock was set back.
             self._last_id = (now_ms, 0) if now_ms > last_ms else (last_ms, last_n + 1)
-            self._add(event.project_id, Published("{}-{}".format(*self._last_id), event, text))
-
-    def _add(self, project_id: str, published: Published) -> None:
-        if not self._closed:
-            self._stream(project_id).add(published)
+            self._stream(event.project_id).add(Published("{}-{}".format(*self._last_id), event, text))
 
     def _stream(self, project_id: str) -> "_Stream":
         now = self._clock()
@@ -286,7 +282,6 @@ class _Listener:
                 self._waiting.append(published)
                 return self._wake()
             self._too_slow = self._ended = True
-            self._waiting.clear()
             self._wake()
             return False
 

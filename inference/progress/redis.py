@@ -2,8 +2,8 @@
 
     i2v:progress:{project_id}   a stream; the field `event` of each entry is one event as JSON
 
-A stream keeps about the last thousand events, and is gone a day after the last one. A single Redis 5 or newer, or what
-speaks like one (Valkey); behind TLS with `rediss://`. Not a cluster: one question reads the streams of many projects.
+A stream keeps about the last thousand events, and is gone a day after the last one. It takes a single Redis, 5 or
+newer, behind TLS with `rediss://`. A cluster would not do: one question reads the streams of many projects.
 """
 
 import os
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 PREFIX = "i2v:progress:"
 WAKE_PREFIX = "i2v:wake:"
 """Keys of streams, and of one stream for each process that follows some, in which it is told to look for new projects.
-Where users of Redis have rights of their own (ACL), `~i2v:*` and the commands of streams are enough."""
+A user of Redis with rights of its own (ACL) needs `~i2v:* +xadd +xread +xrevrange +expire`."""
 
 FIELD = "event"
 """Of an entry."""
@@ -109,12 +109,14 @@ class RedisHub:
     async def subscribe(self, project_id: str, after: str | None = None) -> AsyncIterator[Subscription]:
         """Follows a project: after the event of the id `after`, or without one from a snapshot on.
 
-        Where Redis is away, all that it has comes as soon as it is back.
+        Where Redis is away, all that it has comes as soon as it is back. Raises ValueError for an id that cannot be
+        encoded.
         """
+        project_id.encode()  # one question reads for all listeners, and would fail for all
         followed, is_to_be_told = self._follower.follow(project_id)
         try:
             if is_to_be_told:
-                await anyio.to_thread.run_sync(self._streams.wake)
+                await anyio.to_thread.run_sync(self._streams.wake, abandon_on_cancel=True)
             with anyio.move_on_after(READY_S):
                 # The thread that reads knows no event loop, and is nearly always done at the first look.
                 while not (followed.is_ready or self._follower.is_away or self._follower.is_closed):  # noqa: ASYNC110

@@ -85,7 +85,8 @@ class Guard:
 
     def _refusal(self, connection: HTTPConnection) -> Refusal | None:
         if self._config.api_key is None or self._sessions is None:
-            return not_from_here(connection.headers, "set WORKER_API_KEY")
+            refusal = not_from_here(connection.headers, "set WORKER_API_KEY")
+            return refusal or (_embedded(connection) if not connection.scope["path"].startswith("/storage/") else None)
         is_websocket = connection.scope["type"] == "websocket"
         path = connection.scope["path"]
         if not is_websocket and is_open(path):
@@ -110,7 +111,7 @@ class Guard:
         is_safe = connection.scope["type"] == "http" and connection.scope["method"] in SAFE_METHODS
         if site == "same-origin":  # a page cannot set this header
             return None
-        if origin is not None:
+        if origin is not None and site in (None, "none"):
             host = origin.partition("://")[2]
             is_own = host != "" and host in (connection.headers.get("host"), self._public_host)
         elif is_safe:
@@ -125,6 +126,20 @@ class Guard:
         if path == "/api/tasks":
             return self._config.max_photo_bytes + FORM_OVERHEAD_BYTES
         return MAX_OPEN_BYTES if is_open(path) else MAX_JSON_BYTES
+
+
+def _embedded(connection: HTTPConnection) -> Refusal | None:
+    """A refusal where a browser says that a page of another site, or of another port of this one, asks.
+
+    There is no Origin in such a request where it loads a picture or a script. A link that somebody follows is let
+    through, and so are programs, which do not send this header.
+    """
+    if connection.headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
+        return None
+    is_safe = connection.scope["type"] == "http" and connection.scope["method"] in SAFE_METHODS
+    if is_safe and connection.headers.get("sec-fetch-mode") == "navigate":
+        return None
+    return Refusal(403, "without a key this server answers to no other site's pages: set WORKER_API_KEY")
 
 
 def is_open(path: str) -> bool:

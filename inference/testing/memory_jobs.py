@@ -11,7 +11,7 @@ from typing import Any
 
 from inference.errors import ItemMissing, NotHolder, WrongState
 from inference.providers import WorkerType, provider_of
-from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_LOST
+from inference.queues.item import CRASHED, DONE, LOST, MAX_CRASHES, MAX_LOST
 from inference.queues.video_jobs.job import AT_ONCE, ONGOING, WAITING_S, JobRow, Swept
 
 
@@ -134,8 +134,9 @@ class MemoryJobs:
             return self._end("complete", job, status="canceled")
         done = None
         if job.progress is not None:
-            totals = {"stages_completed": "stages_total", "segments_done": "segments_total"}
-            done = {**job.progress, **{name: job.progress.get(of) for name, of in totals.items()}, "fraction": 1}
+            stages, segments = job.progress.get("stages_total"), job.progress.get("segments_total")
+            whole = {"stage_index": stages, "stages_completed": stages, "segments_done": segments, "fraction": 1}
+            done = {**job.progress, **whole, "stage": DONE.stage}
         return self._end("complete", job, status="completed", artifact_key=artifact_key, progress=done)
 
     def fail(self, job_id: str, attempt_id: str, message: str) -> str:

@@ -155,8 +155,9 @@ class MemoryQueue:
 
     async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
         """See TaskQueue."""
-        ids = dict(video.external_ids)
-        await self._write(lambda: self.store.complete(lease.task.item_id, lease.worker_id, storage_path, ids))
+        ids, cost_usd = dict(video.external_ids), video.cost_usd
+        item_id, worker_id = lease.task.item_id, lease.worker_id
+        await self._write(lambda: self.store.complete(item_id, worker_id, storage_path, ids, cost_usd=cost_usd))
 
     async def fail(self, lease: Lease, message: str) -> None:
         """See TaskQueue."""

@@ -10,12 +10,16 @@ import re
 import signal
 import socket
 import subprocess
+import threading
+import webbrowser
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
 from inference.commands import main as cli
+from inference.commands.browser import open_browser
 from inference.media.video import probe
 from tests.support.disk import small_disk
 from tests.support.processes import I2V, KEY, Process, Site, environment, i2v_here, jpeg, until
@@ -130,6 +134,7 @@ def test_demo_makes_a_video_wherever_it_runs(home, here):
         assert (info.codec, info.frames, info.fps) == ("h264", 13, 24)
     assert "[/red] 천천히 줌인 [bold]" in ran.err
     assert "completed" in ran.err
+    assert "`i2v demo --open`" in ran.err.splitlines()[-1]
     assert home.is_tidy()
     assert {path.name for path in home.folder.iterdir()} == {"temp", "photo.jpg", ".env", "i2v-demo.mp4"}
 
@@ -145,6 +150,63 @@ def test_demo_can_be_interrupted(home):
     assert demo.stdout.read_text() == ""
     assert "Traceback" not in demo.stderr.read_text()
     assert demo.logs() == []
+
+
+def test_demo_on_its_page(home):
+    """A browser is told where; the page takes more tasks, without a key; Ctrl-C leaves the mp4 and nothing else."""
+    opened = home.folder / "opened"
+    browser = home.folder / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o700)
+    demo = Process(home.folder, "demo", "demo", "--open", "--seconds", "0.5", env=home.env(BROWSER=f"{browser} %s"))
+    try:
+        url = until(lambda: opened.exists() and opened.read_text().strip(), 20, "a browser was started")
+        assert demo.stderr.read_text().lstrip().startswith(f"Open {url} in a browser.\n")
+        page = httpx.get(url, headers={"Accept": "text/html"})
+        assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+        until(lambda: "Ctrl-C" in demo.stderr.read_text(), 20, "the demo is made")
+        assert probe(home.folder / "i2v-demo.mp4").frames == 13
+        form, files = {"seconds": "0.5"}, {"photo": ("mine.jpg", jpeg())}
+        [task] = httpx.post(f"{url}/api/tasks", data=form, files=files).json()["data"]["items"]
+
+        def status():
+            return httpx.get(f"{url}/api/tasks/{task['id']}").json()["data"]["status"]
+
+        until(lambda: status() == "completed", 20, "what was asked for on the page is made")
+        demo.send(signal.SIGINT)
+        assert demo.wait(15) == 0
+    finally:
+        demo.kill()
+    assert demo.stdout.read_text() == f"{home.folder / 'i2v-demo.mp4'}\n"
+    assert "Traceback" not in demo.stderr.read_text()
+    assert demo.logs() == []
+    assert home.is_tidy()
+
+
+@pytest.mark.parametrize("name, starts", [("/usr/bin/w3m", False), ("firefox", True), (None, False)])
+def test_a_browser_that_would_take_the_terminal_is_left_alone(monkeypatch, name, starts):
+    """Nor is anything said where there is none: the address of the page is on the screen already."""
+    opened = []
+    monkeypatch.setattr(webbrowser, "_tryorder", [] if name is None else ["it"])
+    monkeypatch.setattr(webbrowser, "_browsers", {"it": [None, Recorder(str(name), opened)]})
+    open_browser("http://127.0.0.1:1")
+    for thread in threading.enumerate():
+        if thread.name == "browser":
+            thread.join(10)
+    assert opened == (["http://127.0.0.1:1"] if starts else [])
+
+
+class Recorder(webbrowser.GenericBrowser):
+    """A browser that only remembers what it was asked for."""
+
+    def __init__(self, name, opened):
+        super().__init__(name)
+        self.opened = opened
+
+    def open(self, url, new=0, autoraise=True):  # noqa: ARG002
+        """See webbrowser."""
+        self.opened.append(url)
+        return True
 
 
 def test_a_full_disk_is_one_clear_line(home, here, tmp_path):
@@ -209,6 +271,9 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("submit photo.jpg -n 2 -o out.mp4", {}, "--output takes one video"),
         ("tasks --delete A --cancel B", {}, "--cancel, --retry and --delete exclude each other"),
         ("tasks --delete=", {}, "the id of the task is empty"),
+        ("tasks --watch --cancel B", {}, "--watch only looks"),
+        ("tasks --watch --url http://127.0.0.1:1", {}, "no queue answers at"),
+        ("work --once --url http://127.0.0.1:1", {"REDIS_URL": "redis.example.com"}, "REDIS_URL"),
         ("serve --host 0.0.0.0", {}, "WORKER_API_KEY is not set"),
         ("serve", {"I2V_DATA_DIR": "/proc/data"}, "I2V_DATA_DIR"),
         ("serve", {"HEARTBEAT_INTERVAL": "600"}, "HEARTBEAT_INTERVAL (600 s) has to be at most half"),
@@ -268,7 +333,7 @@ def test_up_serves_submit_and_tasks(home, here):
         assert output == str(home.folder / "out.mp4")
         assert probe(Path(output)).frames == 13
         ran = here("tasks", **queue)
-        assert [word in ran.out for word in (item_id, "completed", "[/b] pan left")] == [True] * 3
+        assert [word in ran.out for word in (item_id, "completed", "[/b] pan left", "photo.jpg")] == [True] * 4
 
         assert "[red]" not in ran.out
 
@@ -295,6 +360,59 @@ def test_up_serves_submit_and_tasks(home, here):
     assert "token=" not in said
     assert all(json.loads(line) for line in said.splitlines())
     assert list(home.temp.iterdir()) == []
+
+
+def test_tasks_are_watched_until_ctrl_c(site, home, here):
+    """A line for each change where nobody looks, as JSON too; a table in a terminal. A queue that goes away is missed
+    for a moment, and not the end.
+    """
+    queue = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY}
+    [item_id] = site.submit()
+    group = site.task(item_id)["group_id"]
+    lines = Process(home.folder, "lines", "tasks", "--watch", "--group", group, env=home.env(**queue))
+    as_json = Process(home.folder, "json", "tasks", "--watch", "--json", env=home.env(**queue))
+    env = home.env(**queue, TERM="xterm", COLUMNS=150)
+    main, end = pty.openpty()
+    with subprocess.Popen([I2V, "tasks", "--watch"], cwd=home.folder, env=env, stdout=end, stderr=end) as table:
+        os.close(end)
+        shown = Shown(main)
+        try:
+            until(lines.stdout.read_text, 20, "the task is there")
+            until(lambda: b"1 waiting" in shown.text, 20, "it is in the table")
+            site.server.kill()
+            until(lambda: b"does not answer" in shown.text, 20, "the outage is said")
+            site.start_server()
+            site.submit()  # of another group
+            for _ in range(2):
+                assert here("work", "--once", I2V_GPU_PRICE=3600, **queue).exit_code == 0
+            until(lambda: "completed" in lines.stdout.read_text(), 20, "it is done")
+            until(lambda: as_json.stdout.read_text().count('"completed"') == 2, 20, "both are done")
+            until(lambda: shown.text.count(b"completed") >= 2 and b"$" in shown.text, 20, "the table says so")
+        finally:
+            for send in (lines.send, as_json.send, table.send_signal):
+                send(signal.SIGINT)
+        assert (lines.wait(), as_json.wait(), table.wait(15)) == (0, 0, 0)
+    told = lines.stdout.read_text().splitlines()
+    assert told[0] == f"{item_id}  pending"
+    assert re.fullmatch(rf"{item_id}  completed  \$\d+\.\d\d", told[-1])
+    changes = [json.loads(line) for line in as_json.stdout.read_text().splitlines()]
+    assert next(task["status"] for task in changes if task["id"] == item_id) == "pending"
+    assert "Traceback" not in lines.stderr.read_text() + as_json.stderr.read_text()
+    assert b"Traceback" not in shown.text
+
+
+class Shown:
+    """What is shown on a terminal, read by a thread."""
+
+    def __init__(self, terminal: int) -> None:
+        self.text = b""
+        self._terminal = terminal
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while chunk := _read(self._terminal):
+            self.text += chunk
+        os.close(self._terminal)
 
 
 def test_work_once(site, home, here):
@@ -337,6 +455,26 @@ def test_a_terminal_gets_lines_for_people(site, home):
     assert b"worker_started" in said
     assert b"The queue has no task to take." in said
     assert b'{"' not in said
+
+
+def test_up_says_where_its_page_is(home):
+    """In a terminal before all else that is for people, and that it asks for the key."""
+    main, end = pty.openpty()
+    env = home.env(I2V_PORT=0, WORKER_API_KEY=KEY, TERM="xterm", COLUMNS=200)
+    with subprocess.Popen([I2V, "up"], cwd=home.folder, env=env, stdout=end, stderr=end) as up:
+        os.close(end)
+        shown = Shown(main)
+        try:
+            until(lambda: b"worker_started" in shown.text, 20, "it is open")
+        finally:
+            up.send_signal(signal.SIGINT)
+        assert up.wait(15) == 0
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.text.decode()).split("\r\n") if line.strip()]
+    first = next(line for line in lines if not re.match(r"\d{4}-", line))
+    url, hint = re.fullmatch(r"Open (http://127\.0\.0\.1:\d+) in a browser, and sign in with (.+)\.", first).groups()
+    assert "WORKER_API_KEY" in hint
+    assert any(f"i2v submit PHOTO PROMPT --url {url}" in line for line in lines)
+    assert KEY not in shown.text.decode()
 
 
 def _read(terminal: int) -> bytes:

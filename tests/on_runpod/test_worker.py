@@ -25,6 +25,7 @@ from inference.settings import Settings
 from inference.testing.memory_queue import MemoryQueue
 from inference.testing.memory_store import MemoryStore
 from tests.simulation.leases import PHOTO
+from tests.support.redis_server import redis_server
 
 pytestmark = pytest.mark.anyio
 
@@ -361,6 +362,30 @@ class Served(Box):
     async def drain(self, count):
         """A job that takes them itself."""
         return await self.run({"id": "j1", "input": {"drain": count}})
+
+
+async def test_tasks_are_told_of_and_learnt_from(tmp_path):
+    """One hub and one history for all jobs, though each has a runner of its own."""
+    with redis_server(tmp_path) as server:
+        box = Served(tmp_path / "temp", 4, redis_url=server.url, gpu_usd_per_hour=3.6)
+        await box.open()
+        for _ in range(4):
+            assert "error" not in await box.run_task()
+        box.endpoint._executor.stopping.set()
+        await box.endpoint._executor.close()
+        await box.endpoint._serving
+        groups = [box.store.get(item_id).group_id for item_id in box.ids]
+        told = [json.loads(server.events(group)[-1]) for group in groups]
+    assert {event["type"] for event in told} == {"completion"}
+    assert all(event["result"]["cost_usd"] > 0 for event in told)
+    assert box.endpoint._history.medians("fake, 5 s")["render"] > 0
+
+
+async def test_a_wrong_address_of_redis_keeps_no_task(tmp_path):
+    """Nobody hears of it; a worker that could not begin would be replaced by another one like it for ever."""
+    box = Served(tmp_path, 1, redis_url="redis.example.com")
+    await box.open()
+    assert "error" not in await box.run_task()
 
 
 async def test_a_task_and_what_there_is(tmp_path):

@@ -10,11 +10,13 @@ from typing import ClassVar
 import anyio
 import pytest
 from celery import Celery
+from structlog.testing import capture_logs
 
 from inference.errors import SettingsError
 from inference.progress.celery import connect, redis_url
 from inference.progress.hub import START
 from inference.progress.redis import RedisHub
+from inference.progress.tracker import ProgressTracker
 from tests.support.celery_workers import APP, Worker, workers
 from tests.support.processes import environment, until
 from tests.support.redis_server import PASSWORD, redis_server
@@ -169,12 +171,59 @@ async def test_redis_killed_and_back_in_the_middle(site):
     check_order(everything)
     assert {each.json for each in heard} < {each.json for each in everything}
     until(lambda: {result.state for result in results} == {"SUCCESS"}, 30, "all have succeeded")
+    until(lambda: all(len(set(outages(worker))) == 1 for worker in site.workers.values()), 10, "each outage has ended")
+    assert any(outages(worker)[0] for worker in site.workers.values())
     for worker in site.workers.values():
-        said = worker.said()
-        assert said.count("progress cannot be told for now") <= SLOTS[worker.name]
-        assert "progress can be told again" in said
-        assert PASSWORD not in said
-        assert site.server.url not in said
+        assert outages(worker)[0] <= SLOTS[worker.name]
+        assert PASSWORD not in worker.said()
+        assert site.server.url not in worker.said()
+
+
+def outages(worker: Worker) -> tuple[int, int]:
+    """How many of a worker's processes noticed one, and how many its end."""
+    said = worker.said()
+    return said.count("progress cannot be told for now"), said.count("progress can be told again")
+
+
+@pytest.mark.slow
+def test_a_pool_of_threads(tmp_path):
+    """Announces no processes, and its tasks' events are told all the same; a warm shutdown loses none."""
+    with redis_server(tmp_path) as server:
+        worker = Worker(tmp_path, "threads", "--pool", "threads", "-c", "4", url=server.url)
+        app = Celery("client", broker=server.url, backend=server.url, set_as_current=False)
+        with workers(worker):
+            results = [app.send_task(f"{APP}.work", ("film", f"task-{number}", 5, 0.1)) for number in range(8)]
+            failed = app.send_task(f"{APP}.fail", ("film", "bad"), {"says_so": False})
+            until(lambda: all(result.ready() for result in [*results, failed]), 30, "all have ended")
+        app.close()
+        ends = [json.loads(text) for text in server.events("film") if '"type":"progress"' not in text]
+        assert sorted(event["type"] for event in ends) == ["completion"] * 8 + ["error"]
+        assert ends[[event["type"] for event in ends].index("error")]["task_name"] == "bad"
+
+
+class Backend:
+    """A result backend that is away. What it is asked to retry, it would retry for ever."""
+
+    always_retry = True
+
+
+class Task:
+    """A bound task, as far as a tracker knows one. `max_retries` is as in celery.backends.base, `_ensure_retryable`."""
+
+    backend = Backend()
+
+    def update_state(self, *, state, meta, max_retries=None):
+        assert max_retries == 0, "it would never come back"
+        raise ConnectionError(f"{state} {meta['progress']}")
+
+
+def test_progress_is_not_stored_at_any_price():
+    """Where Celery is told to try for ever, that is for results. A tracker tries once, and then for a while not."""
+    with capture_logs() as logs:
+        tracker = ProgressTracker(Task(), "film", "director")
+        for number in range(10):
+            tracker.update(number / 10)
+    assert [line["error"] for line in logs] == ["ConnectionError('PROGRESS 0.0')"]
 
 
 SILENT = """

@@ -117,6 +117,7 @@ def test_what_waits_for_a_task_is_not_sent_early_because_something_else_was_due(
         ([progress(0.1, "new", lease=2), progress(0.9, "old", lease=1)], ["new"]),
         ([progress(0.1, "1", lease=1), progress(0.0, "again", lease=2)], ["1", "again"]),
         ([progress(0.1, "2", sequence=2), progress(0.2, "1", sequence=1), progress(0.3, "2", sequence=2)], ["2"]),
+        ([progress(0.1, "5", lease=1, sequence=5), completion(lease=1, sequence=1)], ["5", "completion"]),
         ([progress(0.1, "a", lease=1, sequence=9), progress(0.0, "b", lease=2, sequence=1)], ["a", "b"]),
         ([progress(0.1, "new", lease=2), completion(lease=1)], ["new"]),
         ([progress(0.1, "new", lease=2), error(lease=1)], ["new"]),
@@ -140,12 +141,13 @@ def test_what_is_stale_is_dropped(said, passed):
 def test_a_task_without_leases_may_begin_again_a_while_after_its_end():
     """Within ten seconds, progress is a late word of the try that ended; afterwards it is a new try, from 0 on."""
     desk = Desk(interval_s=0)
-    desk.gate.offer(progress(0.9))
+    desk.gate.offer(progress(0.9, lease=1))
     desk.gate.offer(completion())
     desk.now += LATE_S - 0.1
     desk.gate.offer(progress(0.95, "late"))
     assert len(desk.sent) == 2
     desk.now += 0.1
+    desk.gate.offer(progress(0.95, "of the lease that ended", lease=1))
     desk.gate.offer(progress(0.05, "again"))
     assert (desk.sent[-1].message, desk.sent[-1].progress_percent) == ("again", 5)
     desk.gate.close()
@@ -266,3 +268,22 @@ def test_a_forked_process_has_a_gate_of_its_own():
     """Locks and the thread stay behind: here a lock is held while the process forks, as by another thread of it."""
     ran = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=30, check=True)
     assert ran.stdout == "told\n"
+
+
+def test_nothing_comes_after_the_end_whatever_threads_say():
+    """Threads of a task that go on for a while, and the thread of the gate, while the task ends."""
+    sent = []
+    gate = Gate(sent.append, interval_s=0.001)
+
+    def report():
+        for number in range(300):
+            gate.offer(progress(number / 300, lease=1))
+
+    threads = [threading.Thread(target=report) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    gate.offer(completion(lease=1))
+    for thread in threads:
+        thread.join()
+    gate.close()
+    assert [is_terminal(event) for event in sent] == [False] * (len(sent) - 1) + [True]

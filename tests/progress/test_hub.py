@@ -148,9 +148,11 @@ async def test_events_of_elsewhere_keep_their_ids(hub):
             hub.feed("film", Published(each, event, "{}"))
         assert [each.id for each in await take(subscription, 3)] == ["5-0", "5-1", "6-0"]
     hub.forget("film")
-    async with hub.subscribe("film", "5-1") as subscription:
-        assert not subscription.resumed
-        assert subscription.snapshot == []
+    for gone in ("5-1", START):
+        async with hub.subscribe("film", gone) as subscription:
+            assert not subscription.resumed, gone
+            assert subscription.snapshot == []
+    assert not hub._streams["film"].listeners
 
 
 def test_a_listener_whose_loop_is_gone_is_forgotten(hub, anyio_backend):

@@ -1,6 +1,7 @@
 """Progress through a real Redis: every listener gets every event once and in order, whatever happens to Redis."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from inference.progress.hub import KEPT, START, MemoryHub, Published
 from inference.progress.outbox import MAX_WAITING, Away, Entry, Outbox
 from inference.progress.redis import EXPIRE_S, FIELD, KEPT_IN_REDIS, PREFIX, RedisHub, open_hub
 from tests.support.processes import environment, until
-from tests.support.redis_server import PASSWORD, RedisServer, redis_server
+from tests.support.redis_server import PASSWORD, PASSWORD_IN_URL, RedisServer, redis_server
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -114,7 +115,9 @@ async def test_what_one_process_says_another_hears(server, in_background):
                 assert late.resumed
                 assert numbers(await take(late, 39)) == list(range(21, 60))
                 assert await nothing_more(late)
+            server.client.config_resetstat()
             assert await nothing_more(early)
+            assert server.client.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"] <= 1  # and not again
 
 
 @pytest.mark.anyio
@@ -162,6 +165,7 @@ async def test_many_listeners_are_one_connection(server):
         patch.setattr(follower, "KEEP_S", 0)
         async with hears.subscribe("another"):
             until(lambda: list(hears._follower._followed) == ["another"], 5, "nobody follows the others")
+            assert list(hears._here._streams) == ["another"]
         say(says, range(3, 5), project=projects[0])
         async with hears.subscribe(projects[0], START) as subscription:
             assert subscription.resumed
@@ -190,6 +194,21 @@ async def test_what_others_write_into_a_stream_is_passed_over(server):
         async with hub.subscribe("film", START) as subscription:
             assert numbers(await take(subscription, 1)) == [1]
     assert len(logs) == 3
+
+
+@pytest.mark.anyio
+async def test_a_user_of_redis_with_few_rights(server):
+    """The guide says which are enough."""
+    rights = re.search(r"`(~i2v:\* .+?)`", (ROOT / "docs" / "progress.md").read_text())[1]
+    server.client.execute_command("ACL", "SETUSER", "limited", "on", ">word", *rights.split())
+    limited = RedisHub(server.url.replace("//:", "//limited:").replace(PASSWORD_IN_URL, "word"), interval_s=0)
+    with capture_logs() as logs, hub_of(server) as says:
+        say(limited, [1])
+        async with limited.subscribe("other"), limited.subscribe("film", START) as subscription:
+            say(says, [2])
+            assert numbers(await take(subscription, 2)) == [1, 2]
+        limited.close()
+    assert logs == []
 
 
 @pytest.mark.anyio
@@ -313,6 +332,75 @@ def test_a_redis_that_is_never_there_costs_one_line(server):
             "progress is lost: the store was away until the end",
         ]
         assert "-word" not in str(logs)
+
+
+@pytest.mark.anyio
+async def test_an_id_that_cannot_be_encoded_is_refused(server):
+    """Before it could harm those who follow something else."""
+    with hub_of(server) as hub:
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            async with hub.subscribe("\ud800"):
+                pass
+        say(hub, [1])
+        async with hub.subscribe("film", START) as subscription:
+            assert numbers(await take(subscription, 1)) == [1]
+
+
+SPEAKS = """
+import sys, threading
+from inference.progress.events import CompletionEvent, ProgressEvent
+from inference.progress.redis import RedisHub
+
+url, name, how = sys.argv[1:]
+hub = RedisHub(url, interval_s=0, in_background=how == "background")
+for number in range(400):
+    hub.publish(ProgressEvent(project_id="film", task_name=name, progress=0, progress_percent=0,
+                              status="processing", message=str(number)))
+    threading.Event().wait(0.05)
+hub.publish(CompletionEvent(project_id="film", task_name=name))
+hub.close(timeout_s=20)
+"""
+
+
+def speaker(server, name: str) -> subprocess.Popen:
+    """A process that says 400 things and the end, in the way that its name begins with."""
+    how = name.partition("-")[0]
+    return subprocess.Popen([sys.executable, "-c", SPEAKS, server.url, name, how], cwd=ROOT, env=environment())
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_a_redis_that_is_killed_again_and_again(tmp_path):
+    """Three processes speak for twenty seconds; each listener hears each of their 400 events once and in order."""
+    names = [f"{how}-{number}" for number, how in enumerate(("direct", "background", "direct"))]
+    with redis_server(tmp_path, keeps_data=True) as server, hub_of(server) as hub:
+        heard: list[list[Published]] = [[], [], []]
+
+        async def listen(mine, after):
+            ended = 0
+            async with hub.subscribe("film", after) as subscription:
+                async for published in subscription:
+                    mine.append(published)
+                    ended += published.event.type == "completion"
+                    if ended == len(names):
+                        return
+
+        speakers = [speaker(server, name) for name in names]
+        with anyio.fail_after(90):
+            async with anyio.create_task_group() as listeners:
+                for mine in heard:
+                    listeners.start_soon(listen, mine, START)
+                for up_s, down_s in ((4, 0.2), (2, 3), (1, 1), (3, 2), (0.5, 0.5)):
+                    await anyio.sleep(up_s)
+                    server.kill()
+                    await anyio.sleep(down_s)
+                    server.start()
+        assert [speaker.wait(10) for speaker in speakers] == [0, 0, 0]
+    for mine in heard:
+        for name in names:
+            said = [each.event for each in mine if each.event.task_name == name]
+            assert [int(event.message) for event in said[:-1]] == list(range(400))
+    assert heard[0] == heard[1] == heard[2]
 
 
 FORKS = """

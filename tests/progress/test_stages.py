@@ -51,3 +51,21 @@ def test_time_is_counted_by_stage():
     seconds = tracker.stage_seconds()
     assert list(seconds) == ["download", "denoise", "upload"]
     assert all(value >= 0 for value in seconds.values())
+
+
+SECONDS = {"download": 1, "wait": 300, "denoise": 60, "decode": 30, "upload": 8, "report": 1}
+
+
+def test_weights_come_from_the_past_where_every_stage_has_one():
+    """Seconds become shares of the whole; waiting for others has none, however long it took."""
+    stages = plan({"denoise": 3, "decode": 1}, SECONDS)
+    assert stages == {"download": 1, "wait": 0, "denoise": 60, "decode": 30, "upload": 8, "report": 1}
+    assert sum(plan({"denoise": 3, "decode": 1}, {**SECONDS, "denoise": 1234}).values()) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "medians", [None, {}, {**SECONDS, "decode": 0}, {name: s for name, s in SECONDS.items() if name != "upload"}]
+)
+def test_without_a_past_of_every_stage_weights_are_those_that_ship(medians):
+    """One stage that nobody has timed would have no share at all."""
+    assert plan({"denoise": 3, "decode": 1}, medians) == STAGES

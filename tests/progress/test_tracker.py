@@ -256,8 +256,9 @@ def test_a_batch_is_the_mean_of_its_items(ear):
     batch.update_item(0, 1.0, "processing", "1 of 4 done")
     batch.update_item(1, 0.5)
     batch.update_item(2, 50)
+    batch.update_item(0, 0.0)
     batch.update_item(1, 0.0)
-    assert ear.percents == [25, 37, 50, 50]
+    assert ear.percents == [25, 37, 50, 50, 50]
     assert batch.completed_items == 1
     told = ear.heard[-1]["metadata"]
     assert {name: told[name] for name in ("total_items", "completed_items", "current_item")} == {

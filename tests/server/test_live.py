@@ -1,15 +1,23 @@
 """What changes is told to those who listen, and how long it will take."""
 
+import json
+
+import httpx
 import pytest
 
 from inference.errors import NotHolder
 from inference.progress.eta import MIN_RUNS
 from inference.progress.events import CompletionEvent, ErrorEvent, ProgressEvent
 from inference.progress.hub import START, MemoryHub
+from inference.progress.stages import Progress
 from inference.queues.item import ItemProgress
+from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.server import live
 from inference.server.live import QUEUE, Live
 from inference.server.rows.store import NewItem, NewPhoto, Store
+from inference.task import Video
+from inference.transfer.storage import Storage
+from tests.server.harness import KEY, config, jpeg, running_server
 
 
 class Clock:
@@ -252,19 +260,21 @@ def test_a_server_that_starts_learns_from_what_was_completed(here):
     assert again.left_s(here.store.list_items()[0]) is None
 
 
-def test_a_task_that_was_under_way_when_the_server_started(here):
-    """Its stages are not known, but when it was leased is: that counts when it ends."""
-    [item] = here.add()
-    here.store.lease("w", 600)
+def test_tasks_that_were_under_way_when_the_server_started(here):
+    """When they were leased is known, and counts when they end; which of their stages took how long is not."""
+    items = here.add(MIN_RUNS)
+    for _ in items:
+        here.store.lease("w", 600)
     with here.store._database._connection() as connection:
         connection.execute("UPDATE video_items SET started_at = started_at - 60")
     again = Live(here.store, here.hub, clock=here.clock)
     here.store.tell(again.changed, again.deleted)
-    here.beat(item, "generate", 0.5)
-    here.store.complete(item.id, "w", "v")
-    for _ in range(MIN_RUNS - 1):
-        again._history.add(live.kind_of(item), {"generate": 60})
-    assert again._history.typical_s(live.kind_of(item)) == pytest.approx(60, abs=1)
+    for item in items:
+        here.beat(item, "generate", 0.5)
+        here.store.complete(item.id, "w", "v")
+    kind = live.kind_of(items[0])
+    assert again._history.typical_s(kind) == pytest.approx(60, abs=1)
+    assert again._history.medians(kind).keys() == {live.WHOLE}
 
 
 def test_when_all_will_be_ready(here):
@@ -296,3 +306,38 @@ def test_nobody_knows_when_what_nobody_works_on_will_be_ready(here):
     assert here.live.queue_left_s() is not None
     here.add(inference_provider="veo3.1")
     assert here.live.queue_left_s() is None
+
+
+@pytest.mark.anyio
+async def test_a_worker_over_the_wire(tmp_path):
+    """The adapter hears what this queue wants to hear, and says it; a page that comes late is told how it ended."""
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"an mp4")
+    video = Video(path=clip, width=16, height=16, fps=16, frames=16, size_bytes=6, cost_usd=0.25)
+    headers = {"authorization": f"Worker {KEY}"}
+    with running_server(config(tmp_path)) as url:
+        async with (
+            httpx.AsyncClient(base_url=url, headers=headers) as client,
+            Storage(allow_private=True) as storage,
+            LifeIsShortQueue(url, KEY, worker_id="host-1", storage=storage) as queue,
+        ):
+            answer = await client.post("/api/tasks", files={"photo": ("a.jpg", jpeg())})
+            [made] = answer.json()["data"]["items"]
+            path = f"/api/tasks/{made['id']}"
+            lease = await queue.lease()
+            assert (lease.beat_interval_s, lease.task.extras["takes"]) == (2.0, ["progress", "cost_usd"])
+            await queue.heartbeat(lease, Progress(stage="denoise", done=1, total=2, fraction=0.5))
+            seen = (await client.get(path)).json()["data"]
+            assert seen["progress"] == {"stage": "denoise", "fraction": 0.5}
+            [worker] = (await client.get("/api/overview")).json()["data"]["workers"]
+            assert (worker["name"], worker["item_ids"]) == ("host-1", [made["id"]])
+            await queue.complete(lease, await queue.deliver(lease, video), video)
+            seen = (await client.get(path)).json()["data"]
+            assert (seen["status"], seen["cost_usd"], seen["progress"]["fraction"]) == ("completed", 0.25, 1.0)
+            async with client.stream("GET", f"/events/{made['group_id']}") as stream:
+                async for line in stream.aiter_lines():
+                    if line.startswith("data:"):
+                        told = json.loads(line.removeprefix("data:"))
+                        break
+    assert told["type"] == "completion"
+    assert told["result"] == {"item_id": made["id"], "group_id": made["group_id"], "cost_usd": 0.25}

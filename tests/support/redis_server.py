@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import redis
@@ -19,6 +20,8 @@ from tests.support.processes import until
 
 PASSWORD = "pass-word/of:redis"
 """With characters that a URL has to escape."""
+
+PASSWORD_IN_URL = quote(PASSWORD, safe="")
 
 
 class RedisServer:
@@ -30,7 +33,7 @@ class RedisServer:
         self._keeps_data = keeps_data
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self.url = f"redis://:{PASSWORD.replace('/', '%2F').replace(':', '%3A')}@127.0.0.1:{self.port}/0"
+        self.url = f"redis://:{PASSWORD_IN_URL}@127.0.0.1:{self.port}/0"
         self._running: subprocess.Popen | None = None
         self.client = redis.Redis(port=self.port, password=PASSWORD, decode_responses=True, socket_timeout=5)
 

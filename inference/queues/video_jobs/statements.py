@@ -32,7 +32,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.sql.expression import ColumnElement
 
 from inference.providers import DEFAULT, PROVIDERS, WorkerType
-from inference.queues.item import CRASHED, LOST, MAX_CRASHES, MAX_LOST
+from inference.queues.item import CRASHED, DONE, LOST, MAX_CRASHES, MAX_LOST
 from inference.queues.video_jobs.job import STATUSES
 from inference.sql.statement import Statement, constant
 
@@ -334,6 +334,10 @@ class Statements:
         """The progress of a job that is complete, from what its holder said last; NULL where that is nothing."""
         said = cast(self._c.progress, JSONB)
         done = func.jsonb_build_object(
+            constant("stage"),
+            constant(DONE.stage),
+            constant("stage_index"),
+            said.op("->")(constant("stages_total")),
             constant("stages_completed"),
             said.op("->")(constant("stages_total")),
             constant("segments_done"),

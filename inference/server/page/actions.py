@@ -6,8 +6,9 @@ from starlette.responses import RedirectResponse, Response
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
 from inference.server.page.asking import is_fragment, words_for
+from inference.server.page.filter import Filter
 from inference.server.page.rendering import Renderer
-from inference.server.page.views import Filter, Views
+from inference.server.page.views import Views
 from inference.server.rows.store import Store
 from inference.server.tidy import discard
 

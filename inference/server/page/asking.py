@@ -20,6 +20,11 @@ def words_for(request: Request) -> Words:
     return WORDS[language]
 
 
+def address_of(request: Request, public_url: str | None) -> str:
+    """Where workers reach this server, as far as is known: behind a proxy, only where the setting says so."""
+    return (public_url or str(request.base_url)).rstrip("/")
+
+
 def is_fragment(request: Request) -> bool:
     """Whether the page's script asks, and not a browser that follows a link or sends a form."""
     return FRAGMENT in request.headers

@@ -1,8 +1,8 @@
 """All clips of a group as one zip archive, written while it is sent."""
 
+import os
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from time import localtime
 
 from inference.errors import I2VError
@@ -13,6 +13,9 @@ from inference.server.rows.store import Store
 
 PAGE = 200
 CHUNK_BYTES = 256 * 1024
+
+FIRST_TIME_S = 315_619_200
+"""The second day of 1980: archives know no earlier time, and none of a time zone."""
 
 
 def completed_items(store: Store, group_id: str) -> list[Item]:
@@ -39,26 +42,21 @@ def zipped(items: list[Item], objects: ObjectStore) -> Iterator[bytes]:
     with zipfile.ZipFile(sent, "w", zipfile.ZIP_STORED) as archive:
         for item, name in zip(named, names, strict=True):
             try:
-                path = objects.path(item.video_storage_path or "")
-            except I2VError:
+                clip = objects.path(item.video_storage_path or "").open("rb")
+            except (I2VError, OSError):
                 continue
-            yield from _added(archive, path, _entry(name, path), sent)
+            with clip, archive.open(_entry(name, os.fstat(clip.fileno())), "w") as member:
+                while chunk := clip.read(CHUNK_BYTES):
+                    member.write(chunk)
+                    yield sent.take()
     yield sent.take()
 
 
-def _entry(name: str, path: Path) -> zipfile.ZipInfo:
-    facts = path.stat()
-    entry = zipfile.ZipInfo(name, localtime(max(facts.st_mtime, 315_619_200))[:6])  # zip knows no year before 1980
-    entry.external_attr = 0o644 << 16
+def _entry(name: str, facts: os.stat_result) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, localtime(max(facts.st_mtime, FIRST_TIME_S))[:6])
+    entry.external_attr = 0o644 << 16  # as Unix has it in the upper half
     entry.file_size = facts.st_size
     return entry
-
-
-def _added(archive: zipfile.ZipFile, path: Path, entry: zipfile.ZipInfo, sent: "_Outgoing") -> Iterator[bytes]:
-    with path.open("rb") as clip, archive.open(entry, "w") as member:
-        while chunk := clip.read(CHUNK_BYTES):
-            member.write(chunk)
-            yield sent.take()
 
 
 class _Outgoing:

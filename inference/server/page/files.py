@@ -12,7 +12,10 @@ from inference.server.page.names import clip_name, safe, shown_name
 from inference.server.page.thumbnails import Thumbnails
 from inference.server.rows.store import Store
 
-KEPT = {"cache-control": "private, max-age=86400, immutable"}
+KEPT = {
+    "cache-control": "private, max-age=86400, immutable",
+    "cross-origin-resource-policy": "same-origin",  # else pages of other sites could show what a browser has kept
+}
 """For pictures and clips: what an id stands for never changes."""
 
 MEDIA_TYPES = {".mp4": "video/mp4", ".webm": "video/webm"}

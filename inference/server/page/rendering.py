@@ -10,7 +10,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response
 
-from inference.server.page.views import STALE_S, STATUSES
+from inference.server.page.filter import STATUSES
+from inference.server.page.views import STALE_S
 from inference.server.page.words import LANGUAGES, NAMES, Words
 from inference.server.wire import iso
 from inference.task import MAX_DURATION_S, MAX_PROMPT_CHARS, MIN_DURATION_S

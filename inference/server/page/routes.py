@@ -8,12 +8,13 @@ from inference.server.config import ServerConfig
 from inference.server.live import Live
 from inference.server.objects import ObjectStore
 from inference.server.page.actions import action_routes
-from inference.server.page.asking import LANGUAGE_COOKIE, words_for
+from inference.server.page.asking import LANGUAGE_COOKIE, address_of, words_for
 from inference.server.page.files import file_routes
+from inference.server.page.filter import Filter
 from inference.server.page.rendering import Renderer
 from inference.server.page.sign_in import sign_in_routes
 from inference.server.page.telling import told_to_people
-from inference.server.page.views import PAGE_SIZE, Filter, Views
+from inference.server.page.views import PAGE_SIZE, Views
 from inference.server.rows.store import Store
 from inference.server.workers import Workers
 
@@ -48,6 +49,7 @@ def _shown(config: ServerConfig, views: Views, renderer: Renderer, **options: ob
             page=views.page(wanted),
             summary=views.summary(wanted),
             filter=wanted,
+            api_url=address_of(request, config.public_url),
             max_photo_bytes=config.max_photo_bytes,
             has_key=config.api_key is not None,
         )
@@ -66,7 +68,12 @@ def _shown(config: ServerConfig, views: Views, renderer: Renderer, **options: ob
         wanted = Filter.of(request.query_params)
         heads = views.heads(request.query_params.getlist("head")[:PAGE_SIZE])
         return renderer.html(
-            "summary_and_heads.html", words_for(request), summary=views.summary(wanted), heads=heads, filter=wanted
+            "summary_and_heads.html",
+            words_for(request),
+            summary=views.summary(wanted),
+            heads=heads,
+            filter=wanted,
+            api_url=address_of(request, config.public_url),
         )
 
     @routes.get("/page/tasks/{item_id}")

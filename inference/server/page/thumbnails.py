@@ -42,9 +42,7 @@ class Thumbnails:
                 continue
             self._under_way[photo_id] = anyio.Event()
             try:
-                made = await anyio.to_thread.run_sync(
-                    self._make, photo_id, limiter=self._making, abandon_on_cancel=False
-                )
+                made = await anyio.to_thread.run_sync(self._make, photo_id, limiter=self._making)
                 self._keep(photo_id, made)
             finally:
                 self._under_way.pop(photo_id).set()

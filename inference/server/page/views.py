@@ -1,15 +1,16 @@
 """What the templates show: cards of tasks, groups of cards, a page of the list, and the strip of numbers above it."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-from urllib.parse import urlencode
+from typing import Literal
 
 from inference.errors import I2VError, ItemMissing
 from inference.queues.item import CRASHED, LOST, Item, Status
 from inference.server.live import Live
 from inference.server.objects import ObjectStore
+from inference.server.page.filter import STATUSES, Filter
 from inference.server.page.names import shown_name
 from inference.server.rows.store import Group, Overview, Store
 from inference.server.workers import Workers, WorkerSeen
@@ -24,46 +25,17 @@ tasks every five, unless its settings say otherwise."""
 MAX_WORKERS = 12
 """Workers that the strip names."""
 
-STATUSES: Sequence[Status] = get_args(Status)
+MAX_TIMED_GROUPS = 6
+"""Groups on one page of which the time left is told: for each the whole line is looked at."""
 
 Hint = Literal["crashed", "lost", "photo", "refused", "retry"]
 
-# What workers write in error messages, in small letters, and which hint helps there. The first match counts.
-HINTS: Sequence[tuple[str, Hint]] = (
-    ("the photo ", "photo"),
-    ("not a photo", "photo"),
-    ("refused the prompt", "refused"),
-    ("moderation", "refused"),
-    ("safety", "refused"),
-    ("content policy", "refused"),
+# What our workers write in error messages (errors of media/photo*.py and engines/runway/wire.py), and which hint helps
+# there. The first match counts.
+HINTS: Sequence[tuple[re.Pattern[str], Hint]] = (
+    (re.compile(r"moderation refused|cannot use the photo or the prompt|nothing usable of this photo"), "refused"),
+    (re.compile(r"the photo (is|has|cannot|takes|crashes|shows)|not a JPEG, PNG, WebP or HEIC"), "photo"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """What part of the list is asked for."""
-
-    status: Status | None = None
-    group: str | None = None
-    before: str | None = None  # id of the last task of the page before
-
-    @classmethod
-    def of(cls, query: Mapping[str, str]) -> "Filter":
-        """From the query of an address; what makes no sense there is left out."""
-        wanted = query.get("status")
-        status = next((status for status in STATUSES if status == wanted), None)
-        return cls(status, _id(query.get("group")), _id(query.get("before")))
-
-    def address(self, **changed: str | None) -> str:
-        """The page that shows this part of the list, relative to the page itself: "./?status=failed"."""
-        query = {"status": self.status, "group": self.group, "before": self.before} | changed
-        text = urlencode({name: value for name, value in query.items() if value})
-        return f"./?{text}" if text else "./"
-
-    @property
-    def query(self) -> str:
-        """The same as a query alone, with its question mark, or nothing."""
-        return self.address().removeprefix("./")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +86,7 @@ class Card:
             return "crashed"
         if message == LOST:
             return "lost"
-        return next((hint for words, hint in HINTS if words in message.lower()), "retry")
+        return next((hint for said, hint in HINTS if said.search(message)), "retry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +130,7 @@ class Summary:
     """The strip above the list."""
 
     overview: Overview
+    left_s: float | None  # until all that is ongoing is done
     counts: Mapping[Status, int]  # of the filtered group, or else of all
     workers: Sequence[WorkerSeen]
     more_workers: int
@@ -189,20 +162,9 @@ class Views:
             clip_bytes=self._clip_bytes(item),
         )
 
-    def head(self, group_id: str) -> GroupHead:
-        """The head of a group."""
-        group = self._store.get_group(group_id)
-        return GroupHead(group, None)
-
     def heads(self, group_ids: Sequence[str]) -> list[GroupHead]:
         """The heads of groups; those that were deleted are left out."""
-        found = []
-        for group_id in group_ids:
-            try:
-                found.append(self.head(group_id))
-            except ItemMissing:
-                continue
-        return found
+        return self._timed(self._groups(group_ids))
 
     def page(self, wanted: Filter) -> ListPage:
         """A page of the list, newest first."""
@@ -229,6 +191,7 @@ class Views:
         seen = self._workers.seen()
         return Summary(
             overview=overview,
+            left_s=self._live.queue_left_s() if _is_ongoing(overview) else None,
             counts={status: counts.get(status, 0) for status in STATUSES},
             workers=seen[:MAX_WORKERS],
             more_workers=max(0, len(seen) - MAX_WORKERS),
@@ -240,15 +203,31 @@ class Views:
         by_group: dict[str, list[Card]] = {}
         for card in cards:
             by_group.setdefault(card.item.group_id, []).append(card)
+        groups = self._groups(list(by_group))
+        heads = {head.group.id: head for head in self._timed([group for group in groups if not _is_single(group)])}
         sections: list[Section] = []
-        for head in self.heads(list(by_group)):
-            if head.total == 1 and head.group.name is None:  # a photo that came alone needs no head
+        for group in groups:
+            if group.id in heads:
+                sections.append(Section(heads[group.id], by_group[group.id]))
+            else:
                 if not sections or sections[-1].head is not None:
                     sections.append(Section(None))
-                sections[-1].cards += by_group[head.group.id]
-            else:
-                sections.append(Section(head, by_group[head.group.id]))
+                sections[-1].cards += by_group[group.id]
         return sections
+
+    def _groups(self, group_ids: Sequence[str]) -> list[Group]:
+        found = []
+        for group_id in group_ids:
+            try:
+                found.append(self._store.get_group(group_id))
+            except ItemMissing:
+                continue
+        return found
+
+    def _timed(self, groups: Sequence[Group]) -> list[GroupHead]:
+        ongoing = [group.id for group in groups if group.status in ("pending", "processing")]
+        left_s = {group_id: self._live.group_left_s(group_id) for group_id in ongoing[:MAX_TIMED_GROUPS]}
+        return [GroupHead(group, left_s.get(group.id)) for group in groups]
 
     def _clip_bytes(self, item: Item) -> int | None:
         if item.status != "completed" or item.video_storage_path is None:
@@ -259,5 +238,10 @@ class Views:
             return None
 
 
-def _id(text: str | None) -> str | None:
-    return text if text and len(text) <= 200 and text.isprintable() else None
+def _is_ongoing(overview: Overview) -> bool:
+    return bool(overview.counts.get("pending") or overview.counts.get("processing"))
+
+
+def _is_single(group: Group) -> bool:
+    """Whether it is a photo that came alone, which needs no head."""
+    return group.name is None and sum(group.counts.values()) == 1

@@ -34,6 +34,8 @@ def test_a_whole_life(subject):
     job = store.get(JOB)
     assert (job.status, job.artifact_key, job.attempt_id, job.silent_s) == ("completed", "key", A, None)
     assert job.progress == {
+        "stage": "done",
+        "stage_index": 5,
         "stages_total": 5,
         "stages_completed": 5,
         "segments_total": 2,

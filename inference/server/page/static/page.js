@@ -42,6 +42,11 @@ function duration(seconds) {
   return h ? say("time.days_hours", { d: number(d), h }) : say("time.days", { d: number(d) });
 }
 
+function leftText(seconds) {
+  if (seconds === undefined || seconds === null) return WORDS["clip.unknown"];
+  return seconds >= 1 ? say("clip.left", { time: duration(seconds) }) : WORDS["clip.soon"];
+}
+
 const clock = new Intl.DateTimeFormat(LANGUAGE, { dateStyle: "medium", timeStyle: "short" });
 const seenAt = new WeakMap(); // element with an age → when it came, by this browser's own clock
 
@@ -338,13 +343,8 @@ function heard(event) {
   const isSameLease = metadata.lease === undefined || Number(card.dataset.lease) === metadata.lease;
   if (card.dataset.status === status && (status !== "processing" || isSameLease)) {
     if (status !== "processing") return;
-    const left = metadata.eta_s;
-    moveProgress(
-      card,
-      event.progress_percent,
-      metadata.stage === undefined ? undefined : stageName(metadata.stage),
-      left === undefined || left === null ? WORDS["clip.unknown"] : say("clip.left", { time: duration(left) }),
-    );
+    const stage = metadata.stage === undefined ? undefined : stageName(metadata.stage);
+    moveProgress(card, event.progress_percent, stage, leftText(metadata.eta_s));
     return;
   }
   if (metadata.lease !== undefined && metadata.lease < Number(card.dataset.lease)) return; // of an earlier try
@@ -471,8 +471,10 @@ async function show(address) {
     else link.removeAttribute("aria-current");
   }
   refreshSummary();
+  const [wanted, askedAt] = [partial("page/list"), performance.now()];
   try {
-    applyList(await ask(partial("page/list")), performance.now());
+    const html = await ask(wanted);
+    if (wanted === partial("page/list")) applyList(html, askedAt);
   } catch (error) {
     if (!(error instanceof Refused || error instanceof TypeError)) throw error;
     toast(say("action.failed", { reason: error instanceof Refused ? error.message : WORDS["action.no_answer"] }));
