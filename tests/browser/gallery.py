@@ -2,6 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -26,7 +27,7 @@ class Gallery:
 def furnish(queue: QueueProcess, took_s: float | None = None) -> Gallery:
     """Adds tasks in every state, the running one at 62 %. Their worker says no more.
 
-    `took_s`: how long the finished ones are to have taken, for what is left of the others is reckoned from it.
+    `took_s`: how long the finished ones are said to have taken; the running one then has a fitting time left.
     """
     worker = PlayedWorker(queue, "studio-1")
     sample = files("inference.assets").joinpath("sample.jpg").read_bytes()
@@ -59,9 +60,17 @@ def furnish(queue: QueueProcess, took_s: float | None = None) -> Gallery:
 
 
 def _took(queue: QueueProcess, seconds: float) -> None:
-    """Changes when finished ones were begun, and starts the queue again: it looks at them when it starts."""
+    """Changes when finished tasks were begun.
+
+    What the running one needs is reckoned from what the queue finds when it starts: it is to need as much as is left at
+    62 %, for it was begun just now.
+    """
     queue.stop()
-    with sqlite3.connect(queue.data_dir / "queue.db") as rows:
-        rows.execute("UPDATE video_items SET started_at = ended_at - ? WHERE status = 'completed'", (seconds,))
-    rows.close()
+    _began(queue, seconds * 0.38)
     queue.start()
+    _began(queue, seconds)
+
+
+def _began(queue: QueueProcess, before_s: float) -> None:
+    with closing(sqlite3.connect(queue.data_dir / "queue.db")) as rows, rows:
+        rows.execute("UPDATE video_items SET started_at = ended_at - ? WHERE status = 'completed'", (before_s,))
