@@ -74,7 +74,6 @@ class Connection(H11Protocol):
         self._crowd = crowd
         self._timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0  # bytes of answers that were unread when the timer was set
-        self._is_websocket = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -106,8 +105,7 @@ class Connection(H11Protocol):
         self._stop_timer()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        self._is_websocket = True
-        self._stop_timer()
+        self._stop_timer()  # from here on, another class has the connection
         super().handle_websocket_upgrade(event)
 
     def _unsupported_upgrade_warning(self) -> None:
@@ -119,9 +117,7 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _limit_s(self) -> float | None:
-        """The time limit for the client's next step; None while the server is working, or for a WebSocket."""
-        if self._is_websocket:
-            return None
+        """The time limit for the client's next step; None while the server is working."""
         if self.transport.get_write_buffer_size():
             return self._crowd.patience.stalled_s
         if self._waits_for_a_request():

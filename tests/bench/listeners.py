@@ -30,7 +30,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 
 from inference.progress.events import ProgressEvent, as_json
-from inference.progress.hub import MemoryHub, ProgressHub
+from inference.progress.hub import KEPT, MemoryHub, ProgressHub
 from inference.progress.redis import RedisHub
 from inference.progress.web.app import progress_app
 from inference.server.listening import listen, serve_app
@@ -117,13 +117,17 @@ class Peer:
 
 
 async def publish(hub: Any) -> None:
-    """Something happens in each project, twice a second, at a time of its own."""
+    """Something happens in each project, twice a second, at a time of its own.
+
+    At first as much as a hub keeps of a project: only then its memory is as large as it gets.
+    """
+    filled = KEPT * PROJECTS
     began = time.monotonic()
     number = 0
     while True:
-        due = began + number * PACE_S / PROJECTS
+        due = began + max(0, number - filled) * PACE_S / PROJECTS
         await anyio.sleep(max(0.0, due - time.monotonic()))
-        share = number / 1e9
+        share = min(0.99, number / 1e7)
         metadata = {"stage": "denoise", "lease": 1, "eta_s": 42, "photo_id": "0" * 32, "sent_at": time.time()}
         hub.publish(
             ProgressEvent(
@@ -137,6 +141,8 @@ async def publish(hub: Any) -> None:
             )
         )
         number += 1
+        if number == filled:
+            began = time.monotonic()
 
 
 async def serve(kind: str, port: int, redis_url: str) -> None:

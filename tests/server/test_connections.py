@@ -6,14 +6,18 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import httpx
 import pytest
+from anyio.from_thread import start_blocking_portal
+from starlette.applications import Starlette
 from websockets.sync.client import connect as websocket
 
+from inference.server.answers import failure
 from inference.server.connections import Patience
+from inference.server.listening import listen, serve_app
 from tests.server.harness import KEY, config, jpeg, running_server
 from tests.support.processes import I2V, environment
 
@@ -199,3 +203,34 @@ def test_a_websocket_stays_where_it_is_read(tmp_path):
         talk.ping().wait(5)
         httpx.post(f"{url}/api/tasks", files={"photo": ("a.jpg", jpeg(), "image/jpeg")}, headers=key)
         assert json.loads(talk.recv(5))["status"] == "pending"
+
+
+def test_a_websocket_that_is_not_read_is_let_go():
+    """The application that sends is told that its client has left, and waits no longer."""
+    ended = threading.Event()
+
+    async def endless(scope, receive, send):
+        if scope["type"] == "lifespan":
+            await Starlette()(scope, receive, send)
+            return
+        await receive()
+        await send({"type": "websocket.accept"})
+        with suppress(OSError):
+            while True:
+                await send({"type": "websocket.send", "bytes": bytes(50_000)})
+        ended.set()
+
+    async def serve(*, task_status):
+        with listen("127.0.0.1", 0) as listener:
+            options = {"stopping": failure(503, "stopping"), "patience": Patience(listener_s=0.3)}
+            await serve_app(endless, listener, task_status=task_status, **options)
+
+    with start_blocking_portal() as portal:
+        stopped, (host, port) = portal.start_task(serve)
+        with connect(f"http://{host}:{port}") as deaf:
+            deaf.sendall(
+                b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+            )
+            assert ended.wait(5)
+        stopped.cancel()

@@ -16,7 +16,7 @@ log = structlog.get_logger(__name__)
 
 MAX_PROJECT_ID = 200
 
-EVENT_ID = re.compile(r"\d{1,18}-\d{1,18}")
+EVENT_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 """Ids of events, as far as a stream of Redis can have them: it takes no number above 2^64."""
 
 Snapshot = Callable[[str], Awaitable[list[Event]]]

@@ -65,6 +65,8 @@ def test_the_key_or_a_token_for_this_project(headers, query, status):
 def test_a_project_does_not_pass_for_another():
     """However its id is composed: what is signed tells the expiry and the id apart."""
     access = Access(KEY, SECRET, lambda: NOW)
+    assert refusal(access, query=f"token={access.sign('film')}", project="other") == 401
+    assert refusal(access, query=f"token={access.sign('other')}", project="other") is None
     expires, _, mac = access.sign("a").partition(".")
     for project, token in (("0a", f"{expires}.{mac}"), ("", f"{expires}\0a.{mac}"), ("a", f"0{expires}.{mac}")):
         assert refusal(access, query=f"token={token}", project=project) == 401

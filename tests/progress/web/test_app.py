@@ -5,10 +5,12 @@ import threading
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
+from urllib.parse import quote, urlencode
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.requests import HTTPConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -16,7 +18,7 @@ from inference.progress.events import CompletionEvent, ErrorEvent
 from inference.progress.hub import MemoryHub
 from inference.progress.web import sse
 from inference.progress.web.app import progress_app
-from inference.progress.web.follow import Bounds
+from inference.progress.web.follow import Bounds, last_seen
 from inference.server.connections import Patience
 from tests.progress.web.harness import LIMIT_S, WAYS, address_of, by_sse, by_websocket, serving, step, websocket_status
 
@@ -114,6 +116,24 @@ def test_an_id_that_nobody_knows_gets_the_snapshot(hub, url, follow, given):
         assert listener.percents(1) == [("a", 2)]
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("1764000000000-12", "1764000000000-12"),
+        ("0-0", "0-0"),
+        ("99999999999999999999-0", None),
+        ("1-1\n", None),
+        ("1", None),
+        ("$", None),
+        ("٣-٣", None),
+    ],
+)
+def test_only_what_can_be_an_id_reaches_a_hub(given, expected):
+    """Redis refuses other ids, and knows some with a meaning."""
+    scope = {"type": "http", "headers": [], "query_string": urlencode({"after": given}).encode()}
+    assert last_seen(HTTPConnection(scope)) == expected
+
+
 @way
 def test_an_application_knows_more_than_the_hub(hub, follow):
     """Its snapshot comes first, once; who has all of it can go on from there."""
@@ -200,23 +220,20 @@ def test_who_never_reads_is_let_go_and_does_no_harm(hub):
     """Over both; another listener hears everything meanwhile, and neither the hub nor the server waits."""
     big = "x" * 50_000
     bounds = Bounds(send_s=0.3)
-    patience = Patience(stalled_s=0.5, listener_s=0.3)
     with ExitStack() as stack:
-        url = stack.enter_context(serving(progress_app(hub, bounds=bounds), hub, patience=patience))
+        url = stack.enter_context(serving(progress_app(hub, bounds=bounds), hub, patience=Patience(listener_s=1)))
         one, other = (stack.enter_context(deaf(url, path)) for path in ("/events/film", "/ws/film"))
         with by_websocket(url) as reader:
             one.sendall(b"Connection: close\r\n\r\n")
             other.sendall(UPGRADE)
             until(lambda: listeners(hub) == 3)
-            number = 0
-            while listeners(hub) > 1:
-                number += 1
+            for number in range(100):  # fewer than may wait in the hub, and more than the kernel buffers
                 hub.publish(step("a", 1, number=number, big=big))
                 assert reader.next()[1]["metadata"]["number"] == number
-                assert number < 1000
+            until(lambda: listeners(hub) == 1)
             for connection in (one, other):
                 with suppress(ConnectionResetError):
-                    assert sum(map(len, iter(partial(connection.recv, 65_536), b""))) < number * len(big) / 2
+                    assert sum(map(len, iter(partial(connection.recv, 65_536), b""))) < 50 * len(big)
 
 
 @way
@@ -315,9 +332,7 @@ def test_it_can_be_mounted_anywhere(hub, prefix):
 def test_a_project_may_be_called_anything_that_can_be_read(hub, url, follow, project):
     """In any script."""
     hub.publish(step("a", 10, project=project))
-    with follow(
-        url, project=httpx.QueryParams({"": project}).__str__().partition("=")[2].replace("+", "%20")
-    ) as listener:
+    with follow(url, project=quote(project)) as listener:
         assert listener.next()[1]["project_id"] == project
 
 
