@@ -19,7 +19,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import structlog
-from celery import Celery, current_task, signals
+from celery import Celery, current_app, signals
+from celery._state import get_current_worker_task
 
 from inference.errors import SettingsError, one_line
 from inference.progress.events import ErrorEvent, Event, ProgressEvent, is_terminal
@@ -68,7 +69,7 @@ class _Worker:
         Prefork and solo pools announce their processes. Every worker announces itself; pools of threads do only that.
         """
         signals.worker_init.connect(self._begin_worker, weak=False)
-        signals.worker_process_init.connect(self._begin, weak=False)
+        signals.worker_process_init.connect(self._begin_process, weak=False)
         signals.worker_process_shutdown.connect(self._end, weak=False)
         signals.worker_shutdown.connect(self._end, weak=False)
         signals.task_failure.connect(self._fail, weak=False)
@@ -78,7 +79,11 @@ class _Worker:
         if sender is None or sender.app is self._app:
             self._begin()
 
-    def _begin(self, **_: Any) -> None:
+    def _begin_process(self, **_: Any) -> None:
+        if current_app == self._app:  # a program may have several apps, and the signal does not say whose worker it is
+            self._begin()
+
+    def _begin(self) -> None:
         if self._hub is not None:  # from before the fork: it has begun anew
             return
         url = self._url or redis_url(self._app)
@@ -121,10 +126,12 @@ class _TaskHub:
     def publish(self, event: Event) -> None:
         """Adds an event to the stream of its project. Raises nothing."""
         self._hub.publish(event)
-        if not current_task:
+        # A task that is called by another as a plain function is a part of that one.
+        task = get_current_worker_task()
+        if task is None:
             return
         with self._lock:
-            trackers = self._open.setdefault(current_task.request.id, {})
+            trackers = self._open.setdefault(task.request.id, {})
             if is_terminal(event):
                 trackers.pop((event.project_id, event.task_name), None)
             elif isinstance(event, ProgressEvent):

@@ -91,11 +91,12 @@ class Follower:
             is_new = followed is None
             if followed is None:
                 followed = self._followed[project_id] = Followed(project_id)
-            followed.listeners += 1
             runs = self._thread is not None
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="progress-follower", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="progress-follower", daemon=True)
+                thread.start()  # raises where the process may have no more threads: the next listener tries again
+                self._thread = thread
+            followed.listeners += 1
             return followed, is_new and runs and not self.is_away
 
     def unfollow(self, followed: Followed) -> None:

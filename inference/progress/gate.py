@@ -5,6 +5,7 @@ import itertools
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,9 @@ FORGET_S = 3600.0
 IDLE_S = 5.0
 """For so long the thread waits for something to do before it ends; it is started again when needed."""
 
+TRIES = 8
+"""So many earlier tries of a task are remembered, to know what is late."""
+
 PENDING = "pending"
 """The status of a task that waits, for the first time or again: whatever was said of an earlier try has no meaning."""
 
@@ -43,7 +47,8 @@ class Gate:
     """Lets events of each task through to `send`, in this order of questions:
 
     - Is it stale? So is what an earlier lease says, a sequence number that was passed already, and progress after the
-      end of its lease. Lease and sequence are optional, and are found in the event's metadata, details or result.
+      end of its lease. Lease and sequence are optional, and are found in the event's metadata or details. A result is
+      the application's own, and is never looked into.
     - Does it go back? Within one lease the fraction never falls, and stays below 1 until the completion.
     - Is it too soon? Of what comes within half a second after the last progress event, the newest waits until that time
       is over. An end is sent at once, and what waits is dropped.
@@ -232,6 +237,37 @@ class _Task:
         self._held = None
 
 
+class Tries:
+    """Which tries of a task are over, for who hears of it from several processes, each with a gate of its own.
+
+    Celery gives a task to a second worker when the first one seems to be gone, and that one may go on all the same.
+    Numbers of tries come from clocks that may differ, so a lower number alone says nothing: a try is over once a later
+    one was heard after it.
+    """
+
+    def __init__(self) -> None:
+        self._newest: float | None = None
+        self._earlier: deque[float] = deque(maxlen=TRIES)
+        self._has_ended = False
+
+    def is_late(self, event: Event) -> bool:
+        """Whether the event is a late word of a try that is over."""
+        lease = _mark(event, "lease")
+        if lease is not None and lease != self._newest:
+            if lease in self._earlier and self._newest is not None and lease < self._newest:
+                return True
+            if self._newest is not None:
+                self._earlier.append(self._newest)
+            self._newest = lease
+            self._has_ended = False
+        if not isinstance(event, ProgressEvent):
+            self._has_ended = True
+            return False
+        if event.status == PENDING:
+            self._has_ended = False
+        return self._has_ended and lease is not None
+
+
 def _mark(event: Event, name: str) -> float | None:
     """A number that an event carries among what is free in it."""
     match event:
@@ -240,5 +276,5 @@ def _mark(event: Event, name: str) -> float | None:
         case ErrorEvent():
             value = event.details.get(name)
         case CompletionEvent():
-            value = event.result.get(name)
+            return None
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

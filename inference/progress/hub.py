@@ -14,7 +14,7 @@ from anyio import lowlevel
 
 from inference.errors import ListenerTooSlow
 from inference.progress.events import Event, as_json
-from inference.progress.gate import INTERVAL_S, Gate
+from inference.progress.gate import INTERVAL_S, Gate, Tries
 
 __all__ = ["START", "Gate", "MemoryHub", "ProgressHub", "Published", "Subscription", "install", "installed"]
 
@@ -109,10 +109,13 @@ class MemoryHub:
     def feed(self, project_id: str, published: Published) -> None:
         """Adds an event that was published elsewhere, under the id it has there.
 
-        It passes no gate. One that does not come after the last of its stream is ignored.
+        It has passed the gate of its own process. One that does not come after the last of its stream is ignored, and
+        so is a late word of a try that is over.
         """
         with self._lock:
-            self._stream(project_id).add(published)
+            stream = self._stream(project_id)
+            if not stream.is_late(published):
+                stream.add(published)
 
     def forget(self, project_id: str) -> None:
         """Drops a project without listeners. For who feeds it, and stops; it can be fed again from its beginning."""
@@ -190,6 +193,7 @@ class _Stream:
         self.used_at = 0.0
         self._kept: deque[Published] = deque(maxlen=KEPT)
         self._newest: dict[str, Published] = {}  # of each task, in the order of the stream
+        self._tries: dict[str, Tries] = {}  # of each task
         self._is_whole = True  # nothing that was ever published here is gone
 
     def add(self, published: Published) -> None:
@@ -200,8 +204,13 @@ class _Stream:
         self._newest.pop(published.event.task_name, None)
         self._newest[published.event.task_name] = published
         if len(self._newest) > KEPT:
-            del self._newest[next(iter(self._newest))]
+            oldest = next(iter(self._newest))
+            del self._newest[oldest]
+            self._tries.pop(oldest, None)
         self.listeners = {listener for listener in self.listeners if listener.offer(published)}
+
+    def is_late(self, published: Published) -> bool:
+        return self._tries.setdefault(published.event.task_name, Tries()).is_late(published.event)
 
     def welcome(self, listener: "_Listener", after: str | None) -> None:
         """Gives a listener what it missed, and from now on everything."""

@@ -89,8 +89,9 @@ class Outbox:
             if len(self._waiting) > MAX_WAITING:
                 self._keep_newest()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="progress-outbox", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="progress-outbox", daemon=True)
+                thread.start()  # raises where the process may have no more threads: the next entry tries again
+                self._thread = thread
             self._changed.notify_all()
 
     def close(self, timeout_s: float) -> None:

@@ -302,10 +302,12 @@ def _client(address: Mapping[str, Any], *, timeout_s: float) -> "Redis":
 
 _hubs: "weakref.WeakSet[RedisHub]" = weakref.WeakSet()
 _held: "list[_Streams]" = []
+_forking = threading.Lock()  # two threads that fork at once would wait for each other
 
 
 def _wait_for_others() -> None:
     """Before a fork: another thread may hold a lock of Python's own, as of an import, which a child would inherit."""
+    _forking.acquire()
     _held.extend(hub._streams for hub in _hubs)  # noqa: SLF001 - of this module's own class
     for streams in _held:
         streams.at_work.acquire()
@@ -314,6 +316,7 @@ def _wait_for_others() -> None:
 def _go_on() -> None:
     while _held:
         _held.pop().at_work.release()
+    _forking.release()
 
 
 def _begin_anew() -> None:
@@ -321,6 +324,7 @@ def _begin_anew() -> None:
     _held.clear()
     for hub in _hubs:
         hub._begin()  # noqa: SLF001
+    _forking.release()  # it was taken in this thread
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork

@@ -36,6 +36,9 @@ STATE = "PROGRESS"
 """The state of a Celery task that reports its progress. SUCCESS and FAILURE are Celery's own to write, when the task
 has returned or raised: a FAILURE that holds anything but an exception cannot be read back (celery.backends.base)."""
 
+ROUNDING = 1e-6
+"""What adding up fractions may lead above 1, without being percent."""
+
 PAUSE_S = 30.0
 """A result backend that failed is left alone for so long: each try may cost seconds."""
 
@@ -76,16 +79,17 @@ class ProgressTracker:
         """So much is done: a fraction of the whole, 0..1, or percent above that, so 75 is 0.75.
 
         What is no number leaves the fraction as it is. `metadata` may hold anything; what JSON has no form for is
-        written as `str` has it. Where it names a `stage`, `eta_s` is told as soon as it is known.
+        written as `str` has it, and `lease` and `sequence` are the tracker's own. Where it names a `stage`, `eta_s` is
+        told as soon as it is known.
         """
         with self._harmless():
-            free = _plain_mapping(metadata)
+            free = self._plain(metadata)
             self._move(self._fraction_of(progress), _text(status), _text(message), free, free.get("stage"))
 
     def complete(self, result: Mapping[str, Any] | None = None) -> None:
         """It ended well."""
         with self._harmless():
-            outcome = _plain_mapping(result if result is None or isinstance(result, Mapping) else {"value": result})
+            outcome = self._plain(result)
             event = CompletionEvent(project_id=self.project_id, task_name=self.task_name, result=outcome)
             with self._lock:
                 if self._ended:
@@ -95,10 +99,13 @@ class ProgressTracker:
             self._tell(event)
 
     def error(self, error: str | BaseException, details: Mapping[str, Any] | None = None) -> None:
-        """It ended without a result. `details` may have `retry_after`, in seconds, and an `error_code`."""
+        """It ended without a result. `details` may have `retry_after`, in seconds, and an `error_code`.
+
+        Anything else may be in it, too, but for `lease`, which tells tries apart.
+        """
         with self._harmless():
             said = _text(error) or type(error).__name__
-            free = _plain_mapping(details)
+            free = self._plain(details) | {"lease": self._lease}
             event = ErrorEvent(project_id=self.project_id, task_name=self.task_name, error=said, details=free)
             with self._lock:
                 if self._ended:
@@ -129,7 +136,17 @@ class ProgressTracker:
         if not math.isfinite(fraction):
             log.warning("progress is not a number", task_name=self.task_name, progress=_text(progress)[:80])
             return 0.0
-        return fraction / 100 if fraction > 1 else fraction
+        return fraction / 100 if fraction > 1 + ROUNDING else fraction
+
+    def _plain(self, value: object) -> dict[str, Any]:
+        """What the application tells, in types of JSON. If that fails, the event is told without it."""
+        try:
+            return _plain_mapping(value if value is None or isinstance(value, Mapping) else {"value": value})
+        except Exception as error:
+            if is_aimed_at_the_work(error):
+                raise
+            log.warning("a part of progress could not be told", task_name=self.task_name, error=repr(error))
+            return {}
 
     def _move(self, fraction: float, status: str, message: str, free: dict[str, Any], stage: str | None) -> None:
         with self._lock:
@@ -137,12 +154,11 @@ class ProgressTracker:
                 return
             self._sequence += 1
             self._fraction = max(self._fraction, min(fraction, MAX_PROGRESS))
-            own: dict[str, Any] = {"lease": self._lease, "sequence": self._sequence}
             if stage is not None:
                 now = time.monotonic()
                 self._eta.observe(_text(stage), self._fraction, now)
                 if (left_s := self._eta.left_s(now)) is not None:
-                    own["eta_s"] = round(left_s, 1)
+                    free.setdefault("eta_s", round(left_s, 1))
             event = ProgressEvent(
                 project_id=self.project_id,
                 task_name=self.task_name,
@@ -150,7 +166,7 @@ class ProgressTracker:
                 progress_percent=percent(self._fraction),
                 status=status,
                 message=message,
-                metadata={**own, **free},
+                metadata=free | {"lease": self._lease, "sequence": self._sequence},
             )
         self._tell(event)
 
@@ -164,8 +180,8 @@ class ProgressTracker:
     def _tell_task(self, event: Event) -> None:
         """Writes the event into the state of the Celery task, unless it says nothing new."""
         request = getattr(self._task, "request", None)
-        if request is not None and getattr(request, "id", None) is None:
-            return  # called as a plain function, and not by a worker
+        if request is not None and not _keeps_states(self._task, request):
+            return
         now = time.monotonic()
         if isinstance(event, ProgressEvent):
             told_at, *told = self._told
@@ -225,6 +241,15 @@ class BatchProgressTracker(ProgressTracker):
                     "current_item": index,
                 }
             self._move(whole, _text(status), _text(message), counts, "items")
+
+
+def _keeps_states(task: Any, request: Any) -> bool:
+    """Whether Celery stores the end of this call. Where it does not, PROGRESS would stay for ever."""
+    if getattr(request, "id", None) is None:  # called as a plain function
+        return False
+    if getattr(request, "is_eager", False) and not getattr(task, "store_eager_result", False):
+        return False
+    return not (getattr(request, "ignore_result", False) or getattr(task, "ignore_result", False))
 
 
 def _impatience(task: Any) -> dict[str, int]:
