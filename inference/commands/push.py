@@ -67,8 +67,10 @@ def push(
 
 async def _serve(settings: Settings) -> None:
     with needing_extra("push", "`i2v push`"):
-        from inference.push import opening  # noqa: PLC0415 - an extra
+        from inference.progress.web.follow import Bounds  # noqa: PLC0415 - an extra
+        from inference.push import opening  # noqa: PLC0415
         from inference.push.app import create_app  # noqa: PLC0415
+        from inference.server.connections import Patience, for_listeners  # noqa: PLC0415
         from inference.server.listening import listen  # noqa: PLC0415
     auth, tasks = opening.build_auth(settings), opening.build_tasks(settings)
     ledger = build_ledger(settings) if is_paid(settings.engine) else None
@@ -80,7 +82,7 @@ async def _serve(settings: Settings) -> None:
         here = Here(jobs, runner, at_once=settings.push_at_once)
         ask = opening.ask_of(tasks)
         sweeper = Sweeper(jobs, ask=ask, here=None if ask else here)
-        streams = opening.build_streams(settings, auth, hub)
+        streams = opening.build_streams(settings, auth, hub, Bounds(for_listeners(Patience())))
         app = create_app(auth, runs=here, wake=sweeper.wake, deadline_s=settings.push_deadline_s, beside=streams)
         serve = partial(opening.serve_calls, closing=hub.close if hub else None)
         async with anyio.create_task_group() as around:

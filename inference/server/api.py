@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from inference.errors import I2VError
 from inference.media import child_process
 from inference.progress.hub import MemoryHub, ProgressHub
+from inference.progress.web.follow import Bounds
 from inference.server import answers
 from inference.server.answers import Answer, failure
 from inference.server.client_api import client_routes
@@ -25,6 +26,7 @@ from inference.server.live import Live
 from inference.server.objects import ObjectStore, Signer
 from inference.server.overview_api import overview_routes
 from inference.server.page.routes import page_routes
+from inference.server.proxied import Proxied
 from inference.server.rows.store import Store
 from inference.server.storage_api import Presigner, storage_routes
 from inference.server.submit_api import submit_routes
@@ -51,10 +53,15 @@ class Health(BaseModel):
     storage: str
 
 
-def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
+def create_app(
+    config: ServerConfig,
+    hub: ProgressHub | None = None,
+    bounds: Bounds = Bounds(),  # noqa: B008 - frozen
+) -> FastAPI:
     """The application over its database and folder, which are opened here and closed when it shuts down.
 
     `hub`: where its events go, and where listeners get them; whoever gives one closes it. In memory unless given.
+    `bounds`: of listeners.
     Raises SettingsError, QueueUnavailable, StorageUnavailable, DiskFull.
     """
     store = Store(config.database_url)
@@ -95,13 +102,14 @@ def create_app(config: ServerConfig, hub: ProgressHub | None = None) -> FastAPI:
     app.include_router(client_routes(config, store, objects, presigner, live), dependencies=key)
     app.include_router(overview_routes(store, live, workers), dependencies=key)
     app.include_router(event_routes(config), dependencies=key)
-    app.router.routes.extend(stream_routes(hub, live.snapshot))
+    app.router.routes.extend(stream_routes(hub, live.snapshot, bounds))
     app.include_router(storage_routes(config, objects, signer))
     app.include_router(_health_routes(store, objects))
     app.include_router(page_routes(config, store, objects, live, workers))
     add_docs(app)
     app.add_middleware(Guard, config=config)
     app.add_middleware(BrowserRules)
+    app.add_middleware(Proxied)
     _describe(app)
     return app
 

@@ -206,6 +206,11 @@ def affordable(wanted: int) -> int:
     return max(1, min(wanted, (allowed - OTHER_FILES) // FILES_EACH))
 
 
+def for_listeners(patience: Patience) -> int:
+    """How many of a server's connections may follow events: they stay, so some are left for everybody else."""
+    return max(1, affordable(patience.connections) * 3 // 4)
+
+
 @contextmanager
 def told_briefly() -> Iterator[None]:
     """While the block runs, connections that cannot be accepted are one log line a second.

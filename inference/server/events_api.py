@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute
 from inference.progress.hub import ProgressHub
 from inference.progress.web.access import TOKEN_LIFETIME_S, Access
 from inference.progress.web.app import progress_app
-from inference.progress.web.follow import MAX_PROJECT_ID, Snapshot
+from inference.progress.web.follow import MAX_PROJECT_ID, Bounds, Snapshot
 from inference.server.answers import Answer, errors
 from inference.server.config import ServerConfig
 
@@ -42,6 +42,6 @@ def event_routes(config: ServerConfig) -> APIRouter:
     return routes
 
 
-def stream_routes(hub: ProgressHub, snapshot: Snapshot) -> Sequence[BaseRoute]:
+def stream_routes(hub: ProgressHub, snapshot: Snapshot, bounds: Bounds) -> Sequence[BaseRoute]:
     """`/events/{project_id}` and `/ws/{project_id}`. Guard has checked who asks."""
-    return progress_app(hub, access=lambda _connection, _project_id: None, snapshot=snapshot).routes
+    return progress_app(hub, access=lambda _connection, _project_id: None, snapshot=snapshot, bounds=bounds).routes

@@ -97,6 +97,7 @@ async def serve_app(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # see proxied.py
             lifespan="on",
             timeout_graceful_shutdown=GRACE_S,
         )

@@ -8,10 +8,11 @@ from anyio.abc import TaskStatus
 from inference.errors import SettingsError
 from inference.progress.hub import MemoryHub, ProgressHub
 from inference.progress.web.access import is_loopback
+from inference.progress.web.follow import Bounds
 from inference.server.answers import failure
 from inference.server.api import create_app
 from inference.server.config import ServerConfig
-from inference.server.connections import Patience
+from inference.server.connections import Patience, for_listeners
 from inference.server.listening import listen, serve_app
 
 log = structlog.get_logger(__name__)
@@ -41,7 +42,7 @@ async def serve(
     listener = listen(host, port)
     try:
         hub = hub or MemoryHub()
-        app = await anyio.to_thread.run_sync(create_app, config, hub)
+        app = await anyio.to_thread.run_sync(create_app, config, hub, Bounds(for_listeners(patience)))
         stopping = failure(503, "the server is stopping: try again", {"connection": "close"})
         async with anyio.create_task_group() as tasks:
             bound = await tasks.start(

@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable
 
-from starlette.requests import HTTPConnection
-
 from inference.progress.web.seals import Seals
 
 COOKIE = "i2v_session"
@@ -28,13 +26,3 @@ class Sessions:
     def holds(self, value: str) -> bool:
         """Whether the value was made here, with the key of today, and has not expired."""
         return self._seals.is_valid(value, "")
-
-
-def is_https(connection: HTTPConnection) -> bool:
-    """Whether the browser came over https, so that its cookie may be kept to https.
-
-    A proxy in front says so in X-Forwarded-Proto. Anybody may send that header, but all that follows from it is how the
-    sender's own cookie is set, so it is believed here and nowhere else.
-    """
-    forwarded = connection.headers.get("x-forwarded-proto", "").split(",")[0].strip().lower()
-    return "https" in (connection.scope["scheme"], forwarded)

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 from starlette.applications import Starlette
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect as websocket
 
 from inference.server.answers import failure
@@ -188,6 +189,19 @@ def test_a_websocket_that_is_refused_is_no_news(tmp_path, caplog, asks, path, st
         else:
             assert httpx.get(f"{url}{path}", headers=asks).status_code == status
     assert not [record for record in caplog.records if record.levelname not in {"DEBUG", "INFO"}]
+
+
+def test_listeners_leave_room_for_everybody_else(tmp_path):
+    """However many follow events: workers and people still get answers."""
+    with running_server(config(tmp_path), patience=Patience(connections=8)) as url, ExitStack() as stack:
+        address = url.replace("http", "ws", 1) + "/ws/queue"
+        key = {"authorization": f"Worker {KEY}"}
+        for _ in range(6):
+            stack.enter_context(websocket(address, additional_headers=key))
+        with pytest.raises(InvalidStatus):
+            websocket(address, additional_headers=key)
+        assert httpx.get(f"{url}/events/queue", headers=key).status_code == 503
+        assert httpx.get(f"{url}/api/tasks", headers=key).status_code == 200
 
 
 def test_a_websocket_stays_where_it_is_read(tmp_path):

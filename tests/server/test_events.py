@@ -1,6 +1,7 @@
 """Live progress of the embedded queue: who may follow it, and what is heard of a task."""
 
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -72,6 +73,16 @@ def test_a_browser_follows_with_its_session(tmp_path):
         assert websocket_status(url, "queue", **session, **own) == 101
         assert httpx.get(f"{url}/events/queue", headers=session | foreign).status_code == 403
         assert websocket_status(url, "queue", **session, **foreign) == 403
+
+
+def test_a_listener_that_sends_without_end_is_let_go(tmp_path, caplog):
+    """With a body, which nobody reads: its stream ends, and that is no error of the server."""
+    with running_server(config(tmp_path)) as url:
+        body = iter(lambda: bytes(65_536), None)
+        with suppress(httpx.WriteError, httpx.ReadError):
+            ended = httpx.request("GET", f"{url}/events/queue", content=body, headers=KEYED)
+            assert ended.text.startswith("retry:")
+    assert not [record for record in caplog.records if record.levelname in {"ERROR", "CRITICAL"}]
 
 
 def test_open_pages_do_not_keep_the_server(tmp_path):

@@ -4,11 +4,10 @@ from base64 import urlsafe_b64encode
 from itertools import count
 
 import pytest
-from starlette.requests import HTTPConnection, Request
 
 from inference.progress.web.access import Access
 from inference.server.guard import Guard
-from inference.server.sessions import COOKIE, LIFETIME_S, Sessions, is_https
+from inference.server.sessions import COOKIE, LIFETIME_S, Sessions
 from tests.server.harness import KEY, config
 
 SECRET = "secret"  # of `config`
@@ -170,13 +169,3 @@ async def test_without_a_key_a_forged_request_is_refused_as_ever(tmp_path):
     assert (await answer_to(tmp_path, "/", here, api_key=None))[0] == 200
     assert (await answer_to(tmp_path, "/", here | FOREIGN | cookie(), api_key=None))[0] == 403
     assert (await answer_to(tmp_path, "/events/queue", cookie(), api_key=None))[0] == 403
-
-
-@pytest.mark.parametrize(
-    "scheme, forwarded, expected",
-    [("http", "", False), ("https", "", True), ("http", "HTTPS, http", True), ("http", "http,https", False)],
-)
-def test_https_is_what_the_browser_speaks(scheme, forwarded, expected):
-    """A proxy in front speaks plain HTTP to us, and says what it was before."""
-    scope = {"type": "http", "scheme": scheme, "headers": [(b"x-forwarded-proto", forwarded.encode())]}
-    assert is_https(HTTPConnection(scope)) is is_https(Request(scope)) is expected

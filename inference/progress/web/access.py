@@ -19,6 +19,9 @@ TOKEN_LIFETIME_S = 300.0
 TOKEN = "token"  # noqa: S105 - a name
 """The parameter of the query that carries a token: browsers let a page set no header of a WebSocket or EventSource."""
 
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+"""Headers in which a proxy tells for whom it asks."""
+
 
 class Refusal(NamedTuple):
     """Why somebody may not: the status of HTTP, and a reason for people. A websocket is refused with 403 always."""
@@ -58,7 +61,17 @@ class Access:
             return not_the_key(connection.headers, self._key)
         if not self._seals.is_valid(token, project_id):
             return Refusal(401, "the token is wrong, has expired, or is for another project")
+        connection.state.is_for_any_site = True
         return None
+
+
+def is_for_any_site(connection: HTTPConnection) -> bool:
+    """Whether a page of another site may read the answer, since it was let in for a token.
+
+    A token in the address alone says nothing: another check may not have looked at it, and have let a browser in for
+    where it is, say.
+    """
+    return getattr(connection.state, "is_for_any_site", False)
 
 
 def not_the_key(headers: Headers, key: str) -> Refusal | None:
@@ -76,8 +89,11 @@ def not_from_here(headers: Headers, remedy: str = "set a key") -> Refusal | None
     """None for programs on this machine and for pages of this server.
 
     A web page can make a browser call loopback, either across origins, which shows in the Origin header, or through a
-    domain of its own that resolves to loopback, which shows in the Host header. Programs do neither.
+    domain of its own that resolves to loopback, which shows in the Host header. Programs do neither. A proxy on this
+    machine asks for others, and many name themselves in the Host header; most tell for whom they ask.
     """
+    if any(name in headers for name in FORWARDED):
+        return Refusal(403, f"without a key this server answers nobody behind a proxy: {remedy}")
     if not is_loopback(_host_name(headers.get("host", ""))):
         return Refusal(403, f"without a key this server answers to loopback names only: {remedy}")
     origin = headers.get("origin")

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from inference.progress.hub import ProgressHub
-from inference.progress.web.access import TOKEN, Access, Check, Refusal
+from inference.progress.web.access import Access, Check, Refusal, is_for_any_site
 from inference.progress.web.follow import MAX_PROJECT_ID, Bounds, Snapshot, Tell, follow, is_project_id, last_seen
 from inference.progress.web.sse import EventStream
 from inference.progress.web.websocket import POLICY_VIOLATION, serve_websocket
@@ -58,8 +58,7 @@ class _Listening:
         if refusal is not None:
             headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else None
             return JSONResponse({"error": refusal.why}, refusal.status, headers)
-        # A token is a permission that the page was given, so a page of another site may read what it asked for with it.
-        return EventStream(partial(self._follow, request), is_for_any_site=TOKEN in request.query_params)
+        return EventStream(partial(self._follow, request), is_for_any_site=is_for_any_site(request))
 
     async def websocket(self, websocket: WebSocket) -> None:
         if await self._refusal(websocket) is not None:

@@ -27,8 +27,9 @@ Snapshot = Callable[[str], Awaitable[list[Event]]]
 class Bounds:
     """What is granted to listeners."""
 
-    listeners: int = 1000
-    """At once; more are asked to come again later."""
+    listeners: int = 750
+    """At once; more are asked to come again later. Fewer than a server of ours has connections, since others need some,
+    too."""
 
     send_s: float = 10.0
     """For one event to be taken. Who needs longer counts as dead."""

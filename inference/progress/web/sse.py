@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 
 import anyio
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from inference.errors import ListenerTooSlow
@@ -75,6 +76,9 @@ class EventStream:
 
 
 async def _until_gone(receive: Receive, scope: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except HTTPException:  # somebody between the server and us has found what the listener sends too long
         pass
     scope.cancel()

@@ -9,7 +9,7 @@ from inference.server.config import ServerConfig
 from inference.server.page.asking import words_for
 from inference.server.page.attempts import Attempts
 from inference.server.page.rendering import Renderer
-from inference.server.sessions import COOKIE, LIFETIME_S, Sessions, is_https
+from inference.server.sessions import COOKIE, LIFETIME_S, Sessions
 
 MAX_KEY_CHARS = 10_000
 
@@ -38,13 +38,14 @@ def sign_in_routes(config: ServerConfig, renderer: Renderer) -> APIRouter:
     @routes.post("/sign-in")
     async def sign_in(request: Request) -> Response:
         words = words_for(request)
+        given = (await request.form(max_files=0, max_fields=10)).get("key")
+        # Nothing is waited for from here on: else all of many tries at once would be looked at before one is counted.
         address = request.client.host if request.client else ""
         if pause_s := attempts.pause_s(address):
             wait = words("sign_in.pause", time=words.duration(pause_s + 1))
             answer: Response = renderer.html("sign_in.html", words, 429, error=wait)
             answer.headers["retry-after"] = str(int(pause_s) + 1)
             return answer
-        given = (await request.form(max_files=0, max_fields=10)).get("key")
         typed = given.strip() if isinstance(given, str) and len(given) <= MAX_KEY_CHARS else ""
         if not hmac.compare_digest(typed.encode("utf-8", "replace"), key.encode()):
             attempts.wrong(address)
@@ -56,7 +57,7 @@ def sign_in_routes(config: ServerConfig, renderer: Renderer) -> APIRouter:
             sessions.open(),
             max_age=LIFETIME_S,
             path="/",
-            secure=is_https(request),
+            secure=request.url.scheme == "https",
             httponly=True,
             samesite="strict",
         )
@@ -65,7 +66,7 @@ def sign_in_routes(config: ServerConfig, renderer: Renderer) -> APIRouter:
     @routes.post("/sign-out")
     def sign_out(request: Request) -> Response:
         answer = RedirectResponse("sign-in", 303)
-        answer.delete_cookie(COOKIE, path="/", secure=is_https(request), httponly=True, samesite="strict")
+        answer.delete_cookie(COOKIE, path="/", secure=request.url.scheme == "https", httponly=True, samesite="strict")
         return answer
 
     return routes

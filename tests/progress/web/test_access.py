@@ -88,6 +88,8 @@ def test_an_empty_secret_signs_nothing():
         ({"host": "127.0.0.1:1", "origin": "http://127.0.0.1:2"}, 403),
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "null"}, 403),
+        ({"x-forwarded-for": "203.0.113.1"}, 403),
+        ({"forwarded": "for=203.0.113.1"}, 403),
     ],
 )
 def test_without_a_key_programs_and_pages_of_this_machine(headers, status):
@@ -132,3 +134,6 @@ def test_an_application_decides_for_itself(access):
                 assert status == 200 or "error" in response.read().decode()
                 assert (response.headers.get("www-authenticate") == "Bearer") is (status == 401)
             assert websocket_status(url, project, **headers) == (101 if status == 200 else 403)
+        # A token that was never checked lets no page of another site read what this browser may follow.
+        with httpx.stream("GET", f"{url}/events/film?token=x", headers=kim) as response:
+            assert "access-control-allow-origin" not in response.headers

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from urllib.parse import quote, urlencode
 
+import anyio
 import httpx
 import pytest
 from fastapi import FastAPI
@@ -262,6 +263,33 @@ def test_so_many_may_listen_and_no_more(hub):
         until(lambda: listeners(hub) == 0)
         with by_sse(url):
             until(lambda: listeners(hub) == 1)
+
+
+@pytest.mark.anyio
+async def test_many_who_come_at_once_are_no_more(hub):
+    """An application may ask a database who they are, and all of them wait for it together."""
+    come, gate = [], anyio.Event()
+
+    async def access(_connection, project_id):
+        come.append(project_id)
+        if len(come) == 5:
+            gate.set()
+        await gate.wait()
+
+    statuses = []
+
+    async def listen(url):
+        async with httpx.AsyncClient(timeout=LIMIT_S) as client, client.stream("GET", f"{url}/events/film") as response:
+            statuses.append(response.status_code)
+            if len(statuses) == 5:
+                hub.close()
+            await response.aread()
+
+    with serving(progress_app(hub, access=access, bounds=Bounds(listeners=2)), hub) as url:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(listen, url)
+    assert sorted(statuses) == [200, 200, 503, 503, 503]
 
 
 def test_a_silent_stream_says_that_it_lives(url, monkeypatch):

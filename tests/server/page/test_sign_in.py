@@ -1,13 +1,18 @@
 """Signing in with the key, and who is kept out."""
 
+import socket
+from contextlib import ExitStack
+
+import httpx
 import pytest
 
 from inference.server.page.attempts import FREE_TRIES
 from inference.server.sessions import COOKIE
-from tests.server.harness import KEY, app_client, config
+from tests.server.harness import KEY, app_client, config, jpeg, running_server
 from tests.server.page.site import Page
 
 ORIGIN = "http://127.0.0.1:8000"
+OWN = {"origin": ORIGIN}
 
 
 @pytest.fixture
@@ -49,9 +54,19 @@ def test_in_and_out(browser):
     assert browser.get("/").status_code == 303
 
 
-def test_over_https_the_cookie_is_kept_to_https(browser):
-    """A proxy in front says how the browser came."""
-    assert "Secure" in send(browser, KEY, **{"x-forwarded-proto": "https"}).headers["set-cookie"]
+@pytest.mark.parametrize("forwarded, is_https", [("HTTPS, http", True), ("http,https", False)])
+def test_over_https_the_cookie_is_kept_to_https(browser, forwarded, is_https):
+    """A proxy in front says how the browser came; addresses in answers are for that, too."""
+    answer = send(browser, KEY, **{"x-forwarded-proto": forwarded})
+    assert ("Secure" in answer.headers["set-cookie"]) is is_https
+    session = {"cookie": answer.headers["set-cookie"].partition(";")[0], "x-forwarded-proto": forwarded}
+    added = browser.post("/api/tasks", files={"photo": ("a.jpg", jpeg(), "image/jpeg")}, headers=session | OWN)
+    assert added.status_code == 201
+    scheme = "https" if is_https else "http"
+    assert (
+        f"i2v work --url {scheme}://127.0.0.1:8000"
+        in Page(browser.get("/", headers=session).text).one(id="summary").text
+    )
 
 
 @pytest.mark.parametrize("key", ["", "wrong", KEY[:-1], KEY + "x", "키", "\ud800", "x" * 50_000])
@@ -76,6 +91,28 @@ def test_guessing_takes_ever_longer(browser):
     assert int(answer.headers["retry-after"]) >= 1
     assert "다시 시도해 주세요" in Page(answer.text).one(id="key-error").text
     assert browser.get("/").status_code == 303
+
+
+def test_guessing_under_many_addresses_or_at_once_gains_nothing(tmp_path):
+    """A proxy may pass on what a stranger says of the address; and a try counts when its key is compared."""
+    with running_server(config(tmp_path)) as url, ExitStack() as stack:
+        headers = {"origin": url, "x-forwarded-for": "203.0.113.1"}
+        body = b"key=guess"
+        parsed = httpx.URL(url)
+        guesses = [stack.enter_context(socket.create_connection((parsed.host, parsed.port), 10)) for _ in range(20)]
+        for number, guess in enumerate(guesses):
+            head = f"POST /sign-in HTTP/1.1\r\nHost: {parsed.netloc.decode()}\r\nOrigin: {url}\r\nConnection: close\r\n"
+            head += "Content-Type: application/x-www-form-urlencoded\r\nExpect: 100-continue\r\n"
+            head += f"X-Forwarded-For: 203.0.113.{number}\r\nContent-Length: {len(body)}\r\n\r\n"
+            guess.sendall(head.encode())
+        # The server asks for the body when the application does, so by now all of them have been begun.
+        assert all(guess.recv(100).startswith(b"HTTP/1.1 100") for guess in guesses)
+        for guess in guesses:
+            guess.sendall(body)
+        statuses = [guess.recv(12)[-3:] for guess in guesses]
+        assert statuses.count(b"403") == FREE_TRIES
+        assert statuses.count(b"429") == len(guesses) - FREE_TRIES
+        assert httpx.post(f"{url}/sign-in", data={"key": KEY}, headers=headers).status_code == 429
 
 
 def test_no_other_site_signs_anybody_in_or_out(browser):
