@@ -70,13 +70,15 @@ class _Listening:
         project_id = connection.path_params["project_id"]
         if not is_project_id(project_id):
             return Refusal(400, f"project_id: has to be 1 to {MAX_PROJECT_ID} characters that can be read")
-        if self._listeners >= self._bounds.listeners:
-            return Refusal(503, "too many listen now: try again later")
         try:
             found = self._access(connection, project_id)
-            return await found if isawaitable(found) else found
+            refusal = await found if isawaitable(found) else found
         except HTTPException as error:  # what an application's own check raises elsewhere
-            return Refusal(error.status_code, str(error.detail))
+            refusal = Refusal(error.status_code, str(error.detail))
+        # Afterwards: a check may take long, and others come meanwhile.
+        if refusal is None and self._listeners >= self._bounds.listeners:
+            refusal = Refusal(503, "too many listen now: try again later")
+        return refusal
 
     async def _follow(self, connection: HTTPConnection, tell: Tell) -> None:
         project_id, after = connection.path_params["project_id"], last_seen(connection)
