@@ -219,12 +219,14 @@ def watched_tasks() -> Iterator[Callable[[Sequence[TaskView], str], None]]:
     with Live(console=out, auto_refresh=False) as live:
 
         def show_now(tasks: Sequence[TaskView], summary: str) -> None:
-            fitting = tasks[: max(1, out.height - 4)]  # the head, two lines below, and the one of the cursor
+            below_lines = len(shown(f"{summary}  (and {len(tasks)} more)").wrap(out, out.width))
+            fitting = tasks[: max(1, out.height - max(2, below_lines) - 2)]  # the head, and the line of the cursor
             table: Table | Text = Text("No tasks.")
             if fitting:
                 table = _task_table(fitting, out.width, for_watching=True)
             left_out = f"  (and {len(tasks) - len(fitting)} more)" if len(tasks) > len(fitting) else ""
-            live.update(Group(table, shown(f"{summary}{left_out}", "dim")), refresh=True)
+            below = shown(f"{summary}{left_out}", "dim").wrap(out, out.width)  # the console itself would cut it off
+            live.update(Group(table, *below), refresh=True)
 
         yield show_now
 

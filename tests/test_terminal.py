@@ -222,6 +222,17 @@ def test_tasks_are_watched_in_place(monkeypatch, columns):
     assert max(map(len, (head, first, second))) <= columns
 
 
+def test_the_line_about_all_tasks_is_whole_on_a_narrow_terminal(monkeypatch):
+    """It goes on below, and the table leaves it the room."""
+    shown, summary = screen(monkeypatch, 30), "12 waiting (for up to 20 min), 1 in work, all done in 3 h; 2 workers"
+    with terminal.watched_tasks() as show:
+        show([WORKING_ON] * 100, summary)
+    lines = plain(shown.getvalue())
+    said = lines[lines.index("12 waiting (for up to 20 min),") :]
+    assert " ".join(" ".join(said).split()) == f"{summary} (and 80 more)"
+    assert len(lines) <= 25
+
+
 def test_changes_are_lines_where_there_is_no_terminal(capfd):
     """One for each status and stage, the oldest task first; what stays as it was is not said again."""
     decoding = WORKING_ON | {"progress": {"fraction": 0.9, "stage": "decode"}}

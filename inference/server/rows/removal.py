@@ -35,7 +35,8 @@ ENDED_BEFORE = Statement(
     .limit(bindparam("limit", type_=Integer)),
 )
 
-# Rows are locked in a fixed order, groups, photos, items, days of deleted videos, so that two deletions cannot deadlock.
+# Rows are locked in a fixed order, groups, photos, items, days of deleted videos (the earliest first), so that two
+# deletions cannot deadlock.
 
 LOCK_PHOTO_OF = Statement(
     "lock_photo_of",
@@ -96,9 +97,7 @@ LOCK_PHOTOS_OF_GROUP = Statement(
 DELETE_ITEMS_OF_GROUP = Statement(
     "delete_items_of_group",
     "Takes every item of a group away.",
-    delete(items)
-    .where(items.c.group_id == bindparam("group_id", type_=Text))
-    .returning(*_deleted),
+    delete(items).where(items.c.group_id == bindparam("group_id", type_=Text)).returning(*_deleted),
 )
 
 DELETE_PHOTOS_OF_GROUP = Statement(
@@ -338,7 +337,7 @@ class Removal:
         for row in gone:
             if row["status"] == "completed" and row["ended_at"] is not None:
                 by_day.setdefault(int(row["ended_at"] // DAY_S * DAY_S), []).append(row["cost_usd"])
-        for day, prices in sorted(by_day.items()):  # in order, as above
+        for day, prices in sorted(by_day.items()):
             known = [price for price in prices if price is not None]
             transaction.run(
                 KEEP_PRICE[self._database.dialect_name],
