@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
-    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -27,6 +27,7 @@ from rich.text import Text
 
 from inference.errors import legible
 from inference.logs import json_escaped
+from inference.progress.eta import StageHistory, TaskEta
 from inference.progress.files import FileProgress
 from inference.progress.stages import Progress as Snapshot
 from inference.progress.stages import Sink
@@ -110,30 +111,27 @@ def bar(label: str) -> Iterator[Sink]:
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("[dim]{task.fields[stage]}"),
         TimeElapsedColumn(),
-        TextColumn("[dim]left"),
-        _TimeLeft(),
+        TextColumn("[dim]{task.fields[left]}"),
     )
+    # For those who do not say how much time is left: told by the speed of the present stage, since what a task waited
+    # before says nothing of it.
+    eta = TaskEta(StageHistory(), label)
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(legible(label)), total=1.0, stage="", left_s=None)
+        task = progress.add_task(escape(legible(label)), total=1.0, stage="", left="")
 
         def sink(snapshot: Snapshot) -> None:
+            now_s = time.monotonic()
+            eta.observe(snapshot.stage, snapshot.fraction, now_s)
+            left_s = eta.left_s(now_s) if snapshot.eta_s is None else snapshot.eta_s
             count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
             progress.update(
                 task,
                 completed=snapshot.fraction,
                 stage=f"{escape(legible(snapshot.stage))}{count}",
-                left_s=snapshot.eta_s,
+                left="" if left_s is None or snapshot.fraction >= 1 else f"left {span(left_s)}",
             )
 
         yield sink
-
-
-class _TimeLeft(TimeRemainingColumn):
-    """What is left as whoever works on it says, or else as the speed of the bar suggests."""
-
-    def render(self, task: Task) -> Text:
-        left_s = task.fields.get("left_s")
-        return super().render(task) if left_s is None else shown(span(left_s), "cyan")
 
 
 @contextmanager
@@ -219,12 +217,14 @@ def watched_tasks() -> Iterator[Callable[[Sequence[TaskView], str], None]]:
     with Live(console=out, auto_refresh=False) as live:
 
         def show_now(tasks: Sequence[TaskView], summary: str) -> None:
-            fitting = tasks[: max(1, out.height - 4)]  # the head, two lines below, and the one of the cursor
+            below_lines = len(shown(f"{summary}  (and {len(tasks)} more)").wrap(out, out.width))
+            fitting = tasks[: max(1, out.height - max(2, below_lines) - 2)]  # the head, and the line of the cursor
             table: Table | Text = Text("No tasks.")
             if fitting:
                 table = _task_table(fitting, out.width, for_watching=True)
             left_out = f"  (and {len(tasks) - len(fitting)} more)" if len(tasks) > len(fitting) else ""
-            live.update(Group(table, shown(f"{summary}{left_out}", "dim")), refresh=True)
+            below = shown(f"{summary}{left_out}", "dim").wrap(out, out.width)  # the console itself would cut it off
+            live.update(Group(table, *below), refresh=True)
 
         yield show_now
 

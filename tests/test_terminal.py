@@ -222,6 +222,17 @@ def test_tasks_are_watched_in_place(monkeypatch, columns):
     assert max(map(len, (head, first, second))) <= columns
 
 
+def test_the_line_about_all_tasks_is_whole_on_a_narrow_terminal(monkeypatch):
+    """It goes on below, and the table leaves it the room."""
+    shown, summary = screen(monkeypatch, 30), "12 waiting (for up to 20 min), 1 in work, all done in 3 h; 2 workers"
+    with terminal.watched_tasks() as show:
+        show([WORKING_ON] * 100, summary)
+        lines = plain(shown.getvalue())
+    said = lines[lines.index("12 waiting (for up to 20 min),") :]
+    assert " ".join(" ".join(said).split()) == f"{summary} (and 80 more)"
+    assert len(lines) <= 25
+
+
 def test_changes_are_lines_where_there_is_no_terminal(capfd):
     """One for each status and stage, the oldest task first; what stays as it was is not said again."""
     decoding = WORKING_ON | {"progress": {"fraction": 0.9, "stage": "decode"}}
@@ -247,6 +258,22 @@ with terminal.bar("task") as sink:
 """
     said = " ".join(plain(on_a_terminal(program)))
     assert re.search(r"task .* 30 % denoise 3/10 .*left 2 min", said)
+
+
+def test_a_bar_that_has_waited_does_not_guess():
+    """Where nobody says how much time is left, the speed of the stage does, and not the time before it began."""
+    program = """
+from inference.progress.stages import Progress
+with terminal.bar("task") as sink:
+    for at_s, stage, fraction in (0, "pending", 0), (600, "render", 0.1), (605, "render", 0.3), (610, "render", 0.5):
+        terminal.time.monotonic = lambda: at_s
+        sink(Progress(stage=stage, done=0, total=1, fraction=fraction))
+        terminal.say(f"seen {stage} {fraction}")
+"""
+    said = " ".join(plain(on_a_terminal(program)))
+    before, _, after = said.partition("seen render 0.1")
+    assert "left" not in before
+    assert re.search(r"50 % render .*left 1[23] s", after), after
 
 
 def test_a_program_reads_results_as_they_are():

@@ -48,7 +48,7 @@ def submit(
             if not (wait or output):
                 return
             for task in tasks:
-                with terminal.bar(task["id"][:8]) as sink:
+                with terminal.bar(task["id"][-terminal.SHORT_ID_CHARS :]) as sink:
                     ended = await client.until_ended(task["id"], sink)
                 if ended["status"] != "completed":
                     reason = f": {ended['error_message']}" if ended["error_message"] else ""

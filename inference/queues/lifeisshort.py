@@ -70,6 +70,9 @@ takes that the worker API does not have. The real server has neither."""
 MIN_BEAT_INTERVAL_S = 0.5
 """No queue is told more often. How seldom it may be told is for the worker's own settings (`leasing/keeper.py`)."""
 
+MAX_BEAT_INTERVAL_S = 86_400
+"""The longest lease. A whole number in JSON may be too large to be a float, so something has to be the most."""
+
 CONFIRM_SHARE = 1 / 20
 """The longest pause before a heartbeat is repeated, as a share of the lease. `keeper.py` allows a heartbeat, this pause
 included, a fifth of the lease."""
@@ -468,7 +471,7 @@ def _beat_interval_s(task: Task) -> float | None:
     wanted = task.extras.get(BEAT_INTERVAL)
     if wanted is None:
         return None
-    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted < math.inf:
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted <= MAX_BEAT_INTERVAL_S:
         logger.info("ignored", item_id=task.item_id, fields=[BEAT_INTERVAL])
         return None
     return max(MIN_BEAT_INTERVAL_S, float(wanted))

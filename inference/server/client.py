@@ -130,7 +130,9 @@ class QueueClient:
                 if unanswered > MAX_UNANSWERED:
                     raise
             else:
-                told = task["progress"] or {"stage": task["status"], "fraction": 0}
+                # What a waiting task has was told by a worker that handed it back: the next one begins anew.
+                told = None if task["status"] == "pending" else task["progress"]
+                told = told or {"stage": task["status"], "fraction": 0}
                 sink(Progress(stage=told["stage"], done=0, total=1, fraction=told["fraction"], eta_s=task.get("eta_s")))
                 if task["status"] in ("completed", "failed", "cancelled"):
                     return task

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import anyio.to_thread
@@ -136,12 +137,13 @@ class Live:
         if not asked_for or len(line) > MAX_LINE:
             return None
         places: dict[WorkerType, list[float]] = {}  # of each kind of worker: seconds until it is free
+        typical_of = cache(self._history.typical_s)
         ready_s = [0.0]
         running = [it for it in line if it.status == "processing"]
         waiting = [it for it in line[: asked_for[-1] + 1] if it.status == "pending"]
         for it in running + waiting:
             kind = kind_of(it)
-            typical_s = self._history.typical_s(kind)
+            typical_s = typical_of(kind)
             free = places.setdefault(provider_of(it.inference_provider).worker_type, [])
             if it.status == "processing":
                 with self._lock:

@@ -613,7 +613,7 @@ async def test_progress_goes_at_once_to_servers_that_take_it():
     assert beat["progress"] == {"stage": "a", "fraction": 0.5}
 
 
-@pytest.mark.parametrize("wanted,interval_s", [(2.0, 2), (1, 1), (0.1, 0.5), (1e6, 1e6), (None, None)])
+@pytest.mark.parametrize("wanted,interval_s", [(2.0, 2), (1, 1), (0.1, 0.5), (1e4, 1e4), (None, None)])
 async def test_a_queue_says_how_often_it_wants_to_hear(wanted, interval_s):
     """Nobody beats more than twice a second; more seldom than its own settings a worker does not beat either."""
     async with queue_on(RealServer(beat_interval_s=wanted)) as queue:
@@ -622,7 +622,7 @@ async def test_a_queue_says_how_often_it_wants_to_hear(wanted, interval_s):
     assert Lease.model_validate_json(lease.model_dump_json()) == lease
 
 
-@pytest.mark.parametrize("wanted", ["2", True, -1, 0, math.inf, math.nan, [2], {}])
+@pytest.mark.parametrize("wanted", ["2", True, -1, 0, 10**400, math.inf, math.nan, [2], {}])
 async def test_an_interval_that_makes_no_sense_is_ignored_with_one_line(wanted):
     """A field of that name may mean something else elsewhere."""
     with structlog.testing.capture_logs() as logs:

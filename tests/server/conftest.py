@@ -80,7 +80,7 @@ class SqlSubject:
 
     def wipe(self) -> None:
         """Leaves one empty group."""
-        for table in ("video_items", "photos", "groups", "unnamed_objects", "idempotency_keys"):
+        for table in ("video_items", "photos", "groups", "unnamed_objects", "idempotency_keys", "deleted_videos"):
             self.run(f"DELETE FROM {table}")
         self.run("INSERT INTO groups (id, created_at) VALUES (:id, 0)", id=GROUP)
 

@@ -206,6 +206,23 @@ async def test_waiting_outlasts_a_server_that_is_started_again(url, photo, monke
             await client.until_ended(task["id"], seen.append)
 
 
+async def test_a_task_that_was_handed_back_waits_from_the_beginning(url, monkeypatch):
+    """How far the worker was that had it does not matter to the next one."""
+    monkeypatch.setattr("inference.server.client.POLL_S", 0.01)
+    handed_back = {"status": "pending", "progress": {"stage": "render", "fraction": 0.8}}
+    ended = {"status": "completed", "progress": {"stage": "done", "fraction": 1.0}}
+    answers = [handed_back, ended]
+
+    async def task(_item_id):
+        return answers.pop(0)
+
+    async with QueueClient(url, KEY) as client:
+        client.task = task
+        seen = []
+        await client.until_ended("i", seen.append)
+    assert [(it.stage, it.fraction) for it in seen] == [("pending", 0), ("done", 1)]
+
+
 async def test_a_key_that_no_header_can_carry_is_not_told(url):
     """The words of whoever refuses it would be `Illegal header value b'Worker sekret '`."""
     async with QueueClient(url, "sekret ") as client:

@@ -1,6 +1,6 @@
 """Makes the tables, and brings those of an earlier version up to date."""
 
-from sqlalchemy import Connection, inspect, update
+from sqlalchemy import Connection, case, inspect, update
 from sqlalchemy.schema import CreateColumn, CreateIndex
 
 from inference.errors import SettingsError
@@ -26,9 +26,13 @@ def migrate(connection: Connection) -> None:
 
 def _tell_ends(connection: Connection) -> None:
     """Earlier versions kept neither when an item ended, which is when it was written last, nor that it was done."""
-    connection.execute(update(video_items).where(ENDED).values(ended_at=video_items.c.updated_at))
-    done = {"progress_stage": DONE.stage, "progress_fraction": DONE.fraction}
-    connection.execute(update(video_items).where(video_items.c.status == "completed").values(done))
+    is_done = video_items.c.status == "completed"
+    ends = {  # in one statement, since PostgreSQL writes a row again for each, and there may be many
+        "ended_at": video_items.c.updated_at,
+        "progress_stage": case((is_done, DONE.stage), else_=video_items.c.progress_stage),
+        "progress_fraction": case((is_done, DONE.fraction), else_=video_items.c.progress_fraction),
+    }
+    connection.execute(update(video_items).where(ENDED).values(ends))
 
 
 def _add_columns(connection: Connection) -> set[str]:

@@ -15,13 +15,15 @@ from sqlalchemy import Double, Integer, Text, and_, bindparam, case, cast, delet
 from sqlalchemy.dialects import postgresql, sqlite
 
 from inference.errors import ItemMissing
-from inference.server.rows.schema import groups, photos, unnamed_objects
+from inference.server.rows.schema import deleted_videos, groups, photos, unnamed_objects
 from inference.server.rows.schema import video_items as items
 from inference.server.rows.statements import PENDING, PROCESSING, ZERO, now
 from inference.sql.database import Database, Transaction
 from inference.sql.statement import Clock, Statement
 
 log = structlog.get_logger(__name__)
+
+DAY_S = 24 * 3600
 
 ended = and_(items.c.status != PENDING, items.c.status != PROCESSING)
 
@@ -33,7 +35,8 @@ ENDED_BEFORE = Statement(
     .limit(bindparam("limit", type_=Integer)),
 )
 
-# Rows are locked in a fixed order, groups, photos, items, so that two deletions cannot deadlock.
+# Rows are locked in a fixed order, groups, photos, items, days of deleted videos (the earliest first), so that two
+# deletions cannot deadlock.
 
 LOCK_PHOTO_OF = Statement(
     "lock_photo_of",
@@ -42,6 +45,16 @@ LOCK_PHOTO_OF = Statement(
     select(photos.c.id)
     .where(photos.c.id == select(items.c.photo_id).where(items.c.id == bindparam("item_id")).scalar_subquery())
     .with_for_update(),
+)
+
+_deleted = (
+    items.c.id,
+    items.c.group_id,
+    items.c.photo_id,
+    items.c.video_storage_path.label("path"),
+    items.c.status,
+    items.c.ended_at,
+    items.c.cost_usd,
 )
 
 DELETE_ITEM = Statement(
@@ -55,7 +68,7 @@ DELETE_ITEM = Statement(
             and_(ended, items.c.updated_at < now - bindparam("age_s")),
         ),
     )
-    .returning(items.c.id, items.c.group_id, items.c.photo_id, items.c.video_storage_path.label("path")),
+    .returning(*_deleted),
 )
 
 DELETE_PHOTO = Statement(
@@ -84,9 +97,7 @@ LOCK_PHOTOS_OF_GROUP = Statement(
 DELETE_ITEMS_OF_GROUP = Statement(
     "delete_items_of_group",
     "Takes every item of a group away.",
-    delete(items)
-    .where(items.c.group_id == bindparam("group_id", type_=Text))
-    .returning(items.c.id, items.c.video_storage_path.label("path")),
+    delete(items).where(items.c.group_id == bindparam("group_id", type_=Text)).returning(*_deleted),
 )
 
 DELETE_PHOTOS_OF_GROUP = Statement(
@@ -110,6 +121,23 @@ DELETE_EMPTY_GROUPS = Statement(
         ~exists().where(photos.c.group_id == groups.c.id),
     ),
 )
+
+KEEP_PRICE = {
+    name: Statement(
+        "keep_price",
+        "Adds deleted videos to what was paid for on the day when they were completed.",
+        kind.insert(deleted_videos)
+        .values(day=bindparam("day"), spent_usd=bindparam("spent_usd"), unpriced=bindparam("unpriced"))
+        .on_conflict_do_update(
+            index_elements=["day"],
+            set_={
+                "spent_usd": deleted_videos.c.spent_usd + bindparam("spent_usd", type_=Double),
+                "unpriced": deleted_videos.c.unpriced + bindparam("unpriced", type_=Integer),
+            },
+        ),
+    )
+    for name, kind in (("sqlite", sqlite), ("postgresql", postgresql))
+}
 
 # ---------------------------------------------------------------- objects that no row names
 
@@ -262,6 +290,7 @@ class Removal:
             of_photos = transaction.run(DELETE_PHOTOS_OF_GROUP, group_id=group_id)
             transaction.run(DELETE_GROUP, group_id=group_id)
             gone = Gone(len(of_items), self._unname(transaction, of_items + of_photos))
+            self._keep_prices(transaction, of_items)
         for row in of_items:
             self._tell(DeletedItem(row["id"], group_id))
         return gone
@@ -284,6 +313,7 @@ class Removal:
                 return None
             photo = transaction.run(DELETE_PHOTO, photo_id=gone[0]["photo_id"])
             paths = self._unname(transaction, gone + photo)
+            self._keep_prices(transaction, gone)
         self._tell(DeletedItem(gone[0]["id"], gone[0]["group_id"]))
         return paths
 
@@ -300,6 +330,21 @@ class Removal:
         for row in named:
             transaction.run(UNNAME[self._database.dialect_name], path=row["path"], item_id=row.get("id"))
         return [row["path"] for row in named]
+
+    def _keep_prices(self, transaction: Transaction, gone: list[dict[str, Any]]) -> None:
+        """What was paid for stays counted."""
+        by_day: dict[int, list[float | None]] = {}
+        for row in gone:
+            if row["status"] == "completed" and row["ended_at"] is not None:
+                by_day.setdefault(int(row["ended_at"] // DAY_S * DAY_S), []).append(row["cost_usd"])
+        for day, prices in sorted(by_day.items()):
+            known = [price for price in prices if price is not None]
+            transaction.run(
+                KEEP_PRICE[self._database.dialect_name],
+                day=day,
+                spent_usd=sum(known),
+                unpriced=len(prices) - len(known),
+            )
 
     # ------------------------------------------------------------ objects
 

@@ -8,6 +8,7 @@ import hashlib
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -102,6 +103,15 @@ unnamed_objects = Table(
     Column("path", Text, primary_key=True),
     Column("item_id", Text),  # whose video it may become; none for a photo
     Column("recorded_at", Double, nullable=False),  # when it could be stored last, as far as is known
+)
+
+# What was completed and has been deleted since was paid for nevertheless. One row a day, so none has to be tidied away.
+deleted_videos = Table(
+    "deleted_videos",
+    metadata,
+    Column("day", BigInteger, primary_key=True),  # on which they were completed: its midnight in UTC
+    Column("spent_usd", Double, nullable=False),
+    Column("unpriced", Integer, nullable=False),  # videos without a known price
 )
 
 ONGOING = text("status IN ('pending', 'processing')")

@@ -41,7 +41,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from inference.providers import WorkerType
 from inference.queues.item import CRASHED, DONE, LOST, MAX_CRASHES, MAX_FAILURES, MAX_LOST
 from inference.server.rows import schema
-from inference.server.rows.schema import ENDED, ONGOING, groups, idempotency_keys, photos
+from inference.server.rows.schema import ENDED, ONGOING, deleted_videos, groups, idempotency_keys, photos
 from inference.server.rows.schema import video_items as items
 from inference.sql.statement import Clock, Statement, constant
 
@@ -514,19 +514,33 @@ COUNTS = Statement(
 DAY_S, HOUR_S = constant(24 * 3600), constant(3600)
 _day = cast(now, BigInteger) - cast(now, BigInteger) % DAY_S  # to half a second: PostgreSQL rounds, SQLite cuts off
 _is_of_today = items.c.ended_at >= _day
+
+
+def _of_deleted(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """What deleted videos add to today's sum."""
+    return func.coalesce(select(column).where(deleted_videos.c.day == _day).scalar_subquery(), ZERO)
+
+
 _waiting_since = case((items.c.started_at.is_(None), items.c.updated_at), else_=items.c.created_at)
 
 LATELY = Statement(
     "lately",
     "How long the oldest item has waited, and what was completed in the last hour, and since midnight (UTC) for how "
-    "much. An item waits from when it was added or retried: its workers may have handed it back since.",
+    "much, with what has been deleted. An item waits from when it was added or retried: its workers may have handed it "
+    "back since.",
     select(
         (now - select(func.min(_waiting_since)).where(ONGOING, items.c.status == PENDING).scalar_subquery()).label(
             "oldest_wait_s"
         ),
         func.count(case((items.c.ended_at > now - HOUR_S, ONE))).label("completed_last_hour"),
-        func.coalesce(func.sum(case((_is_of_today, items.c.cost_usd))), ZERO).label("spent_today_usd"),
-        func.count(case((and_(_is_of_today, items.c.cost_usd.is_(None)), ONE))).label("unpriced_today"),
+        (
+            func.coalesce(func.sum(case((_is_of_today, items.c.cost_usd))), ZERO)
+            + _of_deleted(deleted_videos.c.spent_usd)
+        ).label("spent_today_usd"),
+        (
+            func.count(case((and_(_is_of_today, items.c.cost_usd.is_(None)), ONE)))
+            + _of_deleted(deleted_videos.c.unpriced)
+        ).label("unpriced_today"),
     )
     .select_from(items)
     .where(items.c.status == COMPLETED, items.c.ended_at > now - DAY_S),

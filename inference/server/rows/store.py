@@ -92,7 +92,7 @@ class Overview(Value):
     counts: dict[Status, int]  # of every status, 0 where there is none
     oldest_wait_s: float | None  # of the items that wait now
     completed_last_hour: int
-    spent_today_usd: float  # for the videos that were completed today and are still there
+    spent_today_usd: float  # for the videos that were completed today, deleted ones too; nothing for failed tasks
     unpriced_today: int  # of those, how many have no known price
 
 

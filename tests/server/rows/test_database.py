@@ -75,8 +75,9 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
     for column in ("renewed", "lost_count", "started_at", "ended_at", "cost_usd"):
         sql.run(f"ALTER TABLE video_items DROP COLUMN {column}")
     sql.run("UPDATE video_items SET progress_stage = 'upload', progress_fraction = 0.9 WHERE id = :id", id=done.id)
-    for lacking in ("TABLE idempotency_keys", "TABLE unnamed_objects", "INDEX video_items_of_photo"):
-        sql.run(f"DROP {lacking}")
+    for table in ("idempotency_keys", "unnamed_objects", "deleted_videos"):
+        sql.run(f"DROP TABLE {table}")
+    sql.run("DROP INDEX video_items_of_photo")
     together = threading.Barrier(4)
 
     def open_it(_number):

@@ -59,6 +59,27 @@ def test_what_was_made_lately_and_for_how_much(sql):
     assert seen.counts["completed"] == 5
 
 
+def test_what_was_paid_today_stays_counted_when_it_is_deleted(sql):
+    """One by one and with a group; what was completed earlier, failed or never ended is none of today's."""
+    today_s = time.time() % DAY_S
+    for cost_usd in (0.25, 0.5, None):
+        completed(sql, cost_usd=cost_usd)
+    yesterdays = completed(sql, today_s + 60, cost_usd=8.0)
+    failed, waiting = sql.add(), sql.add()
+    sql.store.lease("w", 600, None, failed.id)
+    sql.store.fail(failed.id, "w", "no")
+    first, second, _ = (item for item in reversed(sql.store.list_items(status="completed")) if item.id != yesterdays.id)
+    for item in (first, yesterdays, failed, waiting):
+        sql.store.removal.delete(item.id)
+    completed(sql, cost_usd=1.0)
+    seen = sql.store.overview()
+    assert (seen.spent_today_usd, seen.unpriced_today) == (1.75, 1)
+    assert second.cost_usd == 0.5
+    sql.store.removal.delete_group("group-1")
+    seen = sql.store.overview()
+    assert (seen.spent_today_usd, seen.unpriced_today, seen.counts["completed"]) == (1.75, 1, 0)
+
+
 def test_the_oldest_wait_is_of_what_waits_now(sql):
     """From when it was added or retried, and however often it was handed back; what is worked on does not wait."""
     oldest, newer = sql.add(), sql.add()
