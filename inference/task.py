@@ -88,6 +88,11 @@ class Input(Value):
     source: Annotated[str, Field(min_length=1, repr=False)]  # a path in the queue's storage, a URL, or a data URI
 
 
+LEASE_SEQ, TAKES = "lease_seq", "takes"
+"""Extra fields of tasks from the embedded queue, which other queues may have, too: which lease of the task this is, and
+what the queue takes of its workers that not every one does."""
+
+
 class Segment(Value):
     """One part of a film: a clip made of one photo."""
 
@@ -123,6 +128,17 @@ class Task(Value):
         if not self.segments and self.workflow is None and PHOTO not in self.inputs:
             raise ValueError("a task without segments or a workflow needs an input named photo")
         return self
+
+    @property
+    def lease_seq(self) -> int | None:
+        """How often the task was handed out so far, where its queue counts that."""
+        counted = self.extras.get(LEASE_SEQ)
+        return counted if isinstance(counted, int) and not isinstance(counted, bool) else None
+
+    def takes(self, what: str) -> bool:
+        """Whether the queue says that it takes `what` of its workers, as the embedded one says of `progress`."""
+        listed = self.extras.get(TAKES)
+        return isinstance(listed, list) and what in listed
 
 
 class _QueuedTask(BaseModel):

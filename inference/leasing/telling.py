@@ -24,13 +24,6 @@ from inference.task import Lease, Outcome, Task
 
 log = structlog.get_logger(__name__)
 
-TAKES = "takes"
-"""The field of a task in which a queue of ours lists what it takes of its workers. One that takes `progress` publishes
-the events of its tasks itself."""
-
-LEASE_SEQ = "lease_seq"
-"""The field of a task in which a queue of ours counts the leases of it."""
-
 
 class Telling:
     """Tells of one lease. Raises nothing, and may be called from any thread."""
@@ -38,7 +31,7 @@ class Telling:
     def __init__(self, hub: ProgressHub | None, lease: Lease) -> None:
         """`hub`: None to tell nobody."""
         task = lease.task
-        self._hub = None if takes(task, "progress") else hub
+        self._hub = None if task.takes("progress") else hub  # then it publishes the events itself
         self._project_id, self._task_name, self._group_id = task.group_id or task.item_id, task.item_id, task.group_id
         self._lease = _number_of(task)
         self._lock = threading.Lock()
@@ -118,19 +111,10 @@ class Telling:
             log.warning("event_not_told", item_id=self._task_name, error=f"{type(error).__name__}: {error}")
 
 
-def takes(task: Task, what: str) -> bool:
-    """Whether the queue that handed the task out takes `what` of its workers."""
-    listed = task.extras.get(TAKES)
-    return isinstance(listed, list) and what in listed
-
-
 def _number_of(task: Task) -> int:
     """A number that grows with every lease of the task: its queue's count, or the time in milliseconds.
 
     A time is worth something within one process alone, as clocks of machines differ; there it tells a second try of a
     task from the first.
     """
-    counted = task.extras.get(LEASE_SEQ)
-    if isinstance(counted, int) and not isinstance(counted, bool):
-        return counted
-    return time.time_ns() // 1_000_000
+    return time.time_ns() // 1_000_000 if task.lease_seq is None else task.lease_seq

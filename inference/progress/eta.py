@@ -183,21 +183,27 @@ class TaskEta:
             self._fraction += step
 
     def left_s(self, at_s: float) -> float | None:
-        """Seconds until the task ends well, None where nothing is known that is better than a guess."""
+        """Seconds until the task ends well, None where nothing is known that is better than a guess.
+
+        That is also so once all the time that was expected is over: a task that is not done has some left.
+        """
         with self._lock:
-            if self._stage is None:
-                return None
-            past_s = self._history.stage_s(self._kind, self._stage)
-            after_s = self._history.after_s(self._kind, self._stage)
-            if past_s and after_s is not None:
-                return self._stage_left_s(at_s, past_s) + after_s
-            entered_at, entered_fraction = self._entered
-            if self._fraction - entered_fraction >= SEEN_FRACTION and at_s - entered_at >= SEEN_S:
-                return self._at_this_speed_s(1.0, at_s)
-            if self._promised is not None:
-                promised_s, promised_at = self._promised
-                return max(0.0, promised_s - (at_s - promised_at))
+            return self._left_s(at_s) or None
+
+    def _left_s(self, at_s: float) -> float | None:
+        if self._stage is None:
             return None
+        past_s = self._history.stage_s(self._kind, self._stage)
+        after_s = self._history.after_s(self._kind, self._stage)
+        if past_s and after_s is not None:
+            return self._stage_left_s(at_s, past_s) + after_s
+        entered_at, entered_fraction = self._entered
+        if self._fraction - entered_fraction >= SEEN_FRACTION and at_s - entered_at >= SEEN_S:
+            return self._at_this_speed_s(1.0, at_s)
+        if self._promised is not None:
+            promised_s, promised_at = self._promised
+            return max(0.0, promised_s - (at_s - promised_at))
+        return None
 
     def complete(self, at_s: float) -> None:
         """The task ended well: what its stages took is remembered."""

@@ -52,7 +52,7 @@ from inference.queues.lifeisshort_wire import (
     SignedDownload,
     SignedUpload,
 )
-from inference.task import PHOTO, Lease, Task, Video, VideoFormat, explain, identifier, parse_task
+from inference.task import LEASE_SEQ, PHOTO, TAKES, Lease, Task, Video, VideoFormat, explain, identifier, parse_task
 from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
@@ -60,12 +60,8 @@ from inference.transfer.storage_errors import FOREIGN, reason_of
 
 logger = structlog.get_logger(__name__)
 
-LEASE_SEQ = "lease_seq"
-"""An extra field of tasks, which every write sends back (see `_fence`)."""
-
-BEAT_INTERVAL, TAKES = "beat_interval_s", "takes"
-"""Extra fields of tasks from the embedded server: how often it would like to hear how far the work is, and what it
-takes that the worker API does not have. The real server has neither."""
+BEAT_INTERVAL = "beat_interval_s"
+"""An extra field of tasks from the embedded server: how often it would like to hear how far the work is."""
 
 MIN_BEAT_INTERVAL_S = 0.5
 """No queue is told more often. How seldom it may be told is for the worker's own settings (`leasing/keeper.py`)."""
@@ -220,7 +216,7 @@ class LifeIsShortQueue:
     async def heartbeat(self, lease: Lease, progress: Progress | None = None) -> None:
         """As TaskQueue.heartbeat. Sends progress to a server that takes it, or has shown `cancel_requested`."""
         said = {}
-        if progress is not None and (self._speaks_progress or _takes(lease.task, "progress")):
+        if progress is not None and (self._speaks_progress or lease.task.takes("progress")):
             said["progress"] = {"stage": progress.stage, "fraction": progress.fraction}
         # Rounded up: the lease must not be shorter for the server than for its holder.
         data = await self._renew(lease, math.ceil(lease.length_s), **said)
@@ -270,7 +266,7 @@ class LifeIsShortQueue:
     async def complete(self, lease: Lease, storage_path: str, video: Video) -> None:
         """As TaskQueue.complete."""
         said: dict[str, Any] = {name: video.external_ids[name] for name in REPORTED_IDS if name in video.external_ids}
-        if video.cost_usd is not None and _takes(lease.task, COST):
+        if video.cost_usd is not None and lease.task.takes(COST):
             said[COST] = video.cost_usd
         await self._report(lease, {"status": "completed", "video_storage_path": storage_path, **said})
 
@@ -460,9 +456,8 @@ def _unique_extension(lease: Lease) -> str:
 def _fence(lease: Lease) -> dict[str, Any]:
     """The fencing fields of every write; `lease_seq` is among them where the server hands it out."""
     fence: dict[str, Any] = {"item_id": lease.task.item_id, "worker_id": lease.worker_id}
-    lease_seq = lease.task.extras.get(LEASE_SEQ)
-    if isinstance(lease_seq, int) and not isinstance(lease_seq, bool):
-        fence[LEASE_SEQ] = lease_seq
+    if lease.task.lease_seq is not None:
+        fence[LEASE_SEQ] = lease.task.lease_seq
     return fence
 
 
@@ -475,12 +470,6 @@ def _beat_interval_s(task: Task) -> float | None:
         logger.info("ignored", item_id=task.item_id, fields=[BEAT_INTERVAL])
         return None
     return max(MIN_BEAT_INTERVAL_S, float(wanted))
-
-
-def _takes(task: Task, name: str) -> bool:
-    """Whether the queue says that it takes this."""
-    takes = task.extras.get(TAKES)
-    return isinstance(takes, list) and name in takes
 
 
 def _photo_path(lease: Lease) -> str:

@@ -133,7 +133,7 @@ def test_without_history_speed_tells():
     eta.observe("save", 0.9, 190)
     assert eta.left_s(190) == pytest.approx(50 / 6)  # a stage that does not move: as the one before would have it
     assert eta.left_s(195) == pytest.approx(50 / 6 - 5)
-    assert eta.left_s(300) == 0
+    assert eta.left_s(300) is None  # longer than was expected: how much longer, nobody knows
 
 
 def test_speed_is_what_it_was_lately():
