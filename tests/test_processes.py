@@ -1,11 +1,13 @@
 """Real processes on real sockets: killed, paused, stopped, restarted, and cut off. The ledger has to be exact."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 
 from tests.simulation import storm
-from tests.support.processes import Site, until
+from tests.support.processes import I2V, Process, Site, environment, until
 from tests.support.proxy import Hold, Weather
 
 BRIEF = {"LEASE_DURATION": 3, "I2V_LEASE_EXTENSION": 3}
@@ -23,6 +25,21 @@ def site(tmp_path):
 def completed(site, item_id, deadline_s=40):
     """The task, once it is done."""
     return until(lambda: (it := site.task(item_id))["status"] == "completed" and it, deadline_s, "the task is done")
+
+
+def test_a_command_that_was_forked_is_like_one_that_was_started(tmp_path):
+    """The same words and the same exit code, in its own folder, environment and session; so these tests are true."""
+    command = ("render", "absent.jpg", "--engine", "preview")
+    env = environment(TMPDIR=tmp_path)
+    started = subprocess.run([I2V, *command], cwd=tmp_path, env=env, capture_output=True, check=False, timeout=60)
+    forked = Process(tmp_path, "forked", *command, env=env)
+    assert forked.wait() == started.returncode == 2
+    assert (forked.stdout.read_bytes(), forked.stderr.read_bytes()) == (started.stdout, started.stderr)
+    assert b"absent.jpg" in started.stderr
+    running = Process(tmp_path, "running", "serve", "--port", "0", env=environment(I2V_DATA_DIR=tmp_path / "data"))
+    assert os.getsid(running.pid) == running.pid
+    running.kill()
+    assert running.exit_code == -signal.SIGKILL
 
 
 def test_a_killed_worker_has_a_successor(site):

@@ -1,17 +1,22 @@
 """Real container processes: an interpreter without this project, and a folder with what the client uploaded."""
 
-import asyncio
+import atexit
 import os
+import shutil
 import signal
 import sysconfig
+import tempfile
 import venv
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from modal_proto import api_pb2
 
 from tests.cloud.objects import Function, Input
+from tests.support.forking import Forked, Forker
+from tests.support.processes import environment
 
 CALLER = "x-offline-container"
 """Header of every call a container makes: most of the protocol's requests do not say who sends them."""
@@ -29,6 +34,21 @@ def make_interpreter(folder: Path) -> Path:
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     (own / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder / "bin" / "python"
+
+
+NEEDED = ("modal", "httpx", "numpy", "PIL.Image", "pydantic_settings", "structlog", "tenacity")
+"""By a container, of packages: this project is what the client uploaded."""
+
+
+@cache
+def interpreter() -> tuple[Path, Forker]:
+    """Such a Python for as long as this process, and what forks it."""
+    folder = Path(tempfile.mkdtemp(prefix="python-of-containers-"))
+    python = make_interpreter(folder)
+    started = Forker(NEEDED, environment(MODAL_CONFIG_PATH="/nowhere"), python=python)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(started.close)
+    return python, started
 
 
 class Container:
@@ -65,10 +85,9 @@ class Container:
         found = (it.relative_to(self.folder).as_posix() for it in self.folder.rglob("*") if it.is_file())
         return sorted(f"/{it}" for it in found if it not in ours)
 
-    async def start(
-        self, python: Path, arguments: api_pb2.ContainerArguments, *environments: Mapping[str, str]
-    ) -> asyncio.subprocess.Process:
+    def start(self, arguments: api_pb2.ContainerArguments, *environments: Mapping[str, str]) -> Forked:
         """Starts it; of what several environments set, the last counts."""
+        python, started = interpreter()
         (self.folder / "arguments").write_bytes(arguments.SerializeToString())
         system = {
             "PATH": f"{python.parent}{os.pathsep}{os.defpath}",
@@ -94,15 +113,8 @@ class Container:
         )
         out_path, err_path = (self.folder / log for log in LOGS)
         with out_path.open("wb") as out, err_path.open("wb") as err:
-            process = await asyncio.create_subprocess_exec(
-                *(python, "-m", "modal._container_entrypoint"),
-                cwd=self.root,
-                env=self.environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            command = ("-m", "modal._container_entrypoint")
+            process = started.start(command, self.root, self.environment, out.fileno(), err.fileno())
         self.pid = process.pid
         return process
 

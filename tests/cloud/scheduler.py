@@ -10,13 +10,14 @@ from pathlib import Path
 
 from modal_proto import api_pb2
 
-from tests.cloud.containers import Container, make_interpreter
+from tests.cloud.containers import Container
 from tests.cloud.objects import App, Function, Image, Input, Mount, Secret
 
 UNLIMITED = 8
 """Containers of a function that sets no limit: Modal has more of them than the machine tests run on."""
 
 POLL_S = 0.5
+END_POLL_S = 0.02
 """How long a container is left waiting at most, so that it notices what nobody announced."""
 
 Result = api_pb2.GenericResult
@@ -57,7 +58,6 @@ class Scheduler:
         self._counters = Counter()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
-        self._python: Path | None = None
 
     def new_id(self, kind: str) -> str:
         """`fu-1`, `fu-2`: the client looks at what is before the dash."""
@@ -178,8 +178,6 @@ class Scheduler:
 
     async def _live(self, container: Container) -> None:
         function = container.function
-        if self._python is None:
-            self._python = make_interpreter(self.folder / "python")
         for mount_id in function.definition.mount_ids:
             for path, digest in self.mounts[mount_id].files.items():
                 container.place(path, self.uploads[digest])
@@ -199,10 +197,12 @@ class Scheduler:
         )
         secrets = [self.secrets[it].values for it in function.definition.secret_ids]
         environments = (image_env, *secrets, self.settings.environment, {"MODAL_SERVER_URL": self.url})
-        process = await container.start(self._python, arguments, *environments)
+        process = await asyncio.to_thread(container.start, arguments, *environments)
         if self.is_closing:
             container.kill()
-        container.exit_code = await process.wait()
+        while (code := process.poll()) is None:
+            await asyncio.sleep(END_POLL_S)
+        container.exit_code = code
         container.kill()  # children it left
         self._bury(container)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from inference.on_modal import doctor
 from inference.on_modal.doctor import examine_modal
 from inference.settings import Settings
 from tests.cloud.cloud import Cloud
@@ -33,6 +34,7 @@ def _nobody(monkeypatch, tmp_path):
 async def test_without_an_account():
     """Everything else is checked, and what to do is said."""
     found = await findings()
+    assert list(found) == ["deployment", "gpu", "files", "modal"]
     assert [verdict for verdict, _ in found.values()] == ["ok", "ok", "ok", "FAIL"]
     assert "modal setup" in found["modal"][1]
 
@@ -54,13 +56,18 @@ async def test_settings_that_contradict_each_other(settings, said):
     assert said in text
 
 
-@pytest.mark.anyio
-async def test_a_gpu_that_is_too_small():
+@pytest.mark.parametrize(
+    "settings, verdict",
+    [
+        ({"modal_gpu": "L4"}, "FAIL"),
+        ({"modal_gpu": "L4", "wan_preset": "5b-fast"}, "ok"),
+        ({"modal_gpu": "H200:1"}, "ok"),
+        ({"modal_gpu": "Z9"}, "skip"),
+    ],
+)
+def test_a_gpu_that_is_too_small(settings, verdict):
     """It would work, slowly, and cost several times as much."""
-    assert (await findings(modal_gpu="L4"))["gpu"][0] == "FAIL"
-    assert (await findings(modal_gpu="L4", wan_preset="5b-fast"))["gpu"][0] == "ok"
-    assert (await findings(modal_gpu="H200:1"))["gpu"][0] == "ok"
-    assert (await findings(modal_gpu="Z9"))["gpu"][0] == "skip"
+    assert doctor._gpu(Settings.isolated(**settings)).verdict == verdict
 
 
 @pytest.mark.anyio

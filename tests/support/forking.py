@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -74,11 +75,12 @@ class Forked:
 class Forker:
     """The process that is forked. It ends with the one that started it."""
 
-    def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str], *, python: str | Path = sys.executable) -> None:
+        self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", __file__, str(theirs.fileno()), *modules],
+                [python, "-P", __file__, str(theirs.fileno()), *modules],
                 env=dict(env),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -93,10 +95,11 @@ class Forker:
         assert len(request) <= MAX_REQUEST_BYTES
         status, theirs = os.pipe()
         try:
-            socket.send_fds(self._socket, [request], [out, err, theirs])
+            with self._lock:
+                socket.send_fds(self._socket, [request], [out, err, theirs])
+                told = self._socket.recv(STATUS.size)
         finally:
             os.close(theirs)
-        told = self._socket.recv(STATUS.size)
         assert told, "the process that forks is gone"
         return Forked(*STATUS.unpack(told), status)
 
