@@ -87,6 +87,7 @@ async def _serve(settings: Settings) -> None:
         serve = partial(opening.serve_calls, closing=hub.close if hub else None)
         async with anyio.create_task_group() as around:
             bound = await around.start(serve, app, listen(settings.host, settings.port))
+            process.settle()
             log.info("push_open", host=bound[0], port=bound[1], engine=engine.name)
             terminal.tell(f"Jobs are taken at http://{bound[0]}:{bound[1]}/jobs/run, engine {engine.name}.")
             async with anyio.create_task_group() as beside:

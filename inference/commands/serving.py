@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskStatus
 
-from inference import terminal
+from inference import process, terminal
 from inference.build import build_server_config, open_events
 from inference.settings import Settings
 
@@ -32,6 +32,7 @@ async def serving(settings: Settings) -> AsyncIterator[Settings]:
     async with open_events(settings) as hub, anyio.create_task_group() as tasks:
         try:
             host, port = await tasks.start(run)
+            process.settle()
             reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
             yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
         finally:

@@ -10,15 +10,17 @@ writes results/listeners.json.
 import argparse
 import asyncio
 import json
+import os
 import platform
 import re
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 
+from inference.process import settle
 from inference.progress.events import ProgressEvent, as_json
 from inference.progress.hub import KEPT, MemoryHub, ProgressHub
 from inference.progress.redis import RedisHub
@@ -41,6 +44,9 @@ LISTENERS, PROJECTS, WARM_UP_S = 500, 20, 3.0
 PACE_S = 0.5
 """Between two events of a project. The hubs hold nothing back here: what they would, on purpose, is not a delay of the
 transport."""
+
+FILLING = KEPT * PROJECTS
+"""Events with which the hubs are filled before anything is measured."""
 
 TARGET_P99_MS = 250
 
@@ -68,6 +74,8 @@ class Listener(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Each event has the time at which it was published."""
         now = time.time()
+        if (ping := data.find(b"\x89\x04")) >= 0 and self._kind == "websocket":  # its payload has four bytes
+            self.transport.write(b"\x8a\x84\0\0\0\0" + data[ping + 2 : ping + 6])
         data = self._rest + data
         end = 0
         for found in SENT.finditer(data):
@@ -119,15 +127,16 @@ class Peer:
 async def publish(hub: Any) -> None:
     """Something happens in each project, twice a second, at a time of its own.
 
-    At first as much as a hub keeps of a project: only then its memory is as large as it gets.
+    At first, quickly, as much as a hub keeps of a project: only then its memory is as large as it gets.
     """
-    filled = KEPT * PROJECTS
-    began = time.monotonic()
-    number = 0
+    number, began = -FILLING, 0.0
     while True:
-        due = began + max(0, number - filled) * PACE_S / PROJECTS
-        await anyio.sleep(max(0.0, due - time.monotonic()))
-        share = min(0.99, number / 1e7)
+        if number < 0:
+            await anyio.sleep(0.005 if number % PROJECTS == 0 else 0)
+        else:
+            began = began or time.monotonic()
+            await anyio.sleep(max(0.0, began + number * PACE_S / PROJECTS - time.monotonic()))
+        share = (number + FILLING) / 1e7
         metadata = {"stage": "denoise", "lease": 1, "eta_s": 42, "photo_id": "0" * 32, "sent_at": time.time()}
         hub.publish(
             ProgressEvent(
@@ -141,24 +150,31 @@ async def publish(hub: Any) -> None:
             )
         )
         number += 1
-        if number == filled:
-            began = time.monotonic()
+
+
+async def publish_when_told(hub: Any) -> None:
+    """Begins when this process gets SIGUSR1."""
+    with anyio.open_signal_receiver(signal.SIGUSR1) as told:
+        async for _ in told:
+            break
+    await publish(hub)
 
 
 async def serve(kind: str, port: int, redis_url: str) -> None:
     """The process of the server. With Redis, what it serves is published elsewhere."""
+    settle()  # as `i2v serve` does
     if kind == "peer":
         peer = Peer()
         # On the same event loop and parser as ours, where faster ones are installed, too.
         options = {"loop": "asyncio", "http": "h11", "ws": "websockets-sansio", "ws_per_message_deflate": False}
-        config = uvicorn.Config(peer.app(), port=port, log_level="error", access_log=False, **options)
+        config = uvicorn.Config(peer.app(), port=port, log_level="critical", access_log=False, **options)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(publish, peer)
+            tasks.start_soon(publish_when_told, peer)
             await uvicorn.Server(config).serve()
     hub: ProgressHub = RedisHub(redis_url, interval_s=0) if kind == "redis" else MemoryHub(interval_s=0)
     async with anyio.create_task_group() as tasks:
         if kind == "memory":
-            tasks.start_soon(publish, hub)
+            tasks.start_soon(publish_when_told, hub)
         stopping = PlainTextResponse("", 503)
         await serve_app(progress_app(hub), listen("127.0.0.1", port), stopping=stopping, closing=hub.close)
 
@@ -170,8 +186,8 @@ def usage(pid: int) -> tuple[float, float]:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, sum(map(int, ticks)) / 100
 
 
-async def follow(port: int, pid: int, seconds: float) -> dict[str, Any]:
-    """All listeners, for so long."""
+async def follow(port: int, pid: int, seconds: float, go: Callable[[], None]) -> dict[str, Any]:
+    """All listeners, for so long. `go` makes something happen."""
     loop = asyncio.get_running_loop()
     late: dict[str, list[float]] = {"websocket": [], "sse": []}
 
@@ -181,8 +197,15 @@ async def follow(port: int, pid: int, seconds: float) -> dict[str, Any]:
         _, protocol = await loop.create_connection(lambda: made, "127.0.0.1", port)
         return protocol
 
+    # One of each project, now of one kind and then of the other.
+    all_of_them = [await begin(2 * number + number % 2, deaf=False) for number in range(PROJECTS)]
+    await asyncio.sleep(1)  # until all of them are followed
+    go()
+    while sum(map(len, late.values())) < FILLING:
+        await asyncio.sleep(0.1)
+        assert not any(listener.is_over for listener in all_of_them)
     deaf = [await begin(number, deaf=True) for number in range(2)]
-    all_of_them = [await begin(number, deaf=False) for number in range(LISTENERS)]
+    all_of_them += [await begin(number, deaf=False) for number in range(len(all_of_them), LISTENERS)]
     await asyncio.sleep(WARM_UP_S)
     for times in late.values():
         times.clear()
@@ -231,17 +254,22 @@ async def server_of(kind: str, redis_url: str) -> AsyncIterator[tuple[int, int]]
 
 async def measure(kind: str, seconds: float, redis_url: str) -> dict[str, Any]:
     """One kind of server under the load."""
-    elsewhere = None
-    if kind == "redis":
-        words = [sys.executable, "-m", "tests.bench.listeners", "--publish", "--redis", redis_url]
-        elsewhere = subprocess.Popen(words)  # noqa: ASYNC220 - at once
+    elsewhere: list[subprocess.Popen] = []
+
+    def go() -> None:
+        if kind == "redis":
+            words = [sys.executable, "-m", "tests.bench.listeners", "--publish", "--redis", redis_url]
+            elsewhere.append(subprocess.Popen(words))
+        else:
+            os.kill(pid, signal.SIGUSR1)
+
     try:
         async with server_of(kind, redis_url) as (port, pid):
-            return await follow(port, pid, seconds)
+            return await follow(port, pid, seconds, go)
     finally:
-        if elsewhere is not None:
-            elsewhere.kill()
-            elsewhere.wait()
+        for process in elsewhere:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
