@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from inference.engines.wan import placement, speed, tokens, weights
+from inference.engines.wan import lean, placement, speed, tokens, weights
 from inference.engines.wan.lora import fuse
 from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
 from inference.engines.wan.presets import ComponentName, Dtype, Preset
@@ -147,7 +147,13 @@ def prepare_vae(vae: AutoencoderKLWan, preset: Preset, switches: Switches) -> No
     for part in (vae.decoder, vae.post_quant_conv):
         part.to(dtype_of(preset, "vae"))
     if switches.plain_upsampling:
-        speed.plain_upsampling(vae)
+        lean.plain_upsampling(vae)
+    if switches.zeros_in_convolutions:
+        lean.zeros_in_convolutions(vae)
+    if switches.fewer_copies:
+        lean.fewer_copies(vae)
+    if switches.fused_norms is not None:
+        lean.fuse_norms(vae, switches.fused_norms)
     if switches.channels_last:
         speed.channels_last(vae)
 

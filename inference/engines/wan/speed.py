@@ -13,7 +13,6 @@ from typing import Any
 import structlog
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.utils import is_flash_attn_3_available
 from torch import nn
 
@@ -36,6 +35,9 @@ class Switches:
     compile: str | None = None  # the torch.compile backend for the transformer's blocks: inductor
     shared_timesteps: bool = True  # 5B: modulation once for the photo and once for the rest, not once a token
     plain_upsampling: bool = True  # VAE: copy pixels as they are, not through fp32 and back
+    zeros_in_convolutions: bool = True  # VAE: no padded copies
+    fewer_copies: bool = True  # VAE: no copies of what is only read
+    fused_norms: str | None = None  # VAE: norm and activation in one pass, the torch.compile backend; to tolerance
     channels_last: bool = False  # VAE: memory layout of the decoder
     fp8: bool = False  # transformers' linear layers in 8 bits: half the memory
     offload: Offload | None = None  # None: chosen from the memory that is there
@@ -123,13 +125,6 @@ def compile_cache(path: Path) -> Iterator[None]:
         log.warning("compile_cache_not_kept", path=str(path), error=error.strerror)
     else:
         log.info("compile_cache_kept", path=str(path), megabytes=round(len(artifacts[0]) / 1e6, 1))
-
-
-def plain_upsampling(vae: AutoencoderKLWan) -> None:
-    """Upsampling by nearest pixels copies values, so the round trip through fp32 only moves bytes. Same result."""
-    for module in vae.decoder.modules():
-        if isinstance(module, WanUpsample):
-            module.__class__ = nn.Upsample
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:

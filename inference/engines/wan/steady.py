@@ -16,6 +16,7 @@ This module needs diffusers and nothing else of this package.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
@@ -51,12 +52,12 @@ class _Reach:
         return _Reach(self.chunk_frames // stride, math.ceil((self.steady_frame + kernel - 1) / stride))
 
 
-def steady_chunks(encoder: nn.Module) -> list[int] | None:
+def steady_chunks(encoder: Any) -> list[int] | None:
     """For `conv_in` and each of `down_blocks`: the chunk from which on its output repeats, if the input does from 1 on.
 
     None where the encoder has parts that this module does not know: then everything has to be computed.
     """
-    if type(encoder) is not WanEncoder3d or type(encoder.conv_in) is not WanCausalConv3d:
+    if type(encoder) is not WanEncoder3d or not isinstance(encoder.conv_in, WanCausalConv3d):
         return None
     reach = _Reach(CHUNK_FRAMES, 1).through(encoder.conv_in)
     chunks = [reach.steady_chunk]
@@ -69,7 +70,7 @@ def steady_chunks(encoder: nn.Module) -> list[int] | None:
     return chunks
 
 
-def _after(layer: nn.Module, reach: _Reach) -> _Reach | None:
+def _after(layer: Any, reach: _Reach) -> _Reach | None:
     """`reach` after one layer; None for a layer that is not known."""
     if type(layer) is WanResidualBlock:
         shortcut = layer.conv_shortcut
@@ -86,7 +87,7 @@ def _after(layer: nn.Module, reach: _Reach) -> _Reach | None:
 class ChunkEncoder:
     """Runs an encoder chunk by chunk over one clip, and leaves out layers that are steady."""
 
-    def __init__(self, encoder: nn.Module, cache_slots: int) -> None:
+    def __init__(self, encoder: Any, cache_slots: int) -> None:
         """`cache_slots`: how many convolutions of the encoder keep frames: `vae._cached_conv_counts["encoder"]`."""
         self._encoder = encoder
         self._caches: list[torch.Tensor | None] = [None] * cache_slots

@@ -139,7 +139,16 @@ def test_shared_timesteps_change_nothing(photo):
     assert distance(make_engine("tiny", shared_timesteps=False), make_engine("tiny"), photo) < 1e-3
 
 
-@pytest.mark.parametrize("switch", [{"plain_upsampling": False}, {"channels_last": True}], ids=str)
+SWITCHES = [
+    {"plain_upsampling": False},
+    {"zeros_in_convolutions": False},
+    {"fewer_copies": False},
+    {"fused_norms": "eager"},
+    {"channels_last": True},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_how_the_decoder_works_is_not_seen(shape, switch):
     """Each is another way to the same picture, but for a rounding here and there."""
     usual, other = make_engine(shape)._models.vae, make_engine(shape, **switch)._models.vae
