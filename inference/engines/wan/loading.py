@@ -165,7 +165,7 @@ def prepare_expert(
     if switches.shared_timesteps and preset.first_frame_is_clean:
         tokens.share_timesteps(model)
     if switches.fp8:
-        speed.to_fp8(model)
+        speed.to_fp8(model, multiply=speed.multiplies_in_fp8(device))
     attention = speed.choose_attention(switches.attention, device, dtype_of(preset, "transformer"))
     speed.set_attention(model, attention)
     if switches.compile is not None and offload < Offload.BLOCKS:  # moving blocks cannot be compiled
