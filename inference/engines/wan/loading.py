@@ -51,6 +51,7 @@ class Models:
     dtype: torch.dtype  # of the experts' inputs
     device: torch.device
     offload: Offload
+    yuv_on_device: bool = False  # frames become YUV where they are decoded
 
     def offload_more(self) -> bool:
         """Moves to the next level of offload; False if there is none."""
@@ -138,6 +139,7 @@ def _load(
             experts[name] = read(name, WanTransformer3DModel, dtype_of(preset, name), where)
             prepare_expert(experts[name], preset, switches, device, offload)
     models = assemble(preset, folders["tokenizer"], text_encoder, vae, experts, device)
+    models.yuv_on_device = device.type != "cpu" if switches.yuv_on_device is None else switches.yuv_on_device
     models.place(offload)
     return models
 

@@ -42,6 +42,7 @@ class Switches:
     zeros_in_convolutions: bool = True  # VAE: no padded copies
     fewer_copies: bool = True  # VAE: no copies of what is only read
     fused_norms: str | None = None  # VAE: norm and activation in one pass, the torch.compile backend; to tolerance
+    yuv_on_device: bool | None = None  # frames become YUV before they are copied; None: where that is off the CPU
     channels_last: bool = False  # VAE: memory layout of the decoder
     fp8: bool = (
         False  # transformers' linear layers in 8 bits: half the memory, and fast where the hardware is made for it
