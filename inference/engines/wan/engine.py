@@ -11,10 +11,11 @@ that an error refers to are released before it is raised.
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import structlog
 import torch
@@ -24,10 +25,11 @@ from inference.engines.wan import tokens, vae
 from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, mapped
 from inference.engines.wan.frames import stream
 from inference.engines.wan.loading import Models, load
-from inference.engines.wan.placement import GB
+from inference.engines.wan.placement import GB, Offload
 from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, Preset
 from inference.engines.wan.schedule import TRAIN_TIMESTEPS, Guide, denoise, make_scheduler
 from inference.engines.wan.speed import Switches, compile_cache
+from inference.engines.wan.yuv import to_yuv420p
 from inference.errors import (
     EngineFailed,
     EngineLost,
@@ -226,13 +228,34 @@ class WanEngine:
         self, request: GenerationRequest, plan: ClipPlan, inputs: Mapping[str, Path], path: Path, job: Job
     ) -> Video:
         job.report("encode")
-        guide = self._guide(request, plan)
-        job.raise_if_cancelled()
-        condition = self._condition(inputs, plan, job)
-        job.report("encode", 1)
         generator = torch.Generator().manual_seed(plan.seed)  # on the CPU: the same noise on every GPU
-        latents = self._denoise(plan, guide, condition, generator, job)
+        with ThreadPoolExecutor(2, "beside") as beside:
+            drawing = beside.submit(self._noise, plan, generator)
+            reading = beside.submit(self._read, request, plan)
+            if self._models.offload != Offload.NONE:  # the text encoder has to leave before the photo's needs room
+                reading.result()
+            job.raise_if_cancelled()
+            condition = self._condition(inputs, plan, job)
+            reading.result()
+            noise = drawing.result().to(self._models.device)
+        guide = self._guide(request, plan)
+        job.report("encode", 1)
+        latents = self._denoise(plan, guide, condition, noise, generator=generator, job=job)
         return self._decode(plan, latents, path, job)
+
+    def _read(self, request: GenerationRequest, plan: ClipPlan) -> None:
+        """Has the prompts encoded, into host memory. In another thread, and on a GPU in another stream."""
+        device = self._models.device
+        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), stream:  # both are of a thread
+            for prompt in (request.prompt, plan.negative_prompt):
+                if prompt is not None:
+                    self._models.prompts.read(prompt)
+
+    def _noise(self, plan: ClipPlan, generator: torch.Generator) -> torch.Tensor:
+        """[1, z, T, h, w], fp32, in host memory."""
+        size = self._latent_size(plan.width, plan.height, plan.frames)
+        return torch.randn((1, self._models.vae.config.z_dim, *size), generator=generator)
 
     def _plan(self, request: GenerationRequest, inputs: Mapping[str, Path]) -> ClipPlan:
         """Raises InvalidRequest, InvalidPhoto."""
@@ -297,12 +320,17 @@ class WanEngine:
         return torch.cat([given, latents], dim=1)
 
     def _denoise(
-        self, plan: ClipPlan, guide: Guide, condition: torch.Tensor, generator: torch.Generator, job: Job
+        self,
+        plan: ClipPlan,
+        guide: Guide,
+        condition: torch.Tensor,
+        noise: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        job: Job,
     ) -> torch.Tensor:
-        """Clean latents [1, z, T, h, w], fp32."""
+        """Clean latents [1, z, T, h, w], fp32, from noise of that shape; `generator` has drawn it."""
         models, preset = self._models, self.preset
-        shape = (1, models.vae.config.z_dim, *self._latent_size(plan.width, plan.height, plan.frames))
-        noise = torch.randn(shape, generator=generator).to(models.device)
         scheduler = make_scheduler(preset.schedule, plan.steps)
 
         with ExitStack() as visit:
@@ -339,8 +367,14 @@ class WanEngine:
             job.report("decode", written, plan.frames)
 
         report(0)
-        writer = VideoWriter(path, width=plan.width, height=plan.height, fps=self.preset.fps, metadata=metadata)
-        stream(vae.decode(self._models.vae, latents), writer, job.raise_if_cancelled, report)
+        chunks = vae.decode(self._models.vae, latents)
+        pixels: Literal["rgb24", "yuv420p"] = "rgb24"
+        if self._models.yuv_on_device:
+            chunks, pixels = map(to_yuv420p, chunks), "yuv420p"
+        writer = VideoWriter(
+            path, width=plan.width, height=plan.height, fps=self.preset.fps, pixels=pixels, metadata=metadata
+        )
+        stream(chunks, writer, job.raise_if_cancelled, report)
         return writer.video(seed=plan.seed)
 
 

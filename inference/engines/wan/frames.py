@@ -14,13 +14,13 @@ from inference.media.video import VideoWriter
 STALL_S = 60
 """After this time without progress ffmpeg has stopped. Four frames take it a tenth of a second."""
 
-Frames = npt.NDArray[np.uint8]  # [F, H, W, 3]
+Frames = npt.NDArray[np.uint8]  # [F, …]: frames as the writer takes them
 
 
 def stream(
     chunks: Iterator[torch.Tensor], writer: VideoWriter, check: Callable[[], None], report: Callable[[int], None]
 ) -> None:
-    """Opens `writer`, writes chunks of frames, uint8 [F, H, W, 3] on any device, and closes it.
+    """Opens `writer`, writes chunks of frames, uint8 [F, …] on any device as it takes them, and closes it.
 
     Whichever side is the slower sets the pace. `report` is told how many frames are written so far. `check` is called
     between chunks and while a chunk is waited for; what it raises ends the streaming. Raises EncodeFailed, DiskFull,

@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from inference.engines.wan import placement, speed, tokens, weights
+from inference.engines.wan import lean, placement, speed, tokens, weights
 from inference.engines.wan.lora import fuse
 from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
 from inference.engines.wan.presets import ComponentName, Dtype, Preset
@@ -51,6 +51,7 @@ class Models:
     dtype: torch.dtype  # of the experts' inputs
     device: torch.device
     offload: Offload
+    yuv_on_device: bool = False  # frames become YUV where they are decoded
 
     def offload_more(self) -> bool:
         """Moves to the next level of offload; False if there is none."""
@@ -138,6 +139,7 @@ def _load(
             experts[name] = read(name, WanTransformer3DModel, dtype_of(preset, name), where)
             prepare_expert(experts[name], preset, switches, device, offload)
     models = assemble(preset, folders["tokenizer"], text_encoder, vae, experts, device)
+    models.yuv_on_device = device.type != "cpu" if switches.yuv_on_device is None else switches.yuv_on_device
     models.place(offload)
     return models
 
@@ -147,7 +149,13 @@ def prepare_vae(vae: AutoencoderKLWan, preset: Preset, switches: Switches) -> No
     for part in (vae.decoder, vae.post_quant_conv):
         part.to(dtype_of(preset, "vae"))
     if switches.plain_upsampling:
-        speed.plain_upsampling(vae)
+        lean.plain_upsampling(vae)
+    if switches.zeros_in_convolutions:
+        lean.zeros_in_convolutions(vae)
+    if switches.fewer_copies:
+        lean.fewer_copies(vae)
+    if switches.fused_norms is not None:
+        lean.fuse_norms(vae, switches.fused_norms)
     if switches.channels_last:
         speed.channels_last(vae)
 
@@ -159,7 +167,7 @@ def prepare_expert(
     if switches.shared_timesteps and preset.first_frame_is_clean:
         tokens.share_timesteps(model)
     if switches.fp8:
-        speed.to_fp8(model)
+        speed.to_fp8(model, multiply=speed.multiplies_in_fp8(device))
     attention = speed.choose_attention(switches.attention, device, dtype_of(preset, "transformer"))
     speed.set_attention(model, attention)
     if switches.compile is not None and offload < Offload.BLOCKS:  # moving blocks cannot be compiled

@@ -38,6 +38,13 @@ class PromptEncoder:
 
     def encode(self, prompt: str, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """[1, 512, d]: the embeddings of the prompt's tokens, then zeros."""
+        embedding = self.read(prompt)
+        padded = torch.zeros(1, MAX_PROMPT_TOKENS, embedding.shape[1], device=device, dtype=dtype)
+        padded[0, : len(embedding)] = embedding.to(device=device, dtype=dtype)
+        return padded
+
+    def read(self, prompt: str) -> torch.Tensor:
+        """[tokens, d] in host memory: the embeddings of the prompt's tokens. One call at a time."""
         prompt = clean(prompt)
         embedding = self._remembered.get(prompt)
         if embedding is None:
@@ -45,9 +52,7 @@ class PromptEncoder:
             while len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
         self._remembered.move_to_end(prompt)
-        padded = torch.zeros(1, MAX_PROMPT_TOKENS, embedding.shape[1], device=device, dtype=dtype)
-        padded[0, : len(embedding)] = embedding.to(device=device, dtype=dtype)
-        return padded
+        return embedding
 
     def _embed(self, prompt: str) -> torch.Tensor:
         encoding = self._tokenizer.encode(prompt)

@@ -1,9 +1,9 @@
 """Photos into latents and latents into frames, chunk by chunk.
 
 The VAE is causal in time: a latent frame depends on earlier ones only through the caches of the convolutions. So no
-whole clip is ever held in memory: blank frames are encoded four at a time, and frames are decoded four at a time, with
-the same result as in one call. The caches are in a list of one generation and not on the model, where diffusers keeps
-them, so that a failed call leaves nothing behind.
+whole clip is ever held in memory: blank frames are encoded four at a time, without computing again what repeats
+(`steady.py`), and frames are decoded four at a time, with the same result as in one call. The caches are in a list of
+one generation and not on the model, where diffusers keeps them, so that a failed call leaves nothing behind.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
 
 from inference.engines.wan.presets import FRAME_STRIDE
+from inference.engines.wan.steady import ChunkEncoder
 
 
 def encode(
@@ -27,26 +28,27 @@ def encode(
     `first` and `last` are pictures [1, 3, 1, H, W] in -1..1; blank is 0, grey. `check` is called between chunks,
     and what it raises ends the work. Encoding is in fp32 (on Hopper, cuDNN multiplies in TF32).
     """
-    remembered: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["encoder"]  # noqa: SLF001 - counted once, when it was made
-    blank = torch.zeros_like(first).expand(-1, -1, FRAME_STRIDE, -1, -1)
-    chunks = [_encode_chunk(vae, first, remembered)]
+    encoder = ChunkEncoder(vae.encoder, vae._cached_conv_counts["encoder"])  # noqa: SLF001 - counted when it was made
+    blank = _patched(vae, torch.zeros_like(first).expand(-1, -1, FRAME_STRIDE, -1, -1))
+    chunks = [encoder(_patched(vae, first))]
     for start in range(1, frames, FRAME_STRIDE):
         check()
-        chunk = blank
         if last is not None and start + FRAME_STRIDE >= frames:
-            chunk = torch.cat([blank[:, :, 1:], last], dim=2)
-        chunks.append(_encode_chunk(vae, chunk, remembered))
+            end = torch.zeros_like(first).expand(-1, -1, FRAME_STRIDE - 1, -1, -1)
+            chunks.append(encoder(_patched(vae, torch.cat([end, last], dim=2))))
+        else:
+            chunks.append(encoder(blank, repeats=True))
     moments = vae.quant_conv(torch.cat(chunks, dim=2))
     mean, std = _statistics(vae, moments)
     latents: torch.Tensor = (moments[:, : vae.config.z_dim] - mean) / std  # the mode of the distribution is its mean
     return latents
 
 
-def _encode_chunk(vae: AutoencoderKLWan, pictures: torch.Tensor, remembered: list[torch.Tensor | None]) -> torch.Tensor:
+def _patched(vae: AutoencoderKLWan, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures as the encoder reads them, in fp32."""
     if vae.config.patch_size is not None:
         pictures = patchify(pictures, patch_size=vae.config.patch_size)
-    encoded: torch.Tensor = vae.encoder(pictures.float(), feat_cache=remembered, feat_idx=[0])
-    return encoded
+    return pictures.float()
 
 
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tensor]:

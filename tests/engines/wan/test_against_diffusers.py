@@ -94,7 +94,8 @@ def our_latents(engine, request, inputs, plan) -> torch.Tensor:
     with torch.inference_mode():
         guide = engine._guide(request, plan)
         condition = engine._condition(inputs, plan, job)
-        return engine._denoise(plan, guide, condition, torch.Generator().manual_seed(plan.seed), job)
+        generator = torch.Generator().manual_seed(plan.seed)
+        return engine._denoise(plan, guide, condition, engine._noise(plan, generator), generator=generator, job=job)
 
 
 @pytest.mark.parametrize(

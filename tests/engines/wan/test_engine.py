@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import subprocess
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,7 @@ async def test_cancel_is_obeyed_at_each_step(shape, photo, folder):
 
 STAGES = {
     "text": (lambda models: models.text_encoder._model, 1),
-    "photo": (lambda models: models.vae.encoder, 1),
+    "photo": (lambda models: models.vae.encoder.mid_block, 1),
     "first step": (lambda models: models.experts[0]._model, 1),
     "last step": (lambda models: models.experts[-1]._model, 2),
     "first chunk": (lambda models: models.vae.decoder, 1),
@@ -368,6 +369,45 @@ def test_long_clips_are_warned_of(photo):
         plan = engine._plan(SMALL.model_copy(update={"duration_s": 10}), {"photo": photo})
     assert plan.frames == 161
     assert [line["frames"] for line in logs if line["event"] == "long_clip"] == [161]
+
+
+@pytest.mark.anyio
+async def test_frames_made_yuv_on_the_device_look_the_same(shape, photo, folder):
+    """Within what two roundings do: the clip is compressed from the same pixels within one level."""
+    pictures = []
+    for where in (False, True):
+        engine = make_engine(shape, yuv_on_device=where)
+        pictures.append(frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())).int())
+        (folder / "wan.mp4").unlink()
+    off = (pictures[0] - pictures[1]).abs().float()
+    assert off.mean() < 2.5  # a wrong matrix, or U and V in each other's place, gives more than 10
+
+
+@pytest.mark.anyio
+async def test_the_text_is_read_before_the_photo_where_it_has_to_leave(photo, folder):
+    """With offload a photo's encoding may need the room that the text encoder takes; without, both go on at once."""
+    for offload, is_first in ((Offload.TEXT, True), (Offload.NONE, False)):
+        engine = make_engine("tiny-a14b", offload=offload)
+        models, order, photo_begun = engine._models, [], threading.Event()
+
+        def read(*_, wait=not is_first, begun=photo_begun, order=order):
+            assert not wait or begun.wait(10)  # would be in vain if the photo came after the text
+            order.append("text")
+
+        def look(*_, begun=photo_begun, order=order):
+            begun.set()
+            order.append("photo")
+
+        hooks = [
+            models.text_encoder._model.register_forward_pre_hook(read),
+            models.vae.encoder.mid_block.register_forward_pre_hook(look),
+        ]
+        request = SMALL.model_copy(update={"prompt": "new words", "negative_prompt": None})
+        await engine.generate(request, {"photo": photo}, folder, Job())
+        assert (order[0] == "text") is is_first
+        for hook in hooks:
+            hook.remove()
+        (folder / "wan.mp4").unlink()
 
 
 def test_an_area_beyond_the_preset_is_refused(weights_dir):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from inference.engines.wan.loading import load
 from inference.engines.wan.lora import fuse
 from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS
-from inference.engines.wan.speed import Switches
+from inference.engines.wan.speed import Float8Linear, Switches, _narrowed, to_fp8
 from inference.errors import CancelRequested, SettingsError, WeightsError
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
 from tests.engines.wan.test_against_diffusers import our_latents
@@ -139,7 +140,16 @@ def test_shared_timesteps_change_nothing(photo):
     assert distance(make_engine("tiny", shared_timesteps=False), make_engine("tiny"), photo) < 1e-3
 
 
-@pytest.mark.parametrize("switch", [{"plain_upsampling": False}, {"channels_last": True}], ids=str)
+SWITCHES = [
+    {"plain_upsampling": False},
+    {"zeros_in_convolutions": False},
+    {"fewer_copies": False},
+    {"fused_norms": "eager"},
+    {"channels_last": True},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
 def test_how_the_decoder_works_is_not_seen(shape, switch):
     """Each is another way to the same picture, but for a rounding here and there."""
     usual, other = make_engine(shape)._models.vae, make_engine(shape, **switch)._models.vae
@@ -157,6 +167,41 @@ def test_fp8_is_close(shape, offload, photo):
     assert model.blocks[0].ffn.net[2].weight.dtype == torch.float8_e4m3fn
     assert type(model.proj_out) is torch.nn.Linear
     assert 0 < distance(engine, make_engine(shape), photo) < 0.05
+
+
+def test_products_in_fp8_are_those_of_what_was_narrowed():
+    """Tokens and weights each lose bits, and nothing else does: the sum of their products is in bf16."""
+    torch.manual_seed(1)
+    linear = torch.nn.Linear(64, 32)
+    values = torch.randn(2, 5, 64) * torch.logspace(-3, 3, 5)[None, :, None]  # tokens of very different size
+    layer = Float8Linear(linear, multiply=True)
+    tokens, scale = _narrowed(values.reshape(-1, 64))
+    narrowed = (tokens.float() * scale) @ (layer.weight.float() * layer.scale).t() + linear.bias
+    with torch.inference_mode():
+        got = layer(values)
+    assert got.shape == (2, 5, 32)
+    off = (got.reshape(-1, 32) - narrowed).norm(dim=-1) / narrowed.norm(dim=-1)
+    assert off.max() < 2**-8  # half of bf16's last place
+    off = (got - linear(values)).norm(dim=-1) / linear(values).norm(dim=-1)
+    assert off.max() < 0.08  # of each token, however small it is beside the others
+
+
+def test_a_model_that_multiplies_in_fp8_is_close(shape, photo):
+    """Latents stay near those of full weights; further away than with narrow weights alone."""
+    exact, narrow, multiplied = make_engine(shape), make_engine(shape, fp8=True), make_engine(shape, fp8=False)
+    for expert in multiplied._models.experts:
+        to_fp8(expert._model, multiply=True)
+    kept, products = distance(narrow, exact, photo), distance(multiplied, exact, photo)
+    assert 0 < kept < products < 0.05
+
+
+@pytest.mark.parametrize("sides, in_eight", [((64, 32), True), ((64, 24), False), ((40, 32), False)])
+def test_layers_that_cuda_would_refuse_are_widened(sides, in_eight):
+    """Its products of 8 bits want sides that are multiples of 16."""
+    block = torch.nn.Module()
+    block.layer = torch.nn.Linear(*sides)
+    to_fp8(SimpleNamespace(blocks=[block]), multiply=True)
+    assert block.layer._multiply == in_eight
 
 
 @pytest.mark.parametrize("offload", [Offload.MODELS, Offload.BLOCKS], ids=lambda level: level.name.lower())
@@ -260,7 +305,7 @@ from pathlib import Path
 import torch
 from inference.engines.wan.engine import WanEngine
 from inference.engines.wan.presets import PRESETS
-from inference.engines.wan.speed import Switches
+from inference.engines.wan.speed import Float8Linear, Switches, _narrowed, to_fp8
 started = time.perf_counter()
 WanEngine.load(PRESETS["tiny"], Path(sys.argv[1]), device=torch.device("cpu"), switches=Switches(compile="inductor"),
                area_px=64 * 64)
