@@ -196,7 +196,10 @@ class TaskEta:
         past_s = self._history.stage_s(self._kind, self._stage)
         after_s = self._history.after_s(self._kind, self._stage)
         if past_s and after_s is not None:
-            return self._stage_left_s(at_s, past_s) + after_s
+            stage_left_s = self._stage_left_s(at_s, past_s)
+            end = self._history.end_of(self._kind, self._stage)
+            is_late = not stage_left_s and end is not None and self._fraction < end - MIN_STEP
+            return None if is_late else stage_left_s + after_s
         entered_at, entered_fraction = self._entered
         if self._fraction - entered_fraction >= SEEN_FRACTION and at_s - entered_at >= SEEN_S:
             return self._at_this_speed_s(1.0, at_s)

@@ -136,6 +136,18 @@ def test_without_history_speed_tells():
     assert eta.left_s(300) is None  # longer than was expected: how much longer, nobody knows
 
 
+def test_a_task_that_is_late_is_not_called_nearly_done():
+    """In the middle of a stage, once all the time it was expected to take is over."""
+    history = StageHistory()
+    for _ in range(MIN_RUNS):
+        history.add("film", {"draw": 10.0, "save": 0.1}, {"draw": 0.9, "save": 1.0})
+    eta = TaskEta(history, "film")
+    eta.observe("draw", 0.0, 0)
+    eta.observe("draw", 0.6, 6)
+    assert 0 < eta.left_s(6) < 6
+    assert eta.left_s(60) is None
+
+
 def test_speed_is_what_it_was_lately():
     """Tqdm's moving average: a first step that took ten times as long is forgotten after a few others."""
     eta = TaskEta(StageHistory(), "film")
