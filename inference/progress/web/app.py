@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from inference.progress.hub import ProgressHub
@@ -51,20 +51,32 @@ class _Listening:
     def __init__(self, hub: ProgressHub, access: Check, snapshot: Snapshot | None, bounds: Bounds) -> None:
         self._hub, self._access, self._snapshot = hub, access, snapshot
         self._bounds = bounds
-        self._listeners = 0
+        self._listeners: set[HTTPConnection] = set()  # from when they are admitted until they are told nothing more
 
     async def events(self, request: Request) -> ASGIApp:
         refusal = await self._refusal(request)
         if refusal is not None:
             headers = {"www-authenticate": "Bearer"} if refusal.status == 401 else None
             return JSONResponse({"error": refusal.why}, refusal.status, headers)
-        return EventStream(partial(self._follow, request), is_for_any_site=is_for_any_site(request))
+        self._listeners.add(request)
+        return partial(self._stream, request)
+
+    async def _stream(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            stream = EventStream(partial(self._follow, request), is_for_any_site=is_for_any_site(request))
+            await stream(scope, receive, send)
+        finally:
+            self._listeners.discard(request)
 
     async def websocket(self, websocket: WebSocket) -> None:
         if await self._refusal(websocket) is not None:
             await websocket.close(POLICY_VIOLATION)  # becomes a 403
-        else:
+            return
+        self._listeners.add(websocket)
+        try:
             await serve_websocket(websocket, partial(self._follow, websocket))
+        finally:
+            self._listeners.discard(websocket)
 
     async def _refusal(self, connection: HTTPConnection) -> Refusal | None:
         project_id = connection.path_params["project_id"]
@@ -76,7 +88,7 @@ class _Listening:
         except HTTPException as error:  # what an application's own check raises elsewhere
             refusal = Refusal(error.status_code, str(error.detail))
         # Afterwards: a check may take long, and others come meanwhile.
-        if refusal is None and self._listeners >= self._bounds.listeners:
+        if refusal is None and len(self._listeners) >= self._bounds.listeners:
             refusal = Refusal(503, "too many listen now: try again later")
         return refusal
 
@@ -90,9 +102,8 @@ class _Listening:
             if limit.cancelled_caught:
                 raise TimeoutError
 
-        self._listeners += 1
         try:
             with anyio.move_on_after(self._bounds.longest_s):
                 await follow(self._hub, project_id, after, self._snapshot, told)
         finally:
-            self._listeners -= 1
+            self._listeners.discard(connection)  # ending the stream may take a dead listener long
