@@ -37,8 +37,9 @@ def test_a_command_that_was_forked_is_like_one_that_was_started(tmp_path):
     assert (forked.stdout.read_bytes(), forked.stderr.read_bytes()) == (started.stdout, started.stderr)
     assert b"absent.jpg" in started.stderr
     running = Process(tmp_path, "running", "serve", "--port", "0", env=environment(I2V_DATA_DIR=tmp_path / "data"))
-    assert os.getsid(running.pid) == running.pid
+    its_session = os.getsid(running.pid)
     running.kill()
+    assert its_session == running.pid
     assert running.exit_code == -signal.SIGKILL
 
 

@@ -131,17 +131,17 @@ def fork_on_request(requests: socket.socket) -> bool:
             asked = json.loads(raw)
             pid = os.fork()
             if pid == 0:
+                os.setsid()
+                requests.sendall(STATUS.pack(os.getpid()))  # from here on it can be killed with its children
                 become(asked, files)
                 return True
             for file in files[:2]:
                 os.close(file)
             children[os.pidfd_open(pid)] = pid, files[2]
-            requests.sendall(STATUS.pack(pid))
 
 
 def become(asked: dict, files: list[int]) -> None:
     """What the kernel and Python do when a script is started."""
-    os.setsid()
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["env"])
