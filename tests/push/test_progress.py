@@ -39,27 +39,28 @@ def served(hub, secret=TOKEN, tokens=None):
 
 
 @pytest.mark.parametrize(
-    "headers, query, status",
+    "headers, token, status",
     [
-        ({}, "", 401),
-        (BEARER, "", 200),
-        ({"x-worker-token": TOKEN}, "", 200),
-        ({"authorization": "Bearer wrong"}, "", 401),
-        ({"authorization": "Bearer a.b.c"}, "", 200),
-        ({"authorization": "Bearer x.y.z"}, "", 403),
-        ({"authorization": "Bearer 1.2.3"}, "", 503),
-        ({}, f"?token={Access(TOKEN, TOKEN).sign('film')}", 200),
-        ({"origin": "https://app.example"}, f"?token={Access(TOKEN, TOKEN).sign('film')}", 200),
-        ({}, f"?token={Access(TOKEN, TOKEN).sign('other')}", 401),
-        ({}, f"?token={Access(TOKEN, TOKEN).sign('film', -1)}", 401),
-        ({}, f"?token={Access('', 'guessed').sign('film')}", 401),
-        ({}, f"?token={quote(TOKEN)}", 401),
+        ({}, None, 401),
+        (BEARER, None, 200),
+        ({"x-worker-token": TOKEN}, None, 200),
+        ({"authorization": "Bearer wrong"}, None, 401),
+        ({"authorization": "Bearer a.b.c"}, None, 200),
+        ({"authorization": "Bearer x.y.z"}, None, 403),
+        ({"authorization": "Bearer 1.2.3"}, None, 503),
+        ({}, lambda: Access(TOKEN, TOKEN).sign("film"), 200),
+        ({"origin": "https://app.example"}, lambda: Access(TOKEN, TOKEN).sign("film"), 200),
+        ({}, lambda: Access(TOKEN, TOKEN).sign("other"), 401),
+        ({}, lambda: Access(TOKEN, TOKEN).sign("film", -1), 401),
+        ({}, lambda: Access("", "guessed").sign("film"), 401),
+        ({}, lambda: TOKEN, 401),
     ],
     ids=count(),
 )
-def test_who_may_ask_for_a_job_may_follow(headers, query, status):
+def test_who_may_ask_for_a_job_may_follow(headers, token, status):
     """Over both; and a page with a token for this project, wherever it is."""
     hub = MemoryHub()
+    query = f"?token={quote(token())}" if token else ""
     with served(hub, tokens=Accounts()) as url:
         with httpx.stream("GET", f"{url}/events/film{query}", headers=headers) as response:
             assert response.status_code == status

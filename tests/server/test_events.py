@@ -6,6 +6,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
+from inference.server.connections import Patience
 from inference.server.sessions import COOKIE, Sessions
 from tests.progress.web.harness import WAYS, Listener, websocket_status
 from tests.server.harness import KEY, config, jpeg, running_server
@@ -77,7 +78,7 @@ def test_a_browser_follows_with_its_session(tmp_path):
 
 def test_a_listener_that_sends_without_end_is_let_go(tmp_path, caplog):
     """With a body, which nobody reads: its stream ends, and that is no error of the server."""
-    with running_server(config(tmp_path)) as url:
+    with running_server(config(tmp_path), patience=Patience(header_s=0.5)) as url:
         body = iter(lambda: bytes(65_536), None)
         with suppress(httpx.WriteError, httpx.ReadError):
             ended = httpx.request("GET", f"{url}/events/queue", content=body, headers=KEYED)
