@@ -4,7 +4,8 @@ Half of a decode's time on a large GPU is not spent on products but on moving ac
 pad them, to copy them, to turn them into 32 bits and back. Layers of a loaded model are given these classes in place;
 their weights stay as they are.
 
-The results are the same bit for bit, but for `fuse_norms`, which rounds once where diffusers rounds five times.
+The results are the same bit for bit, but for two: `fuse_norms` rounds once where diffusers rounds five times, and with
+`zeros_in_convolutions` a library may add up the same products in another order.
 """
 
 import math
@@ -40,7 +41,11 @@ def plain_upsampling(vae: AutoencoderKLWan) -> None:
 
 
 def zeros_in_convolutions(vae: AutoencoderKLWan) -> None:
-    """Convolutions take the zeros around a picture as they go, instead of reading a padded copy of it."""
+    """Convolutions take the zeros around a picture as they go, instead of reading a padded copy of it.
+
+    On a CPU, at true size, the decoder gives the same bits in bf16, in which it is run, and in fp32 values that are
+    2e-6 away at most (tests/bench/LOG.md). On a GPU this was not tried.
+    """
     _become(vae, WanCausalConv3d, ZeroPaddingConv3d)
 
 
