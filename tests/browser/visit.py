@@ -16,6 +16,8 @@ from tests.support.browser import Watch
 WAIT_MS = 15_000
 """How long whatever is awaited may take on a busy machine."""
 
+expect.set_options(timeout=WAIT_MS)
+
 AWAY = "ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE"
 """What the console says while a server is away."""
 

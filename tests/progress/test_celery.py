@@ -102,18 +102,18 @@ async def test_forty_tasks_over_two_workers_and_a_page_that_comes_late(site):
     assert {each.event.task_name for each in heard} == {f"task-{number}" for number in range(40)}
     processes = {each.event.result["pid"] for each in heard if each.event.type == "completion"}
     assert len(processes) == sum(SLOTS.values())
-    until(lambda: {result.state for result in results} == {"SUCCESS"}, 10, "all states say so")
+    until(lambda: {result.state for result in results} == {"SUCCESS"}, 60, "all states say so")
     assert {result.result["pid"] for result in results} == processes
 
 
 def test_a_state_says_what_the_last_event_says(site):
     """Also to who knows only the task's id: PROGRESS with the event, then SUCCESS with the result."""
     result = site.send("work", "state", "director", 8, 0.2)
-    until(lambda: result.state == "PROGRESS" and result.info["progress_percent"] >= 25, 10, "it is under way")
+    until(lambda: result.state == "PROGRESS" and result.info["progress_percent"] >= 25, 60, "it is under way")
     told = result.info
     assert told["type"] == "progress"
     assert (told["project_id"], told["task_name"], told["status"]) == ("state", "director", "processing")
-    until(lambda: result.state == "SUCCESS", 10, "it is done")
+    until(lambda: result.state == "SUCCESS", 60, "it is done")
     assert result.result.keys() == {"pid"}
 
 
@@ -125,7 +125,8 @@ def test_a_task_that_fails_without_a_word(site):
         site.send("fail_once", "bad", "again"),
         site.send("fail_inside", "bad"),
     ]
-    until(lambda: all(result.ready() for result in results), 20, "all have ended")
+    # After an outage of Redis, which another test makes, Celery asks for tasks again after up to half a minute.
+    until(lambda: all(result.ready() for result in results), 60, "all have ended")
     assert [result.state for result in results] == ["FAILURE", "FAILURE", "SUCCESS", "FAILURE"]
     assert str(results[0].result) == "no photo\nat all"
     ends: dict[str, list] = {}
@@ -156,7 +157,7 @@ async def test_redis_killed_and_back_in_the_middle(site):
     try:
         async with page.subscribe("storm", START) as subscription:
             names = set()
-            with anyio.fail_after(20):
+            with anyio.fail_after(60):
                 async for published in subscription:
                     names.add(published.event.task_name)
                     if len(names) == 4:
@@ -174,7 +175,7 @@ async def test_redis_killed_and_back_in_the_middle(site):
     check_order(everything)
     assert {each.json for each in heard} < {each.json for each in everything}
     until(lambda: {result.state for result in results} == {"SUCCESS"}, 30, "all have succeeded")
-    until(lambda: all(len(set(outages(worker))) == 1 for worker in site.workers.values()), 10, "each outage has ended")
+    until(lambda: all(len(set(outages(worker))) == 1 for worker in site.workers.values()), 60, "each outage has ended")
     assert any(outages(worker)[0] for worker in site.workers.values())
     for worker in site.workers.values():
         assert outages(worker)[0] <= SLOTS[worker.name]
