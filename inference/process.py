@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import anyio
 import structlog
+from anyio.abc import TaskStatus
 
 from inference import terminal
 from inference.errors import EngineHung, I2VError, SettingsError
@@ -57,9 +58,12 @@ async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> 
             scope.cancel()
 
 
-async def drain_on_signal(worker: Worker, grace_s: float) -> None:
+async def drain_on_signal(
+    worker: Worker, grace_s: float, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
     """Drains a worker on the first SIGINT or SIGTERM, and stops it at once on the second. Runs until cancelled."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
         async for number in signals:
             log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
             terminal.tell(f"Finishing for up to {grace_s:g} s, then handing tasks back; again to hand back now.")

@@ -163,8 +163,8 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
         worker = build_worker(settings, queue, engine, sink=sink, hub=hub)
+        await tasks.start(process.drain_on_signal, worker, settings.shutdown_grace_s)  # before others hear of it
         log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
-        tasks.start_soon(process.drain_on_signal, worker, settings.shutdown_grace_s)
         if listen is not None:
             await tasks.start(listen, worker)
         try:
