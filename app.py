@@ -20,7 +20,8 @@ import modal.experimental
 
 from images.slim import slim_image
 from images.wan import wan_image
-from inference import build, logs, terminal
+from inference import logs, terminal
+from inference.build.workers import build_ledger
 from inference.errors import I2VError, one_line
 from inference.fleet import opening, report, shape
 from inference.on_modal import deployment, ticks
@@ -220,7 +221,7 @@ async def look(forget: str) -> list[str] | dict[str, str]:
     """What `status` shows; an error comes back as one line."""
     try:
         if forget:
-            await build.build_ledger(settings, records()).forget(forget)
+            await build_ledger(settings, records()).forget(forget)
         return await report.report(settings, deployment.on_modal(settings), records(), pools())
     except I2VError as error:
         return {"error": str(error)}

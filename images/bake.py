@@ -13,7 +13,7 @@ def fetch_weights(preset: str, pins: dict[str, str], *, accept_non_commercial: b
 
     Raises SettingsError where the pins are not those of the code, WeightsError, DiskFull.
     """
-    from inference.build import build_weights  # noqa: PLC0415 - see above
+    from inference.build.engines import build_weights  # noqa: PLC0415 - see above
     from inference.engines.wan import fetching, weights  # noqa: PLC0415
     from inference.engines.wan.presets import PRESETS  # noqa: PLC0415
     from inference.errors import SettingsError  # noqa: PLC0415
@@ -40,7 +40,7 @@ def compile_kernels(preset: str, settings: dict[str, str]) -> None:
     `settings` are those of the environment that change the result. Where a change of code does, too, containers
     compile at their start what is missing, until the next deployment with other settings. Raises EngineError.
     """
-    from inference.build import build_engine  # noqa: PLC0415 - as above
+    from inference.build.engines import build_engine  # noqa: PLC0415 - as above
     from inference.settings import Settings  # noqa: PLC0415
 
     del settings
@@ -52,7 +52,7 @@ def build_unpublished() -> None:
 
     Raises SettingsError, DiskFull.
     """
-    from inference.build import build_weights  # noqa: PLC0415 - as above
+    from inference.build.engines import build_weights  # noqa: PLC0415 - as above
     from inference.engines.wan.presets import PRESETS  # noqa: PLC0415
     from inference.settings import Settings  # noqa: PLC0415
 
@@ -73,7 +73,7 @@ def check_image() -> None:
     import anyio  # noqa: PLC0415
 
     from inference import doctor  # noqa: PLC0415
-    from inference.build import needing_extra  # noqa: PLC0415
+    from inference.build.extras import needing_extra  # noqa: PLC0415
     from inference.engines.wan import weights  # noqa: PLC0415
     from inference.engines.wan.presets import PRESETS  # noqa: PLC0415
     from inference.errors import SettingsError  # noqa: PLC0415

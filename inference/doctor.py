@@ -13,15 +13,9 @@ import anyio.to_thread
 import imageio_ffmpeg
 import numpy as np
 
-from inference.build import (
-    bucket_of,
-    build_ledger,
-    choose_engine,
-    describe_gpu,
-    engine_note,
-    load_template,
-    open_queue,
-)
+from inference.build.engines import choose_engine, describe_gpu, engine_note, load_template
+from inference.build.queues import bucket_of, open_queue
+from inference.build.workers import build_ledger
 from inference.engines.comfyui.api import ComfyApi, base_url
 from inference.engines.comfyui.needs import lacking
 from inference.engines.runway.models import USD_PER_CREDIT, refuse_settings

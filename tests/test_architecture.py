@@ -56,19 +56,19 @@ FOREIGN = {
 
 OWN = {
     # A queue's wire belongs to its adapter, and queues are opened in one place.
-    "inference.queues.lifeisshort": ("inference/queues/", "inference/build.py"),
-    "inference.queues.gmanimato": ("inference/queues/", "inference/build.py"),
+    "inference.queues.lifeisshort": ("inference/queues/", "inference/build/"),
+    "inference.queues.gmanimato": ("inference/queues/", "inference/build/"),
     "inference.queues.video_jobs": (
         "inference/queues/",
         "inference/testing/memory_jobs.py",
         "inference/push/",
-        "inference/build.py",
+        "inference/build/",
     ),
     # Engines are built in one place. What else knows one of them looks after what that engine needs: its weights on
     # disk, its prices, what a platform has to have for it.
     "inference.engines.wan": (
         "inference/engines/wan/",
-        "inference/build.py",
+        "inference/build/",
         "inference/doctor.py",
         "inference/on_modal/deployment.py",
         "inference/on_modal/doctor.py",
@@ -76,7 +76,7 @@ OWN = {
     ),
     "inference.engines.runway": (
         "inference/engines/runway/",
-        "inference/build.py",
+        "inference/build/",
         "inference/doctor.py",
         "inference/on_modal/deployment.py",
     ),

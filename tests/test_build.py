@@ -8,17 +8,10 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from inference.build import (
-    build_engine,
-    build_server_config,
-    build_worker,
-    choose_engine,
-    engine_note,
-    open_events,
-    open_queue,
-    refuse,
-    usd_per_s,
-)
+from inference.build.engines import build_engine, choose_engine, engine_note, refuse
+from inference.build.queues import open_queue
+from inference.build.server import build_server_config
+from inference.build.workers import build_worker, open_events, usd_per_s
 from inference.engines.preview import PreviewEngine
 from inference.errors import InvalidRequest, NotWritable, SettingsError
 from inference.leasing.scratch import scratch_folder

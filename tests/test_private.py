@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from inference import private
-from inference.build import build_server_config
+from inference.build.server import build_server_config
 from inference.on_runpod.tick import alone
 from inference.payments.records import SqliteRecords
 from inference.settings import Settings

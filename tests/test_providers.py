@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference import providers
-from inference.build import ENGINES
+from inference.build.engines import ENGINES
 from inference.engines.runway.models import MODELS
 from inference.engines.wan.presets import PRESETS
 from inference.server.wire import Provider as HintOfTheContract

@@ -10,7 +10,9 @@ import typer
 from pydantic import SecretStr
 
 from inference import logs, process, terminal
-from inference.build import build_worker, engine_note, load_engine, open_queue
+from inference.build.engines import engine_note, load_engine
+from inference.build.queues import open_queue
+from inference.build.workers import build_worker
 from inference.commands.browser import open_browser
 from inference.commands.serving import at_home, serving, tell_page
 from inference.commands.start import Seconds, Verbose, check_mp4, temporary_folder

@@ -13,7 +13,8 @@ import anyio.to_thread
 import typer
 
 from inference import process, terminal
-from inference.build import build_ledger, build_policy, engine_note, load_engine, recipe, refuse
+from inference.build.engines import engine_note, load_engine, recipe, refuse
+from inference.build.workers import build_ledger, build_policy
 from inference.commands.start import OPTIONS, Verbose, check_mp4, start, temporary_folder
 from inference.engines.turns import EngineTurns
 from inference.errors import InvalidPhoto, InvalidRequest

@@ -10,14 +10,9 @@ import typer
 
 from inference import doctor as doctor_module
 from inference import logs, process, terminal
-from inference.build import (
-    build_ledger,
-    build_worker,
-    choose_engine,
-    load_engine,
-    open_events,
-    open_queue,
-)
+from inference.build.engines import choose_engine, load_engine
+from inference.build.queues import open_queue
+from inference.build.workers import build_ledger, build_worker, open_events
 from inference.commands.comfy import app as comfy_app
 from inference.commands.demo import demo
 from inference.commands.film import film

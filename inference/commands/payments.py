@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from inference import terminal
-from inference.build import build_ledger
+from inference.build.workers import build_ledger
 from inference.commands.start import Verbose, start
 from inference.payments.ledger import Payment
 

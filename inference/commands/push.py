@@ -12,15 +12,10 @@ import typer
 from anyio.abc import TaskStatus
 
 from inference import logs, process, terminal
-from inference.build import (
-    build_ledger,
-    build_runner,
-    choose_engine,
-    load_engine,
-    migrate_jobs,
-    needing_extra,
-    open_events,
-)
+from inference.build.engines import choose_engine, load_engine
+from inference.build.extras import needing_extra
+from inference.build.queues import migrate_jobs
+from inference.build.workers import build_ledger, build_runner, open_events
 from inference.commands.start import Verbose, start
 from inference.errors import SettingsError
 from inference.leasing.polling import Worker

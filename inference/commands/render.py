@@ -10,7 +10,8 @@ import anyio
 import typer
 
 from inference import process, terminal
-from inference.build import build_ledger, engine_note, load_engine, refuse
+from inference.build.engines import engine_note, load_engine, refuse
+from inference.build.workers import build_ledger
 from inference.commands.start import OPTIONS, Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
 from inference.engines.base import Job
 from inference.engines.turns import EngineTurns

@@ -7,7 +7,8 @@ import anyio
 from anyio.abc import TaskStatus
 
 from inference import process, terminal
-from inference.build import build_server_config, open_events
+from inference.build.server import build_server_config
+from inference.build.workers import open_events
 from inference.settings import Settings
 
 POLL_AT_HOME_S = 1.0

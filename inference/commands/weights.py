@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from inference import logs, terminal
-from inference.build import build_weights
+from inference.build.engines import build_weights
 from inference.engines.wan import fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import SettingsError, WeightsError

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from inference.build import build_ledger, open_queue, price_usd
+from inference.build.engines import price_usd
+from inference.build.queues import open_queue
+from inference.build.workers import build_ledger
 from inference.errors import SettingsError
 from inference.fleet.containers import Containers
 from inference.fleet.dispatch import Dispatcher

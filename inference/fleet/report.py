@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from inference.build import build_ledger, open_queue
+from inference.build.queues import open_queue
+from inference.build.workers import build_ledger
 from inference.errors import I2VError, PoolUnavailable
 from inference.fleet.containers import Containers
 from inference.fleet.readings import Readings

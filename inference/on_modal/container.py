@@ -12,7 +12,9 @@ import structlog
 from pydantic import ValidationError
 
 from inference import logs
-from inference.build import build_ledger, build_runner, load_engine, open_events, open_queue
+from inference.build.engines import load_engine
+from inference.build.queues import open_queue
+from inference.build.workers import build_ledger, build_runner, open_events
 from inference.engines.base import Engine, Job
 from inference.errors import EngineLost, I2VError
 from inference.fleet.opening import version

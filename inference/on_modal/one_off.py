@@ -8,7 +8,9 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from inference import build, terminal
+from inference import terminal
+from inference.build import engines
+from inference.build.queues import open_queue, open_storage
 from inference.errors import EngineError, I2VError, NoTask, SettingsError
 from inference.fleet.shape import for_a_cold_start
 from inference.leasing.scratch import put, scratch_folder
@@ -61,7 +63,7 @@ def refuse(settings: Settings, engine: EngineName, request: dict[str, Any] | Non
     if request is not None:
         own = settings.model_copy(update={"engine": engine})
         with asked_as(OPTIONS):
-            build.refuse(own, GenerationRequest.model_validate(request))
+            engines.refuse(own, GenerationRequest.model_validate(request))
 
 
 async def fetch(settings: Settings, photo: bytes | str) -> bytes:
@@ -74,7 +76,7 @@ async def fetch(settings: Settings, photo: bytes | str) -> bytes:
         if isinstance(photo, bytes):
             await anyio.to_thread.run_sync(put, path, photo)
         else:
-            async with build.open_storage(settings) as storage:
+            async with open_storage(settings) as storage:
                 await storage.download(photo, path)
         await anyio.to_thread.run_sync(photos.verify, path)
         return path.read_bytes()
@@ -86,7 +88,7 @@ async def taken(settings: Settings, item_id: str) -> AsyncIterator[Lease]:
 
     Raises NoTask, QueueError, Refusal, InvalidTask.
     """
-    async with build.open_queue(for_a_cold_start(settings, on_modal(settings))) as queue:
+    async with open_queue(for_a_cold_start(settings, on_modal(settings))) as queue:
         lease = await lease_from(queue, item_id or None)
         if lease is None:
             raise NoTask(f"{item_id} cannot be taken now: see its status" if item_id else "no task waits")

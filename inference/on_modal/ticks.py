@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 import structlog
 
-from inference.build import needing_extra
+from inference.build.extras import needing_extra
 from inference.errors import I2VError, PoolUnavailable
 from inference.payments.records import Records
 from inference.settings import Settings

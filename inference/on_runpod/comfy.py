@@ -26,7 +26,7 @@ import structlog
 from pydantic import AliasChoices, ConfigDict, Field, ValidationError
 
 from inference import logs
-from inference.build import build_policy
+from inference.build.workers import build_policy
 from inference.engines.base import Job
 from inference.errors import EncodeFailed, I2VError, InvalidRequest, SettingsError, StorageError
 from inference.inputs import fetch

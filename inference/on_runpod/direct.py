@@ -11,7 +11,8 @@ import anyio.to_thread
 import httpx
 
 from inference import logs
-from inference.build import build_policy, refuse
+from inference.build.engines import refuse
+from inference.build.workers import build_policy
 from inference.engines.base import Job
 from inference.engines.turns import EngineTurns
 from inference.errors import InvalidRequest, ObjectExists, SettingsError, UrlExpired

@@ -17,17 +17,9 @@ import anyio
 import structlog
 
 from inference import logs
-from inference.build import (
-    bucket_of,
-    build_engine,
-    build_runner,
-    choose_engine,
-    clear_temp,
-    load_engine,
-    open_events,
-    open_queue,
-    open_storage,
-)
+from inference.build.engines import build_engine, choose_engine, load_engine
+from inference.build.queues import bucket_of, open_queue, open_storage
+from inference.build.workers import build_runner, clear_temp, open_events
 from inference.doctor import require_machine
 from inference.engines.base import Engine
 from inference.engines.turns import EngineTurns

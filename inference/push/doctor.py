@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from inference.build import choose_engine
+from inference.build.engines import choose_engine
 from inference.doctor import Finding
 from inference.errors import I2VError
 from inference.fleet.shape import TRANSFERS_S

@@ -11,7 +11,8 @@ from anyio.abc import TaskStatus
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
-from inference.build import needing_extra, open_queue
+from inference.build.extras import needing_extra
+from inference.build.queues import open_queue
 from inference.errors import SettingsError
 from inference.progress.hub import ProgressHub
 from inference.progress.web.follow import Bounds

@@ -31,7 +31,8 @@ import numpy as np
 from PIL import Image
 
 from inference import logs
-from inference.build import build_worker, open_queue
+from inference.build.queues import open_queue
+from inference.build.workers import build_worker
 from inference.engines.base import Job
 from inference.server.client import QueueClient
 from inference.settings import Settings

@@ -21,7 +21,7 @@ from typing import Any
 import anyio
 import structlog
 
-from inference.build import load_engine
+from inference.build.engines import load_engine
 from inference.engines.base import Engine
 from inference.engines.preview import PreviewEngine
 from inference.engines.runway.engine import RunwayEngine

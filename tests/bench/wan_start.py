@@ -16,7 +16,7 @@ from typing import Any  # noqa: E402
 import anyio  # noqa: E402
 import structlog  # noqa: E402
 
-from inference.build import build_engine  # noqa: E402
+from inference.build.engines import build_engine  # noqa: E402
 from inference.engines.base import Job  # noqa: E402
 from inference.errors import CancelRequested  # noqa: E402
 from inference.progress.stages import Progress, StageTracker  # noqa: E402

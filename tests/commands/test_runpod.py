@@ -25,7 +25,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from inference import terminal
-from inference.build import build_runner, open_queue
+from inference.build.queues import open_queue
+from inference.build.workers import build_runner
 from inference.commands import main as cli
 from inference.commands import runpod as cli_runpod
 from inference.engines.preview import PreviewEngine

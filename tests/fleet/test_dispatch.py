@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from inference.build import price_usd
+from inference.build.engines import price_usd
 from inference.errors import (
     BudgetSpent,
     I2VError,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.build import price_usd
+from inference.build.engines import price_usd
 from inference.fleet.plan import FIRST_CLIP_S, Fleet, Plan, Pool, Rules, choices, plan
 from inference.fleet.tick_state import TickState
 from inference.payments.ledger import Payment, paid_in_parts

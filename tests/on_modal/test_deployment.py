@@ -21,7 +21,7 @@ import httpx
 import psycopg
 import pytest
 
-from inference.build import migrate_jobs
+from inference.build.queues import migrate_jobs
 from inference.media.video import probe
 from inference.payments.ledger import Ledger, Payment
 from inference.payments.records import MemoryRecords

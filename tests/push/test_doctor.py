@@ -47,7 +47,7 @@ def test_a_deployment_that_fits():
     with postgres.server() as server, postgres.database(server) as database:
         settings = {**GOOD, **bucket, "jobs_database_url": database}
         assert "migrate" in examined(**settings)["table"].text
-        from inference.build import migrate_jobs
+        from inference.build.queues import migrate_jobs
 
         migrate_jobs(Settings.isolated(jobs_database_url=database))
         found = examined(**settings)

@@ -27,7 +27,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskGroup
 
-from inference.build import price_usd
+from inference.build.engines import price_usd
 from inference.engines.base import Job
 from inference.engines.runway.models import model_for
 from inference.errors import (

@@ -81,7 +81,7 @@ def forker(*modules: str, **settings: str) -> Forker:
     return started
 
 
-NEEDED = ("inference.commands.main", "inference.build", "inference.server.serve", "inference.push.app")
+NEEDED = ("inference.commands.main", "inference.build.workers", "inference.server.serve", "inference.push.app")
 """By commands that go on, such as `i2v serve`, `i2v work` and `i2v push`."""
 
 

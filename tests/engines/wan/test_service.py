@@ -6,7 +6,9 @@ import signal
 import pytest
 
 from inference import doctor
-from inference.build import build_worker, load_engine, open_queue
+from inference.build.engines import load_engine
+from inference.build.queues import open_queue
+from inference.build.workers import build_worker
 from inference.engines.wan.presets import PRESETS
 from inference.media.video import probe
 from inference.progress.stages import Progress

@@ -7,7 +7,8 @@ import httpx
 import psycopg
 import pytest
 
-from inference.build import choose_engine, migrate_jobs, open_queue
+from inference.build.engines import choose_engine
+from inference.build.queues import migrate_jobs, open_queue
 from inference.errors import (
     CancelRequested,
     EngineFailed,
