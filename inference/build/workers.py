@@ -65,6 +65,19 @@ def clear_temp(settings: Settings) -> None:
         sweep(settings.temp_dir)
 
 
+def event_hub(settings: Settings, *, needed: bool = True) -> ProgressHub | None:
+    """As `open_events`, for who closes it otherwise: `close` blocks while it sends what waits."""
+    if settings.redis_url is None:
+        return None
+    try:
+        return open_hub(settings.redis_url.get_secret_value())
+    except SettingsError as error:
+        if needed:
+            raise
+        log.error("no_events", error=str(error))  # noqa: TRY400 - the message is the point
+        return None
+
+
 @asynccontextmanager
 async def open_events(settings: Settings, *, needed: bool = True) -> AsyncIterator[ProgressHub | None]:
     """Where applications hear of the leases of this process; None where no Redis is set.
@@ -72,14 +85,7 @@ async def open_events(settings: Settings, *, needed: bool = True) -> AsyncIterat
     What waits to be told is sent at the end, for some seconds at most. Raises SettingsError for a URL that is none, or
     where the package is missing; unless it is `needed`, that is a log line, and nobody hears of anything.
     """
-    hub = None
-    if settings.redis_url is not None:
-        try:
-            hub = open_hub(settings.redis_url.get_secret_value())
-        except SettingsError as error:
-            if needed:
-                raise
-            log.error("no_events", error=str(error))  # noqa: TRY400 - the message is the point
+    hub = event_hub(settings, needed=needed)
     try:
         yield hub
     finally:

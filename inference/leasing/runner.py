@@ -104,8 +104,10 @@ class Runner:
             with span.current():
                 outcome = ended(await self._run(lease, tracker))
         except anyio.get_cancelled_exc_class():
-            ended(Outcome(status="released", item_id=lease.task.item_id))
-            log.info("lease_ended", **bound, status="released", error=STOPPING)
+            # A queue that takes nothing back was told that the task failed.
+            status: Literal["released", "failed"] = "released" if self._queue.hands_back else "failed"
+            ended(Outcome(status=status, item_id=lease.task.item_id, error=STOPPING))
+            log.info("lease_ended", **bound, status=status, error=STOPPING)
             raise
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
         if outcome.video is not None and outcome.video.cost_usd is not None:

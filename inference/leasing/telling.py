@@ -17,7 +17,8 @@ from typing import Any
 
 import structlog
 
-from inference.progress.events import MAX_PROGRESS, CompletionEvent, ErrorEvent, Event, ProgressEvent
+from inference.progress.events import CompletionEvent, ErrorEvent, Event, ProgressEvent, percent
+from inference.progress.gate import PENDING
 from inference.progress.hub import ProgressHub
 from inference.progress.stages import Progress
 from inference.task import Lease, Outcome, Task
@@ -36,7 +37,6 @@ class Telling:
         self._lease = _number_of(task)
         self._lock = threading.Lock()
         self._sequence = 0
-        self._last = 0.0
         self._ended = False
 
     def sink(self, progress: Progress) -> None:
@@ -46,14 +46,13 @@ class Telling:
         with self._lock:
             if self._ended:  # a thread that was left behind
                 return
-            self._last = max(self._last, min(progress.fraction, MAX_PROGRESS))
-            fraction, metadata = self._last, self._metadata()
+            metadata = self._metadata()
         metadata |= {"stage": progress.stage, "done": progress.done, "total": progress.total}
         if progress.eta_s is not None:
             metadata["eta_s"] = progress.eta_s
         if progress.detail:
             metadata["detail"] = dict(progress.detail)
-        self._publish(lambda: self._progress(fraction, "processing", progress.stage, metadata))
+        self._publish(lambda: self._progress(progress.fraction, "processing", progress.stage, metadata))
 
     def ended(self, outcome: Outcome) -> None:
         """The lease has ended like this."""
@@ -74,7 +73,7 @@ class Telling:
                     lambda: ErrorEvent(project_id=project_id, task_name=task_name, error=said, details=details)
                 )
             case "released":
-                self._publish(lambda: self._progress(0.0, "pending", outcome.error or "", metadata))
+                self._publish(lambda: self._progress(0.0, PENDING, outcome.error or "", metadata))
 
     def _metadata(self) -> dict[str, Any]:
         self._sequence += 1
@@ -85,7 +84,7 @@ class Telling:
             project_id=self._project_id,
             task_name=self._task_name,
             progress=fraction,
-            progress_percent=round(fraction * 100),
+            progress_percent=percent(fraction),
             status=status,
             message=message,
             metadata=metadata,

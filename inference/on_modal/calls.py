@@ -10,14 +10,13 @@ import structlog
 from starlette.types import ASGIApp
 
 from inference import logs
-from inference.errors import I2VError, PoolUnavailable, QueueUnavailable, SettingsError
+from inference.build.workers import event_hub
+from inference.errors import I2VError, PoolUnavailable, QueueUnavailable
 from inference.fleet.containers import Containers, Sized
 from inference.fleet.shape import Shape, for_a_cold_start
 from inference.leasing.taking import LEASE_LIMIT_S, hand_back
 from inference.on_modal import deployment, ticks
 from inference.payments.records import Records
-from inference.progress.hub import ProgressHub
-from inference.progress.redis import open_hub
 from inference.progress.web.follow import Bounds
 from inference.providers import DEFAULT, provider_of
 from inference.push import answers
@@ -122,7 +121,7 @@ def application(
     async def wake() -> None:
         await ticks.ask(records, spawn_tick)
 
-    hub = _hub(settings)
+    hub = event_hub(settings, needed=False)  # jobs are taken without it, too
     streams = build_streams(settings, auth, hub, Bounds(LISTENERS, longest_s=deployment.LISTEN_S))
     deadline_s = settings.push_deadline_s
     runs = HandsOn(pool, shape.sizes[DEFAULT.pool], wake) if settings.queue == "video_jobs" else None
@@ -137,14 +136,3 @@ def application(
             yield
 
     return create_app(auth, runs=runs, wake=wake, deadline_s=deadline_s, beside=streams, lifespan=opened)
-
-
-def _hub(settings: Settings) -> ProgressHub | None:
-    """Where containers publish progress. Jobs are taken without it, too."""
-    if settings.redis_url is None:
-        return None
-    try:
-        return open_hub(settings.redis_url.get_secret_value())
-    except SettingsError as error:
-        log.error("no_events", error=str(error))  # noqa: TRY400 - the message is the point
-        return None

@@ -161,12 +161,17 @@ class TaskEta:
         self._kind = kind
         self._seconds: dict[str, float] = {}
         self._ends: dict[str, float] = {}
+        self._expected: Mapping[str, float] = {}
         self._stage: str | None = None
         self._entered: tuple[float, float] = (0.0, 0.0)  # when, and the fraction of the whole then
         self._moved_at = 0.0  # when the fraction was last seen to grow
         self._fraction = 0.0
         self._steps, self._steps_s = Ema(), Ema()  # by how much it grew each time, and after how long
         self._promised: tuple[float, float] | None = None  # what was left when the stage began, and when that was
+
+    def expect(self, ends: Mapping[str, float]) -> None:
+        """How much of the whole is done when each stage ends, from who weighs them; without, the last run says."""
+        self._expected = ends
 
     def observe(self, stage: str, fraction: float, at_s: float) -> None:
         """Where the task is, and how much of the whole is done, 0..1."""
@@ -197,7 +202,7 @@ class TaskEta:
         after_s = self._history.after_s(self._kind, self._stage)
         if past_s and after_s is not None:
             stage_left_s = self._stage_left_s(at_s, past_s)
-            end = self._history.end_of(self._kind, self._stage)
+            end = self._end_of(self._stage)
             is_late = not stage_left_s and end is not None and self._fraction < end - MIN_STEP
             return None if is_late else stage_left_s + after_s
         entered_at, entered_fraction = self._entered
@@ -237,7 +242,7 @@ class TaskEta:
     def _stage_left_s(self, at_s: float, past_s: list[float]) -> float:
         """Seconds to the end of the present stage, by what it took before and by its own speed."""
         elapsed_s = at_s - self._entered[0]
-        begin, end = self._entered[1], self._history.end_of(self._kind, self._stage or "")
+        begin, end = self._entered[1], self._end_of(self._stage or "")
         done = (self._fraction - begin) / (end - begin) if end is not None and end > begin else 0.0
         if not 0 < done <= 1 or end is None:
             longer_s = [each - elapsed_s for each in past_s if each > elapsed_s]
@@ -245,6 +250,9 @@ class TaskEta:
         as_ever_s = max(0.0, statistics.median(past_s) * (1 - done) - (at_s - self._moved_at))
         trust = min(1.0, done / TRUSTED_FRACTION)
         return (1 - trust) * as_ever_s + trust * self._at_this_speed_s(end, at_s)
+
+    def _end_of(self, stage: str) -> float | None:
+        return self._expected.get(stage, self._history.end_of(self._kind, stage))
 
     def _at_this_speed_s(self, until: float, at_s: float) -> float:
         """Seconds until so much of the whole is done. Between two steps it counts down, but not past the next step."""

@@ -16,8 +16,6 @@ from inference.errors import ListenerTooSlow
 from inference.progress.events import Event, as_json
 from inference.progress.gate import INTERVAL_S, Gate, Tries
 
-__all__ = ["START", "Gate", "MemoryHub", "ProgressHub", "Published", "Subscription", "install", "installed"]
-
 KEPT = 1000
 """Events of a project that late listeners can still get."""
 

@@ -51,7 +51,8 @@ class Outbox:
 
     Directly: `put` sends in the caller's thread, so that nothing is lost when the process ends right after it. While
     the store is away, entries wait in memory, and a daemon thread tries again; only the `put` that notices the outage
-    waits for an answer of the store. In the background: the thread sends everything, and `put` never waits.
+    waits for an answer of the store, and others behind it, which keeps the order. In the background: the thread sends
+    everything, and `put` never waits.
 
     Whoever says `where` the store is leaves passwords out. Safe to call from any thread, but not across a fork.
     """
@@ -117,18 +118,20 @@ class Outbox:
                     return
                 self._sending = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
                 again = self._may_have_arrived
-            failure: Exception | None = None
+            failure: Away | None = None
+            has_arrived = False
             try:
                 self._send(self._sending, again=again)
+                has_arrived = True
             except Away as away:
                 failure = away
             except Exception:  # these entries cannot be stored at all: others can
                 log.exception("progress could not be told", store=self._where, events=len(self._sending))
             with self._changed:
-                if isinstance(failure, Away):
+                if failure is not None:
                     self._waiting.extendleft(reversed(self._sending))
                     self._note_outage(failure)
-                elif self.is_away:
+                elif has_arrived and self.is_away:
                     log.info("progress can be told again", store=self._where)
                     self._pause_s = 0.0
                 self._sending = []

@@ -23,7 +23,7 @@ from inference.errors import SettingsError, one_line
 from inference.progress.events import Event, as_json
 from inference.progress.follower import BLOCK_S, Followed, Follower
 from inference.progress.gate import INTERVAL_S, Gate
-from inference.progress.hub import KEPT, MemoryHub, ProgressHub, Published, Subscription
+from inference.progress.hub import KEPT, START, MemoryHub, ProgressHub, Published, Subscription
 from inference.progress.outbox import Away, Entry, Outbox
 
 if TYPE_CHECKING:
@@ -175,7 +175,10 @@ class _Streams:
         self._writing: Any = _client(address, timeout_s=TIMEOUT_S)
         self._reading: Any = _client(address, timeout_s=BLOCK_S + TIMEOUT_S)
         self._wake_key = WAKE_PREFIX + secrets.token_hex(8)
-        self._woken_by = "0-0"
+        self._woken_by = START
+        self._no_streams: set[str] = (
+            set()
+        )  # keys of streams that are something else, which one question for all fails on
         self.at_work = threading.Lock()  # one thread at a time writes, so that all of them take one connection
 
     def add(self, entries: Sequence[Entry], *, again: bool) -> None:
@@ -201,18 +204,39 @@ class _Streams:
         there = {
             (project_id, fields.get(FIELD))
             for project_id in {entry.project_id for entry in entries}
-            for _, fields in self._writing.xrevrange(PREFIX + project_id, count=KEPT_IN_REDIS)
+            for _, fields in self._kept(project_id)
         }
         return [entry for entry in entries if (entry.project_id, entry.json) not in there]
+
+    def _kept(self, project_id: str) -> Any:
+        """All entries of a project; none where its key is no stream, of which `add` tells."""
+        from redis.exceptions import ResponseError  # noqa: PLC0415 - an extra
+
+        try:
+            return self._writing.xrevrange(PREFIX + project_id, count=KEPT_IN_REDIS)
+        except ResponseError as error:
+            if not str(error).startswith("WRONGTYPE"):
+                raise
+            return []
 
     def read(
         self, positions: Mapping[str, str], *, count: int, block_s: float | None
     ) -> list[tuple[str, list[tuple[str, str]]]]:
         """For each project, what came after the id that is its position. Raises Away."""
+        from redis.exceptions import ResponseError  # noqa: PLC0415 - an extra
+
         asked = {PREFIX + project_id: position for project_id, position in positions.items()}
+        asked = {key: position for key, position in asked.items() if key not in self._no_streams}
         with self._as_away():
             block_ms = None if block_s is None else round(block_s * 1000)
-            answer = self._reading.xread({**asked, self._wake_key: self._woken_by}, count=count, block=block_ms)
+            try:
+                answer = self._reading.xread({**asked, self._wake_key: self._woken_by}, count=count, block=block_ms)
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                self._no_streams |= {key for key in asked if self._reading.type(key) not in ("stream", "none")}
+                log.warning("progress cannot be followed: a key of its stream has another type", store=self.where)
+                return []
             found = []
             for key, entries in answer:
                 if key == self._wake_key:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from inference.progress.eta import TaskEta
+from inference.progress.events import MAX_PROGRESS
 from inference.task import Value
 
 DELIVERY_STAGES: Mapping[str, float] = {"download": 2, "wait": 0, "generate": 90, "upload": 6, "report": 2}
@@ -64,8 +65,6 @@ class StageTracker:
     sink is called in the caller's thread.
     """
 
-    CEILING = 0.99  # the rest is for `finish`, when the queue has accepted the report
-
     def __init__(self, stages: Mapping[str, float], sink: Sink | None = None, eta: TaskEta | None = None) -> None:
         """`eta`: tells each snapshot how much time is left, and learns from a job that ended well."""
         self._lock = threading.Lock()
@@ -76,6 +75,8 @@ class StageTracker:
         for stage, weight in stages.items():
             self._span[stage] = (before, weight / whole)
             before += weight / whole
+        if eta is not None:
+            eta.expect({stage: min(begin + share, MAX_PROGRESS) for stage, (begin, share) in self._span.items()})
         self._counted_at = time.monotonic()
         self._seconds: dict[str, float] = {}
         self.latest: Progress | None = None
@@ -87,7 +88,7 @@ class StageTracker:
             last = self.latest.fraction if self.latest else 0.0
             before, share = self._span.get(stage, (last, 0.0))
             inside = min(max(done / total, 0.0), 1.0) if total > 0 else 0.0
-            fraction = max(last, min(before + share * inside, self.CEILING))
+            fraction = max(last, min(before + share * inside, MAX_PROGRESS))
             left_s = None
             if self._eta is not None:
                 self._eta.observe(stage, fraction, self._counted_at)

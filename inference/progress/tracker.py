@@ -25,7 +25,7 @@ import structlog
 
 from inference.progress.eta import StageHistory, TaskEta
 from inference.progress.events import MAX_PROGRESS, CompletionEvent, ErrorEvent, Event, ProgressEvent, percent
-from inference.progress.gate import INTERVAL_S, is_aimed_at_the_work
+from inference.progress.gate import INTERVAL_S, PENDING, is_aimed_at_the_work
 from inference.progress.hub import ProgressHub, installed
 
 log = structlog.get_logger(__name__)
@@ -104,7 +104,7 @@ class ProgressTracker:
         Anything else may be in it, too, but for `lease`, which tells tries apart.
         """
         with self._harmless():
-            said = _text(error) or type(error).__name__
+            said = _text(error) or (type(error).__name__ if isinstance(error, BaseException) else "failed")
             free = self._plain(details) | {"lease": self._lease}
             event = ErrorEvent(project_id=self.project_id, task_name=self.task_name, error=said, details=free)
             with self._lock:
@@ -123,7 +123,7 @@ class ProgressTracker:
             self.complete()
         elif any(base.__name__ == "TaskPredicate" for base in type(error).__mro__):
             # celery.exceptions: Retry, Ignore and Reject say what becomes of the task, and are no errors. It waits.
-            self.update(0.0, "pending", type(error).__name__.lower())
+            self.update(self._fraction, PENDING, type(error).__name__.lower())
         else:
             self.error(error, {"error_code": type(error).__name__})
 

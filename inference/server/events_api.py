@@ -4,21 +4,27 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 from starlette.routing import BaseRoute
 
 from inference.progress.hub import ProgressHub
 from inference.progress.web.access import TOKEN_LIFETIME_S, Access
 from inference.progress.web.app import progress_app
-from inference.progress.web.follow import MAX_PROJECT_ID, Bounds, Snapshot
+from inference.progress.web.follow import MAX_PROJECT_ID, Bounds, Snapshot, is_project_id
 from inference.server.answers import Answer, errors
 from inference.server.config import ServerConfig
 
 
-class EventsTokenRequest(BaseModel):
-    """Which project somebody is to follow."""
+def _legible(project_id: str) -> str:
+    if not is_project_id(project_id):
+        raise ValueError("has to be characters that can be read")
+    return project_id
 
-    project_id: Annotated[str, Field(min_length=1, max_length=MAX_PROJECT_ID)]  # a group's id, or `queue` for all tasks
+
+class EventsTokenRequest(BaseModel):
+    """Which project somebody is to follow: a group's id, or `queue` for all tasks."""
+
+    project_id: Annotated[str, Field(min_length=1, max_length=MAX_PROJECT_ID), AfterValidator(_legible)]
 
 
 class EventsToken(BaseModel):

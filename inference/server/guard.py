@@ -8,6 +8,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference.progress.web.access import Access, Refusal, not_from_here, not_the_key
+from inference.progress.web.websocket import POLICY_VIOLATION
 from inference.server.answers import EarlyAnswer, Failure
 from inference.server.config import MIB, ServerConfig
 from inference.server.sessions import COOKIE, Sessions
@@ -22,9 +23,6 @@ MAX_OPEN_BYTES = 64 * 1024
 
 FORM_OVERHEAD_BYTES = MIB
 """The size that a form may have beyond its photo."""
-
-POLICY_VIOLATION = 1008
-"""A close code of websockets (RFC 6455, 7.4.1)."""
 
 OPEN = ("/healthz", "/openapi.json", "/sign-in", "/sign-out", "/favicon.ico", "/docs")
 """Paths that need no key."""

@@ -128,6 +128,18 @@ async def test_a_worker_that_is_stopped_says_that_the_task_waits(photo_bytes):
 
 
 @virtual_time
+async def test_where_no_task_goes_back_a_stop_is_its_end(photo_bytes):
+    """The queue was told that it failed, so nobody waits for another worker."""
+    it = Scene(photo_bytes)
+    it.queue.hands_back = False
+    with anyio.move_on_after(5) as scope:
+        await it.run()
+    assert scope.cancelled_caught
+    end = it.hub.events[-1]
+    assert (end.type, end.details["error_code"]) == ("error", "failed")
+
+
+@virtual_time
 async def test_a_cancelled_task_and_a_lost_lease(photo_bytes):
     """A person's wish ends the task; of a lost lease only its next holder may tell."""
     it = Scene(photo_bytes, engine=SleepyEngine(seconds=300))

@@ -148,6 +148,18 @@ def test_a_task_that_is_late_is_not_called_nearly_done():
     assert eta.left_s(60) is None
 
 
+def test_who_weighs_the_stages_anew_says_where_they_end():
+    """The last run ended its first stage at 0.8 of the whole; by what is known since, this one ends it at 0.5."""
+    history = StageHistory()
+    for _ in range(MIN_RUNS):
+        history.add("film", {"load": 100.0, "draw": 100.0}, {"load": 0.8, "draw": 1.0})
+    eta = TaskEta(history, "film")
+    eta.expect({"load": 0.5, "draw": 1.0})
+    for second in range(0, 60, 10):
+        eta.observe("load", 0.5 * second / 100, second)
+    assert eta.left_s(50) == pytest.approx(150)
+
+
 def test_speed_is_what_it_was_lately():
     """Tqdm's moving average: a first step that took ten times as long is forgotten after a few others."""
     eta = TaskEta(StageHistory(), "film")

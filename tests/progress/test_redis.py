@@ -19,7 +19,7 @@ from inference.progress import follower
 from inference.progress.events import CompletionEvent, ErrorEvent, ProgressEvent
 from inference.progress.hub import KEPT, START, MemoryHub, Published
 from inference.progress.outbox import MAX_WAITING, Away, Entry, Outbox
-from inference.progress.redis import EXPIRE_S, FIELD, KEPT_IN_REDIS, PREFIX, RedisHub, open_hub
+from inference.progress.redis import EXPIRE_S, FIELD, KEPT_IN_REDIS, PREFIX, RedisHub, _Streams, open_hub
 from tests.support.processes import environment, until
 from tests.support.redis_server import PASSWORD, PASSWORD_IN_URL, RedisServer, redis_server
 
@@ -194,6 +194,22 @@ async def test_what_others_write_into_a_stream_is_passed_over(server):
         async with hub.subscribe("film", START) as subscription:
             assert numbers(await take(subscription, 1)) == [1]
     assert len(logs) == 3
+
+
+@pytest.mark.anyio
+async def test_a_key_of_another_type_stops_nobody_else(server):
+    """Neither who follows beside it, nor what is sent again after an outage."""
+    server.client.set(f"{PREFIX}string", "text")
+    source = _Streams(server.url)
+    with capture_logs() as logs:
+        source.add([Entry("string", "director", "{}"), Entry("film", "director", "{}")], again=True)
+    assert server.client.xlen(f"{PREFIX}film") == 1
+    server.client.delete(f"{PREFIX}film")
+    with hub_of(server) as hub, capture_logs() as logs:
+        async with hub.subscribe("string", START), hub.subscribe("film", START) as subscription:
+            say(hub, [1, 2])
+            assert numbers(await take(subscription, 2)) == [1, 2]
+    assert len(logs) == 1
 
 
 @pytest.mark.anyio
@@ -563,6 +579,34 @@ def test_a_process_that_may_have_no_more_threads(monkeypatch):
     outbox.put(Entry("film", "director", "2"))
     outbox.close(5)
     assert [entry.json for entry in store.has] == ["1", "2"]
+
+
+def test_an_outage_is_not_over_before_something_has_arrived():
+    """What no store could take says nothing of the store."""
+    store = Store()
+    store.is_away = True
+    flaws = []
+
+    def send(entries, *, again):
+        if entries[0].json == "bad" and flaws:
+            raise ValueError("not this one")
+        flaws.append(1)
+        store(entries, again=again)
+
+    outbox = Outbox(send, where="a store", in_background=True)
+    with capture_logs() as logs:
+        outbox.put(Entry("film", "director", "bad"))
+        until(lambda: len(logs) == 2, 5, "it was tried again, and is no outage")
+        assert outbox.is_away
+        store.is_away = False
+        outbox.put(Entry("film", "director", "good"))
+        until(lambda: store.has, 5, "the other has arrived")
+        outbox.close(5)
+    assert [line["event"] for line in logs] == [
+        "progress cannot be told for now",
+        "progress could not be told",
+        "progress can be told again",
+    ]
 
 
 def no_thread(_: threading.Thread) -> None:

@@ -59,7 +59,7 @@ def test_a_page_gets_a_token_and_follows_with_it(tmp_path):
         for path in ("/events/queue", "/ws/queue", "/api/tasks"):
             assert httpx.get(f"{url}{path}{query}").status_code == 401
         assert websocket_status(url, "queue", query) == 403
-        for wrong in ({}, {"project_id": ""}, {"project_id": "x" * 201}, {"project_id": 7}):
+        for wrong in ({}, {"project_id": ""}, {"project_id": "x" * 201}, {"project_id": 7}, {"project_id": "a\n"}):
             assert httpx.post(f"{url}/api/events-token", json=wrong, headers=KEYED).status_code == 400
 
 

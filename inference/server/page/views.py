@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from inference.errors import I2VError, ItemMissing
+from inference.progress.events import percent
 from inference.queues.item import CRASHED, LOST, Item, Status
 from inference.server.live import Live
 from inference.server.objects import ObjectStore
@@ -58,7 +59,7 @@ class Card:
         """Whole percent; 100 for completed tasks alone."""
         if self.status == "completed":
             return 100
-        return min(99, int(self.item.progress.fraction * 100)) if self.item.progress else 0
+        return min(99, percent(self.item.progress.fraction)) if self.item.progress else 0
 
     @property
     def version(self) -> str:
