@@ -28,6 +28,7 @@ from rich.text import Text
 from inference.errors import legible
 from inference.logs import json_escaped
 from inference.progress.eta import StageHistory, TaskEta
+from inference.progress.events import percent
 from inference.progress.files import FileProgress
 from inference.progress.stages import Progress as Snapshot
 from inference.progress.stages import Sink
@@ -304,7 +305,7 @@ def _status_of(task: TaskView) -> str:
     if task["status"] == "processing" and task.get("cancel_requested"):
         return "cancelling"
     progress = _progress_of(task)
-    return f"{task['status']} {int(progress['fraction'] * 100 + 1e-6)}%" if progress else str(task["status"])
+    return f"{task['status']} {percent(progress['fraction'])}%" if progress else str(task["status"])
 
 
 def _price_of(task: TaskView) -> str:

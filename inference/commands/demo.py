@@ -68,26 +68,28 @@ async def _in_the_terminal(settings: Settings, photo: Path, prompt: str, seconds
 
 async def _on_a_page(settings: Settings, photo: Path, prompt: str, seconds: float, output: Path) -> None:
     """Serves the page until cancelled, with a worker for the demo's task and for what else is asked for on the page."""
-    ended: list[Outcome] = []
+    outcomes: list[Outcome] = []  # of the demo's own task, which may end after one that the page asked for
     has_ended = anyio.Event()
-
-    def on_outcome(outcome: Outcome) -> None:
-        ended.append(outcome)
-        has_ended.set()
 
     async with serving(settings) as here, open_client(here) as client, open_queue(here) as queue:
         tell_page(here)
         open_browser(here.api_url or "")
         engine = await load_engine(here)
-        await _submit(client, photo, prompt, seconds)
+        item_id = await _submit(client, photo, prompt, seconds)
+
+        def on_outcome(outcome: Outcome) -> None:
+            if outcome.item_id == item_id:
+                outcomes.append(outcome)
+                has_ended.set()
+
         worker = build_worker(at_home(here), queue, engine, on_outcome=on_outcome)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(worker.run)
-            await has_ended.wait()  # the demo's own task is the oldest
-            if ended[0].video is None:  # the page says it, too, and may have been where the task was cancelled
-                terminal.say(f"  no video was made: {ended[0].error}")
+            await has_ended.wait()
+            if outcomes[0].video is None:  # the page says it, too, and may have been where the task was cancelled
+                terminal.say(f"  no video was made: {outcomes[0].error}")
             else:
-                await _save(client, ended[0], output)
+                await _save(client, outcomes[0], output)
             terminal.say("Ctrl-C closes the page; `i2v up` keeps one, and all that was made.")
 
 

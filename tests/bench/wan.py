@@ -62,6 +62,9 @@ SCRATCH_GB = 0.5
 SAVED_GB_PER_S = 0.5
 COMPILE_S = 90.0
 
+SLOW_S = {"compile inductor": COMPILE_S, "fused_norms on": COMPILE_S}
+"""Of switches whose first run compiles."""
+
 
 def compare(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
     """Ours against stock."""
@@ -102,6 +105,10 @@ def switches(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
                 before[f"offload {offload.name.lower()}"] = Switches(offload=offload)
     after = {
         "plain_upsampling off": Switches(plain_upsampling=False),
+        "zeros_in_convolutions off": Switches(zeros_in_convolutions=False),
+        "fewer_copies off": Switches(fewer_copies=False),
+        "fused_norms on": Switches(fused_norms="inductor"),
+        "yuv_on_device changed": Switches(yuv_on_device=device.type == "cpu"),
         "channels_last on": Switches(channels_last=True),
     }
     short = replace(preset, schedule=replace(preset.schedule, steps=1, sigmas=(1.0,)))
@@ -109,7 +116,14 @@ def switches(subject: Subject, rounds: int, budget: Budget) -> dict[str, Any]:
     for stage, cases, until, whole in (("denoise", before, "latents", preset), ("decode", after, "mp4", short)):
         if cases:
             sides = {name: subject.ours(each, until) for name, each in {"default": Switches(), **cases}.items()}
-            result[stage] = race(subject, sides, whole, rounds, budget, slow_s={"compile inductor": COMPILE_S})
+            result[stage] = race(
+                subject,
+                sides,
+                whole,
+                rounds,
+                budget,
+                slow_s=SLOW_S,
+            )
     return result
 
 

@@ -183,7 +183,9 @@ class Subject:
             models = parts.dress(switches)
             if switches.compile is not None:
                 WanEngine(self.shape.preset, models, area_px=self.shape.width * self.shape.height).warm_up()
-            self._spoilt = switches.compile is not None or switches.fp8 or switches.offload is not None
+            self._spoilt = bool(
+                switches.compile or switches.fp8 or switches.offload is not None or switches.fused_norms
+            )
             return lambda preset: self._generate(WanEngine(preset, models), until)
 
         return prepare

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from inference.engines.wan import placement, tokens, vae, weights
+from inference.engines.wan import lean, placement, tokens, vae, weights
 from inference.engines.wan.loading import (
     EXPERTS,
     ROOM_TO_BREATHE,
@@ -171,15 +169,16 @@ class Parts:
         prepare_vae(self.vae, preset, switches)
         for model in self.experts.values():
             prepare_expert(model, preset, switches, self.device, offload)
-        models = assemble(preset, self._tokenizer, self.text_encoder, self.vae, self.experts, self.device)
+        models = assemble(preset, self._tokenizer, self.text_encoder, self.vae, self.experts, self.device, switches)
         models.place(offload)
         return models
 
     def undress(self) -> None:
-        """Back to what diffusers loads: its classes, its attention, the VAE in fp32. Not from compile, fp8, offload."""
-        for module in self.vae.decoder.modules():
-            if type(module) is nn.Upsample:
-                module.__class__ = WanUpsample
+        """Back to what diffusers loads: its classes, its attention, the VAE in fp32.
+
+        There is no way back from compile, fp8, offload and fused norms.
+        """
+        lean.as_loaded(self.vae)
         self.vae.to(torch.float32)
         for parameter in self.vae.parameters():
             parameter.data = parameter.data.contiguous()

@@ -183,6 +183,31 @@ def test_demo_on_its_page(home):
     assert home.is_tidy()
 
 
+def test_what_the_page_asked_for_may_end_before_the_demo(home):
+    """The demo waits for its own task, and saves the clip of that."""
+    opened = home.folder / "opened"
+    browser = home.folder / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o700)
+    demo = Process(home.folder, "demo", "demo", "--open", "--seconds", "6", env=home.env(BROWSER=f"{browser} %s"))
+    try:
+        url = until(lambda: opened.exists() and opened.read_text().strip(), 20, "a browser was started")
+        until(lambda: "submitted" in demo.stderr.read_text(), 20, "the demo has asked")
+        files = {"photo": ("mine.jpg", jpeg())}
+        [task] = httpx.post(f"{url}/api/tasks", data={"seconds": "0.5"}, files=files).json()["data"]["items"]
+        address = f"{url}/api/tasks/{task['id']}"
+        until(lambda: httpx.get(address).json()["data"]["status"] == "processing", 20, "its worker has both")
+        httpx.post(f"{address}/cancel")
+        until(lambda: httpx.get(address).json()["data"]["status"] == "cancelled", 20, "the other has ended")
+        until(lambda: "Ctrl-C" in demo.stderr.read_text(), 40, "the demo is made")
+        assert probe(home.folder / "i2v-demo.mp4").frames == 145
+        demo.send(signal.SIGINT)
+        assert demo.wait(15) == 0
+    finally:
+        demo.kill()
+    assert "no video was made" not in demo.stderr.read_text()
+
+
 @pytest.mark.parametrize("name, starts", [("/usr/bin/w3m", False), ("firefox", True), (None, False)])
 def test_a_browser_that_would_take_the_terminal_is_left_alone(monkeypatch, name, starts):
     """Nor is anything said where there is none: the address of the page is on the screen already."""

@@ -231,12 +231,17 @@ class WanEngine:
         generator = torch.Generator().manual_seed(plan.seed)  # on the CPU: the same noise on every GPU
         with ThreadPoolExecutor(2, "beside") as beside:
             drawing = beside.submit(self._noise, plan, generator)
-            reading = beside.submit(self._read, request, plan)
-            if self._models.offload != Offload.NONE:  # the text encoder has to leave before the photo's needs room
-                reading.result()
+            # With offload the text encoder has to leave before the photo needs room, which is only there for who works
+            # in the same stream.
+            reading = None
+            if self._models.offload == Offload.NONE:
+                reading = beside.submit(self._read_beside, request, plan)
+            else:
+                self._read(request, plan)
             job.raise_if_cancelled()
             condition = self._condition(inputs, plan, job)
-            reading.result()
+            if reading is not None:
+                reading.result()
             noise = drawing.result().to(self._models.device)
         guide = self._guide(request, plan)
         job.report("encode", 1)
@@ -244,13 +249,17 @@ class WanEngine:
         return self._decode(plan, latents, path, job)
 
     def _read(self, request: GenerationRequest, plan: ClipPlan) -> None:
-        """Has the prompts encoded, into host memory. In another thread, and on a GPU in another stream."""
+        """Has the prompts encoded, into host memory."""
+        for prompt in (request.prompt, plan.negative_prompt):
+            if prompt is not None:
+                self._models.prompts.read(prompt)
+
+    def _read_beside(self, request: GenerationRequest, plan: ClipPlan) -> None:
+        """The same in another thread, and on a GPU in another stream."""
         device = self._models.device
         stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
         with torch.inference_mode(), stream:  # both are of a thread
-            for prompt in (request.prompt, plan.negative_prompt):
-                if prompt is not None:
-                    self._models.prompts.read(prompt)
+            self._read(request, plan)
 
     def _noise(self, plan: ClipPlan, generator: torch.Generator) -> torch.Tensor:
         """[1, z, T, h, w], fp32, in host memory."""

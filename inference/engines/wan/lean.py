@@ -29,10 +29,21 @@ NormAndActivation = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """(x, gamma, scale), as `norm_and_silu`."""
 
 
+SHAPES = 64
+"""Shapes and layouts of activations for which the fused norm is compiled. A clip of A14B has some twelve, which torch's
+own limit of 8 would leave to slow code, the largest first."""
+
+
 def _become(root: nn.Module, kind: type[nn.Module], ours: type[nn.Module]) -> None:
     for module in root.modules():
         if type(module) is kind:
             module.__class__ = ours
+
+
+def as_loaded(vae: AutoencoderKLWan) -> None:
+    """Takes back all of this module but `fuse_norms`, which cannot be."""
+    for kind, ours in CLASSES.items():
+        _become(vae, ours, kind)
 
 
 def plain_upsampling(vae: AutoencoderKLWan) -> None:
@@ -60,7 +71,8 @@ def fuse_norms(vae: AutoencoderKLWan, backend: str = "inductor") -> None:
 
     `backend`: of torch.compile; the first chunks of each shape compile.
     """
-    fused = torch.compile(norm_and_silu, backend=backend, dynamic=False)
+    compiling: Any = torch.compile  # its overloads do not know `recompile_limit`, which it has
+    fused = compiling(norm_and_silu, backend=backend, dynamic=False, recompile_limit=SHAPES)
     for module in vae.decoder.modules():
         if isinstance(module, WanResidualBlock) and isinstance(module.nonlinearity, nn.SiLU):
             for name in ("norm1", "norm2"):
@@ -137,12 +149,19 @@ def _split(parts: int, factors: tuple[int, int, int]) -> list[tuple[int, int]] |
     return split if parts == 1 else None
 
 
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    WanUpsample: nn.Upsample,
+    WanCausalConv3d: ZeroPaddingConv3d,
+    WanResidualUpBlock: ReadOnlyUpBlock,
+    DupUp3D: ExpandingDupUp3D,
+}
+"""Of diffusers, and ours in their place."""
+
+
 class FusedNorm(nn.Module):
     """A norm of the VAE together with the activation that follows it."""
 
-    def __init__(
-        self, norm: WanRMS_norm, function: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    ) -> None:
+    def __init__(self, norm: WanRMS_norm, function: NormAndActivation) -> None:
         super().__init__()
         self.gamma, self.scale, self._function = norm.gamma, norm.scale, function
 

@@ -51,7 +51,7 @@ class Models:
     dtype: torch.dtype  # of the experts' inputs
     device: torch.device
     offload: Offload
-    yuv_on_device: bool = False  # frames become YUV where they are decoded
+    yuv_on_device: bool  # frames become YUV where they are decoded
 
     def offload_more(self) -> bool:
         """Moves to the next level of offload; False if there is none."""
@@ -138,8 +138,7 @@ def _load(
         if name in folders:
             experts[name] = read(name, WanTransformer3DModel, dtype_of(preset, name), where)
             prepare_expert(experts[name], preset, switches, device, offload)
-    models = assemble(preset, folders["tokenizer"], text_encoder, vae, experts, device)
-    models.yuv_on_device = device.type != "cpu" if switches.yuv_on_device is None else switches.yuv_on_device
+    models = assemble(preset, folders["tokenizer"], text_encoder, vae, experts, device, switches)
     models.place(offload)
     return models
 
@@ -182,6 +181,7 @@ def assemble(
     vae: AutoencoderKLWan,
     experts: dict[str, WanTransformer3DModel],
     device: torch.device,
+    switches: Switches,
 ) -> Models:
     """Models that are read and prepared, as an engine takes them. Raises WeightsError for the tokenizer."""
     placed = Placed("text_encoder", text_encoder, device)
@@ -193,6 +193,7 @@ def assemble(
         dtype=dtype_of(preset, "transformer"),
         device=device,
         offload=Offload.NONE,
+        yuv_on_device=device.type != "cpu" if switches.yuv_on_device is None else switches.yuv_on_device,
     )
 
 

@@ -28,16 +28,18 @@ HALVING = tuple(_bicubic(abs(row - 3.5) / 2) / 2 for row in range(8))
 def to_yuv420p(frames: torch.Tensor) -> torch.Tensor:
     """uint8 [F, H, W, 3], sRGB, as uint8 [F, H * 3/2, W]: the rows of Y, then U, then V, BT.709 in limited range.
 
-    H is a multiple of 4 and W of 2.
+    H and W are even.
     """
     count, height, width, _ = frames.shape
     red, green, blue = (frames[..., channel].float() / 255 for channel in range(3))
     luma = RED * red + GREEN * green + BLUE * blue
     chroma = torch.stack([(blue - luma) / (2 - 2 * BLUE), (red - luma) / (2 - 2 * RED)], dim=1)  # [F, 2, H, W]
     pairs = chroma.view(count, 2, height, width // 2, 2).mean(-1)
-    kernel = torch.tensor(HALVING, device=frames.device).view(1, 1, 8, 1)
-    padded = functional.pad(pairs.flatten(0, 1).unsqueeze(1), (0, 0, 3, 3), mode="replicate")
-    halved = functional.conv2d(padded, kernel, stride=(2, 1))  # [F * 2, 1, H/2, W/2]
+    padded = functional.pad(pairs, (0, 0, 3, 3), mode="replicate")
+    # Added up row by row, as a convolution would be of TF32's precision on a GPU.
+    halved = torch.zeros_like(pairs[:, :, ::2])
+    for row, weight in enumerate(HALVING):
+        halved += weight * padded[:, :, row : row + height - 1 : 2]
     y = luma * LUMA_LEVELS + BLACK
     uv = (halved * CHROMA_LEVELS + GREY).view(count, height // 2, width)
     return torch.cat([y, uv], dim=1).round().clamp(0, 255).to(torch.uint8)

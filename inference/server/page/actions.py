@@ -23,7 +23,7 @@ def action_routes(
         wanted = Filter.of(request.query_params)
         if not is_fragment(request):
             return _back(wanted, f"#task-{item_id}")
-        return renderer.html("card_alone.html", words_for(request), card=views.card_of(item_id), filter=wanted)
+        return renderer.html("card.html", words_for(request), card=views.card_of(item_id), filter=wanted)
 
     @routes.post("/cancel")
     def cancel(item_id: str, request: Request) -> Response:

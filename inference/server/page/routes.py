@@ -79,7 +79,7 @@ def _shown(config: ServerConfig, views: Views, renderer: Renderer, **options: ob
     @routes.get("/page/tasks/{item_id}")
     def card(item_id: str, request: Request) -> Response:
         wanted = Filter.of(request.query_params)
-        return renderer.html("card_alone.html", words_for(request), card=views.card_of(item_id), filter=wanted)
+        return renderer.html("card.html", words_for(request), card=views.card_of(item_id), filter=wanted)
 
     @routes.get("/page/static/{name}")
     def static(name: str, request: Request) -> Response:

@@ -20,6 +20,7 @@ def sign_in_routes(config: ServerConfig, renderer: Renderer) -> APIRouter:
     key = config.api_key
     if key is None:
 
+        @routes.post("/sign-out")
         @routes.get("/sign-in")
         def no_need() -> Response:
             return RedirectResponse("./", 303)

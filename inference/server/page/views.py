@@ -14,7 +14,7 @@ from inference.server.objects import ObjectStore
 from inference.server.page.filter import STATUSES, Filter
 from inference.server.page.names import shown_name
 from inference.server.rows.store import Group, Overview, Store
-from inference.server.workers import Workers, WorkerSeen
+from inference.server.workers import Workers, WorkerSeen, name_of
 
 PAGE_SIZE = 48
 """Cards on one page: divisible by two, three and four columns."""
@@ -77,7 +77,7 @@ class Card:
     @property
     def worker(self) -> str | None:
         """The worker, without what makes the name unique to one lease."""
-        return None if self.item.worker_id is None else self.item.worker_id.rpartition(".")[0] or self.item.worker_id
+        return None if self.item.worker_id is None else name_of(self.item.worker_id)
 
     @property
     def hint(self) -> Hint:
@@ -115,7 +115,6 @@ class Section:
 class ListPage:
     """A page of the list."""
 
-    filter: Filter
     sections: list[Section]
     last_id: str  # of its last task
     has_more: bool
@@ -174,7 +173,6 @@ class Views:
         )
         shown = items[:PAGE_SIZE]
         return ListPage(
-            filter=wanted,
             sections=self._sections([self.card(item) for item in shown]),
             last_id=shown[-1].id if shown else "",
             has_more=len(items) > PAGE_SIZE,

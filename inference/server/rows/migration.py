@@ -20,12 +20,12 @@ def migrate(connection: Connection) -> None:
     """Makes what is missing. Raises SettingsError for foreign tables that happen to have the same names."""
     metadata.create_all(connection)
     if "ended_at" in _add_columns(connection):
-        _tell_ends(connection)
+        _fill_in_ends(connection)
     _update_indexes(connection)
 
 
-def _tell_ends(connection: Connection) -> None:
-    """Earlier versions kept neither when an item ended, which is when it was written last, nor that it was done."""
+def _fill_in_ends(connection: Connection) -> None:
+    """Rows of earlier versions have no `ended_at`: it was their last write. Completed ones are done to 100 %."""
     is_done = video_items.c.status == "completed"
     ends = {  # in one statement, since PostgreSQL writes a row again for each, and there may be many
         "ended_at": video_items.c.updated_at,

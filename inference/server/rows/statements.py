@@ -526,8 +526,8 @@ _waiting_since = case((items.c.started_at.is_(None), items.c.updated_at), else_=
 LATELY = Statement(
     "lately",
     "How long the oldest item has waited, and what was completed in the last hour, and since midnight (UTC) for how "
-    "much, with what has been deleted. An item waits from when it was added or retried: its workers may have handed it "
-    "back since.",
+    "much, with what has been deleted. An item waits from when it was added or retried; one that was handed back "
+    "since, from when it was added.",
     select(
         (now - select(func.min(_waiting_since)).where(ONGOING, items.c.status == PENDING).scalar_subquery()).label(
             "oldest_wait_s"

@@ -102,3 +102,15 @@ def test_every_norm_of_a_residual_block_is_fused():
     lean.fuse_norms(changed, backend="eager")
     assert all(isinstance(norm, lean.FusedNorm) for block in blocks for norm in (block.norm1, block.norm2))
     assert isinstance(changed.decoder.norm_out, lean.WanRMS_norm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_vae_can_be_as_it_was_loaded(kind):
+    """For a benchmark, which runs diffusers' own pipeline over the same weights."""
+    changed = small(kind)
+    classes = [type(module) for module in changed.modules()]
+    for change in EXACT.values():
+        change(changed)
+    assert [type(module) for module in changed.modules()] != classes
+    lean.as_loaded(changed)
+    assert [type(module) for module in changed.modules()] == classes

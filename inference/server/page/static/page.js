@@ -93,15 +93,19 @@ class Refused extends Error {
   }
 }
 
-// The answer's text. Throws Refused, or TypeError where there is no answer. Signed out: on to signing in, unless photos
+// The answer's text. Throws Refused, also where there is no answer. Signed out: on to signing in, unless photos
 // or a prompt would be lost with the page.
 async function ask(address, method = "GET") {
-  const answer = await fetch(address, { method, headers: { "x-fragment": "1" }, redirect: "manual", cache: "no-store" });
+  const unanswered = () => {
+    throw new Refused(0, WORDS["action.no_answer"]);
+  };
+  const asked = { method, headers: { "x-fragment": "1" }, redirect: "manual", cache: "no-store" };
+  const answer = await fetch(address, asked).catch(unanswered);
   if (SIGN_IN && (answer.type === "opaqueredirect" || answer.status === 401)) {
     if (uploads.length === 0 && byId("prompt").value === byId("prompt").defaultValue) location.assign(SIGN_IN);
     throw new Refused(401, say("upload.signed_out"));
   }
-  const text = await answer.text();
+  const text = await answer.text().catch(unanswered);
   if (!answer.ok) throw new Refused(answer.status, text);
   return text;
 }
@@ -128,18 +132,21 @@ function throttled(work) {
     isAsked = true;
     if (isRunning) return;
     isRunning = true;
-    while (isAsked) {
-      await pause(Math.max(30, lastAt + AT_LEAST_APART_MS - performance.now()));
-      isAsked = false;
-      lastAt = performance.now();
-      try {
-        await work();
-      } catch (error) {
-        if (!(error instanceof Refused || error instanceof TypeError)) throw error;
-        // No answer now: the next event, the next tick, or the connection that comes back asks again.
+    try {
+      while (isAsked) {
+        await pause(Math.max(30, lastAt + AT_LEAST_APART_MS - performance.now()));
+        isAsked = false;
+        lastAt = performance.now();
+        try {
+          await work();
+        } catch (error) {
+          if (!(error instanceof Refused)) throw error;
+          // No answer now: the next event, the next tick, or the connection that comes back asks again.
+        }
       }
+    } finally {
+      isRunning = false;
     }
-    isRunning = false;
   };
 }
 
@@ -223,7 +230,7 @@ async function refreshCard(id) {
         put(await ask(partial(`page/tasks/${encodeURIComponent(next)}`)), next, askedAt);
       } catch (error) {
         if (error.status === 404) removeCard(next);
-        else if (!(error instanceof Refused || error instanceof TypeError)) throw error;
+        else if (!(error instanceof Refused)) throw error;
       }
     }
   } finally {
@@ -449,9 +456,9 @@ document.addEventListener("submit", async (event) => {
       removeCard(id);
     } else put(html, id, askedAt);
   } catch (error) {
-    toast(say("action.failed", { reason: error instanceof Refused ? error.message : WORDS["action.no_answer"] }));
+    toast(say("action.failed", { reason: error.message }));
     if (error.status === 404) removeCard(id);
-    else if (error instanceof Refused) refreshCard(id); // it has ended meanwhile, say
+    else if (error.status > 0) refreshCard(id); // it has ended meanwhile, say
   } finally {
     button.removeAttribute("aria-busy");
   }
@@ -500,8 +507,8 @@ async function show(address) {
     const html = await ask(wanted);
     if (wanted === partial("page/list")) applyList(html, askedAt);
   } catch (error) {
-    if (!(error instanceof Refused || error instanceof TypeError)) throw error;
-    toast(say("action.failed", { reason: error instanceof Refused ? error.message : WORDS["action.no_answer"] }));
+    if (!(error instanceof Refused)) throw error;
+    toast(say("action.failed", { reason: error.message }));
   }
 }
 
@@ -669,9 +676,9 @@ function post(upload) {
   });
 }
 
-function complain(key, element) {
+function complain(text, element) {
   const box = byId("composer-error");
-  box.textContent = key;
+  box.textContent = text;
   box.hidden = false;
   element.focus();
 }
