@@ -106,7 +106,8 @@ class Runner:
         except anyio.get_cancelled_exc_class():
             # A queue that takes nothing back was told that the task failed.
             status: Literal["released", "failed"] = "released" if self._queue.hands_back else "failed"
-            ended(Outcome(status=status, item_id=lease.task.item_id, error=STOPPING))
+            reason = STOPPING if status == "failed" else None  # handing a task back is no error
+            ended(Outcome(status=status, item_id=lease.task.item_id, error=reason))
             log.info("lease_ended", **bound, status=status, error=STOPPING)
             raise
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
