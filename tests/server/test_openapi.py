@@ -15,7 +15,8 @@ from tests.server.harness import KEY, config, jpeg
 
 PHOTOS = tuple(jpeg(width, 16) for width in (16, 17))
 
-# What a description cannot say: that a form holds texts only, so that `true` is a fine prompt. (As a command, schemathesis knows.)
+# What a description cannot say: that a form holds texts only, so that `true` is a fine prompt. (As a command,
+# schemathesis knows.)
 # Nor which tokens are signed: storage answers every other with 400, as Supabase does.
 # Nor that a number may be written as a string, as the real server takes it, and a body have any media type.
 # Nor which objects there are: where one is missing, presign answers 500, as the real server does.
