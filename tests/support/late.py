@@ -8,16 +8,16 @@ import importlib
 from typing import Any
 
 
+ASKED_OF_ANYTHING = {"__bases__", "__test__", "__wrapped__", "_mock_name", "pytestmark"}
+"""By pytest, of all that it finds in a module, to know whether it is a test: no reason to import it."""
+
+
 class Late:
     """Stands for a module, or for a class or function of it: `torch = Late("torch")`.
 
     Its attributes, calls and `isinstance` are those of what it stands for. What has to be the thing itself is not for
     it: a base class, a decorator, or what `except` or `pytest.raises` catches.
     """
-
-    # Pytest asks everything in a module whether it is a test, and whether it is a mock: no reason to import it.
-    __test__ = False
-    _mock_name = None
 
     def __init__(self, module: str, name: str = "") -> None:
         self._late = module, name
@@ -29,6 +29,8 @@ class Late:
         return getattr(found, name) if name else found
 
     def __getattr__(self, name: str) -> Any:
+        if name in ASKED_OF_ANYTHING:
+            raise AttributeError(name)
         return getattr(self.itself(), name)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
