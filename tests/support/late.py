@@ -7,7 +7,6 @@ it take seven seconds of a core to import, which only the workers that run the W
 import importlib
 from typing import Any
 
-
 ASKED_OF_ANYTHING = {"__bases__", "__test__", "__wrapped__", "_mock_name", "pytestmark"}
 """By pytest, of all that it finds in a module, to know whether it is a test: no reason to import it."""
 
