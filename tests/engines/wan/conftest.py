@@ -55,6 +55,8 @@ def make_engine(name: str, *, area_px: int | None = None, **switches) -> WanEngi
 @pytest.fixture(scope="session", autouse=True)
 def _imported() -> None:
     """Torch and diffusers are here to stay from now on: the collector need not walk them in every other test."""
+    import hypothesis  # noqa: F401 - as long as the collector can tell it who refers to trio's generator
+
     load.itself()
     gc.freeze()
     torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
