@@ -117,12 +117,6 @@ class StageHistory:
             return {}
         return {stage: statistics.median(run.get(stage, 0.0) for run in runs) for stage in _order(runs)}
 
-    def weights(self, kind: str, stages: Iterable[str]) -> dict[str, float] | None:
-        """Median seconds of these stages, None unless each of them is known."""
-        medians = self.medians(kind)
-        weights = {stage: medians.get(stage) for stage in stages}
-        return None if None in weights.values() else {stage: weight or 0.0 for stage, weight in weights.items()}
-
     def typical_s(self, kind: str) -> float | None:
         """Median seconds of a whole run, None while unknown."""
         runs = self._runs(kind)

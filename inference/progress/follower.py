@@ -1,6 +1,5 @@
 """Streams that other processes write to, followed by one thread for all listeners of this process."""
 
-import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 
 from inference.progress.events import event_of
 from inference.progress.hub import START, MemoryHub, Published
-from inference.progress.outbox import Away
+from inference.progress.outbox import Away, Outage
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +26,7 @@ KEEP_S = 60.0
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 5.0
-"""Between two tries to reach a store that is away. The pause doubles from the first to the longest."""
+"""Between two tries to reach a store that is away. See Outage."""
 
 BREATH_S = 0.02
 """Between two full batches, so that listeners take what came before their buffers are full."""
@@ -71,13 +70,13 @@ class Follower:
         self._changed = threading.Condition()
         self._followed: dict[str, Followed] = {}
         self._thread: threading.Thread | None = None
-        self._pause_s = 0.0  # above 0 while the store is away
+        self._outage = Outage(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._closed = False
 
     @property
     def is_away(self) -> bool:
         """Whether the last try to read failed."""
-        return self._pause_s > 0
+        return self._outage.is_on
 
     @property
     def is_closed(self) -> bool:
@@ -143,7 +142,7 @@ class Follower:
         answer = dict(self._source.read(positions, count=BATCH, block_s=None if is_new else BLOCK_S))
         if self.is_away:
             log.info("progress of others is followed again", store=self._where)
-            self._pause_s = 0.0
+            self._outage.end()
         self._take(asked, answer)
 
     def _long_left(self) -> list[Followed]:
@@ -152,9 +151,8 @@ class Follower:
 
     def _wait_out(self) -> None:
         with self._changed:
-            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) or FIRST_PAUSE_S
-            pause_s = self._pause_s * random.uniform(0.8, 1.2)  # so that many processes do not come at once
-            self._changed.wait_for(lambda: self._closed, pause_s)
+            self._outage.go_on()
+            self._changed.wait_for(lambda: self._closed, self._outage.draw_pause_s())
 
     def _take(self, asked: list[Followed], answer: Mapping[str, Sequence[tuple[str, str]]]) -> None:
         is_full = False

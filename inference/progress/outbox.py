@@ -19,7 +19,7 @@ BATCH = 100
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
-"""Between two tries to reach a store that is away. The pause doubles from the first to the longest."""
+"""Between two tries to reach a store that is away. See Outage."""
 
 IDLE_S = 5.0
 """For so long the thread waits for events before it ends; it is started again when needed."""
@@ -27,6 +27,31 @@ IDLE_S = 5.0
 
 class Away(Exception):
     """The store does not take anything now. What was sent may have arrived all the same. The message says why."""
+
+
+class Outage:
+    """A store that is away, or is not: how long to wait before the next try."""
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s, self._longest_s = first_s, longest_s
+        self._s = 0.0  # above 0 while it is away
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the last try failed."""
+        return self._s > 0
+
+    def go_on(self) -> None:
+        """One try more has failed: the pause doubles, from the first to the longest."""
+        self._s = min(self._s * 2, self._longest_s) or self._first_s
+
+    def end(self) -> None:
+        """The store has answered."""
+        self._s = 0.0
+
+    def draw_pause_s(self) -> float:
+        """The pause as it is now, give or take a fifth, so that many processes do not come at once."""
+        return self._s * random.uniform(0.8, 1.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +90,14 @@ class Outbox:
         self._waiting: deque[Entry] = deque()
         self._sending: list[Entry] = []  # by the thread, at this moment
         self._thread: threading.Thread | None = None
-        self._pause_s = 0.0  # above 0 while the store is away
+        self._outage = Outage(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         self._may_have_arrived = False
         self._closed = False
 
     @property
     def is_away(self) -> bool:
         """Whether the last try to reach the store failed."""
-        return self._pause_s > 0
+        return self._outage.is_on
 
     def put(self, entry: Entry) -> None:
         """Sends the entry now, or once those before it were sent. Raises what `send` raises, but not Away."""
@@ -108,8 +133,7 @@ class Outbox:
         while True:
             with self._changed:
                 if self.is_away:
-                    pause_s = self._pause_s * random.uniform(0.8, 1.2)  # so that many processes do not come at once
-                    self._changed.wait_for(lambda: self._closed, pause_s)
+                    self._changed.wait_for(lambda: self._closed, self._outage.draw_pause_s())
                 elif not self._waiting and not self._closed:
                     self._changed.wait(IDLE_S)
                 if not self._waiting:
@@ -133,7 +157,7 @@ class Outbox:
                     self._note_outage(failure)
                 elif has_arrived and self.is_away:
                     log.info("progress can be told again", store=self._where)
-                    self._pause_s = 0.0
+                    self._outage.end()
                 self._sending = []
                 self._may_have_arrived = self._may_have_arrived and bool(self._waiting)
                 if failure and self._closed:
@@ -144,7 +168,7 @@ class Outbox:
     def _note_outage(self, away: Away) -> None:
         if not self.is_away:  # one line an outage
             log.warning("progress cannot be told for now", store=self._where, reason=str(away))
-        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S) or FIRST_PAUSE_S
+        self._outage.go_on()
         self._may_have_arrived = True
 
     def _keep_newest(self) -> None:

@@ -16,7 +16,7 @@ from inference.media import child_process
 from inference.progress.hub import MemoryHub, ProgressHub
 from inference.progress.web.follow import Bounds
 from inference.server import answers
-from inference.server.answers import Answer, failure
+from inference.server.answers import Answer, Failure, failure
 from inference.server.client_api import client_routes
 from inference.server.config import ServerConfig
 from inference.server.docs import BrowserRules, add_docs
@@ -28,7 +28,7 @@ from inference.server.overview_api import overview_routes
 from inference.server.page.routes import page_routes
 from inference.server.proxied import Proxied
 from inference.server.rows.store import Store
-from inference.server.storage_api import Presigner, storage_routes
+from inference.server.storage_api import Presigner, StorageFailure, storage_routes
 from inference.server.submit_api import submit_routes
 from inference.server.tidy import keep_tidy
 from inference.server.worker_api import presign_routes, worker_routes
@@ -132,7 +132,7 @@ def _health_routes(store: Store, objects: ObjectStore) -> APIRouter:
 
 
 def _describe(app: FastAPI) -> None:
-    """Removes FastAPI's 422 from the OpenAPI description: malformed requests are answered 400 here."""
+    """Completes the OpenAPI description: with the failures, and without 422, since malformed requests get 400 here."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:
@@ -143,6 +143,8 @@ def _describe(app: FastAPI) -> None:
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)
+            for model in (Failure, StorageFailure):
+                schema["components"]["schemas"][model.__name__] = model.model_json_schema(mode="serialization")
         return describe()
 
     app.openapi = described  # type: ignore[method-assign]  # FastAPI's documented way

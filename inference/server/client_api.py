@@ -145,7 +145,7 @@ def client_routes(
     @routes.get("/groups/{group_id}", responses=errors(400, 401, 404))
     def group(group_id: GroupId) -> Answer[GroupView]:
         """One group."""
-        return Answer(data=group_view(store.get_group(group_id), live.group_left_s(group_id)))
+        return Answer(data=group_view(store.get_group(group_id), live.groups_left_s().get(group_id)))
 
     @routes.delete("/groups/{group_id}", responses=errors(400, 401, 404))
     def delete_group(group_id: GroupId) -> Answer[Deleted]:

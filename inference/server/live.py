@@ -9,7 +9,7 @@ import heapq
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -116,11 +116,31 @@ class Live:
 
     def queue_left_s(self) -> float | None:
         """Seconds until all that is ongoing is completed; None where nobody can tell. Raises QueueUnavailable."""
-        return self._last_ready_s(lambda _: True)
+        ready_s = self.groups_left_s().values()
+        known_s = [left_s for left_s in ready_s if left_s is not None]
+        return max(known_s, default=None) if len(known_s) == len(ready_s) else None
 
-    def group_left_s(self, group_id: str) -> float | None:
-        """The same for one group, with what is before it in the line. Raises QueueUnavailable."""
-        return self._last_ready_s(lambda it: it.group_id == group_id)
+    def groups_left_s(self) -> Mapping[str, float | None]:
+        """The same for each group that has something ongoing, with what is before it in the line.
+
+        If as many tasks as now are worked on at once, each by its turn. Empty where the line is longer than MAX_LINE.
+        Raises QueueUnavailable.
+        """
+        line = self._store.in_line(MAX_LINE + 1)
+        if len(line) > MAX_LINE:
+            return {}
+        ready_s: dict[str, float] = {}
+        places: dict[WorkerType, list[float]] = {}  # of each kind of worker: seconds until it is free
+        typical_of = cache(self._history.typical_s)
+        running = [it for it in line if it.status == "processing"]
+        waiting = [it for it in line if it.status == "pending"]
+        turns = running + waiting
+        for turn, it in enumerate(turns):
+            end_s = self._end_s(it, places.setdefault(provider_of(it.inference_provider).worker_type, []), typical_of)
+            if end_s is None:  # then nobody knows of those behind it either
+                return {**ready_s, **dict.fromkeys(later.group_id for later in turns[turn:])}
+            ready_s[it.group_id] = max(ready_s.get(it.group_id, 0.0), end_s)
+        return ready_s
 
     def _left_s(self, running: _Running, kind: str) -> float | None:
         now_s = self._clock()
@@ -130,36 +150,22 @@ class Live:
             return rest_s
         return left_s
 
-    def _last_ready_s(self, is_asked_for: Callable[[InLine], bool]) -> float | None:
-        """When the last of these is completed, if as many tasks as now are worked on at once, each by its turn."""
-        line = self._store.in_line(MAX_LINE + 1)
-        asked_for = [index for index, it in enumerate(line) if is_asked_for(it)]
-        if not asked_for or len(line) > MAX_LINE:
-            return None
-        places: dict[WorkerType, list[float]] = {}  # of each kind of worker: seconds until it is free
-        typical_of = cache(self._history.typical_s)
-        ready_s = [0.0]
-        running = [it for it in line if it.status == "processing"]
-        waiting = [it for it in line[: asked_for[-1] + 1] if it.status == "pending"]
-        for it in running + waiting:
-            kind = kind_of(it)
-            typical_s = typical_of(kind)
-            free = places.setdefault(provider_of(it.inference_provider).worker_type, [])
-            if it.status == "processing":
-                with self._lock:
-                    known = self._running.get(it.id)
-                end_s = self._left_s(known, kind) if known else None
-                end_s = typical_s if end_s is None else end_s
-            elif free and typical_s is not None:
-                end_s = heapq.heappop(free) + typical_s
-            else:
-                end_s = None
-            if end_s is None:
-                return None
+    def _end_s(self, it: InLine, free: list[float], typical_of: Callable[[str], float | None]) -> float | None:
+        """When one is completed: it goes on, or takes the first of the places that are `free` then."""
+        kind = kind_of(it)
+        typical_s = typical_of(kind)
+        if it.status == "processing":
+            with self._lock:
+                known = self._running.get(it.id)
+            end_s = self._left_s(known, kind) if known else None
+            end_s = typical_s if end_s is None else end_s
+        elif free and typical_s is not None:
+            end_s = heapq.heappop(free) + typical_s
+        else:
+            end_s = None
+        if end_s is not None:
             heapq.heappush(free, end_s)
-            if is_asked_for(it):
-                ready_s.append(end_s)
-        return max(ready_s)
+        return end_s
 
     def _follow(self, item: Item) -> float | None:
         """Notes how far an item is. Returns the seconds that are left of it, where that is known."""

@@ -26,7 +26,7 @@ from inference.errors import (
     WrongMediaType,
 )
 from inference.server import objects
-from inference.server.answers import EarlyAnswer, Failure
+from inference.server.answers import EarlyAnswer, Failure, documented
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore, Operation, Signer
 
@@ -69,10 +69,10 @@ REFUSALS: tuple[tuple[type[Exception], str, str, str], ...] = (
 )
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: {"model": StorageFailure, "description": "Refused; `statusCode` and `code` say why"},
-    403: {"model": Failure, "description": "Not from a web page"},
-    404: {"model": Failure, "description": "No such route: a path with a line break"},
-    500: {"model": StorageFailure, "description": "Try again"},
+    400: documented(StorageFailure, "Refused; `statusCode` and `code` say why"),
+    403: documented(Failure, "Not from a web page"),
+    404: documented(Failure, "No such route: a path with a line break"),
+    500: documented(StorageFailure, "Try again"),
 }
 
 

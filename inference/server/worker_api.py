@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 from inference.errors import NotHolder
 from inference.providers import WorkerType
 from inference.queues.item import Item, ItemProgress
-from inference.server.answers import Answer, Failure, errors, failure
+from inference.server.answers import Answer, Failure, documented, errors, failure
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
 from inference.server.rows.store import Store
@@ -216,7 +216,7 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
 
     @routes.post(
         "/report",
-        responses=errors(400, 401, 404) | {403: {"model": Failure, "description": "Not yours"}},
+        responses=errors(400, 401, 404) | {403: documented(Failure, "Not yours")},
         response_model=Answer[Reported],
     )
     def report(said: Annotated[ReportCompleted | ReportFailed, Body(discriminator="status")]) -> object:

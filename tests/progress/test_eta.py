@@ -219,8 +219,6 @@ def test_a_run_becomes_history():
     TaskEta(history, "film").observe("load", 0, 0)
     assert history.medians("film") == {"load": 7, "draw": 30}
     assert history.typical_s("film") == 37
-    assert history.weights("film", ["draw", "load"]) == {"draw": 30, "load": 7}
-    assert history.weights("film", ["draw", "save"]) is None
     assert history.typical_s("another") is None
     assert history.medians("another") == {}
 

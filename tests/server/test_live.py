@@ -197,7 +197,7 @@ def test_nothing_is_known_at_first(here):
     assert here.live.left_s(item) is None
     held = here.store.lease("w", 600)
     assert here.live.left_s(held) is None
-    assert (here.live.queue_left_s(), here.live.group_left_s(here.group_id)) == (None, None)
+    assert (here.live.queue_left_s(), here.live.groups_left_s()[here.group_id]) == (None, None)
     assert here.live.left_s(here.store.get(waits.id)) is None
 
 
@@ -286,14 +286,14 @@ def test_when_all_will_be_ready(here):
     for _ in range(2):
         here.store.lease("w", 600)
     here.add(3, group_id=others)  # two begin after 10 s, the third after 20
-    assert here.live.group_left_s(mine) == pytest.approx(10, abs=1)
-    assert here.live.group_left_s(others) == pytest.approx(30, abs=1)
+    assert here.live.groups_left_s()[mine] == pytest.approx(10, abs=1)
+    assert here.live.groups_left_s()[others] == pytest.approx(30, abs=1)
     here.add(1, group_id=mine)  # beside the others' third
-    assert here.live.group_left_s(mine) == pytest.approx(30, abs=1)
+    assert here.live.groups_left_s()[mine] == pytest.approx(30, abs=1)
     here.add(1, group_id=others)
-    assert here.live.group_left_s(mine) == pytest.approx(30, abs=1)
+    assert here.live.groups_left_s()[mine] == pytest.approx(30, abs=1)
     assert here.live.queue_left_s() == pytest.approx(40, abs=1)
-    assert here.live.group_left_s("nowhere") is None
+    assert "nowhere" not in here.live.groups_left_s()
 
 
 def test_nobody_knows_when_what_nobody_works_on_will_be_ready(here):

@@ -9,7 +9,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from inference.errors import I2VError
-from inference.server.answers import STATUSES
+from inference.server.answers import status_of
 from inference.server.page.asking import is_fragment, words_for
 from inference.server.page.rendering import Renderer
 
@@ -36,8 +36,8 @@ def told_to_people(renderer: Renderer) -> type[APIRoute]:
 
 
 def _told(renderer: Renderer, request: Request, error: I2VError) -> Response:
-    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 503)
-    if status == 503:
+    status = status_of(error)
+    if status == 500:
         log.error("the page cannot be shown", path=request.url.path, error=str(error))
     if is_fragment(request):
         return Response(str(error), status, {"cache-control": "no-store"}, "text/plain")

@@ -51,7 +51,7 @@ class Thumbnails:
         return made
 
     def _make(self, photo_id: str) -> bytes:
-        return thumbnail(self._objects.path(self._store.photo(photo_id).storage_path))
+        return thumbnail(self._objects.path(self._store.photo_path(photo_id)))
 
     def _keep(self, photo_id: str, made: bytes) -> None:
         self._kept[photo_id] = made

@@ -26,9 +26,6 @@ tasks every five, unless its settings say otherwise."""
 MAX_WORKERS = 12
 """Workers that the strip names."""
 
-MAX_TIMED_GROUPS = 6
-"""Groups on one page of which the time left is told: for each the whole line is looked at."""
-
 Hint = Literal["crashed", "lost", "photo", "refused", "retry"]
 
 # What our workers write in error messages (errors of media/photo*.py and engines/runway/wire.py), and which hint helps
@@ -224,8 +221,8 @@ class Views:
         return found
 
     def _timed(self, groups: Sequence[Group]) -> list[GroupHead]:
-        ongoing = [group.id for group in groups if group.status in ("pending", "processing")]
-        left_s = {group_id: self._live.group_left_s(group_id) for group_id in ongoing[:MAX_TIMED_GROUPS]}
+        ongoing = any(group.status in ("pending", "processing") for group in groups)
+        left_s = self._live.groups_left_s() if ongoing else {}
         return [GroupHead(group, left_s.get(group.id)) for group in groups]
 
     def _clip_bytes(self, item: Item) -> int | None:

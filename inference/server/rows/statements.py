@@ -498,7 +498,11 @@ def list_groups(*, before: bool) -> Statement:
     return Statement(f"list_groups_{before:d}", "As get_group, for a page of groups, newest first.", counted)
 
 
-GET_PHOTO = Statement("get_photo", "One photo.", select(photos).where(photos.c.id == bindparam("photo_id", type_=Text)))
+PHOTO_PATH = Statement(
+    "photo_path",
+    "Where one photo is in storage.",
+    select(photos.c.storage_path).where(photos.c.id == bindparam("photo_id", type_=Text)),
+)
 
 COUNTS = Statement(
     "counts",

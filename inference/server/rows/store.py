@@ -73,19 +73,6 @@ class Once:
     fingerprint: str  # digest of the request: another request under the same key is an error
 
 
-class Photo(Value):
-    """A photo whose file is in storage."""
-
-    id: str
-    group_id: str
-    storage_path: str
-    original_filename: str | None  # as whoever uploaded it called it
-    width: int | None  # pixels
-    height: int | None  # pixels
-    size_bytes: int | None
-    created_at: float
-
-
 class Overview(Value):
     """How the whole queue is doing. Days are those of UTC, on the database's clock."""
 
@@ -248,10 +235,10 @@ class Store:
         statement = statements.list_groups(before=before is not None)
         return list(_groups(self._database.read(statement, before=before, limit=limit)))
 
-    def photo(self, photo_id: str) -> Photo:
-        """A photo. Raises ItemMissing."""
-        for row in self._database.read(statements.GET_PHOTO, photo_id=photo_id):
-            return Photo.model_validate(row)
+    def photo_path(self, photo_id: str) -> str:
+        """Where a photo is in storage. Raises ItemMissing."""
+        for row in self._database.read(statements.PHOTO_PATH, photo_id=photo_id):
+            return str(row["storage_path"])
         raise ItemMissing(f"no photo {photo_id}")
 
     def overview(self) -> Overview:

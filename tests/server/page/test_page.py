@@ -232,15 +232,15 @@ def test_errors_are_pages_for_people(site):
 
 
 def test_a_database_that_does_not_answer_is_told(tmp_path):
-    """503 and the reason, in place of a bare error."""
+    """The status that the API would answer, and the reason, in place of a bare error."""
     with app_client(config(tmp_path), authorization=f"Worker {KEY}") as client:
         with closing(sqlite3.connect(tmp_path / "queue.db")) as database:
             database.execute("ALTER TABLE video_items RENAME TO elsewhere")
             database.commit()
         answer = client.get("/")
-        assert answer.status_code == 503
+        assert answer.status_code == client.get("/api/tasks").status_code == 500
         assert Page(answer.text).one("h1").text == "This page cannot be shown"
-        assert client.get("/page/summary", headers=FRAGMENT).status_code == 503
+        assert client.get("/page/summary", headers=FRAGMENT).status_code == 500
 
 
 def test_a_card_changes_its_version_with_what_it_shows(site):
