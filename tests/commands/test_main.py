@@ -518,7 +518,7 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
     assert (ran.exit_code, ran.err) == (0, "")
     verdicts = {line[6:19].strip(): line[:4].strip() for line in ran.out.splitlines()}
     assert verdicts == dict.fromkeys(
-        ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan", "extra comfyui"], "ok"
+        ["settings", "photos", "ffmpeg", "disk", "queue", "extra server", "extra wan", "extra comfyui"], "ok"
     )
     ran = here("doctor", "--url", site.url, WORKER_API_KEY="another-key")
     assert ran.exit_code == 1
