@@ -40,6 +40,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 PIPED_WIDTH = 240
 """Width where there is no terminal: programs that read the output expect one line a task."""
 
+NARROW_BAR = 72
+"""Cells of a terminal on which a progress bar is short, and how long it took is left out."""
+
+MIN_LABEL = 8
+"""Cells that what a bar is about has at least."""
+
 TaskView = Mapping[str, Any]
 """A task as the embedded queue's API describes it; those of other versions may lack fields."""
 
@@ -71,10 +77,12 @@ def completed(text: str) -> None:
 def result(value: object) -> None:
     """A result on stdout: unchanged for programs, and made legible on a terminal."""
     if out.is_terminal:
-        out.print(shown(value))
+        # The same one as of stderr if that is one, and a bar there goes around what is printed by its own console.
+        (err if err.is_terminal else out).print(shown(value))
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(os.fsencode(f"{value}\n"))  # also a file name that is not Unicode
+        sys.stdout.buffer.flush()  # somebody may read along
 
 
 def json_line(text: str) -> None:
@@ -106,29 +114,31 @@ def bar(label: str) -> Iterator[Sink]:
     if not err.is_terminal:
         yield _stage_lines(label)
         return
-    columns = (
+    is_narrow = err.width < NARROW_BAR
+    columns = [
         TextColumn("  {task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=8 if is_narrow else 30),
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("[dim]{task.fields[stage]}"),
-        TimeElapsedColumn(),
+        *([] if is_narrow else [TimeElapsedColumn()]),
         TextColumn("[dim]{task.fields[left]}"),
-    )
+    ]
+    name = shown(label)
+    name.truncate(max(MIN_LABEL, err.width // 4), overflow="ellipsis")
     # For those who do not say how much time is left: told by the speed of the present stage, since what a task waited
     # before says nothing of it.
     eta = TaskEta(StageHistory(), label)
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(legible(label)), total=1.0, stage="", left="")
+        task = progress.add_task(escape(name.plain), total=1.0, stage="", left="")
 
         def sink(snapshot: Snapshot) -> None:
             now_s = time.monotonic()
             eta.observe(snapshot.stage, snapshot.fraction, now_s)
             left_s = eta.left_s(now_s) if snapshot.eta_s is None else snapshot.eta_s
-            count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
             progress.update(
                 task,
                 completed=snapshot.fraction,
-                stage=f"{escape(legible(snapshot.stage))}{count}",
+                stage=escape(legible(_stage_of(snapshot))),
                 left="" if left_s is None or snapshot.fraction >= 1 else f"left {span(left_s)}",
             )
 
@@ -169,9 +179,14 @@ def _stage_lines(label: str) -> Sink:
         nonlocal last
         if snapshot.stage != last:
             last = snapshot.stage
-            say(f"  {label}: {snapshot.stage}")
+            say(f"  {label}: {_stage_of(snapshot)}")
 
     return sink
+
+
+def _stage_of(snapshot: Snapshot) -> str:
+    """`denoise 3/10`."""
+    return snapshot.stage + (f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else "")
 
 
 def describe(video: Video) -> str:
