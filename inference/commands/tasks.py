@@ -35,7 +35,7 @@ PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".
 
 def submit(
     words: Annotated[
-        list[str], typer.Argument(metavar="PHOTO... [PROMPT]", help="JPEG, PNG, WebP or HEIC files, then what happens.")
+        list[str], typer.Argument(metavar="PHOTO", help="JPEG, PNG, WebP or HEIC files, then what happens: “pan left”.")
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What happens, instead of a last word.")] = None,
     seconds: Seconds = 5,
@@ -144,7 +144,7 @@ async def _submitted(
 
 
 def fetch(
-    item_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Completed tasks.")] = None,
+    item_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Completed tasks.")] = None,
     group: Annotated[str | None, typer.Option(help="Every clip of the group with this id.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Where the mp4 goes, or the folder for several.")
