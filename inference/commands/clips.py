@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from inference import terminal
-from inference.commands.start import check_mp4, temporary_folder
+from inference.commands.start import check_mp4, require_writable, temporary_folder
 from inference.errors import EngineFailed, SettingsError, StorageError, write_error
 from inference.progress.stages import Progress
 from inference.server.client import ENDED, QueueClient
@@ -41,7 +42,7 @@ class Output:
 
     @classmethod
     def of(cls, given: str, count: int | None) -> "Output":
-        """What `--output` means for so many clips; None for any number. Makes the folder.
+        """What `--output` means for so many clips; None for any number. A folder is made with its first clip.
 
         Raises SettingsError, DiskFull, NotWritable.
         """
@@ -53,15 +54,11 @@ class Output:
         if not names_folder and path.suffix:
             raise SettingsError(f"--output takes one video where it names a file: for more, give a folder, not {given}")
         path = path.absolute()
+        if path.is_file():
+            raise SettingsError(f"--output: {path} is a file, and no folder")
         if not path.parent.is_dir():
             raise SettingsError(f"--output: there is no folder {path.parent}")
-        try:
-            path.mkdir(exist_ok=True)
-        except FileExistsError:
-            raise SettingsError(f"--output: {path} is a file, and no folder") from None
-        except OSError as error:
-            raise write_error(error, f"--output: {path} cannot be made: {error.strerror}") from None
-        check_mp4(path / "clip.mp4")
+        require_writable(path / "clip.mp4" if path.is_dir() else path)
         return cls(given, path, is_folder=True)
 
     def paths(self, tasks: Tasks) -> dict[str, Path]:
@@ -181,6 +178,8 @@ def _tell(name: str, reason: str | None, *, is_saved: bool) -> None:
 
 async def _save_beside(client: QueueClient, item_id: str, path: Path) -> Path:
     """Saves a clip, and replaces none. Returns where it is. Raises as QueueClient.save_video."""
+    with suppress(OSError):  # whoever writes into it says what is wrong
+        path.parent.mkdir(exist_ok=True)
     with temporary_folder(".i2v-", path.parent) as folder:
         fresh = await client.save_video(item_id, Path(folder) / path.name, told_as=path)
         try:

@@ -22,6 +22,7 @@ from inference.commands.push import prepare_wake
 from inference.commands.render import render
 from inference.commands.runpod import app as runpod_app
 from inference.commands.serving import at_home, serving, tell_page
+from inference.commands.shift import Shift
 from inference.commands.start import (
     HELP,
     MARKUP,
@@ -41,12 +42,10 @@ from inference.errors import (
     QueueUnavailable,
 )
 from inference.on_modal.doctor import examine_modal
-from inference.progress.stages import Sink
 from inference.providers import EngineName, QueueName, is_paid
 from inference.push.doctor import examine_push
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
-from inference.task import Lease
 
 log = structlog.get_logger(__name__)
 
@@ -163,18 +162,13 @@ def work(
 
 
 async def _work(settings: Settings, *, once: bool = False) -> None:
-    taken: list[str] = []
-
-    def sink(lease: Lease) -> Sink:
-        taken.append(lease.task.item_id)
-        return logs.stages(lease.task.item_id)
-
     async with open_events(settings) as hub, open_queue(settings) as queue, anyio.create_task_group() as tasks:
         listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
-        worker = build_worker(settings, queue, engine, sink=sink, hub=hub)
+        shift = Shift()
+        worker = build_worker(settings, queue, engine, sink=shift.sink, on_outcome=shift.ended, hub=hub)
         await tasks.start(process.drain_on_signal, worker, settings.shutdown_grace_s)  # before others hear of it
         log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
         if listen is not None:
@@ -186,11 +180,12 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         except QueueUnavailable as error:
             name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
             raise QueueUnavailable(f"no queue at {settings.queue_url}, see {name} or --url: {error}") from None
+        finally:
+            if once and shift.is_idle:
+                log.info("no_task")
+                terminal.tell("The queue has no task to take.")
+            shift.close()
         tasks.cancel_scope.cancel()
-    if once and not taken:
-        log.info("no_task")
-        terminal.tell("The queue has no task to take.")
-    log.info("worker_stopped")
 
 
 app.command(epilog='Example: `i2v submit photo.jpg "pan left" -o out.mp4`, or `i2v submit *.jpg "pan left" -o clips/`')(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from inference import logs, terminal
-from inference.errors import SettingsError, write_error
+from inference.errors import NO_ROOM_ERRNOS, SettingsError, write_error
 from inference.providers import QueueName
 from inference.settings import QUEUE_URL_FIELDS, Settings
 
@@ -40,6 +40,9 @@ Host = Annotated[
     str | None, typer.Option(help="Address to listen on, such as 0.0.0.0; others than loopback need WORKER_API_KEY.")
 ]
 Port = Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)]
+
+ROOM_BYTES = 1_000_000
+"""Where there is no room for so much, there is none for a clip: a short one of the preview has about as much."""
 
 WakePort = Annotated[
     int | None,
@@ -80,13 +83,33 @@ def queue_url_field(queue: QueueName | None) -> str:
 
 
 def check_mp4(output: Path) -> None:
-    """Raises SettingsError where no video can be written to `output`."""
+    """Tries whether a video can be written to `output`, before anything is spent on one; leaves no trace.
+
+    Raises SettingsError, DiskFull, NotWritable.
+    """
     if output.suffix.lower() != ".mp4":
         raise SettingsError(f"--output: {output} has to end in .mp4")
     if output.is_dir():
         raise SettingsError(f"--output: {output} is a folder")
     if not output.absolute().parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
+    require_writable(output)
+
+
+def require_writable(output: Path) -> None:
+    """Tries the folder of a file that is to be. Raises DiskFull, NotWritable."""
+    try:
+        with tempfile.TemporaryFile(dir=output.absolute().parent) as file:
+            file.write(bytes(ROOM_BYTES))
+    except OSError as error:
+        raise write_error(error, f"--output: {output.absolute()} cannot be written: {reason_of(error)}") from None
+
+
+def reason_of(error: OSError) -> str:
+    """In the words of the operating system, but for a full disk."""
+    if error.errno in NO_ROOM_ERRNOS:
+        return "there is no room left on this machine's disk"
+    return (error.strerror or "for no reason that is known").lower()
 
 
 def temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:

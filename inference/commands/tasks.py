@@ -291,6 +291,11 @@ def _changed_as_json() -> Iterator[Callable[[Sequence[dict[str, Any]], str], Non
 def _client_settings(url: str | None, *, verbose: bool) -> Settings:
     """Settings for commands that use a queue; by default the server of `i2v up` on this machine."""
     settings = start("warning", verbose=verbose, api_url=url)
+    if settings.queue != "lifeisshort" and not settings.api_url:
+        raise SettingsError(
+            f"I2V_QUEUE is {settings.queue}, and its tasks are seen in its application. `i2v submit`, `fetch` and "
+            "`tasks` are for a queue of `i2v up` or `i2v serve`: say where it is with --url, such as http://127.0.0.1:8000"
+        )
     return settings.model_copy(update={"api_url": settings.api_url or f"http://127.0.0.1:{settings.port}"})
 
 

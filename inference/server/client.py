@@ -12,6 +12,7 @@ import httpx
 
 from inference.errors import (
     DiskFull,
+    I2VError,
     InvalidPhoto,
     InvalidRequest,
     ItemMissing,
@@ -47,6 +48,15 @@ SUBMIT_PAUSES_S = (1.0, 2.0, 4.0)
 
 PHOTO_REFUSED = ("photo: ", "body: more than ")
 """How the server's answer begins where it would take the same request with another photo."""
+
+NOT_EMBEDDED = (
+    "answers, and is no queue of `i2v up` or `i2v serve`, which `i2v submit`, `fetch` and `tasks` are for: give the "
+    "address of one with --url, such as http://127.0.0.1:8000. What an application has in its queue is seen there; "
+    "whether a worker can use it says `i2v doctor`"
+)
+
+KNOWN_TO_PROXIES = (401, 403, 407, 408, 413, 429)
+"""What may be answered without our words although the queue is there, by what is in front of it."""
 
 MAX_VIDEO_BYTES = 10_000_000_000
 """Far above any upload limit that an operator may set, so that every stored video can be fetched."""
@@ -234,20 +244,26 @@ class QueueClient:
             answer = None
         if isinstance(answer, dict) and answer.get("success") is True:
             return answer.get("data")
+        raise self._refusal(path, response.status_code, answer)
+
+    def _refusal(self, path: str, status: int, answer: Any) -> I2VError:
+        """What an answer says that is no success."""
+        is_ours = isinstance(answer, dict) and "success" in answer and "error" in answer
         text = str(answer.get("error")) if isinstance(answer, dict) else "not an answer of a queue"
-        match response.status_code:
+        may_be_a_proxy = status >= 500 or status in KNOWN_TO_PROXIES
+        if (not is_ours and not may_be_a_proxy) or (status == 404 and path == "tasks"):
+            return QueueRefused(f"{self._client.base_url} {NOT_EMBEDDED}")
+        match status:
             case 401:
-                raise QueueAuthError(f"the queue does not accept the key: set WORKER_API_KEY ({text})")
-            case 404:
-                raise ItemMissing(text)
-            case 409:
-                raise WrongState(text)
-            case status if status >= 500 or status == 429:
-                raise QueueUnavailable(f"the queue answered {status}: {text}")
+                return QueueAuthError(f"the queue does not accept the key: set WORKER_API_KEY ({text})")
+            case 404 | 409:
+                return ItemMissing(text) if status == 404 else WrongState(text)
+            case _ if status >= 500 or status == 429:
+                return QueueUnavailable(f"the queue answered {status}: {text}")
             case 400 | 413 if text.startswith(PHOTO_REFUSED):
-                raise InvalidPhoto(text.partition(": ")[2])
-            case status:
-                raise QueueRefused(f"the queue answered {status}: {text}")
+                return InvalidPhoto(text.partition(": ")[2])
+            case _:
+                return QueueRefused(f"the queue answered {status}: {text}")
 
 
 def _path(item_id: str, kind: str = "tasks") -> str:

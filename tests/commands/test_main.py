@@ -281,7 +281,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
     "command, settings, says",
     [
         ("render broken.jpg -s 0.5", {}, "the photo is damaged"),
-        ("render photo.jpg -o /proc/out.mp4", {}, "/proc cannot be written"),
+        ("render photo.jpg -o /proc/out.mp4", {}, "/proc/out.mp4 cannot be written: "),
         ("render photo.jpg -o out.mov", {}, "has to end in .mp4"),
         ("render photo.jpg -o folder.mp4", {}, "is a folder"),
         ("render photo.jpg -o nowhere/out.mp4", {}, "there is no folder"),
