@@ -109,10 +109,10 @@ def error(message: str) -> None:
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Sink]:
-    """A progress bar while the block runs; without a terminal, a line for each stage."""
+def bar(label: str, *, lines: bool = True) -> Iterator[Sink]:
+    """A progress bar while the block runs; without a terminal, a line for each stage unless `lines` is false."""
     if not err.is_terminal:
-        yield _stage_lines(label)
+        yield _stage_lines(label) if lines else lambda _: None
         return
     is_narrow = err.width < NARROW_BAR
     columns = [
@@ -135,10 +135,11 @@ def bar(label: str) -> Iterator[Sink]:
             now_s = time.monotonic()
             eta.observe(snapshot.stage, snapshot.fraction, now_s)
             left_s = eta.left_s(now_s) if snapshot.eta_s is None else snapshot.eta_s
+            count = f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else ""
             progress.update(
                 task,
                 completed=snapshot.fraction,
-                stage=escape(legible(_stage_of(snapshot))),
+                stage=f"{escape(legible(snapshot.stage))}{count}",
                 left="" if left_s is None or snapshot.fraction >= 1 else f"left {span(left_s)}",
             )
 
@@ -179,14 +180,9 @@ def _stage_lines(label: str) -> Sink:
         nonlocal last
         if snapshot.stage != last:
             last = snapshot.stage
-            say(f"  {label}: {_stage_of(snapshot)}")
+            say(f"  {label}: {snapshot.stage}")
 
     return sink
-
-
-def _stage_of(snapshot: Snapshot) -> str:
-    """`denoise 3/10`."""
-    return snapshot.stage + (f" {snapshot.done:g}/{snapshot.total:g}" if snapshot.total > 1 else "")
 
 
 def describe(video: Video) -> str:

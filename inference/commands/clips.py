@@ -88,7 +88,8 @@ async def collect(client: QueueClient, tasks: Tasks, output: Output | None, *, w
     paths, names = output.paths(tasks) if output else {}, _names(tasks)
     missing: dict[str, str] = {}
     left = {task["id"] for task in tasks}
-    with terminal.bar(names[tasks[0]["id"]] if len(tasks) == 1 else f"{len(tasks)} clips") as sink:
+    label = names[tasks[0]["id"]] if len(tasks) == 1 else f"{len(tasks)} clips"
+    with terminal.bar(label, lines=len(tasks) == 1) as sink:  # of several, each is told when it has ended
         ready_at, ask_again_at = None, 0.0
         async for now in client.follow(tasks) if wait else _once(tasks):
             now_s = anyio.current_time()
