@@ -82,7 +82,7 @@ def check_image() -> None:
     async def examined() -> list[doctor.Finding]:
         return [it async for it in doctor.examine(Settings.load)]
 
-    needed = {"settings", "ffmpeg", "disk", "extra heic", "extra wan"}
+    needed = {"settings", "photos", "ffmpeg", "disk", "extra wan"}
     findings = [it for it in anyio.run(examined) if it.name in needed]
     problems = [f"{it.name}: {it.text}" for it in findings if it.verdict != "ok"]
     if not problems:

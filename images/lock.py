@@ -1,8 +1,8 @@
 """Exact versions of what the images install: `pip install uv`, then `python -m images.lock` writes the files anew.
 
-    slim.txt     base, heic, push, redis   the cron, calls and Runway, on Modal
-    wan.txt      the same, and wan         GPU containers on Modal
-    runpod.txt   the same, and runpod      workers on RunPod
+    slim.txt     base, push, redis     the cron, calls and Runway, on Modal
+    wan.txt      the same, and wan     GPU containers on Modal
+    runpod.txt   wan's, and runpod      workers on RunPod
 
 Compiled from the ranges of pyproject.toml, the largest first, so that all three have the same version of everything.
 Each is complete, with the sha256 of every wheel that fits the base image, so that the locked files are installed from
@@ -21,9 +21,9 @@ from typing import Any
 from images import PYPROJECT, lock_of
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "runpod": ("heic", "wan", "push", "redis", "runpod"),
-    "wan": ("heic", "wan", "push", "redis"),
-    "slim": ("heic", "push", "redis"),
+    "runpod": ("wan", "push", "redis", "runpod"),
+    "wan": ("wan", "push", "redis"),
+    "slim": ("push", "redis"),
 }
 """Of each image, the largest first."""
 

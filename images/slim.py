@@ -7,5 +7,5 @@ from inference.settings import Settings
 
 
 def slim_image(settings: Settings) -> modal.Image:
-    """Base install and HEIC, then settings and code."""
+    """Base install, then settings and code."""
     return with_code(with_packages(modal.Image.from_registry(BASE), "slim"), settings)

@@ -23,6 +23,7 @@ from inference.engines.runway.wire import RunwayApi
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
 from inference.errors import EngineLost, I2VError
+from inference.media.photo_file import heic_reader
 from inference.media.video import VideoWriter, probe
 from inference.providers import EngineName, is_paid
 from inference.settings import QUEUE_URL_FIELDS, Settings
@@ -59,6 +60,7 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
         async for finding in _engine(settings):
             yield finding
+    yield await anyio.to_thread.run_sync(_photos)
     yield await anyio.to_thread.run_sync(_ffmpeg)
     yield await anyio.to_thread.run_sync(_disk, settings.temp_dir if settings else None)
     yield await _queue(settings)
@@ -66,7 +68,6 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         yield _delivery(settings)
     for package, extra, use in (
         ("fastapi", "server", "the embedded queue"),
-        ("pillow_heif", "heic", "HEIC photos"),
         ("diffusers", "wan", "the Wan engine"),
         ("httpx_ws", "comfyui", "the ComfyUI engine"),
     ):
@@ -180,6 +181,14 @@ async def _ledger(settings: Settings) -> Finding:
     return Finding(
         "ledger", "ok", f"${spent_usd:.2f} of ${settings.runway_budget_usd:.2f} today, in {settings.ledger_path}"
     )
+
+
+def _photos() -> Finding:
+    try:
+        heic_reader()
+    except I2VError as error:
+        return Finding("photos", "FAIL", f"{error}, which are what iPhones send: pip install pillow-heif")
+    return Finding("photos", "ok", "JPEG, PNG, WebP and HEIC are read")
 
 
 def _ffmpeg() -> Finding:

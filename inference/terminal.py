@@ -40,6 +40,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 PIPED_WIDTH = 240
 """Width where there is no terminal: programs that read the output expect one line a task."""
 
+NARROW_BAR = 72
+"""Cells of a terminal on which a progress bar is short, and how long it took is left out."""
+
+MIN_LABEL = 8
+"""Cells that what a bar is about has at least."""
+
 TaskView = Mapping[str, Any]
 """A task as the embedded queue's API describes it; those of other versions may lack fields."""
 
@@ -71,10 +77,12 @@ def completed(text: str) -> None:
 def result(value: object) -> None:
     """A result on stdout: unchanged for programs, and made legible on a terminal."""
     if out.is_terminal:
-        out.print(shown(value))
+        # The same one as of stderr if that is one, and a bar there goes around what is printed by its own console.
+        (err if err.is_terminal else out).print(shown(value))
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(os.fsencode(f"{value}\n"))  # also a file name that is not Unicode
+        sys.stdout.buffer.flush()  # somebody may read along
 
 
 def json_line(text: str) -> None:
@@ -101,24 +109,27 @@ def error(message: str) -> None:
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Sink]:
-    """A progress bar while the block runs; without a terminal, a line for each stage."""
+def bar(label: str, *, lines: bool = True) -> Iterator[Sink]:
+    """A progress bar while the block runs; without a terminal, a line for each stage unless `lines` is false."""
     if not err.is_terminal:
-        yield _stage_lines(label)
+        yield _stage_lines(label) if lines else lambda _: None
         return
-    columns = (
+    is_narrow = err.width < NARROW_BAR
+    columns = [
         TextColumn("  {task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=8 if is_narrow else 30),
         TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("[dim]{task.fields[stage]}"),
-        TimeElapsedColumn(),
+        *([] if is_narrow else [TimeElapsedColumn()]),
         TextColumn("[dim]{task.fields[left]}"),
-    )
+    ]
+    name = shown(label)
+    name.truncate(max(MIN_LABEL, err.width // 4), overflow="ellipsis")
     # For those who do not say how much time is left: told by the speed of the present stage, since what a task waited
     # before says nothing of it.
     eta = TaskEta(StageHistory(), label)
     with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(escape(legible(label)), total=1.0, stage="", left="")
+        task = progress.add_task(escape(name.plain), total=1.0, stage="", left="")
 
         def sink(snapshot: Snapshot) -> None:
             now_s = time.monotonic()
@@ -252,16 +263,41 @@ NARROW = 110
 SHORT_ID_CHARS = 8
 """The end of an id: the beginning is a time, which tasks that were submitted together share."""
 
-MIN_PROMPT, MAX_PROMPT = 10, 40
-"""Cells of the last column: other columns go before it gets less, and it takes no more."""
+LEAST = {"photo": 10, "prompt": 10}
+"""Cells of the columns that are cut where a terminal is narrow. Others are whole, since people copy ids from here."""
 
-GO_FIRST = ("photo", "seconds", "age", "stage", "price", "left")
+LEAST_WATCHED = {"photo": 6, "prompt": 10}
+"""Where ids are cut, too: so that 40 cells have room for the photo."""
+
+MOST = {"photo": 24, "prompt": 40}
+
+GO_FIRST = ("seconds", "age", "stage", "prompt", "price", "left", "photo")
 """Columns that are left out where a terminal is too narrow, in this order."""
 
 
 def _task_table(tasks: Sequence[TaskView], width: int, *, for_watching: bool = False) -> Table:
     """`for_watching`: shortens ids on a narrow terminal, and shows a failed task's error instead of its prompt."""
     is_short = for_watching and width < NARROW
+    cells = _cells(tasks, is_short=is_short, for_watching=for_watching)
+    go_first: Sequence[str] = GO_FIRST
+    if for_watching and any(task["error_message"] for task in tasks):
+        go_first = ("photo", *(title for title in GO_FIRST if title not in {"photo", "prompt"}))
+    widths = _widths(cells, width, go_first, LEAST_WATCHED if is_short else LEAST)
+    if not is_short and _whole(widths) > width:
+        return _stacked(tasks, width)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title, cells_wide in widths.items():
+        if title in LEAST:
+            table.add_column(title, overflow="ellipsis", no_wrap=True, max_width=cells_wide)
+        else:
+            table.add_column(title, no_wrap=True, min_width=cells_wide)
+    for number in range(len(tasks)):
+        table.add_row(*(cells[title][number] for title in widths))
+    return table
+
+
+def _cells(tasks: Sequence[TaskView], *, is_short: bool, for_watching: bool) -> dict[str, list[Text]]:
+    """What there is to show, by columns; none of which nothing is known."""
     columns: dict[str, list[Text]] = {
         "task": [shown(task["id"][-SHORT_ID_CHARS:] if is_short else task["id"]) for task in tasks],
         "status": [shown(_status_of(task), STATUS_STYLES.get(task["status"], "")) for task in tasks],
@@ -271,27 +307,46 @@ def _task_table(tasks: Sequence[TaskView], width: int, *, for_watching: bool = F
         "age": [shown(_age(task["created_at"])) for task in tasks],
         "seconds": [shown(f"{task['seconds']:g}") for task in tasks],
         "photo": [shown(task.get("photo_filename") or "") for task in tasks],
+        "prompt": [
+            shown(task["error_message"], "red") if for_watching and task["error_message"] else shown(task["prompt"])
+            for task in tasks
+        ],
     }
-    columns = {
-        title: cells
-        for title, cells in columns.items()
-        if title not in ("stage", "left", "price", "photo") or any(cell.plain for cell in cells)
-    }
-    widths = {title: max(cell_len(text) for text in (title, *map(str, cells))) for title, cells in columns.items()}
-    for title in GO_FIRST:
-        if sum(widths.values()) + 2 * len(widths) + MIN_PROMPT > width:
+    always = ("task", "status", "age", "seconds", "prompt")
+    return {title: cells for title, cells in columns.items() if title in always or any(cell.plain for cell in cells)}
+
+
+def _widths(
+    cells: Mapping[str, Sequence[Text]], width: int, go_first: Sequence[str], least: Mapping[str, int]
+) -> dict[str, int]:
+    """The cells of each column that there is room for."""
+    natural = {title: max(cell_len(text) for text in (title, *map(str, column))) for title, column in cells.items()}
+    widths = {title: min(cells, least.get(title, cells)) for title, cells in natural.items()}
+    for title in go_first:
+        if _whole(widths) > width:
             widths.pop(title, None)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, least in widths.items():
-        # Never shortened, since people copy ids from here. A narrow terminal shows less of the prompt instead.
-        table.add_column(title, no_wrap=True, min_width=least)
-    left = width - sum(widths.values()) - 2 * len(widths)
-    table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=max(1, min(left, MAX_PROMPT)))
-    for number, task in enumerate(tasks):
-        prompt = shown(task["prompt"])
-        if for_watching and task["error_message"]:
-            prompt = shown(task["error_message"], "red")
-        table.add_row(*(columns[title][number] for title in widths), prompt)
+    for title in least:
+        if title in widths:
+            room = max(1, width - _whole(widths) + widths[title])
+            widths[title] = min(natural[title], MOST[title], room)
+    return widths
+
+
+def _whole(widths: Mapping[str, int]) -> int:
+    """Cells of a table's row."""
+    return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def _stacked(tasks: Sequence[TaskView], width: int) -> Table:
+    """Where an id takes the whole line: what is known of its task is below."""
+    table = Table.grid()
+    table.add_column(overflow="ellipsis", no_wrap=True, max_width=width)
+    for task in tasks:
+        left = "" if task.get("eta_s") is None else f"{span(task['eta_s'])} left"
+        facts = [left, _price_of(task), task.get("photo_filename") or task["prompt"]]
+        table.add_row(shown(task["id"], "bold"))
+        line = Text("  ").append_text(shown(_status_of(task), STATUS_STYLES.get(task["status"], "")))
+        table.add_row(line.append_text(shown("".join(f"  {fact}" for fact in facts if fact))))
     return table
 
 

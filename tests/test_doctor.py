@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -28,15 +29,22 @@ async def test_a_sound_machine_without_a_queue():
     found = await findings()
     assert {name: it.verdict for name, it in found.items()} == {
         "settings": "ok",
+        "photos": "ok",
         "ffmpeg": "ok",
         "disk": "ok",
         "queue": "skip",
         "extra server": "ok",
-        "extra heic": "ok",
         "extra wan": "ok",
         "extra comfyui": "ok",
     }
     assert "h264" in found["ffmpeg"].text
+
+
+async def test_a_machine_that_reads_no_heic(monkeypatch):
+    """It would hand back what every iPhone sends."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    told = (await findings())["photos"]
+    assert (told.verdict, "HEIC" in told.text, "pip install pillow-heif" in told.text) == ("FAIL", True, True)
 
 
 async def test_each_problem_of_the_settings_is_a_line():

@@ -183,12 +183,12 @@ def screen(monkeypatch, columns):
     "columns, title",
     [
         (200, "task status stage left price age seconds photo prompt"),
-        (100, "task status stage left price age prompt"),
-        (80, "task status left price prompt"),
+        (100, "task status left price photo prompt"),
+        (80, "task status left price photo"),
     ],
 )
 def test_what_is_known_of_tasks_has_columns(monkeypatch, columns, title):
-    """Time left, price, stage and photo, where there is room; the least important go first, and ids stay whole."""
+    """Photo, time left and price before all else; the least important go first, and ids stay whole."""
     shown = screen(monkeypatch, columns)
     terminal.show_tasks([WORKING_ON, COMPLETED, FAILED])
     head, first, second, third, *_ = plain(shown.getvalue())
@@ -201,7 +201,27 @@ def test_what_is_known_of_tasks_has_columns(monkeypatch, columns, title):
     assert ("denoise" in first) == ("stage" in title)
     assert ("$0.0043" in second) == ("price" in title)
     assert "done" not in second
-    assert ("holiday.jpg" in third) == ("photo" in title)
+    assert "holiday.j" in third
+
+
+LINES = {
+    36: "  processing 29%  2 min left  할머 …",
+    40: "  processing 29%  2 min left  할머니와 …",
+    50: "  processing 29%  2 min left  할머니와 함께.jpg",
+}
+
+
+@pytest.mark.parametrize("columns", [36, 40, 50])
+def test_an_id_that_takes_the_line_has_the_rest_below(monkeypatch, columns):
+    """Photo, price and time left on the narrowest terminals, and no line that wraps."""
+    shown = screen(monkeypatch, columns)
+    terminal.show_tasks([WORKING_ON | {"photo_filename": "할머니와 함께.jpg"}, COMPLETED])
+    assert plain(shown.getvalue())[:4] == [
+        WORKING_ON["id"],
+        LINES[columns],
+        COMPLETED["id"],
+        "  completed  $0.0043  holiday.jpg",
+    ]
 
 
 @pytest.mark.parametrize("columns", [30, 60, 130])

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from inference import logs, process, terminal
-from inference.commands.start import Verbose
+from inference.commands.start import MARKUP, Verbose
 from inference.engines.comfyui.api import ComfyApi, base_url
 from inference.engines.comfyui.needs import lacking
 from inference.engines.comfyui.template import Template
@@ -17,7 +17,7 @@ app = typer.Typer(
     name="comfy",
     help="The ComfyUI engine: graphs for tasks that bring only a photo.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=MARKUP,
 )
 
 NAME_CHARS = 15

@@ -22,12 +22,18 @@ from inference.commands.push import prepare_wake
 from inference.commands.render import render
 from inference.commands.runpod import app as runpod_app
 from inference.commands.serving import at_home, serving, tell_page
+from inference.commands.shift import Shift
 from inference.commands.start import (
+    HELP,
+    MARKUP,
+    Host,
+    Port,
     QueueUrl,
     Verbose,
     WakePort,
     queue_url_field,
     start,
+    tell_version,
 )
 from inference.commands.tasks import fetch, submit, tasks
 from inference.commands.weights import app as weights_app
@@ -36,12 +42,10 @@ from inference.errors import (
     QueueUnavailable,
 )
 from inference.on_modal.doctor import examine_modal
-from inference.progress.stages import Sink
 from inference.providers import EngineName, QueueName, is_paid
 from inference.push.doctor import examine_push
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
-from inference.task import Lease
 
 log = structlog.get_logger(__name__)
 
@@ -51,22 +55,34 @@ app = typer.Typer(
     "Start with `i2v demo`. Settings come from the environment or `.env`; `.env.example` lists them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=MARKUP,
+    context_settings=HELP,
 )
+
+
+@app.callback()
+def _options(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What `i2v` itself takes."""
+
 
 app.command(epilog='Example: `i2v demo holiday.jpg --prompt "pan left"`')(demo)
 
 
 @app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
 def up(
-    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    host: Host = None,
+    port: Port = None,
     wake_port: WakePort = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """The queue server with its page and a worker, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = start(None, verbose=verbose, port=port, wake_port=wake_port)
+    settings = start(None, verbose=verbose, host=host, port=port, wake_port=wake_port)
 
     async def main() -> None:
         async with serving(settings) as here:
@@ -81,8 +97,8 @@ def up(
 
 @app.command(epilog="Example: `WORKER_API_KEY=… i2v serve --host 0.0.0.0`")
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to bind to; others than loopback need a key.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    host: Host = None,
+    port: Port = None,
     *,
     verbose: Verbose = False,
 ) -> None:
@@ -146,18 +162,13 @@ def work(
 
 
 async def _work(settings: Settings, *, once: bool = False) -> None:
-    taken: list[str] = []
-
-    def sink(lease: Lease) -> Sink:
-        taken.append(lease.task.item_id)
-        return logs.stages(lease.task.item_id)
-
     async with open_events(settings) as hub, open_queue(settings) as queue, anyio.create_task_group() as tasks:
         listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
-        worker = build_worker(settings, queue, engine, sink=sink, hub=hub)
+        shift = Shift()
+        worker = build_worker(settings, queue, engine, sink=shift.sink, on_outcome=shift.ended, hub=hub)
         await tasks.start(process.drain_on_signal, worker, settings.shutdown_grace_s)  # before others hear of it
         log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
         if listen is not None:
@@ -169,15 +180,20 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         except QueueUnavailable as error:
             name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
             raise QueueUnavailable(f"no queue at {settings.queue_url}, see {name} or --url: {error}") from None
+        finally:
+            if once and shift.is_idle:
+                log.info("no_task")
+                terminal.tell("The queue has no task to take.")
+            shift.close()
         tasks.cancel_scope.cancel()
-    if once and not taken:
-        log.info("no_task")
-        terminal.tell("The queue has no task to take.")
-    log.info("worker_stopped")
 
 
-app.command(epilog='Example: `i2v submit photo.jpg "pan left" --count 2 --wait -o out.mp4`')(submit)
-app.command(epilog="Example: `i2v fetch ID -o out.mp4`, with an ID from `i2v tasks`")(fetch)
+app.command(epilog='Example: `i2v submit photo.jpg "pan left" -o out.mp4`, or `i2v submit *.jpg "pan left" -o clips/`')(
+    submit
+)
+app.command(
+    epilog="Example: `i2v fetch ID -o out.mp4`, with an ID of `i2v tasks`, or `i2v fetch --group ID -o clips/`"
+)(fetch)
 app.command(epilog="Example: `i2v tasks --watch`, or `i2v tasks --status failed`, then `i2v tasks --retry ID`")(tasks)
 app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')(render)
 app.command(epilog='Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`')(film)

@@ -16,7 +16,7 @@ from inference.build.engines import choose_engine, load_engine
 from inference.build.extras import needing_extra
 from inference.build.queues import migrate_jobs
 from inference.build.workers import build_ledger, build_runner, open_events
-from inference.commands.start import Verbose, start
+from inference.commands.start import MARKUP, Verbose, start
 from inference.errors import SettingsError
 from inference.leasing.polling import Worker
 from inference.providers import EngineName, is_paid
@@ -39,7 +39,7 @@ app = typer.Typer(
     "Without a sub-command it serves. On SIGTERM it takes no more, gives a running job I2V_SHUTDOWN_GRACE seconds, "
     "hands it back, answers 503 and exits 0.",
     invoke_without_command=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=MARKUP,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -11,7 +11,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from inference import process, terminal
-from inference.commands.start import OPTIONS, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
+from inference.commands.start import MARKUP, OPTIONS, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.on_runpod import answer as runpod_answer
@@ -35,7 +35,7 @@ app = typer.Typer(
     help="A RunPod endpoint with a queue: one photo, the tasks of a queue, how its workers are.\n\n"
     "Needs RUNPOD_API_KEY and RUNPOD_ENDPOINT_ID.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=MARKUP,
 )
 
 Endpoint = Annotated[str | None, typer.Option("--endpoint", metavar="ID", help="Instead of RUNPOD_ENDPOINT_ID.")]

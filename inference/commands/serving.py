@@ -15,6 +15,10 @@ POLL_AT_HOME_S = 1.0
 """The longest pause between questions to the queue of the same process, which cost nothing."""
 
 
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared
+"""Every address of this machine, and one of them at which this machine itself finds the server."""
+
+
 @asynccontextmanager
 async def serving(settings: Settings) -> AsyncIterator[Settings]:
     """The embedded queue for the length of a block; yields settings with which a worker on this machine reaches it.
@@ -34,7 +38,7 @@ async def serving(settings: Settings) -> AsyncIterator[Settings]:
         try:
             host, port = await tasks.start(run)
             process.settle()
-            reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)  # noqa: S104 - compared
+            reachable = EVERYWHERE.get(host) or (f"[{host}]" if ":" in host else host)
             yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})
         finally:
             lifetime.cancel()
@@ -49,3 +53,8 @@ def tell_page(here: Settings) -> None:
     """Where the queue's page is, and what it asks for."""
     key = "" if here.api_key is None else ", and sign in with the key that WORKER_API_KEY has"
     terminal.headline(f"Open {here.api_url} in a browser{key}.")
+    if here.host in EVERYWHERE:
+        terminal.say(
+            "Other machines use this one's address in the place of 127.0.0.1. Key and photos are not encrypted:"
+        )
+        terminal.say("beyond a network you trust, put a proxy with TLS in front (I2V_PUBLIC_URL: its address).")

@@ -1,16 +1,30 @@
 """What commands share: common arguments, reading settings, configuring logs, and checking outputs early."""
 
+import platform
+import shutil
 import tempfile
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from inference import logs
-from inference.errors import SettingsError, write_error
+from inference import logs, terminal
+from inference.errors import NO_ROOM_ERRNOS, SettingsError, write_error
 from inference.providers import QueueName
 from inference.settings import QUEUE_URL_FIELDS, Settings
+
+TABLES_FROM = 80
+"""Cells that a terminal has to have for help in tables: in fewer, those would cut the names of options."""
+
+WIDTH = max(shutil.get_terminal_size().columns, 32)
+
+MARKUP: Literal["markdown"] | None = "markdown" if WIDTH >= TABLES_FROM else None
+"""How help is laid out: in tables, or in plain paragraphs, which fit any terminal."""
+
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]} | ({} if MARKUP else {"terminal_width": WIDTH - 2})
+"""For the commands' context. Click itself writes no lines of less than 50 cells unless it is told the width."""
 
 Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
 Prompt = Annotated[str, typer.Argument(help="What should happen, e.g. “slow dolly-in”.")]
@@ -21,6 +35,14 @@ QueueUrl = Annotated[
     typer.Option("--url", "--api-url", help="The queue, instead of VERCEL_API_URL or GMANIMATO_API_URL."),
 ]
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
+
+Host = Annotated[
+    str | None, typer.Option(help="Address to listen on, such as 0.0.0.0; others than loopback need WORKER_API_KEY.")
+]
+Port = Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)]
+
+ROOM_BYTES = 1_000_000
+"""Where there is no room for so much, there is none for a clip: a short one of the preview has about as much."""
 
 WakePort = Annotated[
     int | None,
@@ -42,6 +64,13 @@ def start(level: str | None, *required: str, verbose: bool, **overrides: Any) ->
     return settings
 
 
+def tell_version(asked: bool) -> None:
+    """What is installed, for who asks for help elsewhere."""
+    if asked:
+        terminal.result(f"i2v {metadata.version('serverless-i2v')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
 def queue_url_field(queue: QueueName | None) -> str:
     """The setting that `--url` stands for, which depends on the queue: `--queue`, or else I2V_QUEUE.
 
@@ -54,13 +83,33 @@ def queue_url_field(queue: QueueName | None) -> str:
 
 
 def check_mp4(output: Path) -> None:
-    """Raises SettingsError where no video can be written to `output`."""
+    """Tries whether a video can be written to `output`, before anything is spent on one; leaves no trace.
+
+    Raises SettingsError, DiskFull, NotWritable.
+    """
     if output.suffix.lower() != ".mp4":
         raise SettingsError(f"--output: {output} has to end in .mp4")
     if output.is_dir():
         raise SettingsError(f"--output: {output} is a folder")
     if not output.absolute().parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
+    require_writable(output)
+
+
+def require_writable(output: Path) -> None:
+    """Tries the folder of a file that is to be. Raises DiskFull, NotWritable."""
+    try:
+        with tempfile.TemporaryFile(dir=output.absolute().parent) as file:
+            file.write(bytes(ROOM_BYTES))
+    except OSError as error:
+        raise write_error(error, f"--output: {output.absolute()} cannot be written: {reason_of(error)}") from None
+
+
+def reason_of(error: OSError) -> str:
+    """In the words of the operating system, but for a full disk."""
+    if error.errno in NO_ROOM_ERRNOS:
+        return "there is no room left on this machine's disk"
+    return (error.strerror or "for no reason that is known").lower()
 
 
 def temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:

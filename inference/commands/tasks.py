@@ -1,6 +1,7 @@
 """`i2v submit`, `i2v tasks` and `i2v fetch`: what somebody does with an embedded queue that runs elsewhere, or here."""
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,17 @@ import anyio
 import typer
 
 from inference import process, terminal
-from inference.commands.start import Photo, Prompt, Seconds, Url, Verbose, check_mp4, start
-from inference.errors import EngineFailed, QueueUnavailable, SettingsError
+from inference.commands.clips import Output, collect, later
+from inference.commands.start import Seconds, Url, Verbose, start
+from inference.errors import (
+    EngineFailed,
+    I2VError,
+    InvalidPhoto,
+    ItemMissing,
+    QueueError,
+    QueueUnavailable,
+    SettingsError,
+)
 from inference.server.client import QueueClient
 from inference.settings import Settings
 
@@ -19,13 +29,21 @@ WATCH_S = 1.0
 """Between two looks of `i2v tasks --watch`."""
 
 
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".hif"}
+"""A word that ends so is meant as the name of a photo."""
+
+
 def submit(
-    photo: Photo,
-    prompt: Prompt = "",
+    words: Annotated[
+        list[str], typer.Argument(metavar="PHOTO", help="JPEG, PNG, WebP or HEIC files, then what happens: “pan left”.")
+    ],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What happens, instead of a last word.")] = None,
     seconds: Seconds = 5,
-    count: Annotated[int, typer.Option("--count", "-n", help="Videos of this photo.", min=1, max=20)] = 1,
+    count: Annotated[int, typer.Option("--count", "-n", help="Videos of each photo.", min=1, max=20)] = 1,
     group: Annotated[str | None, typer.Option(help="Id or name of a group; a new one unless given.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Wait, and save the mp4 here.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Wait, and save the mp4 here, or several into this folder.")
+    ] = None,
     url: Url = None,
     *,
     wait: Annotated[
@@ -33,48 +51,127 @@ def submit(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks."""
-    if output:
-        check_mp4(output)
+    """Asks an embedded queue (`i2v up`, `i2v serve`) for videos of photos, all in one group; prints the tasks' ids.
+
+    A photo that cannot be used is said, and keeps none of the others back; the command then exits 1.
+    """
+    photos, prompt = _photos_and_prompt(words, prompt)
+    where = None if output is None else Output.of(output, len(photos) * count)
     settings = _client_settings(url, verbose=verbose)
-    if output and count > 1:
-        raise SettingsError("--output takes one video; leave out --count, or save them one by one with `i2v fetch`")
 
     async def main() -> None:
         async with open_client(settings) as client:
-            tasks = await client.submit(photo, prompt, seconds=seconds, count=count, group=group)
-            for task in tasks:
-                terminal.result(task["id"])
-            if not (wait or output):
-                return
-            for task in tasks:
-                with terminal.bar(task["id"][-terminal.SHORT_ID_CHARS :]) as sink:
-                    ended = await client.until_ended(task["id"], sink)
-                if ended["status"] != "completed":
-                    reason = f": {ended['error_message']}" if ended["error_message"] else ""
-                    raise EngineFailed(f"task {task['id']} ended {ended['status']}{reason}")
-                if output:
-                    terminal.result((await client.save_video(task["id"], output)).absolute())
-                else:
-                    terminal.say(f"completed; save it with: i2v fetch {task['id']} -o out.mp4")
+            tasks, refused = await _submitted(client, photos, prompt, seconds=seconds, count=count, group=group)
+            problems = []
+            if refused:
+                names = ", ".join(map(str, refused))
+                problems.append(f"{len(refused)} of {len(photos)} photos cannot be used: {names}")
+            if tasks and (wait or where):
+                # A group that was there before has other tasks, too.
+                whole = tasks[0]["group_id"] if group is None else None
+                try:
+                    await collect(client, tasks, where)
+                except EngineFailed as error:
+                    problems.append(str(error))
+                except (anyio.get_cancelled_exc_class(), QueueError):
+                    command = later(tasks, where, group=whole, url=url, wait=True)
+                    goes_on = "The task goes on" if len(tasks) == 1 else "The tasks go on"
+                    terminal.say(f"{goes_on}. Later: {command}")
+                    raise
+                if not (where or problems):
+                    them = "it" if len(tasks) == 1 else "them"
+                    command = later(tasks, where, group=whole, url=url, wait=False)
+                    terminal.say(f"completed; save {them} with: {command}")
+            if problems:
+                raise EngineFailed("\n".join(problems))
 
     process.run(main)
 
 
+def _photos_and_prompt(words: Sequence[str], prompt: str | None) -> tuple[list[Path], str]:
+    """Which words are photos: all but the last, which is the prompt unless it is called like a photo.
+
+    Raises SettingsError for a photo that is not there, and for a last word that may be meant as either.
+    """
+    photos = list(words)
+    if prompt is None and len(photos) > 1 and Path(photos[-1]).suffix.lower() not in PHOTO_SUFFIXES:
+        prompt = photos.pop()
+        if prompt and Path(prompt).is_file():
+            raise SettingsError(f"{prompt} is a file, and the last word is the prompt: give that with --prompt")
+    problems, is_text = [], False
+    for photo in photos:
+        if Path(photo).is_dir():
+            problems.append(f"{photo} is a folder: give the photos in it, as in {shlex.quote(photo.rstrip('/'))}/*.jpg")
+        elif not Path(photo).is_file():
+            problems.append(f"there is no file {photo}")
+            is_text |= Path(photo).suffix.lower() not in PHOTO_SUFFIXES
+    if is_text:
+        problems.append('a prompt of several words takes quotes: i2v submit photo.jpg "pan left"')
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return [Path(photo) for photo in photos], prompt or ""
+
+
+async def _submitted(
+    client: QueueClient, photos: Sequence[Path], prompt: str, *, seconds: float, count: int, group: str | None
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Tasks of these photos, all in one group, with their ids told; and the photos of which there are none.
+
+    Raises InvalidPhoto where it is the only photo, and what QueueClient.submit raises.
+    """
+    tasks: list[dict[str, Any]] = []
+    refused: list[Path] = []
+    for photo in photos:
+        try:
+            made = await client.submit(photo, prompt, seconds=seconds, count=count, group=group)
+        except InvalidPhoto as error:
+            if len(photos) == 1:
+                raise
+            terminal.error(f"{photo}: {error}")
+            refused.append(photo)
+            continue
+        except I2VError:
+            if tasks:
+                terminal.say(f"{len(tasks)} tasks were submitted before: i2v tasks --group {tasks[0]['group_id']}")
+            raise
+        for task in made:
+            terminal.result(task["id"])
+        tasks += made
+        group = made[0]["group_id"]
+    if len(photos) > 1 and tasks:
+        terminal.say(f"{len(photos) - len(refused)} photos, {len(tasks)} tasks, group {group}, “{prompt}”")
+    return tasks, refused
+
+
 def fetch(
-    item_id: Annotated[str, typer.Argument(metavar="ID", help="A completed task.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the mp4 goes.")] = Path("out.mp4"),
+    item_ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="Completed tasks.")] = None,
+    group: Annotated[str | None, typer.Option(help="Every clip of the group with this id.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Where the mp4 goes, or the folder for several.")
+    ] = None,
     url: Url = None,
     *,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for those that are not completed yet.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Downloads the video of a completed task from an embedded queue."""
-    check_mp4(output)
+    """Downloads videos of completed tasks from an embedded queue."""
+    if bool(item_ids) == (group is not None):
+        raise SettingsError("which videos? Give ids of tasks, or --group")
+    count = len(item_ids) if item_ids else None
+    if output is None and count != 1:
+        raise SettingsError("--output: give a folder for the videos, such as -o clips/")
+    where = Output.of(output or "out.mp4", count)
     settings = _client_settings(url, verbose=verbose)
 
     async def main() -> None:
         async with open_client(settings) as client:
-            terminal.result(await client.save_video(item_id, output.absolute()))
+            if group is not None:
+                tasks = (await client.of_group(group))[::-1]  # as they were submitted
+            else:
+                tasks = [await client.task(item_id) for item_id in item_ids or []]
+            if not tasks:
+                raise ItemMissing(f"no tasks in group {group}")
+            await collect(client, tasks, where, wait=wait)
 
     process.run(main)
 
@@ -194,6 +291,11 @@ def _changed_as_json() -> Iterator[Callable[[Sequence[dict[str, Any]], str], Non
 def _client_settings(url: str | None, *, verbose: bool) -> Settings:
     """Settings for commands that use a queue; by default the server of `i2v up` on this machine."""
     settings = start("warning", verbose=verbose, api_url=url)
+    if settings.queue != "lifeisshort" and not settings.api_url:
+        raise SettingsError(
+            f"I2V_QUEUE is {settings.queue}, and its tasks are seen in its application. `i2v submit`, `fetch` and "
+            "`tasks` are for a queue of `i2v up` or `i2v serve`: say where it is with --url, such as http://127.0.0.1:8000"
+        )
     return settings.model_copy(update={"api_url": settings.api_url or f"http://127.0.0.1:{settings.port}"})
 
 

@@ -6,14 +6,13 @@ import typer
 
 from inference import logs, terminal
 from inference.build.engines import build_weights
+from inference.commands.start import MARKUP
 from inference.engines.wan import fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import SettingsError, WeightsError
 from inference.settings import Settings
 
-app = typer.Typer(
-    name="weights", help="The weights of the Wan engine.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+app = typer.Typer(name="weights", help="The weights of the Wan engine.", no_args_is_help=True, rich_markup_mode=MARKUP)
 
 Name = Annotated[str, typer.Argument(metavar="PRESET", help=f"One of {', '.join(PRESETS)}.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step, and tracebacks of errors.")]

@@ -111,6 +111,7 @@ class Runner:
             log.info("lease_ended", **bound, status=status, error=STOPPING)
             raise
         facts = outcome.model_dump(mode="json", exclude={"item_id", "video"}, exclude_none=True)
+        facts["seconds"] = round(sum(outcome.stage_seconds.values()), 1)
         if outcome.video is not None and outcome.video.cost_usd is not None:
             facts["cost_usd"] = outcome.video.cost_usd
         log.log(20 if outcome.status == "completed" else 30, "lease_ended", **bound, **facts)

@@ -164,7 +164,7 @@ def read(path: Path) -> PhotoFile:
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return PhotoFile(WebPImagePlugin.WebPImageFile(io.BytesIO(content)))
     if start[4:8] == b"ftyp" and HEIC_BRANDS.intersection(start[i : i + 4] for i in range(8, len(start), 4)):
-        return PhotoFile(_heic(content))
+        return PhotoFile(heic_reader()(io.BytesIO(content)))
     raise InvalidPhoto("the file is not a JPEG, PNG, WebP or HEIC photo")
 
 
@@ -197,10 +197,11 @@ def _digest(image: ImageFile.ImageFile) -> bytes:
     return digest.digest()
 
 
-def _heic(content: bytes) -> ImageFile.ImageFile:
+def heic_reader() -> type[ImageFile.ImageFile]:
+    """What reads HEIC. Raises MachineFault where it is missing, or was built for another system."""
     try:
-        from pillow_heif import HeifImageFile  # noqa: PLC0415  an optional extra, slow to import
+        from pillow_heif import HeifImageFile  # noqa: PLC0415  slow to import, and most photos need none of it
     except ImportError as error:
-        raise InvalidPhoto("reading HEIC photos needs: pip install 'serverless-i2v[heic]'") from error
-    image: ImageFile.ImageFile = HeifImageFile(io.BytesIO(content))  # type: ignore[no-untyped-call]
-    return image
+        raise MachineFault("this machine has no reader for HEIC photos") from error
+    reader: type[ImageFile.ImageFile] = HeifImageFile
+    return reader

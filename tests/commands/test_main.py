@@ -7,9 +7,11 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import webbrowser
 from pathlib import Path
@@ -109,6 +111,40 @@ def test_help_shows_every_command_and_an_example_of_each(home):
         assert re.search(rf"Example: .*\bi2v {name}\b", shown.output)
     assert CliRunner().invoke(cli.app, ["frobnicate"]).exit_code == 2
     assert CliRunner().invoke(cli.app, ["render", "nowhere.jpg"]).exit_code == 2
+
+
+NAMES_WHOLE = """
+import sys
+from typer.main import get_command
+from typer.testing import CliRunner
+from inference.commands import main as cli
+
+def commands(command, path):
+    yield command, path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, [*path, name])
+
+for command, path in commands(get_command(cli.app), []):
+    shown = CliRunner().invoke(cli.app, [*path, "--help"], env={"COLUMNS": sys.argv[1]}).output
+    for option in command.params:
+        for name in option.opts if option.param_type_name == "option" else ():
+            assert name in shown, (path, name, shown)
+"""
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_names_of_options_are_whole_in_help(columns):
+    """Of every command, on narrow terminals, too."""
+    env = environment(COLUMNS=columns)
+    ran = subprocess.run([sys.executable, "-c", NAMES_WHOLE, str(columns)], env=env, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr.decode()[-3000:]
+
+
+def test_the_version_is_said(here):
+    """With Python's, for who asks for help elsewhere."""
+    ran = here("--version")
+    assert (ran.exit_code, ran.err) == (0, "")
+    assert re.fullmatch(r"i2v \d+\.\d+\.\d+, Python 3\.\d+\.\d+\S*\n", ran.out)
 
 
 # ---------------------------------------------------------------- demo
@@ -281,7 +317,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
     "command, settings, says",
     [
         ("render broken.jpg -s 0.5", {}, "the photo is damaged"),
-        ("render photo.jpg -o /proc/out.mp4", {}, "/proc cannot be written"),
+        ("render photo.jpg -o /proc/out.mp4", {}, "/proc/out.mp4 cannot be written: "),
         ("render photo.jpg -o out.mov", {}, "has to end in .mp4"),
         ("render photo.jpg -o folder.mp4", {}, "is a folder"),
         ("render photo.jpg -o nowhere/out.mp4", {}, "there is no folder"),
@@ -294,6 +330,16 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("work --once --url http://127.0.0.1:1", {"TEMP_DIR": "/proc/temp"}, "TEMP_DIR"),
         ("submit photo.jpg -v --url http://127.0.0.1:1", {"WORKER_API_KEY": KEY}, "no queue answers at"),
         ("submit photo.jpg -n 2 -o out.mp4", {}, "--output takes one video"),
+        ("submit photo.jpg broken.jpg pan -o /proc/clips/", {}, "/proc/clips cannot be written"),
+        ("submit photo.jpg gone.jpg", {}, "there is no file gone.jpg"),
+        ("submit photo.jpg folder.mp4 pan", {}, "folder.mp4 is a folder: give the photos in it"),
+        ("submit photo.jpg notes", {}, "notes is a file, and the last word is the prompt: give that with --prompt"),
+        ("fetch A B", {}, "give a folder for the videos"),
+        ("fetch", {}, "which videos?"),
+        ("tasks", {"I2V_QUEUE": "gmanimato"}, "its tasks are seen in its application"),
+        ("up --host 0.0.0.0 --port 0", {}, "WORKER_API_KEY is not set, so this server may not listen on 0.0.0.0"),
+        ("demo -o /proc/out.mp4", {}, "/proc/out.mp4 cannot be written: "),
+        ("film photo.jpg -o /proc/out.mp4", {}, "/proc/out.mp4 cannot be written: "),
         ("tasks --delete A --cancel B", {}, "--cancel, --retry and --delete exclude each other"),
         ("tasks --delete=", {}, "the id of the task is empty"),
         ("tasks --watch --cancel B", {}, "--watch only looks"),
@@ -308,6 +354,7 @@ def test_an_error_is_one_line_that_names_the_cause(home, here, command, settings
     """Exit 1, `i2v: …`, and a traceback only for who asks for one with -v."""
     (home.folder / "broken.jpg").write_bytes(jpeg()[:200])
     (home.folder / "folder.mp4").mkdir()
+    (home.folder / "notes").touch()
     ran = here(*command.split(), **settings)
     assert (ran.exit_code, ran.out) == (1, ""), ran.err
     assert len(ran.errors) == 1
@@ -385,6 +432,64 @@ def test_up_serves_submit_and_tasks(home, here):
     assert "token=" not in said
     assert all(json.loads(line) for line in said.splitlines())
     assert list(home.temp.iterdir()) == []
+
+
+def test_many_photos_become_a_folder_of_clips(site, home):
+    """One group, and one bar, which moves; two photos of one name have two clips; one that is none holds nobody up."""
+    (home.folder / "여름 휴가").mkdir()
+    photos = ["photo.jpg", "여름 휴가/photo.jpg"]
+    (home.folder / photos[1]).write_bytes(jpeg())
+    (home.folder / "bad.jpg").write_text("no photo")
+    queue = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY}
+    env = home.env(**queue, TERM="xterm", COLUMNS=80)
+    main, end = pty.openpty()
+    command = [I2V, "submit", photos[0], "bad.jpg", photos[1], "pan left", "-s", "2", "-o", "내 클립/"]
+    worker = Process(home.folder, "work", "work", env=home.env(**queue, POLL_INTERVAL=0.1, I2V_GPU_PRICE=3600))
+    try:
+        with subprocess.Popen(command, cwd=home.folder, env=env, stdout=end, stderr=end) as submit:
+            os.close(end)
+            shown = Shown(main)
+            assert submit.wait(60) == 1
+    finally:
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+    until(lambda: b"cannot be used" in shown.text, 5, "all is read")
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.text.decode())
+    assert "i2v: bad.jpg: the file is not a JPEG" in said
+    assert "i2v: 1 of 3 photos cannot be used: bad.jpg" in said
+    assert "2 photos, 2 tasks, group " in said
+    assert "ready 1/2" in said
+    assert len(set(re.findall(r"(\d+) % ready", said)) - {"0", "50", "100"}) >= 3, said
+    assert all(f"{home.folder}/내 클립/{name}\r\n" in said for name in ("photo.mp4", "photo (2).mp4"))
+    assert [probe(path).frames for path in (home.folder / "내 클립").iterdir()] == [49, 49]
+    [stopped] = worker.events("worker_stopped")
+    assert (stopped["done"], stopped["failed"], stopped["handed_back"]) == (2, 0, 0)
+    assert stopped["cost_usd"] > 0
+    ended = worker.events("lease_ended", status="completed")
+    assert [line["seconds"] > 0 and line["cost_usd"] > 0 for line in ended] == [True, True]
+    assert {line["percent"] for line in worker.events("stage", stage="upload")} != {0}
+    assert home.is_tidy()
+    site.ask("DELETE", f"groups/{re.search(r'group ([0-9a-f-]+)', said)[1]}")
+
+
+def test_a_wait_that_is_ended_says_how_to_go_on(site, home, here):
+    """With a command that can be typed as it is, to the same queue."""
+    arguments = ["submit", "photo.jpg", "photo.jpg", "--prompt", "pan left", "-o", "내 클립/", "--url", site.url]
+    waiting = Process(home.folder, "submit", *arguments, env=home.env(WORKER_API_KEY=KEY))
+    until(lambda: "2 photos, 2 tasks" in waiting.stderr.read_text(), 20, "it waits")
+    waiting.send(signal.SIGINT)
+    assert waiting.wait() == 130
+    item_ids = waiting.stdout.read_text().split()
+    assert len({site.task(item_id)["group_id"] for item_id in item_ids}) == 1
+    said, _, command = waiting.stderr.read_text().splitlines()[-1].partition(" Later: i2v ")
+    assert said == "The tasks go on."
+    assert shlex.split(command)[-2:] == ["--url", site.url]
+    for item_id in item_ids:
+        here("tasks", "--cancel", item_id, "--url", site.url, WORKER_API_KEY=KEY)
+    ran = here(*shlex.split(command), WORKER_API_KEY=KEY)
+    assert (ran.exit_code, len(ran.errors)) == (1, 3)
+    assert ran.errors[-1].startswith("i2v: 2 of 2 clips are missing: photo.jpg ")
+    assert home.is_tidy()
 
 
 def test_tasks_are_watched_until_ctrl_c(site, home, here):
@@ -518,7 +623,7 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
     assert (ran.exit_code, ran.err) == (0, "")
     verdicts = {line[6:19].strip(): line[:4].strip() for line in ran.out.splitlines()}
     assert verdicts == dict.fromkeys(
-        ["settings", "ffmpeg", "disk", "queue", "extra server", "extra heic", "extra wan", "extra comfyui"], "ok"
+        ["settings", "photos", "ffmpeg", "disk", "queue", "extra server", "extra wan", "extra comfyui"], "ok"
     )
     ran = here("doctor", "--url", site.url, WORKER_API_KEY="another-key")
     assert ran.exit_code == 1

@@ -1,5 +1,6 @@
 """One lease: every way it can end, each with what the queue is told. The storms are in tests/simulation/."""
 
+import itertools
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -758,6 +759,18 @@ async def test_a_queue_is_heard_of_as_often_as_it_asks(scene):
     it.lease = (await it.queue.lease()).model_copy(update={"beat_interval_s": 2.0})
     await it.runner.run(it.lease)
     assert it.queue.calls.count("heartbeat") >= 10
+
+
+@virtual_time
+@pytest.mark.parametrize("takes, beats", [(["progress"], 8), ([], 3)])
+async def test_short_work_is_watched_closely(scene, takes, beats):
+    """A clip of four seconds moves in a bar where the queue tells people of it. Other queues hear as often as ever."""
+    it = scene(engine=SleepyEngine(seconds=4.1))
+    lease = (await it.queue.lease()).model_copy(update={"beat_interval_s": 2.0})
+    task = lease.task.model_copy(update={"extras": {"takes": takes}})
+    await it.runner.run(lease.model_copy(update={"task": task}))
+    assert it.queue.calls.count("heartbeat") == beats
+    assert max(later - at for at, later in itertools.pairwise(it.queue.beats_at)) <= 2.0
 
 
 @virtual_time

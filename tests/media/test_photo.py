@@ -321,11 +321,16 @@ def test_trouble_of_this_machine_is_not_the_photos(when, number):
         assert "photo.jpg" not in str(caught.value)
 
 
-def test_heic_without_the_extra_says_what_to_install(file, monkeypatch):
-    """pillow-heif is optional. Read in this process, which is the one that lacks it."""
+def test_a_machine_without_a_reader_for_heic_is_at_fault(file, monkeypatch):
+    """Families read what ends a task: another machine can read their photo, and pip is no word for them.
+
+    Read in this process, which is the one that lacks the reader.
+    """
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(InvalidPhoto, match=r"pip install 'serverless-i2v\[heic\]'"):
-        unwrap(measure)(file(HEIC))
+    for read in (measure, verify):
+        with pytest.raises(MachineFault, match=r"^this machine has no reader for HEIC photos$") as caught:
+            unwrap(read)(file(HEIC))
+        assert (caught.value.hand_back, caught.value.task_at_fault) == (True, False)
 
 
 HEIC = saved(quarters(), "HEIF")

@@ -1,6 +1,8 @@
 """What apps do with the embedded queue, against the real one on loopback; each refusal is an error with its name."""
 
+import http.server
 import os
+import threading
 
 import anyio
 import anyio.to_thread
@@ -76,7 +78,7 @@ async def test_each_refusal_has_its_error(url, photo, tmp_path):
         with pytest.raises(InvalidPhoto, match=r"gone\.jpg"):
             await client.submit(tmp_path / "gone.jpg")
         (tmp_path / "text.jpg").write_text("not a photo")
-        with pytest.raises(QueueRefused, match="photo"):
+        with pytest.raises(InvalidPhoto, match=r"^the file is not a JPEG"):
             await client.submit(tmp_path / "text.jpg")
     for key in (None, "wrong"):
         async with QueueClient(url, key) as client:
@@ -197,30 +199,60 @@ async def test_waiting_outlasts_a_server_that_is_started_again(url, photo, monke
             return await ask(item_id)
 
         client.task = sometimes
-        seen = []
-        ended = await client.until_ended(task["id"], seen.append)
-        assert ended["status"] == "cancelled"
-        assert len(seen) == 1
-        away += [QueueUnavailable("away")] * 100
+        assert [[it["status"] for it in look] async for look in client.follow([task])] == [["cancelled"]]
+        away += [QueueUnavailable("away")] * 200
         with pytest.raises(QueueUnavailable):
-            await client.until_ended(task["id"], seen.append)
+            await anext(client.follow([task]))
 
 
-async def test_a_task_that_was_handed_back_waits_from_the_beginning(url, monkeypatch):
-    """How far the worker was that had it does not matter to the next one."""
+async def test_many_are_followed_together(url, photo, monkeypatch):
+    """In the order in which they were given, over pages of a group that has others; one that is deleted has ended."""
     monkeypatch.setattr("inference.server.client.POLL_S", 0.01)
-    handed_back = {"status": "pending", "progress": {"stage": "render", "fraction": 0.8}}
-    ended = {"status": "completed", "progress": {"stage": "done", "fraction": 1.0}}
-    answers = [handed_back, ended]
-
-    async def task(_item_id):
-        return answers.pop(0)
-
+    monkeypatch.setattr("inference.server.client.PAGE", 2)
     async with QueueClient(url, KEY) as client:
-        client.task = task
-        seen = []
-        await client.until_ended("i", seen.append)
-    assert [(it.stage, it.fraction) for it in seen] == [("pending", 0), ("done", 1)]
+        await client.submit(photo, count=3, group="trip")
+        tasks = await client.submit(photo, count=5, group="trip")
+        [alone] = await client.submit(photo)
+        group = tasks[0]["group_id"]
+        assert [task["id"] for task in (await client.of_group(group))[:5]] == [task["id"] for task in tasks[::-1]]
+        assert (len(await client.of_group(group)), await client.of_group("nobody")) == (8, [])
+        looks = client.follow([*tasks, alone])
+        assert {task["status"] for task in await anext(looks)} == {"pending"}
+        await client.delete(tasks[0]["id"])
+        for task in (*tasks[1:], alone):
+            await client.cancel(task["id"])
+        last = [look async for look in looks][-1]
+    assert [task["id"] for task in last] == [task["id"] for task in (*tasks, alone)]
+    assert [task["status"] for task in last] == ["deleted"] + ["cancelled"] * 5
+
+
+class Application(http.server.BaseHTTPRequestHandler):
+    """Answers every path as Next.js does one that it does not have: 404, and a page."""
+
+    def do_GET(self):
+        """See the class."""
+        body = b"<!DOCTYPE html><html><body>404: This page could not be found.</body></html>"
+        self.send_response(404)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815 - as http.server calls it
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+async def test_a_queue_of_another_kind_is_told_from_ours(photo):
+    """An application's has none of these routes: what they are for, and where that is, is all that helps."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Application) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        async with QueueClient(f"http://127.0.0.1:{server.server_port}", KEY) as client:
+            for ask in (client.tasks(), client.submit(photo), client.task("1"), client.overview()):
+                with pytest.raises(QueueRefused, match=r"is no queue of `i2v up` or `i2v serve`.*--url.*i2v doctor"):
+                    await ask
+        server.shutdown()
 
 
 async def test_a_key_that_no_header_can_carry_is_not_told(url):

@@ -3,10 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
+import pillow_heif
 import pytest
 from fastapi import UploadFile
+from PIL import Image
 
 from inference.errors import QueueUnavailable
+from inference.media import child_process
 from inference.server.objects import ObjectStore
 from inference.server.rows.store import NewItem, NewPhoto, Once, Store
 from inference.server.submit_api import add_items, store_photo
@@ -59,6 +62,28 @@ def test_another_request_under_the_same_key_is_refused(client, tmp_path, other):
     answer = submit(client, "key", **{"prompt": "waves"} | other)
     assert answer.status_code == 409
     assert "came with another request" in answer.json()["error"]
+    assert everything(client, tmp_path) == (1, 1, 1)
+
+
+@pytest.fixture
+def no_heic_reader(tmp_path, monkeypatch):
+    """Processes that decode photos find a package that does not load, as one built for another system."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/pillow_heif.py").write_text("raise ImportError('libheif.so.1: wrong ELF class')")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    child_process.stop()  # those that were started before
+    yield
+    child_process.stop()
+
+
+@pytest.mark.usefixtures("no_heic_reader")
+def test_a_server_without_a_reader_for_heic_is_at_fault(client, tmp_path):
+    """A family reads the answer: nothing is wrong with their photo, and pip is no word for them."""
+    photo = BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), "teal")).save(photo)
+    answer = submit(client, "key", photo.getvalue())
+    assert (answer.status_code, answer.json()["error"]) == (500, "this machine has no reader for HEIC photos")
+    assert submit(client, "key").status_code == 201  # other photos are read
     assert everything(client, tmp_path) == (1, 1, 1)
 
 

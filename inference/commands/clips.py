@@ -1,0 +1,205 @@
+"""Clips that somebody waits for: followed with one bar, and saved as soon as each is ready."""
+
+import filecmp
+import itertools
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from inference import terminal
+from inference.commands.start import check_mp4, require_writable, temporary_folder
+from inference.errors import EngineFailed, SettingsError, StorageError, write_error
+from inference.progress.stages import Progress
+from inference.server.client import ENDED, QueueClient
+from inference.server.page.names import clip_name, shown_name, unique
+
+LEFT_S = 3.0
+"""Between two questions for how long a whole group will take, for which the server looks at all that waits."""
+
+NUMBERED = re.compile(r"(.+) \((\d{1,6})\)", re.DOTALL)
+"""The name of a file that is not the first of that name."""
+
+Tasks = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where clips go: the file of the only one, or a folder."""
+
+    given: str  # as it was typed
+    path: Path
+    is_folder: bool
+
+    @classmethod
+    def of(cls, given: str, count: int | None) -> "Output":
+        """What `--output` means for so many clips; None for any number. A folder is made with its first clip.
+
+        Raises SettingsError, DiskFull, NotWritable.
+        """
+        path = Path(given)
+        names_folder = given.endswith(os.sep) or path.is_dir()
+        if not names_folder and count == 1:
+            check_mp4(path)
+            return cls(given, path.absolute(), is_folder=False)
+        if not names_folder and path.suffix:
+            raise SettingsError(f"--output takes one video where it names a file: for more, give a folder, not {given}")
+        path = path.absolute()
+        if path.is_file():
+            raise SettingsError(f"--output: {path} is a file, and no folder")
+        if not path.parent.is_dir():
+            raise SettingsError(f"--output: there is no folder {path.parent}")
+        require_writable(path / "clip.mp4" if path.is_dir() else path)
+        return cls(given, path, is_folder=True)
+
+    def paths(self, tasks: Tasks) -> dict[str, Path]:
+        """Where the clip of each task goes, by its id: named after its photo, and no two alike."""
+        if not self.is_folder:
+            return {task["id"]: self.path for task in tasks}
+        names = unique(clip_name(task.get("photo_filename") or task["id"], ".mp4") for task in tasks)
+        return {task["id"]: self.path / name for task, name in zip(tasks, names, strict=True)}
+
+
+def later(tasks: Tasks, output: Output | None, *, group: str | None, url: str | None, wait: bool) -> str:
+    """The command that fetches these clips. `group`: its id, if it is of these tasks alone; `url`: as it was given."""
+    words = ["i2v", "fetch"]
+    words += ["--group", group] if group and len(tasks) > 1 else [task["id"] for task in tasks]
+    words += ["--wait"] if wait else []
+    words += ["-o", output.given if output else "out.mp4" if len(tasks) == 1 else "clips/"]
+    words += ["--url", url] if url else []
+    return shlex.join(words)
+
+
+async def collect(client: QueueClient, tasks: Tasks, output: Output | None, *, wait: bool = True) -> None:
+    """Follows tasks to their ends and saves their clips. Without `wait`, saves those that are ready.
+
+    Where one fails that is said at once, and the others go on. Raises EngineFailed at the end if a clip is missing;
+    what QueueClient raises; DiskFull, NotWritable.
+    """
+    paths, names = output.paths(tasks) if output else {}, _names(tasks)
+    missing: dict[str, str] = {}
+    left = {task["id"] for task in tasks}
+    label = names[tasks[0]["id"]] if len(tasks) == 1 else f"{len(tasks)} clips"
+    with terminal.bar(label, lines=len(tasks) == 1) as sink:  # of several, each is told when it has ended
+        ready_at, ask_again_at = None, 0.0
+        async for now in client.follow(tasks) if wait else _once(tasks):
+            now_s = anyio.current_time()
+            if wait and len(now) > 1 and now_s >= ask_again_at:
+                left_s, ask_again_at = await _left_s(client, now), now_s + LEFT_S
+                ready_at = None if left_s is None else now_s + left_s
+            sink(_progress(now, ready_at - now_s if ready_at is not None and ready_at > now_s else None))
+            for task in now:
+                item_id = task["id"]
+                if item_id not in left or (wait and task["status"] not in ENDED):
+                    continue
+                left.remove(item_id)
+                reason = await _end(client, task, paths.get(item_id), beside=output is not None and output.is_folder)
+                if reason is not None:
+                    missing[names[item_id]] = reason
+                if len(tasks) > 1:
+                    _tell(names[item_id], reason, is_saved=output is not None)
+    if len(tasks) == 1 and missing:
+        raise EngineFailed(*missing.values())
+    if missing:
+        raise EngineFailed(f"{len(missing)} of {len(tasks)} clips are missing: {', '.join(missing)}")
+
+
+async def _once(tasks: Tasks) -> AsyncIterator[Tasks]:
+    yield tasks
+
+
+def _names(tasks: Tasks) -> dict[str, str]:
+    """What people call each task, by its id: as its photo, unless that has several."""
+    named = {task["id"]: shown_name(task.get("photo_filename"), task["id"]) for task in tasks}
+    times = Counter(named.values())
+    return {
+        item_id: name if times[name] == 1 else f"{name} {item_id[-terminal.SHORT_ID_CHARS :]}"
+        for item_id, name in named.items()
+    }
+
+
+async def _left_s(client: QueueClient, tasks: Tasks) -> float | None:
+    """Until all are made, where they are of one group."""
+    groups = {task["group_id"] for task in tasks}
+    return await client.group_left_s(groups.pop()) if len(groups) == 1 else None
+
+
+def _progress(tasks: Tasks, left_s: float | None) -> Progress:
+    """Of all together."""
+    fractions = [_fraction(task) for task in tasks]
+    if len(tasks) == 1:
+        [task], [fraction] = tasks, fractions
+        # What a waiting task has was told by a worker that handed it back: the next one begins anew.
+        told = None if task["status"] == "pending" else task["progress"]
+        stage = told["stage"] if told else task["status"]
+        return Progress(stage=stage, done=0, total=1, fraction=fraction, eta_s=task.get("eta_s"))
+    ready = sum(task["status"] in ENDED for task in tasks)
+    return Progress(stage="ready", done=ready, total=len(tasks), fraction=sum(fractions) / len(tasks), eta_s=left_s)
+
+
+def _fraction(task: Mapping[str, Any]) -> float:
+    if task["status"] in ENDED:
+        return 1.0
+    return task["progress"]["fraction"] if task["status"] == "processing" and task["progress"] else 0.0
+
+
+async def _end(client: QueueClient, task: Mapping[str, Any], path: Path | None, *, beside: bool) -> str | None:
+    """Saves the clip of a task if there is somewhere to. Returns why there is none. `beside`: replaces no other."""
+    if task["status"] not in ENDED:
+        return f"task {task['id']} is {task['status']}: --wait waits for it"
+    if task["status"] != "completed":
+        reason = f": {task['error_message']}" if task["error_message"] else ""
+        return f"task {task['id']} ended {task['status']}{reason}"
+    if path is None:
+        return None
+    try:
+        save = partial(_save_beside, client) if beside else client.save_video
+        terminal.result(await save(task["id"], path))
+    except StorageError as error:  # of this clip alone, while the queue answers and the disk has room
+        return f"task {task['id']} is completed, and its video cannot be fetched: {error}"
+    return None
+
+
+def _tell(name: str, reason: str | None, *, is_saved: bool) -> None:
+    """One of several has ended."""
+    if reason is not None:
+        terminal.error(f"{name}: {reason}")
+    elif not is_saved:  # otherwise its path says so
+        terminal.say(f"  {name}  completed")
+
+
+async def _save_beside(client: QueueClient, item_id: str, path: Path) -> Path:
+    """Saves a clip, and replaces none. Returns where it is. Raises as QueueClient.save_video."""
+    with suppress(OSError):  # whoever writes into it says what is wrong
+        path.parent.mkdir(exist_ok=True)
+    with temporary_folder(".i2v-", path.parent) as folder:
+        fresh = await client.save_video(item_id, Path(folder) / path.name, told_as=path)
+        try:
+            return await anyio.to_thread.run_sync(_placed, fresh, path)
+        except OSError as error:
+            raise write_error(error, f"{path} cannot be written: {error.strerror}") from None
+
+
+def _placed(fresh: Path, wanted: Path) -> Path:
+    """Moves a clip to its place. Another of that name stays, and the clip gets a number; the same one is enough."""
+    numbered = NUMBERED.fullmatch(wanted.stem)
+    stem, first = (numbered[1], int(numbered[2])) if numbered else (wanted.stem, 1)
+    for number in itertools.count(first):
+        path = wanted if number == first else wanted.with_stem(f"{stem} ({number})")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            if path.is_file() and filecmp.cmp(fresh, path, shallow=False):
+                return path
+        else:
+            return fresh.replace(path)
+    raise AssertionError  # there is always one more number
