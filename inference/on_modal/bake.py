@@ -40,8 +40,11 @@ def compile_kernels(preset: str, switches: dict[str, str], code: str, *, limit_s
     does not, happens in a process of its own, and a note in the image tells the engine, which tells it at its start.
     """
     import os  # noqa: PLC0415 - as above
+    import signal  # noqa: PLC0415
     import subprocess  # noqa: PLC0415
     import sys  # noqa: PLC0415
+    import tempfile  # noqa: PLC0415
+    from contextlib import suppress  # noqa: PLC0415
     from pathlib import Path  # noqa: PLC0415
 
     import structlog  # noqa: PLC0415
@@ -52,23 +55,31 @@ def compile_kernels(preset: str, switches: dict[str, str], code: str, *, limit_s
     from inference.settings import Settings  # noqa: PLC0415
 
     del code
-    command = [sys.executable, "-m", "inference.commands.main", "weights", "compile", preset]
+    variables = [f"{name}={value}" for name, value in switches.items()]
+    command = ["env", *variables, sys.executable, "-m", "inference.commands.main", "weights", "compile", preset]
     root = Path(inference.__file__).parents[1]  # where a step's files are; nothing of ours is installed
-    log = structlog.get_logger(__name__)
-    try:
-        ran = subprocess.run(  # noqa: S603 - our own command
-            command, cwd=root, env=os.environ | switches, timeout=limit_s, stderr=subprocess.PIPE, check=False
+    log = structlog.get_logger("compile")
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:  # no pipe: the compiler's own workers may keep one
+        child = subprocess.Popen(  # noqa: S603 - our own command
+            command, cwd=root, stderr=errors, start_new_session=True
         )
-        said = [line for line in ran.stderr.decode(errors="replace").splitlines() if line.strip()]
-        why = (said or ["it said nothing"])[-1] if ran.returncode > 0 else f"signal {-ran.returncode}"
-        failed = ran.returncode != 0
-    except (OSError, subprocess.SubprocessError) as error:
-        said, why, failed = [], str(error), True
+        try:
+            code_of_end = child.wait(limit_s)
+        except subprocess.TimeoutExpired as error:
+            code_of_end, why = None, str(error)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # with the compiler's workers
+        child.wait()
+        errors.seek(0)
+        said = [line for line in errors.read().splitlines() if line.strip()]
     for line in said:
         log.info("compiling", said=line)
-    if failed:
-        log.warning("not_compiled", preset=preset, why=why, instead="containers run it without")
-        try:
-            tell_failed(compiled_dir(Settings.load()), preset, why)
-        except OSError as error:
-            log.warning("no_note_of_that", error=str(error))
+    if code_of_end == 0:
+        return
+    if code_of_end is not None:
+        why = f"ended by signal {-code_of_end}" if code_of_end < 0 else (said or ["it said nothing"])[-1]
+    log.warning("not_compiled", preset=preset, why=why, instead="containers run it without")
+    try:
+        tell_failed(compiled_dir(Settings.load()), preset, why)
+    except OSError as error:
+        log.warning("no_note_of_that", error=str(error))

@@ -94,8 +94,8 @@ def _why_not(folder: Path, preset: str, facts: Mapping[str, str]) -> Found:
     if not others:
         return Found(None, f"nothing was compiled ahead in {folder}")
     differences = [_differences(other, facts) for other in others]
-    nearest = "; ".join(min(differences, key=len))
-    return Found(None, f"what {folder} has was compiled for {nearest}", surprising=True)
+    nearest: list[str] = min(differences, key=len)
+    return Found(None, f"what {folder} has was compiled for {'; '.join(nearest)}", surprising=True)
 
 
 def _differences(other: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
