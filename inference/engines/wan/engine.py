@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -335,10 +336,15 @@ class WanEngine:
 
     def _read_beside(self, request: GenerationRequest, plan: ClipPlan) -> None:
         """The same in another thread, and on a GPU in another stream."""
-        device = self._models.device
-        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
+        stream = nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
         with torch.inference_mode(), stream:  # both are of a thread
             self._read(request, plan)
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream | None:
+        """One for all clips, since torch keeps memory for each stream that ever used it; None without CUDA."""
+        device = self._models.device
+        return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _noise(self, plan: ClipPlan, generator: torch.Generator) -> torch.Tensor:
         """[1, z, T, h, w], fp32, in host memory."""

@@ -244,7 +244,7 @@ async def test_the_doctor_says_whether_a_start_runs_compiled(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_what_one_process_compiles_the_next_one_runs(tmp_path):
     """The real compiler: `i2v weights compile`, then a start that compiles nothing, and one that could not."""
     weights_dir = shutil.copytree(tiny_weights(), tmp_path / "weights")
