@@ -132,7 +132,7 @@ def test_what_cannot_be_compiled_ahead_is_one_line(here, weights_dir):  # noqa: 
     given = {"I2V_WEIGHTS_DIR": weights_dir, "I2V_WAN_AREA": 64 * 64, "I2V_WAN_OFFLOAD": "blocks"}
     ran = here("weights", "compile", "tiny", **given)
     assert ran.exit_code == 1
-    assert ran.errors == ["error: blocks that come and go cannot be compiled"]
+    assert ran.errors == ["i2v: blocks that come and go cannot be compiled"]
     assert not (weights_dir / "compiled").exists()
 
 
