@@ -210,11 +210,13 @@ def compiled_dir(settings: Settings) -> Path:
 def compile_ahead(settings: Settings) -> Path:
     """Compiles the transformer for this machine, and keeps it where starts look for it; the folder.
 
-    Loads the engine: minutes. Raises as `build_engine`, and EngineFailed where nothing was compiled, with the reason.
+    Loads the engine: minutes. Raises as `build_engine`, and EngineFailed where nothing was compiled or kept.
     """
     engine = _build_wan(settings.model_copy(update={"wan_compile": "on"}))
     if not engine.compiled:
         raise EngineFailed(engine.eager_because)
+    if why := why_eager(settings.model_copy(update={"wan_compile": "auto"})):
+        raise EngineFailed(f"it compiled, but nothing was kept: {why}")
     return compiled_dir(settings)
 
 

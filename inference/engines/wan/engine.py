@@ -509,9 +509,17 @@ def facts_of_compiling(preset: Preset, device: torch.device, switches: Switches,
 
 def _given_to_the_compiler(found: compiled.Found) -> compiled.Found:
     """What was compiled ahead, in the compiler's own cache; nothing where it cannot read it."""
-    if found.artifacts is not None and torch.compiler.load_cache_artifacts(found.artifacts) is None:
-        return compiled.Found(None, "the compiler cannot read what was compiled ahead", surprising=True)
-    return found
+    if found.artifacts is None:
+        return found
+    try:
+        taken = torch.compiler.load_cache_artifacts(found.artifacts) is not None
+        why = "it is of another kind"
+    except Exception as error:  # noqa: BLE001 - a full disk, or whatever is wrong with somebody's pickle
+        taken, why = False, f"{type(error).__name__}: {error}"
+    if taken:
+        return found
+    told = one_line(f"the compiler cannot read what was compiled ahead: {why}", MAX_REASON_CHARS)
+    return compiled.Found(None, told, surprising=True)
 
 
 def _keep(folder: Path, preset: Preset, facts: Mapping[str, str], artifacts: bytes) -> None:

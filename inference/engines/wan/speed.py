@@ -173,9 +173,10 @@ def facts_of_compiling(
 def nothing_new_compiled() -> Iterator[None]:
     """In this block the compiler takes what is in its cache, and raises NotCompiledAhead where it would compile.
 
-    Torch has no switch for that. The function that is replaced is where every graph goes that no cache knows.
+    Torch has no switch for that. The function that is replaced is where every graph goes that no cache knows. Nor are
+    processes started that would compile kernels side by side.
     """
-    from torch._inductor import compile_fx  # noqa: PLC0415 - seconds, for those who compile alone
+    from torch._inductor import compile_fx, config  # noqa: PLC0415 - seconds, for those who compile alone
 
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         raise NotCompiledAhead("the compiler does not find in its cache what was compiled ahead")
@@ -183,7 +184,8 @@ def nothing_new_compiled() -> Iterator[None]:
     before = compile_fx.fx_codegen_and_compile
     compile_fx.fx_codegen_and_compile = refuse
     try:
-        yield
+        with config.patch(compile_threads=1):  # one of the few options that are not in the key of the cache
+            yield
     finally:
         compile_fx.fx_codegen_and_compile = before
 

@@ -13,13 +13,14 @@ from torch._dynamo.utils import counters
 from torch.utils._appending_byte_serializer import AppendingByteSerializer
 
 from inference import doctor
+from inference.build.engines import compile_ahead
 from inference.engines.base import Job
 from inference.engines.wan import compiled, speed
 from inference.engines.wan.engine import WanEngine, facts_of_compiling
 from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS
 from inference.engines.wan.speed import Switches
-from inference.errors import CancelRequested, EngineLost
+from inference.errors import CancelRequested, EngineFailed, EngineLost
 from inference.settings import Settings
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
 from tests.engines.wan.test_engine import frames_of
@@ -141,7 +142,10 @@ def test_with_nothing_compiled_ahead_nothing_is_compiled(tmp_path):
 
 @pytest.mark.parametrize(
     "artifacts, other, said",
-    [(EMPTY, {"torch": "2.12.0"}, "torch 2.12.0, which is"), (b"nonsense", {}, "the compiler cannot read")],
+    [
+        (EMPTY, {"torch": "2.12.0"}, "torch 2.12.0, which is"),
+        (b"nonsense", {}, "the compiler cannot read what was compiled ahead: it is of another kind"),
+    ],
 )
 def test_what_cannot_be_used_is_one_warning(tmp_path, artifacts, other, said):
     """And the engine runs without."""
@@ -223,6 +227,21 @@ def test_what_is_not_in_the_cache_is_not_compiled(tmp_path, monkeypatch):
     plus_one = torch.compile(lambda x: x + 1, backend="inductor")
     with speed.nothing_new_compiled(), pytest.raises(Exception, match="does not find in its cache"):
         plus_one(torch.zeros(3))
+
+
+def test_what_was_not_kept_was_not_compiled_ahead(tmp_path):
+    """Told by whoever was to compile it, not by the next start. This compiler has nothing to save."""
+    torch.compiler.reset()
+    settings = Settings.isolated(
+        wan_preset="tiny", weights_dir=tiny_weights(), wan_area_px=AREA_PX, wan_compiled_dir=tmp_path
+    )
+    with (
+        torch.compiler.set_stance("default", force_backend="eager"),
+        pytest.raises(
+            EngineFailed, match=f"it compiled, but nothing was kept: nothing was compiled ahead in {tmp_path}"
+        ),
+    ):
+        compile_ahead(settings)
 
 
 async def finding(**settings):
