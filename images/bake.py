@@ -1,50 +1,23 @@
-"""Steps of building an image: weights in their own layer, kernels compiled before anybody waits for them, a last look.
+"""Steps of building RunPod's image that come after its weights.
 
-    python bake.py build    weights of a preset that are made, not fetched
-    python bake.py check    whether the image can work
-
-Image builders tell by a step's own source and arguments whether it has to be done again. So everything that a layer
-depends on is an argument here, and what does the work is imported inside: a change of code fetches nothing again.
+python bake.py build    weights of a preset that are made, not fetched
+python bake.py check    whether the image can work
 """
 
+import sys
+import tempfile
+from pathlib import Path
 
-def fetch_weights(preset: str, pins: dict[str, str], *, accept_non_commercial: bool = False) -> None:
-    """Puts the weights of a preset into I2V_WEIGHTS_DIR, at the revisions of `pins` (repository → revision).
+import anyio
 
-    Raises SettingsError where the pins are not those of the code, WeightsError, DiskFull.
-    """
-    from inference.build.engines import build_weights  # noqa: PLC0415 - see above
-    from inference.engines.wan import fetching, weights  # noqa: PLC0415
-    from inference.engines.wan.presets import PRESETS  # noqa: PLC0415
-    from inference.errors import SettingsError  # noqa: PLC0415
-    from inference.settings import Settings  # noqa: PLC0415
-    from inference.terminal import files  # noqa: PLC0415
-
-    settings, chosen = Settings.load(), PRESETS[preset]
-    if pins != chosen.pins:
-        raise SettingsError(f"{preset}: the image asks for {pins}, the code for {chosen.pins}")
-    if chosen.built_here:
-        build_weights(chosen, settings.weights_dir)
-        return
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    with files() as sink:
-        fetching.fetch(
-            chosen, settings.weights_dir, sink=sink, token=token, accept_non_commercial=accept_non_commercial
-        )
-    weights.require(chosen, settings.weights_dir)
-
-
-def compile_kernels(preset: str, settings: dict[str, str]) -> None:
-    """Compiles what the engine would compile at its start, on the GPU it will run on; the cache stays in the image.
-
-    `settings` are those of the environment that change the result. Where a change of code does, too, containers
-    compile at their start what is missing, until the next deployment with other settings. Raises EngineError.
-    """
-    from inference.build.engines import build_engine  # noqa: PLC0415 - as above
-    from inference.settings import Settings  # noqa: PLC0415
-
-    del settings
-    build_engine(Settings.load(engine="wan", wan_preset=preset))
+from inference import doctor
+from inference.build.engines import build_weights
+from inference.build.extras import needing_extra
+from inference.engines.wan import weights
+from inference.engines.wan.presets import PRESETS
+from inference.errors import SettingsError
+from inference.process import told_errors
+from inference.settings import Settings
 
 
 def build_unpublished() -> None:
@@ -52,10 +25,6 @@ def build_unpublished() -> None:
 
     Raises SettingsError, DiskFull.
     """
-    from inference.build.engines import build_weights  # noqa: PLC0415 - as above
-    from inference.engines.wan.presets import PRESETS  # noqa: PLC0415
-    from inference.settings import Settings  # noqa: PLC0415
-
     settings = Settings.load()
     build_weights(PRESETS[settings.wan_preset], settings.weights_dir)
 
@@ -67,17 +36,6 @@ def check_image() -> None:
     and what has to be writable is. Asks nobody on the network. Raises SettingsError with a line for each problem,
     WeightsError.
     """
-    import tempfile  # noqa: PLC0415 - as above
-    from pathlib import Path  # noqa: PLC0415
-
-    import anyio  # noqa: PLC0415
-
-    from inference import doctor  # noqa: PLC0415
-    from inference.build.extras import needing_extra  # noqa: PLC0415
-    from inference.engines.wan import weights  # noqa: PLC0415
-    from inference.engines.wan.presets import PRESETS  # noqa: PLC0415
-    from inference.errors import SettingsError  # noqa: PLC0415
-    from inference.settings import Settings  # noqa: PLC0415
 
     async def examined() -> list[doctor.Finding]:
         return [it async for it in doctor.examine(Settings.load)]
@@ -101,9 +59,5 @@ def check_image() -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from inference.process import told_errors
-
     with told_errors(verbose=False):
         {"build": build_unpublished, "check": check_image}[sys.argv[1]]()

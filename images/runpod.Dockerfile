@@ -6,6 +6,8 @@
 #   … --build-arg PRESET=5b-turbo --build-arg ACCEPT_NON_COMMERCIAL=true    its licence forbids commercial use
 #   … --secret id=hf_token,env=HF_TOKEN                                     public weights need none
 #
+# The transformer is not compiled here, since the compiler asks the GPU what it can do, and a build has none: docs/runpod.md
+# has how an image gets compiled code all the same.
 # A layer is built again when it or one above it in this file changes. Weights are by far the largest and depend on the
 # packages, on PRESET and on the modules in the stage `fetcher`: a change of other code moves no gigabyte.
 # RunPod's own builder takes images of up to 80 GB and 160 minutes; that of `a14b-fast` has about 76 GB.

@@ -1,18 +1,26 @@
-"""The image with Wan2.2 in it: packages, then weights at their pinned revisions, then kernels, settings, code.
+"""The image with Wan2.2 in it: packages, then weights at their pinned revisions, then compiled code, settings, code.
 
 A layer is built again when it or one below it changes. Weights, the largest by far, depend on packages and pins alone:
-a change of code or of a setting moves no gigabyte.
+a change of code or of a setting moves no gigabyte. The transformer is compiled again, some minutes of the GPU, where
+its own code has changed, or a setting of the engine, or the GPU.
 """
 
 import modal
 
 from images import BASE, with_code, with_packages
-from images.bake import compile_kernels, fetch_weights
+from inference.engines.wan.compiled import traced_code
 from inference.engines.wan.presets import PRESETS
+from inference.on_modal.bake import compile_kernels, fetch_weights
 from inference.settings import Settings
 
 WEIGHTS = "/weights"
 HOURS = 3600
+
+COMPILE_LIMIT_S = 1800
+"""Weights are read, and two graphs are compiled: minutes. Longer than that, and the image does without."""
+
+NOT_COMPILED_FOR = {"I2V_WAN_COMPILE", "I2V_WAN_PRESET"}
+"""Settings of the engine that change nothing in what is compiled, or are told in another way."""
 
 
 def wan_image(settings: Settings) -> modal.Image:
@@ -33,12 +41,19 @@ def wan_image(settings: Settings) -> modal.Image:
         )
         .env({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"})
     )
-    if settings.wan_compile:
-        switches = {name: value for name, value in settings.for_containers().items() if name.startswith("I2V_WAN_")}
-        image = image.env(switches).run_function(
+    if settings.wan_compile != "off" and not preset.built_here:
+        switches = {
+            name: value
+            for name, value in settings.for_containers().items()
+            if name.startswith("I2V_WAN_") and name not in NOT_COMPILED_FOR
+        }
+        image = image.run_function(
             compile_kernels,
-            args=(preset.name, switches),
+            args=(preset.name, switches, traced_code()),
+            kwargs={"limit_s": COMPILE_LIMIT_S},
             gpu=settings.modal_gpu,
-            timeout=HOURS,
+            timeout=COMPILE_LIMIT_S + 600,
+            cpu=4,
+            memory=32 * 1024,
         )
     return with_code(image, settings)

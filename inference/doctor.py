@@ -13,7 +13,7 @@ import anyio.to_thread
 import imageio_ffmpeg
 import numpy as np
 
-from inference.build.engines import choose_engine, describe_gpu, engine_note, load_template
+from inference.build.engines import choose_engine, describe_gpu, engine_note, load_template, why_eager
 from inference.build.queues import bucket_of, open_queue
 from inference.build.workers import build_ledger
 from inference.engines.comfyui.api import ComfyApi, base_url
@@ -80,6 +80,8 @@ async def _engine(settings: Settings) -> AsyncIterator[Finding]:
     """What only the engine needs, or the other engine for which there is a key."""
     for check in NEEDS.get(settings.engine, ()):
         yield await anyio.to_thread.run_sync(check, settings)
+    if settings.engine == "wan":
+        yield await anyio.to_thread.run_sync(_compiled, settings)
     if settings.engine == "comfyui":
         async for finding in _comfyui(settings):
             yield finding
@@ -125,6 +127,18 @@ def _gpu(settings: Settings) -> Finding:
     if memory_gb < preset.gpu_memory_gb:
         text += f"; {preset.name} is made for {preset.gpu_memory_gb} GB and will be slow: its weights come and go"
     return Finding("gpu", "ok", text)
+
+
+def _compiled(settings: Settings) -> Finding:
+    try:
+        why = why_eager(settings)
+    except I2VError as error:
+        return Finding("compiled", "FAIL", str(error))
+    if not why:
+        return Finding("compiled", "ok", "the transformer runs compiled: that was done for this machine")
+    if settings.wan_compile == "on":
+        return Finding("compiled", "ok", f"the next start compiles, which takes minutes: {why}")
+    return Finding("compiled", "skip", f"the transformer runs without compiling: {why}")
 
 
 NEEDS: dict[EngineName, tuple[Callable[[Settings], Finding], ...]] = {"wan": (_weights, _gpu)}

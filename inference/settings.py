@@ -40,7 +40,7 @@ DATABASE_URL = re.compile(r"(\w+(?:\+\w+)?://)(?:[^@/?]*@)?([\w.:\[\]-]*(?:/[\w.
 """An address of a database: its scheme, who, where, and what else."""
 
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
-OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "data_dir", "ledger_path"}
+OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "wan_compiled_dir", "data_dir", "ledger_path"}
 OF_ONE_MACHINE |= {"runpod_endpoint_id", "runpod_url", "runpod_max_workers", "runpod_init_timeout_s", "runpod_webhook"}
 OF_ONE_MACHINE |= {"queue", "gmanimato_url", "gmanimato_callback_url", "webhook_bytes"}
 OF_ONE_MACHINE |= {"comfy_host", "comfy_workflow", "comfy_mapping", "comfy_patience_s"}
@@ -222,8 +222,14 @@ class Settings(LoadableSettings):
     wan_attention: str = setting(
         "auto", "I2V_WAN_ATTENTION", about="Attention backend of diffusers; `auto` takes the fastest installed."
     )
-    wan_compile: bool = setting(
-        False, "I2V_WAN_COMPILE", about="Compile the transformer: a slower start, then faster clips."
+    wan_compile: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "I2V_WAN_COMPILE",
+        about="Compile the transformer, for faster clips. `auto`: where a build or `i2v weights compile` did it for "
+        "this machine. `on`: also at the start, which takes minutes. `off`: never.",
+    )
+    wan_compiled_dir: Path | None = setting(
+        None, "I2V_WAN_COMPILED", about="Folder of compiled code. Default: `compiled` in I2V_WEIGHTS_DIR."
     )
     wan_fp8: bool = setting(
         False, "I2V_WAN_FP8", about="Keep the transformers in 8 bits: half the memory, a little less exact."
@@ -554,10 +560,18 @@ class Settings(LoadableSettings):
             raise ValueError(f"there is no preset {value!r}; choose one of {', '.join(WAN_PRESETS)}")
         return value
 
-    @field_validator("weights_dir", "ledger_path")
+    @field_validator("wan_compile", mode="before")
     @classmethod
-    def _of_a_person(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _was_a_switch(cls, value: object) -> object:
+        """`true` and `false`, as this setting was before it had three values, and pydantic's other words for them."""
+        words = {"off": {"false", "0", "no", "f", "n"}, "on": {"true", "1", "yes", "t", "y"}}
+        given = str(value).lower()
+        return next((name for name, others in words.items() if given in others), given)
+
+    @field_validator("weights_dir", "wan_compiled_dir", "ledger_path")
+    @classmethod
+    def _of_a_person(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
 
     @field_validator("worker_id", mode="before")
     @classmethod

@@ -70,6 +70,7 @@ OWN = {
         "inference/engines/wan/",
         "inference/build/",
         "inference/doctor.py",
+        "inference/on_modal/bake.py",
         "inference/on_modal/deployment.py",
         "inference/on_modal/doctor.py",
         "inference/commands/",
@@ -81,7 +82,12 @@ OWN = {
         "inference/on_modal/deployment.py",
     ),
     # Nothing prints but commands, and the end of the process that they are. `modal run app.py` is one, too.
-    "inference.terminal": ("inference/commands/", "inference/process.py", "inference/on_modal/one_off.py"),
+    "inference.terminal": (
+        "inference/commands/",
+        "inference/process.py",
+        "inference/on_modal/bake.py",
+        "inference/on_modal/one_off.py",
+    ),
 }
 """Modules of ours that few may know, with all beneath them, and who."""
 

@@ -115,6 +115,17 @@ def test_overrides_win_and_satisfy_requirements():
     assert Settings.load("api_url", api_url="http://127.0.0.1:8000").api_url == "http://127.0.0.1:8000"
 
 
+@pytest.mark.parametrize(
+    "given, meant",
+    [("true", "on"), ("1", "on"), ("Yes", "on"), ("false", "off"), ("0", "off"), ("AUTO", "auto"), ("off", "off")],
+)
+def test_compiling_was_a_switch_before_it_had_three_values(given, meant):
+    """What people have written down goes on meaning the same."""
+    assert Settings.load(wan_compile=given).wan_compile == meant
+    with pytest.raises(SettingsError, match=r"I2V_WAN_COMPILE: input should be 'auto', 'on' or 'off'"):
+        Settings.load(wan_compile="maybe")
+
+
 def test_the_example_lists_every_setting_with_its_default():
     """`.env.example` is what `python -m inference.settings` prints."""
     assert (ROOT / ".env.example").read_text() == example()

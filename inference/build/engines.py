@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
@@ -16,11 +17,15 @@ from inference.engines.runway.engine import RunwayEngine
 from inference.engines.runway.models import model_for
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
-from inference.errors import InvalidRequest, SettingsError, write_error
+from inference.errors import EngineFailed, InvalidRequest, SettingsError, write_error
 from inference.providers import PAID, EngineName
 from inference.settings import Settings
 from inference.task import GenerationRequest, Task
 from inference.transfer.network import is_this_machine
+
+if TYPE_CHECKING:
+    from inference.engines.wan.engine import WanEngine
+    from inference.engines.wan.speed import Switches
 
 PREVIEW_NOTE = "a camera move over the photo, not a generation"
 
@@ -166,7 +171,7 @@ def _wan_note(settings: Settings) -> str:
     return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
 
 
-def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
+def _build_wan(settings: Settings, check: Callable[[], None] = lambda: None) -> "WanEngine":
     preset = PRESETS[settings.wan_preset]
     if not preset.built_here:
         weights.require(preset, settings.weights_dir)
@@ -174,15 +179,57 @@ def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
     build_weights(preset, settings.weights_dir)
     with needing_extra("wan", "the Wan engine"):
         from inference.engines.wan.engine import WanEngine  # noqa: PLC0415 - an extra
-        from inference.engines.wan.placement import Offload  # noqa: PLC0415
+    return WanEngine.load(
+        preset,
+        settings.weights_dir,
+        switches=_switches(settings),
+        area_px=settings.wan_area_px,
+        compiled_dir=compiled_dir(settings),
+        check=check,
+    )
+
+
+def _switches(settings: Settings) -> "Switches":
+    with needing_extra("wan", "the Wan engine"):
+        from inference.engines.wan.placement import Offload  # noqa: PLC0415 - an extra
         from inference.engines.wan.speed import Switches  # noqa: PLC0415
-    switches = Switches(
+    return Switches(
         attention=settings.wan_attention,
-        compile="inductor" if settings.wan_compile else None,
+        compile=None if settings.wan_compile == "off" else "inductor",
+        only_compiled_ahead=settings.wan_compile == "auto",
         fp8=settings.wan_fp8,
         offload=None if settings.wan_offload == "auto" else Offload[settings.wan_offload.upper()],
     )
-    return WanEngine.load(preset, settings.weights_dir, switches=switches, area_px=settings.wan_area_px, check=check)
+
+
+def compiled_dir(settings: Settings) -> Path:
+    """Where compiled code of the Wan engine is kept."""
+    return settings.wan_compiled_dir or settings.weights_dir / "compiled"
+
+
+def compile_ahead(settings: Settings) -> Path:
+    """Compiles the transformer for this machine, and keeps it where starts look for it; the folder.
+
+    Loads the engine: minutes. Raises as `build_engine`, and EngineFailed where nothing was compiled or kept.
+    """
+    engine = _build_wan(settings.model_copy(update={"wan_compile": "on"}))
+    if not engine.compiled:
+        raise EngineFailed(engine.eager_because)
+    if why := why_eager(settings.model_copy(update={"wan_compile": "auto"})):
+        raise EngineFailed(f"it compiled, but nothing was kept: {why}")
+    return compiled_dir(settings)
+
+
+def why_eager(settings: Settings) -> str:
+    """Why the Wan engine would run without compiled code; empty where it was compiled ahead. Raises SettingsError."""
+    if settings.wan_compile == "off":
+        return "I2V_WAN_COMPILE is off"
+    preset = PRESETS[settings.wan_preset]
+    with needing_extra("wan", "the Wan engine"):
+        from inference.engines.wan import compiled  # noqa: PLC0415 - an extra
+        from inference.engines.wan.engine import default_device, facts_of_compiling  # noqa: PLC0415
+    facts = facts_of_compiling(preset, default_device(), _switches(settings), settings.wan_area_px)
+    return compiled.find(compiled_dir(settings), preset.name, facts).why
 
 
 def build_weights(preset: Preset, weights_dir: Path) -> None:

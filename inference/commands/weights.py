@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from inference import logs, terminal
-from inference.build.engines import build_weights
+from inference.build.engines import build_weights, compile_ahead
 from inference.commands.start import MARKUP
 from inference.engines.wan import fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset
@@ -65,6 +65,18 @@ def check(
             problems.append(f"remove what is damaged, then: {way_out}")
         raise WeightsError("\n".join(problems))
     terminal.say(f"{preset}: all there, in {settings.weights_dir}")
+
+
+@app.command("compile", epilog="Example: `i2v weights compile a14b-fast`")
+def compile_(preset: Name, *, verbose: Verbose = False) -> None:
+    """Compiles the transformer of PRESET for this GPU and these settings: minutes, once. Later starts find it.
+
+    It goes to I2V_WAN_COMPILED, or to `compiled` in I2V_WEIGHTS_DIR.
+    """
+    _, settings = _start(preset, verbose=verbose)
+    terminal.say(f"{preset}: this takes minutes")
+    folder = compile_ahead(settings.model_copy(update={"engine": "wan", "wan_preset": preset}))
+    terminal.say(f"{preset}: compiled for this machine, in {folder}")
 
 
 def _start(name: str, *, verbose: bool) -> tuple[Preset, Settings]:

@@ -1,6 +1,7 @@
 """An offline Modal for tests: the real `modal` command and real containers, against a control plane on loopback."""
 
 import asyncio
+import json
 import subprocess
 import threading
 from collections.abc import Awaitable, Mapping
@@ -8,10 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from grpclib.server import Server
-from modal._serialization import serialize
+from modal._serialization import deserialize_data_format, serialize
 from modal_proto import api_pb2
 
-from tests.cloud.containers import Container
+from tests.cloud.containers import Container, interpreter
 from tests.cloud.control_plane import ControlPlane
 from tests.cloud.objects import Function, Image, Input
 from tests.cloud.scheduler import Settings
@@ -250,6 +251,32 @@ class Cloud:
         """The exit code of a container."""
         until(lambda: container.exit_code is not None, deadline_s, f"{container.id} ended")
         return container.exit_code
+
+    def run_step(self, layer: Image, *arguments: Any, **environment_: object) -> subprocess.CompletedProcess:
+        """Runs the function of a `run_function` layer as a build would: with no files of ours but what was uploaded.
+
+        `arguments` in place of those that it is built with. What layers below put into the image is not there.
+        """
+        function, step = layer.function, layer.recipe.build_function
+        args, kwargs = deserialize_data_format(step.input.args, step.input.data_format, None)
+        container = Container(f"step-{layer.id}", function, self.folder / "steps" / layer.id)
+        for mount_id in function.definition.mount_ids:
+            for path, digest in self._state.mounts[mount_id].files.items():
+                container.place(path, self._state.uploads[digest])
+        program = (
+            "import importlib, json, sys; module, name, given = sys.argv[1:]; args, kwargs = json.loads(given); "
+            "getattr(importlib.import_module(module), name)(*args, **kwargs)"
+        )
+        of, given = function.definition, json.dumps([arguments or args, {} if arguments else kwargs])
+        return subprocess.run(
+            [str(interpreter()[0]), "-c", program, of.module_name, of.function_name, given],
+            cwd=container.root,
+            env=environment(HOME=container.root, PYTHONPATH=container.root, **environment_),
+            capture_output=True,
+            text=True,
+            timeout=CLI_LIMIT_S,
+            check=False,
+        )
 
     # ------------------------------------------------------------ what may happen
 

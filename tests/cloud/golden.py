@@ -116,7 +116,9 @@ def _step(state: Scheduler, function: Function, step: api_pb2.BuildFunction) -> 
     yield "timeout", _seconds(of.timeout_secs)
     yield "secrets", ", ".join(sorted(state.secrets[it].name or "(unnamed)" for it in of.secret_ids))
     yield "volumes", ", ".join(f"{state.volumes[it.volume_id]} at {it.mount_path}" for it in of.volume_mounts)
-    yield "files", _files(state, function)
+    # Which ones there are makes no difference to the layer; that those are there which a step imports, does.
+    paths = [PurePosixPath(path) for it in of.mount_ids for path in state.mounts[it].files]
+    yield "files below", ", ".join(sorted({str(PurePosixPath(*path.parts[:3])) for path in paths}))
 
 
 def _plain(value: object) -> str:

@@ -424,7 +424,7 @@ def test_golden(tmp_path):
         assert block.strip("\n") in blocks, text
     step = blocks[-1].splitlines()
     assert step[0:2] == ["  layer 4 on 3", "    run_function app.download('tiny', quick=True)"]
-    assert step[3:] == ["      globals: REVISION='r1'", "      timeout: 60 min", "      files: /root: app.py"]
+    assert step[3:] == ["      globals: REVISION='r1'", "      timeout: 60 min", "      files below: /root/app.py"]
     assert not any(str(it) in text for it in (tmp_path, sys.prefix, Path(__file__).parent))
 
 

@@ -23,6 +23,7 @@ import pytest
 
 from inference.build.queues import migrate_jobs
 from inference.media.video import probe
+from inference.on_modal import bake
 from inference.payments.ledger import Ledger, Payment
 from inference.payments.records import MemoryRecords
 from inference.settings import Settings
@@ -205,6 +206,50 @@ def test_settings_reach_the_deployment(tmp_path):
     assert "ENV I2V_WAN_PRESET=5b-fast" in found
     assert "hf_secret" not in found
     assert "local-secret" not in found
+
+
+def test_the_steps_of_the_image_have_what_they_import(tmp_path):
+    """As Modal runs them: a step gets the files of its function's package, and nothing else of ours.
+
+    The first checks its pins before it fetches anything. The second never fails: here nothing can be compiled, since
+    there are no weights, and the image gets a note that says so.
+    """
+    with Cloud(tmp_path / "cloud") as cloud:
+        cloud.create_secret(APP, {"VERCEL_API_URL": "https://app.example.com", "WORKER_API_KEY": "k"})
+        source = copy_of_the_clone(tmp_path / "clone")
+        (source / ".env").write_text("I2V_WAN_PRESET=5b-fast\nI2V_WAN_AREA=399360\n")
+        assert cloud.deploy(source / "app.py").returncode == 0
+        fetch, compile_ = (it for it in cloud.layers("Wan") if it.function is not None)
+        fetched = cloud.run_step(fetch, "5b-fast", {}, I2V_WEIGHTS_DIR=tmp_path)
+        compiled = cloud.run_step(compile_, I2V_WEIGHTS_DIR=tmp_path)
+        (source / ".env").write_text("I2V_WAN_PRESET=5b-fast\nI2V_WAN_COMPILE=off\n")
+        assert cloud.deploy(source / "app.py").returncode == 0
+        assert [it.id for it in cloud.layers("Wan") if it.function is not None] == [fetch.id]
+    assert "SettingsError: 5b-fast: the image asks for {}" in fetched.stderr
+    assert compiled.returncode == 0, compiled.stderr
+    assert "there are no weights of 5b-fast" in (tmp_path / "compiled" / "5b-fast.failed").read_text()
+
+
+@pytest.mark.parametrize(
+    "script, said",
+    [
+        ("echo 'error: no such instruction' >&2; exit 1", "error: no such instruction"),
+        ("kill -9 $$", "signal 9"),
+        ("exec sleep 60", "timed out after 0.5 seconds"),
+        ("exit 0", None),
+    ],
+)
+def test_compiling_never_fails_a_deployment(tmp_path, monkeypatch, script, said):
+    """Whatever becomes of the process that does it."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setenv("I2V_WEIGHTS_DIR", str(tmp_path))
+    bake.compile_kernels("tiny", {}, "code", limit_s=0.5 if "sleep" in script else 60)
+    note = tmp_path / "compiled" / "tiny.failed"
+    assert note.exists() == (said is not None)
+    assert said is None or said in note.read_text()
 
 
 def test_a_deployment_that_cannot_work_is_refused(tmp_path):

@@ -357,6 +357,15 @@ def test_weights_that_nobody_publishes_are_made(in_the_image, tmp_path):
     weights.require(PRESETS["tiny"], tmp_path / "tiny")
 
 
+def test_it_can_compile_what_is_added_to_it(python, app, tmp_path):
+    """With the command of docs/runpod.md, from the folder that it starts in; here there are no weights yet."""
+    [line] = [it for it in (ROOT / "docs" / "runpod.md").read_text().splitlines() if it.startswith("docker run")]
+    command = shlex.split(line.partition(" IMAGE python ")[2])
+    ran = run(python, *command, cwd=app, **image_settings(tmp_path))
+    assert ran.returncode == 1
+    assert "there are no weights of a14b-fast" in ran.stderr
+
+
 def test_its_command_starts(python, app):
     """In the folder of the image, with what was copied there and nothing else of ours."""
     command = json.loads(STEPS[-1].rest)

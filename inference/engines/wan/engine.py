@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,14 +22,14 @@ import structlog
 import torch
 
 from inference.engines.base import Job, photo_of, run_in_thread
-from inference.engines.wan import tokens, vae
-from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, mapped
+from inference.engines.wan import compiled, speed, tokens, vae
+from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, gpu_is_lost, mapped
 from inference.engines.wan.frames import stream
-from inference.engines.wan.loading import Models, load
+from inference.engines.wan.loading import Models, dtype_of, load
 from inference.engines.wan.placement import GB, Offload
 from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, Preset
 from inference.engines.wan.schedule import TRAIN_TIMESTEPS, Guide, denoise, make_scheduler
-from inference.engines.wan.speed import Switches, compile_cache
+from inference.engines.wan.speed import Switches
 from inference.engines.wan.yuv import to_yuv420p
 from inference.errors import (
     EngineFailed,
@@ -49,6 +50,9 @@ WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
 STOP_GRACE_S = 120.0
 """Longer than any forward, which cannot be interrupted. A14B at 720p takes 8 to 19 s (6,523 TFLOP at
 790 to 344 TFLOP/s), ten seconds of it up to four times as long."""
+
+BLOCKS_TO_COMPILE = 2
+"""The first block gets the embedding's output, whose memory layout may differ; every other one gets a block's."""
 
 MAX_SEED = 2**32
 """Random seeds are short enough for people to type; given seeds may have up to 63 bits."""
@@ -77,6 +81,8 @@ class WanEngine:
     def __init__(self, preset: Preset, models: Models, *, area_px: int | None = None) -> None:
         self.preset = preset
         self.stages: Mapping[str, float] = preset.stages
+        self.compiled = False  # the transformer's blocks, and nothing else will be from now on
+        self.eager_because = ""  # where they should have been compiled
         self._models = models
         self._area_px = area_px or preset.max_area_px
 
@@ -89,26 +95,32 @@ class WanEngine:
         device: torch.device | None = None,
         switches: Switches | None = None,
         area_px: int | None = None,
+        compiled_dir: Path | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Self:
         """Loads the weights of `preset`: seconds to minutes, on CUDA where there is one.
 
-        `area_px` is width x height of clips whose request does not say, the preset's own if None. `check` is called
-        between components, and what it raises ends the loading. Raises WeightsError; EngineLost where the GPU is
-        unusable or too small; SettingsError for a switch that cannot be.
+        `area_px` is width x height of clips whose request does not say, the preset's own if None; `compiled_dir` is
+        where compiled code is kept, `compiled` beside the weights if None. Where code cannot be compiled, the engine
+        runs without, and a line in the log says why. `check` is called between components, and what it raises ends
+        the loading. Raises WeightsError; EngineLost where the GPU is unusable or too small; SettingsError for a
+        switch that cannot be.
         """
         if area_px is not None and area_px > preset.max_area_px:
             raise SettingsError(
                 f"I2V_WAN_AREA: it is {area_px} pixels; preset {preset.name} makes at most {preset.max_area_px}"
             )
-        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        switches = switches or Switches()
         started = time.perf_counter()
         try:
-            engine = cls(preset, load(preset, weights_dir, device, switches, check, area_px), area_px=area_px)
-            if switches.compile is not None:
-                with compile_cache(weights_dir / "compiled" / _cache_name(preset, device)):
-                    engine.warm_up(check)
+            engine = cls._load(
+                preset,
+                weights_dir,
+                device=device or default_device(),
+                switches=switches or Switches(),
+                area_px=area_px,
+                compiled_dir=compiled_dir or weights_dir / "compiled",
+                check=check,
+            )
         except I2VError:
             raise
         except torch.OutOfMemoryError:
@@ -116,16 +128,84 @@ class WanEngine:
             raise EngineLost(f"the GPU has no room for preset {preset.name}, {needed}") from None
         except Exception as error:
             said = one_line(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
-            hint = "; without I2V_WAN_COMPILE it may work" if switches.compile else ""
-            raise EngineLost(f"preset {preset.name} cannot run here: {said}{hint}") from error
-        log.info("engine_ready", preset=preset.name, seconds=round(time.perf_counter() - started, 2))
+            raise EngineLost(f"preset {preset.name} cannot run here: {said}") from error
+        log.info(
+            "engine_ready",
+            preset=preset.name,
+            compiled=engine.compiled,
+            seconds=round(time.perf_counter() - started, 2),
+        )
         return engine
+
+    @classmethod
+    def _load(
+        cls,
+        preset: Preset,
+        weights_dir: Path,
+        *,
+        device: torch.device,
+        switches: Switches,
+        area_px: int | None,
+        compiled_dir: Path,
+        check: Callable[[], None],
+    ) -> Self:
+        """Loads; where `switches` say so, compiles, or takes what was compiled from `compiled_dir`."""
+        facts, known = {}, compiled.Found(None)
+        if switches.compile is not None:
+            facts = facts_of_compiling(preset, device, switches, area_px)
+            known = _given_to_the_compiler(compiled.find(compiled_dir, preset.name, facts))
+            if known.artifacts is None and switches.only_compiled_ahead:
+                switches = replace(switches, compile=None)
+            elif known.artifacts is None:
+                log.info("will_compile", why=known.why, takes="minutes")
+        engine = cls(preset, load(preset, weights_dir, device, switches, check, area_px), area_px=area_px)
+        if switches.compile is not None:
+            new = engine._compile(check, only_ahead=switches.only_compiled_ahead)
+            if new is not None and new != known.artifacts:
+                _keep(compiled_dir, preset, facts, new)
+        elif known.why:
+            engine._run_eagerly(known.why, surprising=known.surprising)
+        return engine
+
+    def _compile(self, check: Callable[[], None], *, only_ahead: bool) -> bytes | None:
+        """Warms up what was prepared to be compiled; what the compiler saved, if it may take more than is there.
+
+        After an error of the compiler's the blocks run eagerly. Raises EngineLost where the error is the GPU's, torch's
+        OutOfMemoryError, and what `check` raises.
+        """
+        if self._models.offload == Offload.BLOCKS:
+            self._run_eagerly("blocks that come and go cannot be compiled")
+            return None
+        try:
+            with speed.nothing_new_compiled() if only_ahead else nullcontext():
+                self.warm_up(check)
+        except (I2VError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            said = one_line(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
+            if gpu_is_lost(error):
+                raise EngineLost(f"the GPU does not work any more: {said}") from error
+            self._run_eagerly(f"compiling failed: {said}", surprising=True)
+            return None
+        self.compiled = True
+        saved = None if only_ahead else torch.compiler.save_cache_artifacts()
+        return None if saved is None else saved[0]
+
+    def _run_eagerly(self, why: str, *, surprising: bool = False) -> None:
+        """Leaves the blocks as they are without a compiler. Says so in one line, louder where it was not expected."""
+        for expert in self._models.experts:
+            with expert.on_device() as model:
+                speed.run_eagerly(model)
+        self.eager_because = why
+        tell = log.warning if surprising else log.info
+        tell("runs_eagerly", why=why, way_out="`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start")
 
     @torch.inference_mode()
     def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
         """Compiles what is to be compiled, on two clips: the first for itself, the second for all that differ from it.
 
         A block sees a clip as a number of tokens, so photos of another shape and clips of another length need no more.
+        Only the first blocks run: the others are the same code, and all of them would take as long as a step.
         """
         models, preset = self._models, self.preset
         for shape, duration_s in WARM_UPS:
@@ -133,7 +213,7 @@ class WanEngine:
             started = time.perf_counter()
             for expert in models.experts:
                 check()
-                with expert.on_device() as model:
+                with expert.on_device() as model, _first_blocks(model):
                     size = (1, model.config.in_channels, *self._latent_size(width, height, preset.frames(duration_s)))
                     shown = torch.zeros(size, device=models.device, dtype=models.dtype)
                     text = torch.zeros(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=models.device)
@@ -256,10 +336,15 @@ class WanEngine:
 
     def _read_beside(self, request: GenerationRequest, plan: ClipPlan) -> None:
         """The same in another thread, and on a GPU in another stream."""
-        device = self._models.device
-        stream = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
+        stream = nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
         with torch.inference_mode(), stream:  # both are of a thread
             self._read(request, plan)
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream | None:
+        """One for all clips, since torch keeps memory for each stream that ever used it; None without CUDA."""
+        device = self._models.device
+        return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def _noise(self, plan: ClipPlan, generator: torch.Generator) -> torch.Tensor:
         """[1, z, T, h, w], fp32, in host memory."""
@@ -356,7 +441,9 @@ class WanEngine:
                 else:
                     shown = torch.cat([latents, condition], dim=1)
                 timestep, shown = timestep.to(models.device), shown.to(models.dtype)
-                return tokens.velocity(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
+                # A clip that nobody foresaw would wait minutes for the compiler.
+                with torch.compiler.set_stance("eager_on_recompile") if self.compiled else nullcontext():
+                    return tokens.velocity(here[expert], shown, timestep, text, clean=preset.first_frame_is_clean)
 
             def on_step(done: int) -> None:
                 self._wait()  # so that the step has really ended when it is reported, and a cancel takes effect now
@@ -398,7 +485,48 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
         peak["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(device) / GB, 2)
 
 
-def _cache_name(preset: Preset, device: torch.device) -> str:
-    """The name of a cache: compiled code is specific to a GPU and a version of torch."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return f"{preset.name} {gpu} {torch.__version__}".replace(" ", "-").replace("/", "-") + ".bin"
+@contextmanager
+def _first_blocks(model: Any) -> Iterator[None]:
+    """For the length of a block, a transformer of BLOCKS_TO_COMPILE layers."""
+    blocks = model.blocks
+    model.blocks = blocks[:BLOCKS_TO_COMPILE]
+    try:
+        yield
+    finally:
+        model.blocks = blocks
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def facts_of_compiling(preset: Preset, device: torch.device, switches: Switches, area_px: int | None) -> dict[str, str]:
+    """What compiled code depends on, for an engine that is loaded with the same arguments."""
+    dtype = dtype_of(preset, "transformer")
+    return speed.facts_of_compiling(preset, device, dtype, switches, area_px or preset.max_area_px)
+
+
+def _given_to_the_compiler(found: compiled.Found) -> compiled.Found:
+    """What was compiled ahead, in the compiler's own cache; nothing where it cannot read it."""
+    if found.artifacts is None:
+        return found
+    try:
+        taken = torch.compiler.load_cache_artifacts(found.artifacts) is not None
+        why = "it is of another kind"
+    except Exception as error:  # noqa: BLE001 - a full disk, or whatever is wrong with somebody's pickle
+        taken, why = False, f"{type(error).__name__}: {error}"
+    if taken:
+        return found
+    told = one_line(f"the compiler cannot read what was compiled ahead: {why}", MAX_REASON_CHARS)
+    return compiled.Found(None, told, surprising=True)
+
+
+def _keep(folder: Path, preset: Preset, facts: Mapping[str, str], artifacts: bytes) -> None:
+    """Keeps what was compiled for the next start, which costs minutes without it and nothing else."""
+    try:
+        path = compiled.keep(folder, preset.name, facts, artifacts)
+    except OSError as error:
+        log.warning("compiled_code_not_kept", path=str(folder), error=error.strerror or str(error))
+    else:
+        log.info("compiled_code_kept", path=str(path), megabytes=round(len(artifacts) / 1e6, 1))

@@ -62,7 +62,12 @@ def _mapped(error: Exception) -> Exception:
         return OutOfRoom("the GPU ran out of memory")
     if isinstance(error, MemoryError) or NO_HOST_MEMORY in said:
         return MachineFault("this machine has no memory left to generate")
-    if isinstance(error, torch.AcceleratorError) or any(sign in said for sign in GPU_LOST):
+    if gpu_is_lost(error):
         return EngineLost(f"the GPU does not work any more: {said}")
     log.error("engine_error", traceback="".join(traceback.format_exception(error)))
     return EngineFailed(f"{type(error).__name__}: {said}")
+
+
+def gpu_is_lost(error: Exception) -> bool:
+    """Whether nothing on the GPU works any more after `error`."""
+    return isinstance(error, torch.AcceleratorError) or any(sign in str(error) for sign in GPU_LOST)

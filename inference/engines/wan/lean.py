@@ -4,8 +4,9 @@ Half of a decode's time on a large GPU is not spent on products but on moving ac
 pad them, to copy them, to turn them into 32 bits and back. Layers of a loaded model are given these classes in place;
 their weights stay as they are.
 
-The results are the same bit for bit, but for two: `fuse_norms` rounds once where diffusers rounds five times, and with
-`zeros_in_convolutions` a library may add up the same products in another order.
+In 32 bits the results are the same bit for bit, but for `fuse_norms`, which rounds once where diffusers rounds five
+times. In 16 bits, in which clips are decoded, `zeros_in_convolutions` may differ as well: a library may add up the same
+products in another order.
 """
 
 import math
@@ -52,10 +53,10 @@ def plain_upsampling(vae: AutoencoderKLWan) -> None:
 
 
 def zeros_in_convolutions(vae: AutoencoderKLWan) -> None:
-    """Convolutions take the zeros around a picture as they go, instead of reading a padded copy of it.
+    """Convolutions of 16 bits take the zeros around a picture as they go, instead of reading a padded copy of it.
 
-    On a CPU, at true size, the decoder gives the same bits in bf16, in which it is run, and in fp32 values that are
-    2e-6 away at most (tests/bench/LOG.md). On a GPU this was not tried.
+    The decoder has 16 bits, and on a CPU, at true size, it gives the same ones (tests/bench/LOG.md); on a GPU this was
+    not tried. Convolutions of 32 bits, which encode, go on with padded copies: their sums were up to 2e-6 off.
     """
     _become(vae, WanCausalConv3d, ZeroPaddingConv3d)
 
@@ -85,6 +86,8 @@ class ZeroPaddingConv3d(WanCausalConv3d):  # type: ignore[misc]
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         """[1, in, T, H, W] → [1, out, T', H', W']; `cache_x`: the last frames of what was convolved before."""
+        if x.dtype == torch.float32:
+            return super().forward(x, cache_x)  # type: ignore[no-any-return]
         width, _, height, _, earlier_frames, _ = self._padding
         if cache_x is not None and earlier_frames > 0:
             x = torch.cat([cache_x.to(x.device), x], dim=2)

@@ -3,21 +3,22 @@
 `python -m tests.bench.wan` measures each; tests/bench/LOG.md has what it found, so far on a CPU only.
 """
 
-import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import structlog
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.utils import is_flash_attn_3_available
 from torch import nn
 from torch.nn.functional import ScalingType
 
+from inference.engines.wan.compiled import traced_code
 from inference.engines.wan.placement import Offload
+from inference.engines.wan.presets import Preset
 from inference.errors import SettingsError
 
 HOPPER = (9, 0)
@@ -25,8 +26,6 @@ HOPPER = (9, 0)
 
 ADA = (8, 9)
 """The first CUDA capability with products of 8-bit floats."""
-
-log = structlog.get_logger(__name__)
 
 FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -37,6 +36,7 @@ class Switches:
 
     attention: str = "auto"  # one of diffusers' attention backends; auto takes the fastest that is installed
     compile: str | None = None  # the torch.compile backend for the transformer's blocks: inductor
+    only_compiled_ahead: bool = False  # take what a build compiled for this machine, and compile nothing here
     shared_timesteps: bool = True  # 5B: modulation once for the photo and once for the rest, not once a token
     plain_upsampling: bool = True  # VAE: copy pixels as they are, not through fp32 and back
     zeros_in_convolutions: bool = True  # VAE: no padded copies
@@ -135,31 +135,63 @@ def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
 
 
-@contextmanager
-def compile_cache(path: Path) -> Iterator[None]:
-    """Loads the compile cache of earlier processes for the block, and saves what the block compiles.
+def run_eagerly(model: WanTransformer3DModel) -> None:
+    """Takes `compile_blocks` back."""
+    for block in model.blocks:
+        block._compiled_call_impl = None  # noqa: SLF001 - nn.Module.compile has no opposite
 
-    A cache that cannot be read or written costs time and nothing else.
+
+def facts_of_compiling(
+    preset: Preset, device: torch.device, dtype: torch.dtype, switches: Switches, area_px: int
+) -> dict[str, str]:
+    """Everything on which it depends whether the compiler finds its own work again, each fact in words.
+
+    `dtype` is the transformer's, `area_px` width x height of the clips that it was compiled for.
     """
+    on_gpu = device.type == "cuda"
+    fp8 = "products" if multiplies_in_fp8(device) else "weights"
+    return {
+        "area": str(area_px),
+        "attention": choose_attention(switches.attention, device, dtype),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(device)))
+        if on_gpu
+        else torch.backends.cpu.get_cpu_capability(),
+        "code": traced_code(),
+        "compiler": str(switches.compile),
+        "cuda": str(torch.version.cuda),
+        "diffusers": diffusers.__version__,
+        "fp8": fp8 if switches.fp8 else "no",
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "none",
+        "preset": preset.name,
+        "python": platform.python_version(),
+        "shared timesteps": str(switches.shared_timesteps),
+        "torch": torch.__version__,
+    }
+
+
+@contextmanager
+def nothing_new_compiled() -> Iterator[None]:
+    """In this block the compiler takes what is in its cache, and raises NotCompiledAhead where it would compile.
+
+    Torch has no switch for that. The function that is replaced is where every graph goes that no cache knows. Nor are
+    processes started that would compile kernels side by side.
+    """
+    from torch._inductor import compile_fx, config  # noqa: PLC0415 - seconds, for those who compile alone
+
+    def refuse(*_arguments: Any, **_options: Any) -> Any:
+        raise NotCompiledAhead("the compiler does not find in its cache what was compiled ahead")
+
+    before = compile_fx.fx_codegen_and_compile
+    compile_fx.fx_codegen_and_compile = refuse
     try:
-        known = path.read_bytes()
-    except OSError:
-        known = b""
-    if known and torch.compiler.load_cache_artifacts(known) is None:
-        log.warning("compile_cache_unusable", path=str(path))
-    yield
-    artifacts = torch.compiler.save_cache_artifacts()
-    if artifacts is None or artifacts[0] == known:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}")
-        new.write_bytes(artifacts[0])
-        new.replace(path)
-    except OSError as error:
-        log.warning("compile_cache_not_kept", path=str(path), error=error.strerror)
-    else:
-        log.info("compile_cache_kept", path=str(path), megabytes=round(len(artifacts[0]) / 1e6, 1))
+        with config.patch(compile_threads=1):  # one of the few options that are not in the key of the cache
+            yield
+    finally:
+        compile_fx.fx_codegen_and_compile = before
+
+
+class NotCompiledAhead(Exception):
+    """A graph that no cache knows. The compiler wraps it into errors of its own."""
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:

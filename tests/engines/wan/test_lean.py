@@ -70,11 +70,23 @@ def test_the_decoder_gives_the_same_bits(kind, bits, change):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_encoder_gives_the_same_bits(kind):
-    """The convolutions are changed in the encoder as well, beside the layers that are left out once they are steady."""
+    """Its convolutions are of the changed class, too, beside the layers that are left out once they are steady."""
     changed = small(kind)
     lean.zeros_in_convolutions(changed)
     frames = 33 if kind == "a14b" else 1
     assert torch.equal(vae.encode(changed, photo(), None, frames), vae.encode(small(kind), photo(), None, frames))
+
+
+@pytest.mark.parametrize("dtype, copies", [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_only_convolutions_of_16_bits_do_without_padded_copies(monkeypatch, dtype, copies):
+    """In 32 bits, at true size, a library was seen to add up the same products in another order."""
+    padded = []
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda x, by: padded.append(any(by[:4])) or pad(x, by))
+    changed = small("5b", dtype)
+    lean.zeros_in_convolutions(changed)
+    decoded(changed)
+    assert any(padded) == copies
 
 
 @pytest.mark.parametrize("first_chunk", [False, True])

@@ -1,6 +1,5 @@
 """Loading: LoRAs in the weights, dtypes where they belong, damage told, switches that change nothing visible."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -298,39 +297,6 @@ async def test_two_shapes_warm_up_for_all(weights_dir, photo, folder):
     clip = frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())).float()
     assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"]
     assert (clip - usual).abs().mean() < 1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_compiled_code_is_kept_for_the_next_process(tmp_path, weights_dir):
-    """The real compiler, twice: the second start finds the first one's work and is faster for it."""
-    program = """
-import sys, time
-from pathlib import Path
-import torch
-from inference.engines.wan.engine import WanEngine
-from inference.engines.wan.presets import PRESETS
-from inference.engines.wan.speed import Float8Linear, Switches, _narrowed, to_fp8
-started = time.perf_counter()
-WanEngine.load(PRESETS["tiny"], Path(sys.argv[1]), device=torch.device("cpu"), switches=Switches(compile="inductor"),
-               area_px=64 * 64)
-print(time.perf_counter() - started)
-"""
-    own = shutil.copytree(weights_dir, tmp_path / "weights")
-    seconds = []
-    for number in range(2):
-        cache = tmp_path / f"inductor-{number}"  # not the same: what is found is what was kept
-        ran = subprocess.run(
-            [sys.executable, "-c", program, str(own)],
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)},
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        seconds.append(float(ran.stdout.split()[-1]))
-    assert len(list((own / "compiled").iterdir())) == 1
-    assert seconds[1] < seconds[0] * 0.8, seconds
 
 
 @pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)

@@ -127,6 +127,15 @@ def test_ctrl_c_ends_a_rendering_within_a_step(home, weights_dir):  # noqa: F811
     assert home.is_tidy()
 
 
+def test_what_cannot_be_compiled_ahead_is_one_line(here, weights_dir):  # noqa: F811
+    """By whoever asks for nothing else; a worker would run without."""
+    given = {"I2V_WEIGHTS_DIR": weights_dir, "I2V_WAN_AREA": 64 * 64, "I2V_WAN_OFFLOAD": "blocks"}
+    ran = here("weights", "compile", "tiny", **given)
+    assert ran.exit_code == 1
+    assert ran.errors == ["i2v: blocks that come and go cannot be compiled"]
+    assert not (weights_dir / "compiled").exists()
+
+
 async def findings(**settings):
     """Everything that the doctor says, by what was examined."""
     return {it.name: it async for it in doctor.examine(lambda: Settings.isolated(engine="wan", **settings))}
