@@ -220,21 +220,6 @@ import inference.commands.main, inference.engines.wan.presets
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=ROOT, timeout=60)
 
 
-def test_collecting_tests_imports_no_torch():
-    """Every worker of pytest imports all test modules, and torch is seven seconds of a core: see support/late.py."""
-    heavy = ("torch", "diffusers", "transformers", "safetensors.torch", "inference.engines.wan.engine")
-    wrong = [
-        f"{relative(path)} imports {name}"
-        for path in (ROOT / "tests").rglob("*.py")
-        if path.parent.name not in ("bench", "browser")
-        for node in parsed(path).body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([it.name for it in node.names] if isinstance(node, ast.Import) else [node.module or ""])
-        if name.startswith(heavy)
-    ]
-    assert wrong == []
-
-
 def test_no_mocks_and_no_sleeping():
     """Fakes have behaviour; waiting is for events."""
     for path in (ROOT / "tests").rglob("*.py"):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 from pydantic.alias_generators import to_camel
@@ -36,9 +37,6 @@ from inference.settings_base import names_of
 from tests.cloud.containers import make_interpreter
 from tests.engines.wan.conftest import tiny_weights
 from tests.engines.wan.hub import Hub, Repository
-from tests.support.late import Late
-
-torch = Late("torch")
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "images" / "runpod.Dockerfile"

@@ -5,24 +5,24 @@ import functools
 import gc
 import shutil
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-if find_spec("torch") is None:
-    pytest.skip("the Wan engine needs: pip install 'serverless-i2v[wan]'", allow_module_level=True)
+pytest.importorskip("torch", reason="the Wan engine needs: pip install 'serverless-i2v[wan]'")
 
+import torch
+
+from inference.engines.wan import tiny
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.loading import load
 from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.speed import Switches
 from inference.task import GenerationRequest
 from tests.engines.contract import landscape
-from tests.support.late import Late
 
-torch = Late("torch")
-tiny = Late("inference.engines.wan.tiny")
-WanEngine = Late("inference.engines.wan.engine", "WanEngine")
-load = Late("inference.engines.wan.loading", "load")
-Switches = Late("inference.engines.wan.speed", "Switches")
+gc.freeze()  # what torch and diffusers brought is here to stay: the collector need not walk it in every other test
+torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
 
 SMALL = GenerationRequest(prompt="slow push", duration_s=0.5, max_area_px=64 * 64, seed=1)
 """The smallest clip there is: 96x32 pixels and 13 frames in the 5B's shape, 80x48 and 9 in the A14B's."""
@@ -50,16 +50,6 @@ def make_engine(name: str, *, area_px: int | None = None, **switches) -> WanEngi
         cpu = torch.device("cpu")
         return WanEngine.load(PRESETS[name], tiny_weights(), device=cpu, switches=Switches(**switches), area_px=area_px)
     return WanEngine(PRESETS[name], shared_models(name))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _imported() -> None:
-    """Torch and diffusers are here to stay from now on: the collector need not walk them in every other test."""
-    import hypothesis  # noqa: F401 - as long as the collector can tell it who refers to trio's generator
-
-    load.itself()
-    gc.freeze()
-    torch.set_num_threads(1)  # the suite runs in as many processes as there are cores
 
 
 @pytest.fixture

@@ -1,40 +1,30 @@
 """Beside the plain diffusers pipeline on the same weights, seed and schedule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from inference.engines.base import Job
+from inference.engines.wan import vae
+from inference.engines.wan.engine import WanEngine
 from inference.engines.wan.presets import PRESETS, Schedule
 from inference.media import photo as photos
 from inference.task import GenerationRequest
 from tests.engines.contract import landscape
 from tests.engines.wan.conftest import shared_models, tiny_weights
-from tests.support.late import Late
-
-torch = Late("torch")
-FlowMatchEulerDiscreteScheduler = Late("diffusers", "FlowMatchEulerDiscreteScheduler")
-UniPCMultistepScheduler = Late("diffusers", "UniPCMultistepScheduler")
-WanImageToVideoPipeline = Late("diffusers", "WanImageToVideoPipeline")
-diffusers_logging = Late("diffusers.utils", "logging")
-vae = Late("inference.engines.wan.vae")
-WanEngine = Late("inference.engines.wan.engine", "WanEngine")
 
 EULER = Schedule("euler", 4, 5.0, (1.0, 0.75, 0.5, 0.25))
 DMD = Schedule("dmd", 3, 1.0, (1.0, 0.757, 0.522))
 UNIPC = Schedule("unipc", 6, 5.0)
 NONE, STRONG = (1.0, 1.0), (3.5, 5.0)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> None:
-    """Diffusers writes no progress into the output of tests."""
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
+diffusers_logging.set_verbosity_error()
 
 
 def force_sigmas(scheduler, sigmas) -> None:
@@ -139,10 +129,9 @@ def test_a_last_photo_is_where_the_clip_ends(photo, tmp_path):
     assert (ours - without).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("bits", ["float32", "bfloat16"])
-def test_streamed_frames_are_those_of_a_whole_decode(shape, bits):
+@pytest.mark.parametrize("decode_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_streamed_frames_are_those_of_a_whole_decode(shape, decode_dtype):
     """Chunk by chunk, or all at once through diffusers' own decode: the same bytes."""
-    decode_dtype = getattr(torch, bits)
     model = stock_pipeline(PRESETS[shape]).vae.to(decode_dtype)
     latents = torch.randn(1, model.config.z_dim, 4, 4, 6, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():

@@ -3,20 +3,18 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from inference.engines.base import Job
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.speed import Switches
 from inference.errors import CancelRequested
 from tests.engines.contract import EngineContract
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
 from tests.engines.wan.test_against_diffusers import our_latents
 from tests.engines.wan.test_engine import Cancels, failing, frames_of, out_of_memory
-from tests.support.late import Late
-
-torch = Late("torch")
-WanEngine = Late("inference.engines.wan.engine", "WanEngine")
-Offload = Late("inference.engines.wan.placement", "Offload")
-Switches = Late("inference.engines.wan.speed", "Switches")
 
 pytestmark = pytest.mark.gpu
 
@@ -39,14 +37,14 @@ class TestContract(EngineContract):
         return on_gpu("tiny-a14b")
 
 
-@pytest.mark.parametrize("offload", ["NONE", "TEXT", "MODELS", "BLOCKS"])
+@pytest.mark.parametrize("offload", list(Offload), ids=lambda level: level.name.lower())
 @pytest.mark.parametrize("compiled", [None, "inductor"], ids=["eager", "compiled"])
 def test_latents_are_those_of_the_cpu(shape, offload, compiled, photo):
     """Within what bf16 rounds, wherever the weights lie and whoever runs the blocks."""
     exact = make_engine(shape)
     plan = exact._plan(SMALL, {"photo": photo})
     expected = our_latents(exact, SMALL, {"photo": photo}, plan)
-    engine = on_gpu(shape, offload=getattr(Offload, offload), compile=compiled)
+    engine = on_gpu(shape, offload=offload, compile=compiled)
     latents = our_latents(engine, SMALL, {"photo": photo}, plan).cpu()
     assert (latents - expected).norm() < 0.03 * expected.norm()
 

@@ -1,29 +1,27 @@
 """The VAE's layers with less data movement: the same bits, but for the fused norms."""
 
-from __future__ import annotations
-
-import functools
 import itertools
 
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D
 
-from tests.support.late import Late
-
-torch = Late("torch")
-AutoencoderKLWan = Late("diffusers", "AutoencoderKLWan")
-DupUp3D = Late("diffusers.models.autoencoders.autoencoder_kl_wan", "DupUp3D")
-lean = Late("inference.engines.wan.lean")
-vae = Late("inference.engines.wan.vae")
-ExpandingDupUp3D = Late("inference.engines.wan.lean", "ExpandingDupUp3D")
+from inference.engines.wan import lean, vae
+from inference.engines.wan.lean import ExpandingDupUp3D
 
 KINDS = {
     "a14b": {},
     "5b": {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16},
 }
-EXACT = ("plain_upsampling", "zeros_in_convolutions", "fewer_copies")
+EXACT = {
+    "plain upsampling": lean.plain_upsampling,
+    "zeros in convolutions": lean.zeros_in_convolutions,
+    "fewer copies": lean.fewer_copies,
+}
 
 
-def small(kind: str, bits: str = "float32") -> AutoencoderKLWan:
+def small(kind: str, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
     """A VAE of the true class with few channels, and norms that do something."""
     torch.manual_seed(1)
     model = AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4, **KINDS[kind])
@@ -31,7 +29,7 @@ def small(kind: str, bits: str = "float32") -> AutoencoderKLWan:
         if name.endswith("gamma"):
             parameter.data.uniform_(0.5, 1.5)
     for part in (model.decoder, model.post_quant_conv):
-        part.to(getattr(torch, bits))
+        part.to(dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -47,25 +45,19 @@ def decoded(model: AutoencoderKLWan) -> torch.Tensor:
     return torch.cat(chunks, dim=2)
 
 
-@functools.cache
-def unchanged(kind: str, bits: str = "float32") -> torch.Tensor:
-    """What diffusers' own decoder makes: the same for every change."""
-    return decoded(small(kind, bits))
-
-
 def photo() -> torch.Tensor:
     """Noise [1, 3, 1, 32, 48] in -1..1."""
     return torch.rand(1, 3, 1, 32, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
 @pytest.mark.parametrize("change", EXACT)
-@pytest.mark.parametrize("bits", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_decoder_gives_the_same_bits(kind, bits, change):
+def test_the_decoder_gives_the_same_bits(kind, dtype, change):
     """Maximum difference 0 in 32 and in 16 bits, at this size."""
-    changed = small(kind, bits)
-    getattr(lean, change)(changed)
-    assert torch.equal(decoded(changed), unchanged(kind, bits))
+    expected, changed = decoded(small(kind, dtype)), small(kind, dtype)
+    EXACT[change](changed)
+    assert torch.equal(decoded(changed), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,13 +97,13 @@ def test_channels_are_repeated_to_the_same_places(channels, factors, first_chunk
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_norms_are_near_in_32_bits_and_no_farther_from_the_truth_in_16(kind):
     """In bf16 they round once and diffusers five times, so they are nearer to what 32 bits say."""
-    exact = unchanged(kind)
+    exact = decoded(small(kind))
     fused = small(kind)
     lean.fuse_norms(fused, backend="eager")
     assert torch.allclose(decoded(fused), exact, atol=1e-5)
-    fused = small(kind, "bfloat16")
+    fused = small(kind, torch.bfloat16)
     lean.fuse_norms(fused, backend="eager")
-    off, off_before = ((each - exact).abs().mean() for each in (decoded(fused), unchanged(kind, "bfloat16")))
+    off, off_before = ((decoded(each) - exact).abs().mean() for each in (fused, small(kind, torch.bfloat16)))
     assert 0 < off < off_before
 
 
@@ -129,8 +121,8 @@ def test_a_changed_vae_can_be_as_it_was_loaded(kind):
     """For a benchmark, which runs diffusers' own pipeline over the same weights."""
     changed = small(kind)
     classes = [type(module) for module in changed.modules()]
-    for change in EXACT:
-        getattr(lean, change)(changed)
+    for change in EXACT.values():
+        change(changed)
     assert [type(module) for module in changed.modules()] != classes
     lean.as_loaded(changed)
     assert [type(module) for module in changed.modules()] == classes

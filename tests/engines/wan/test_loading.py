@@ -9,31 +9,26 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from inference.engines.base import Job
+from inference.engines.wan import speed, vae
+from inference.engines.wan.engine import WanEngine
+from inference.engines.wan.loading import load
+from inference.engines.wan.lora import fuse
+from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS
+from inference.engines.wan.speed import Float8Linear, Switches, _narrowed, to_fp8
 from inference.errors import CancelRequested, SettingsError, WeightsError
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
 from tests.engines.wan.test_against_diffusers import our_latents
 from tests.engines.wan.test_engine import frames_of
-from tests.support.late import Late
 from tests.support.processes import environment
 
-torch = Late("torch")
-WanTransformer3DModel = Late("diffusers", "WanTransformer3DModel")
-load_file = Late("safetensors.torch", "load_file")
-save_file = Late("safetensors.torch", "save_file")
-counters = Late("torch._dynamo.utils", "counters")
-speed = Late("inference.engines.wan.speed")
-vae = Late("inference.engines.wan.vae")
-WanEngine = Late("inference.engines.wan.engine", "WanEngine")
-load = Late("inference.engines.wan.loading", "load")
-fuse = Late("inference.engines.wan.lora", "fuse")
-Offload = Late("inference.engines.wan.placement", "Offload")
-Float8Linear = Late("inference.engines.wan.speed", "Float8Linear")
-Switches = Late("inference.engines.wan.speed", "Switches")
-_narrowed = Late("inference.engines.wan.speed", "_narrowed")
-to_fp8 = Late("inference.engines.wan.speed", "to_fp8")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -45,7 +40,7 @@ def own_weights(tmp_path):
 @pytest.mark.parametrize("expert, noise", [("transformer", "high"), ("transformer_2", "low")])
 def test_loras_are_in_the_weights(weights_dir, expert, noise):
     """W + alpha/rank · up · down for each layer of each expert."""
-    models = load(PRESETS["tiny-a14b"], weights_dir, torch.device("cpu"), Switches())
+    models = load(PRESETS["tiny-a14b"], weights_dir, CPU, Switches())
     fused = models.experts[expert == "transformer_2"]._model
     plain = WanTransformer3DModel.from_pretrained(weights_dir / "tiny-a14b" / expert)
     update = load_file(weights_dir / "tiny-a14b" / "loras" / f"{noise}_noise_model.safetensors")
@@ -63,7 +58,7 @@ def test_each_component_has_its_dtype(weights_dir):
     """bf16 transformer with fp32 norms and time embedding, fp32 encoder, bf16 decoder: as production loads them."""
     preset = PRESETS["tiny-a14b"]
     components = {name: replace(part, dtype="bf16") for name, part in preset.components.items()}
-    models = load(replace(preset, components=components), weights_dir, torch.device("cpu"), Switches())
+    models = load(replace(preset, components=components), weights_dir, CPU, Switches())
     for expert in models.experts:
         dtypes = {name: parameter.dtype for name, parameter in expert._model.named_parameters()}
         assert dtypes["blocks.0.ffn.net.2.weight"] == torch.bfloat16
@@ -133,7 +128,7 @@ def distance(engine, exact, photo) -> float:
 @pytest.mark.anyio
 async def test_bf16_makes_what_fp32_does(shape, weights_dir, photo, folder):
     """The dtypes of production, on the CPU: latents within rounding, far from those of another prompt; and a clip."""
-    engine, exact = WanEngine.load(in_bf16(PRESETS[shape]), weights_dir, device=torch.device("cpu")), make_engine(shape)
+    engine, exact = WanEngine.load(in_bf16(PRESETS[shape]), weights_dir, device=CPU), make_engine(shape)
     off = distance(engine, exact, photo)
     assert 0 < off < 0.02
     assert (await engine.generate(SMALL, {"photo": photo}, folder, Job())).frames > 1
@@ -163,10 +158,10 @@ def test_how_the_decoder_works_is_not_seen(shape, switch):
     assert (frames - expected).abs().max() <= 1
 
 
-@pytest.mark.parametrize("offload", ["NONE", "MODELS"])
+@pytest.mark.parametrize("offload", [Offload.NONE, Offload.MODELS])
 def test_fp8_is_close(shape, offload, photo):
     """A byte a weight in the blocks, embeddings and output as they were; latents near those of full weights."""
-    engine = make_engine(shape, fp8=True, offload=getattr(Offload, offload))
+    engine = make_engine(shape, fp8=True, offload=offload)
     model = engine._models.experts[0]._model
     assert model.blocks[0].ffn.net[2].weight.dtype == torch.float8_e4m3fn
     assert type(model.proj_out) is torch.nn.Linear
@@ -208,11 +203,11 @@ def test_layers_that_cuda_would_refuse_are_widened(sides, in_eight):
     assert block.layer._multiply == in_eight
 
 
-@pytest.mark.parametrize("offload", ["MODELS", "BLOCKS"])
+@pytest.mark.parametrize("offload", [Offload.MODELS, Offload.BLOCKS], ids=lambda level: level.name.lower())
 def test_compiled_and_offloaded(offload, photo):
     """Compiled blocks that visit, and, as out-of-memory would have it, ones that follow one another."""
     torch.compiler.reset()
-    engine = make_engine("tiny", area_px=64 * 64, compile="eager", offload=getattr(Offload, offload))
+    engine = make_engine("tiny", area_px=64 * 64, compile="eager", offload=offload)
     assert distance(engine, make_engine("tiny"), photo) < 1e-4
     if engine._models.offload_more():
         assert distance(engine, make_engine("tiny"), photo) < 1e-4
@@ -220,8 +215,8 @@ def test_compiled_and_offloaded(offload, photo):
 
 def test_attention_is_chosen_from_what_is_there():
     """Torch's own on the CPU; what is asked for by name is taken at its word, or told by the name of its setting."""
-    assert speed.choose_attention("auto", torch.device("cpu"), torch.bfloat16) == "native"
-    assert speed.choose_attention("_flash_3", torch.device("cpu"), torch.float32) == "_flash_3"
+    assert speed.choose_attention("auto", CPU, torch.bfloat16) == "native"
+    assert speed.choose_attention("_flash_3", CPU, torch.float32) == "_flash_3"
     with pytest.raises(SettingsError, match="I2V_WAN_ATTENTION"):
         make_engine("tiny", attention="nonsense")
     with pytest.raises(SettingsError, match="I2V_WAN_ATTENTION"):
@@ -244,7 +239,7 @@ def test_damage_is_told_by_its_component(own_weights, file, damage, said):
     """Cut short, garbled: a WeightsError of one line."""
     damage(own_weights / "tiny" / file)
     with pytest.raises(WeightsError, match=said) as caught:
-        load(PRESETS["tiny"], own_weights, torch.device("cpu"), Switches())
+        load(PRESETS["tiny"], own_weights, CPU, Switches())
     assert "\n" not in str(caught.value)
 
 
@@ -255,14 +250,14 @@ def test_missing_tensors_are_an_error(own_weights):
     del tensors[sorted(tensors)[3]]
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"vae .*lack tensors"):
-        load(PRESETS["tiny"], own_weights, torch.device("cpu"), Switches())
+        load(PRESETS["tiny"], own_weights, CPU, Switches())
 
 
 def test_a_missing_file_names_the_step_that_makes_it(own_weights):
     """So that whoever built the image knows what it lacks."""
     (own_weights / "tiny" / "vae" / "config.json").unlink()
     with pytest.raises(WeightsError, match=r"config.json is missing.*i2v weights fetch tiny"):
-        load(PRESETS["tiny"], own_weights, torch.device("cpu"), Switches())
+        load(PRESETS["tiny"], own_weights, CPU, Switches())
 
 
 def test_loading_can_be_stopped(weights_dir):
@@ -270,7 +265,7 @@ def test_loading_can_be_stopped(weights_dir):
     job = Job()
     job.cancel(CancelRequested("stop"))
     with pytest.raises(CancelRequested):
-        WanEngine.load(PRESETS["tiny"], weights_dir, device=torch.device("cpu"), check=job.raise_if_cancelled)
+        WanEngine.load(PRESETS["tiny"], weights_dir, device=CPU, check=job.raise_if_cancelled)
 
 
 def test_nothing_is_asked_of_the_network(shape, weights_dir, monkeypatch):
@@ -281,7 +276,7 @@ def test_nothing_is_asked_of_the_network(shape, weights_dir, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    load(PRESETS[shape], weights_dir, torch.device("cpu"), Switches())
+    load(PRESETS[shape], weights_dir, CPU, Switches())
 
 
 @pytest.mark.anyio
@@ -290,7 +285,7 @@ async def test_two_shapes_warm_up_for_all(weights_dir, photo, folder):
     usual = frames_of(await make_engine("tiny").generate(SMALL, {"photo": photo}, folder, Job())).float()
     torch.compiler.reset()
     engine = WanEngine.load(
-        PRESETS["tiny"], weights_dir, device=torch.device("cpu"), switches=Switches(compile="eager"), area_px=64 * 64
+        PRESETS["tiny"], weights_dir, device=CPU, switches=Switches(compile="eager"), area_px=64 * 64
     )
     compiled = dict(counters["stats"])
     assert compiled["unique_graphs"] > 0
@@ -299,10 +294,9 @@ async def test_two_shapes_warm_up_for_all(weights_dir, photo, folder):
     assert (clip - usual).abs().mean() < 1
 
 
-@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=str)
-def test_idle_threads_do_not_spin(chosen):
+@pytest.mark.parametrize("chosen, spins", [({}, torch.cuda.is_available()), ({"OMP_WAIT_POLICY": "ACTIVE"}, True)])
+def test_idle_threads_do_not_spin(chosen, spins):
     """As OpenMP itself tells when it is loaded: spinning cost several times the work. A person's choice stays."""
-    spins = bool(chosen) or torch.cuda.is_available()
     [openmp] = Path(torch.__file__).parent.glob("lib/libgomp*")
     program = f"import ctypes, inference.engines.wan; ctypes.CDLL({str(openmp)!r})"
     ran = subprocess.run(

@@ -4,48 +4,42 @@ import os
 from contextlib import suppress
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inference.engines.base import Job
+from inference.engines.wan.placement import Offload, Placed, Sizes, choose, host_free_gb
 from tests.engines.wan.conftest import SMALL, make_engine
 from tests.engines.wan.test_engine import frames_of
-from tests.support.late import Late
-
-torch = Late("torch")
-Offload = Late("inference.engines.wan.placement", "Offload")
-Placed = Late("inference.engines.wan.placement", "Placed")
-Sizes = Late("inference.engines.wan.placement", "Sizes")
-choose = Late("inference.engines.wan.placement", "choose")
-host_free_gb = Late("inference.engines.wan.placement", "host_free_gb")
 
 gb = st.floats(0.01, 200)
-A14B = {"text_encoder": 11.4, "transformers": (28.6, 28.6), "vae": 0.5, "working": 12, "block": 0.7}
-TI2V = {"text_encoder": 11.4, "transformers": (10.0,), "vae": 1.7, "working": 8, "block": 0.3}
+A14B = Sizes(text_encoder=11.4, transformers=(28.6, 28.6), vae=0.5, working=12, block=0.7)
+TI2V = Sizes(text_encoder=11.4, transformers=(10.0,), vae=1.7, working=8, block=0.3)
 
 
 @given(sizes=st.builds(Sizes, gb, st.lists(gb, min_size=1, max_size=2).map(tuple), gb, gb, gb), free_gb=gb)
 def test_the_least_that_fits(sizes, free_gb):
     """What is chosen fits, and nothing less would have; where nothing fits, the most there is."""
     chosen = choose(sizes, free_gb)
-    assert all(sizes.peak(level) > free_gb for level in Offload.__members__.values() if level < chosen)
+    assert all(sizes.peak(level) > free_gb for level in Offload if level < chosen)
     assert sizes.peak(chosen) <= free_gb or chosen == Offload.BLOCKS
 
 
 @pytest.mark.parametrize(
     "sizes, gpu_gb, expected",
     [
-        (A14B, 139 * 0.95, "NONE"),  # H200
-        (A14B, 84 * 0.95, "TEXT"),  # H100 80 GB: what 80 GiB come to
-        (A14B, 47 * 0.95, "MODELS"),  # L40S
-        (A14B, 25 * 0.95, "BLOCKS"),
-        (TI2V, 84 * 0.95, "NONE"),
-        (TI2V, 25 * 0.95, "TEXT"),  # RTX 4090
+        (A14B, 139 * 0.95, Offload.NONE),  # H200
+        (A14B, 84 * 0.95, Offload.TEXT),  # H100 80 GB: what 80 GiB come to
+        (A14B, 47 * 0.95, Offload.MODELS),  # L40S
+        (A14B, 25 * 0.95, Offload.BLOCKS),
+        (TI2V, 84 * 0.95, Offload.NONE),
+        (TI2V, 25 * 0.95, Offload.TEXT),  # RTX 4090
     ],
 )
 def test_gpus_people_have(sizes, gpu_gb, expected):
     """A14B within 80 GB and 5B within 24, as they are meant."""
-    assert choose(Sizes(**sizes), gpu_gb).name == expected
+    assert choose(sizes, gpu_gb) == expected
 
 
 def test_a_visitor_goes_home():
@@ -96,11 +90,11 @@ def test_the_host_knows_what_it_may_take():
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("offload", ["TEXT", "MODELS", "BLOCKS"])
+@pytest.mark.parametrize("offload", [Offload.TEXT, Offload.MODELS, Offload.BLOCKS])
 async def test_every_level_makes_the_same_clip(shape, offload, photo, folder):
     """Where weights lie is nobody's business but the memory's."""
     expected = frames_of(await make_engine(shape).generate(SMALL, {"photo": photo}, folder, Job()))
-    engine = make_engine(shape, offload=getattr(Offload, offload))
-    assert engine._models.offload.name == offload
+    engine = make_engine(shape, offload=offload)
+    assert engine._models.offload == offload
     for _ in range(2):
         assert torch.equal(frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())), expected)

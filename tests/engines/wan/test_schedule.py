@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from inference.engines.wan.presets import PRESETS
-from tests.support.late import Late
-
-torch = Late("torch")
-make_scheduler = Late("inference.engines.wan.schedule", "make_scheduler")
+from inference.engines.wan.schedule import make_scheduler
 
 TABLE = {
     # shift 5 makes [1, .75, .5, .25] of what LightX2V calls 1000, 750, 500, 250

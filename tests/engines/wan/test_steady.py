@@ -1,17 +1,11 @@
 """Layers of the encoder that are left out while the picture repeats: the same bits, for less work."""
 
-from __future__ import annotations
-
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
 
-from tests.support.late import Late
-
-torch = Late("torch")
-AutoencoderKLWan = Late("diffusers", "AutoencoderKLWan")
-nn = Late("torch", "nn")
-steady = Late("inference.engines.wan.steady")
-ChunkEncoder = Late("inference.engines.wan.steady", "ChunkEncoder")
-steady_chunks = Late("inference.engines.wan.steady", "steady_chunks")
+from inference.engines.wan.steady import CHUNK_FRAMES, ChunkEncoder, steady_chunks
 
 SIDE = 32
 CHUNKS = 21  # of 81 frames, as A14B makes
@@ -32,7 +26,7 @@ def pictures(frames: int, seed: int) -> torch.Tensor:
 
 def clip(chunks: int, last: torch.Tensor | None) -> list[torch.Tensor]:
     """A photo, then blank chunks, the last of which may end with another photo."""
-    blank = torch.zeros(1, 3, steady.CHUNK_FRAMES, SIDE, SIDE)
+    blank = torch.zeros(1, 3, CHUNK_FRAMES, SIDE, SIDE)
     made = [pictures(1, 2), *[blank] * (chunks - 1)]
     if last is not None:
         made[-1] = torch.cat([blank[:, :, 1:], last], dim=2)
@@ -91,25 +85,22 @@ def test_steady_layers_do_not_run():
     assert runs == [chunk + 1 for chunk in steady_chunks(vae.encoder)[1:]]
 
 
-def unknown() -> nn.Module:
+class Unknown(nn.Module):
     """A layer of which nobody knows how far back it looks: it adds up everything it has ever seen."""
 
-    class Unknown(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen = 0.0
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0.0
 
-        def forward(self, hidden, feat_cache=None, feat_idx=None):  # noqa: ARG002 - as the others
-            self.seen += 1
-            return hidden + self.seen
-
-    return Unknown()
+    def forward(self, hidden, feat_cache=None, feat_idx=None):  # noqa: ARG002 - as the others
+        self.seen += 1
+        return hidden + self.seen
 
 
 def test_an_unknown_layer_makes_everything_run():
     """Nothing is guessed: the result is the whole encoder's."""
     vae = small(temperal_downsample=[False, True, True])
-    vae.encoder.down_blocks.insert(3, unknown())
+    vae.encoder.down_blocks.insert(3, Unknown())
     assert steady_chunks(vae.encoder) is None
     chunks = clip(6, None)
     expected = whole(vae, chunks)

@@ -6,19 +6,15 @@ import os
 import stat
 
 import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5EncoderModel
 
+from inference.engines.wan import tiny
+from inference.engines.wan.placement import Placed
 from inference.engines.wan.presets import MAX_PROMPT_TOKENS, PRESETS
+from inference.engines.wan.text import PromptEncoder, clean
 from inference.errors import WeightsError
-from tests.support.late import Late
-
-torch = Late("torch")
-AutoencoderKLWan = Late("diffusers", "AutoencoderKLWan")
-WanTransformer3DModel = Late("diffusers", "WanTransformer3DModel")
-UMT5EncoderModel = Late("transformers", "UMT5EncoderModel")
-tiny = Late("inference.engines.wan.tiny")
-Placed = Late("inference.engines.wan.placement", "Placed")
-PromptEncoder = Late("inference.engines.wan.text", "PromptEncoder")
-clean = Late("inference.engines.wan.text", "clean")
 
 CLASSES = {
     "text_encoder": UMT5EncoderModel,
@@ -124,7 +120,7 @@ class TestPromptEncoder:
         model = UMT5EncoderModel.from_pretrained(folder / "text_encoder").eval()
         return PromptEncoder(folder / "tokenizer", Placed("text_encoder", model, torch.device("cpu")))
 
-    def encode(self, prompts, prompt):
+    def encode(self, prompts, prompt) -> torch.Tensor:
         """In fp32 on the CPU."""
         with torch.inference_mode():
             return prompts.encode(prompt, device=torch.device("cpu"), dtype=torch.float32)

@@ -1,13 +1,10 @@
 """Two timesteps told once, or one told to every token: the same velocity."""
 
 import pytest
+import torch
+from diffusers import WanTransformer3DModel
 
-from tests.support.late import Late
-
-torch = Late("torch")
-WanTransformer3DModel = Late("diffusers", "WanTransformer3DModel")
-speed = Late("inference.engines.wan.speed")
-tokens = Late("inference.engines.wan.tokens")
+from inference.engines.wan import speed, tokens
 
 
 @pytest.fixture

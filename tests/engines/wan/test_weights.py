@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 import structlog
+import torch
 import trustme
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 
 from inference.engines.wan import bf16, fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset, Repository
@@ -25,12 +28,7 @@ from inference.errors import DiskFull, WeightsError
 from tests.engines.wan.conftest import tiny_weights
 from tests.engines.wan.hub import Fault, Hub, git_sha1, sha256
 from tests.support.disk import small_disk
-from tests.support.late import Late
 from tests.support.processes import until
-
-torch = Late("torch")
-WanTransformer3DModel = Late("diffusers", "WanTransformer3DModel")
-load_file = Late("safetensors.torch", "load_file")
 
 ROOT = Path(__file__).parents[3]
 MODEL, LORAS = "wan/model", "light/loras"

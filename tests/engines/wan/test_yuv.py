@@ -5,12 +5,10 @@ import subprocess
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 
+from inference.engines.wan.yuv import HALVING, to_yuv420p
 from inference.media.video import TO_BT709
-from tests.support.late import Late
-
-torch = Late("torch")
-yuv = Late("inference.engines.wan.yuv")
 
 
 def by_ffmpeg(frame: np.ndarray) -> np.ndarray:
@@ -43,7 +41,7 @@ def edges(rng: np.random.Generator) -> np.ndarray:
 def test_the_pixels_are_those_of_ffmpeg_within_one_level(picture):
     """Luma and both chroma planes; and nearly all of them exactly."""
     frames = np.stack([picture(np.random.default_rng(seed)) for seed in range(2)])
-    ours = yuv.to_yuv420p(torch.from_numpy(frames)).numpy().astype(int)
+    ours = to_yuv420p(torch.from_numpy(frames)).numpy().astype(int)
     theirs = np.stack([by_ffmpeg(frame) for frame in frames]).astype(int)
     off = np.abs(ours - theirs)
     assert off.max() <= 1
@@ -53,11 +51,11 @@ def test_the_pixels_are_those_of_ffmpeg_within_one_level(picture):
 def test_black_white_and_grey_are_what_the_standard_says():
     """16, 235, and no colour: 128."""
     frames = torch.tensor([0, 255, 128], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 4, 4, 3)
-    made = yuv.to_yuv420p(frames)
+    made = to_yuv420p(frames)
     assert [int(frame[0, 0]) for frame in made] == [16, 235, 126]
     assert (made[:, 4:] == 128).all()
 
 
 def test_the_kernel_keeps_brightness():
     """Its weights add up to one."""
-    assert sum(yuv.HALVING) == pytest.approx(1)
+    assert sum(HALVING) == pytest.approx(1)
