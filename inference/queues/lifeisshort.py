@@ -57,6 +57,7 @@ from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
 from inference.transfer.storage_errors import FOREIGN, reason_of
+from inference.transfer.tls import tls_context
 
 logger = structlog.get_logger(__name__)
 
@@ -148,6 +149,7 @@ class LifeIsShortQueue:
             event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
             timeout=request_timeout_s,
             trust_env=may_be_proxied(base_url),
+            verify=tls_context(),
             transport=transport,
         )
 
