@@ -5,14 +5,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
 from inference.build.extras import needing_extra
 from inference.engines.base import Engine, Job, run_in_thread
-from inference.engines.comfyui.template import Template
-from inference.engines.preview import PreviewEngine
-from inference.engines.runway.engine import RunwayEngine
 from inference.engines.runway.models import model_for
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
@@ -21,6 +19,9 @@ from inference.providers import PAID, EngineName
 from inference.settings import Settings
 from inference.task import GenerationRequest, Task
 from inference.transfer.network import is_this_machine
+
+if TYPE_CHECKING:
+    from inference.engines.comfyui.template import Template
 
 PREVIEW_NOTE = "a camera move over the photo, not a generation"
 
@@ -115,7 +116,9 @@ def _runway_note(settings: Settings) -> str:
     )
 
 
-def _build_runway(settings: Settings) -> RunwayEngine:
+def _build_runway(settings: Settings) -> Engine:
+    from inference.engines.runway.engine import RunwayEngine  # noqa: PLC0415 - engines work on pixels, ticks do not
+
     if settings.runway_key is None:
         raise SettingsError("RUNWAYML_API_SECRET is not set: the Runway engine needs a key of dev.runwayml.com")
     return RunwayEngine(
@@ -133,10 +136,12 @@ def _build_runway(settings: Settings) -> RunwayEngine:
     )
 
 
-def load_template(settings: Settings) -> Template | None:
+def load_template(settings: Settings) -> "Template | None":
     """The graph for tasks that bring a photo and none of their own; None where there is none. Raises SettingsError."""
     if settings.comfy_workflow is None:
         return None
+    from inference.engines.comfyui.template import Template  # noqa: PLC0415 - as above
+
     return Template.load(settings.comfy_workflow, settings.comfy_mapping)
 
 
@@ -144,6 +149,12 @@ def _build_comfyui(settings: Settings) -> Engine:
     with needing_extra("comfyui", "the ComfyUI engine"):
         from inference.engines.comfyui.engine import ComfyEngine  # noqa: PLC0415 - an extra
     return ComfyEngine(settings.comfy_host, template=load_template(settings), patience_s=settings.comfy_patience_s)
+
+
+def _build_preview() -> Engine:
+    from inference.engines.preview import PreviewEngine  # noqa: PLC0415 - as above
+
+    return PreviewEngine()
 
 
 def _comfyui_recipe(settings: Settings) -> str:
@@ -210,7 +221,7 @@ class _EngineParts:
 
 ENGINES: dict[EngineName, _EngineParts] = {
     "preview": _EngineParts(
-        build=lambda _settings, _check: PreviewEngine(),
+        build=lambda _settings, _check: _build_preview(),
         note=lambda _settings: f"preview: {PREVIEW_NOTE}",
         refuse=lambda _settings, _request: None,
     ),

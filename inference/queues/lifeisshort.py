@@ -19,6 +19,7 @@ import httpx
 import structlog
 from pydantic import ValidationError
 
+from inference import inputs
 from inference.errors import (
     CancelRequested,
     I2VError,
@@ -38,7 +39,6 @@ from inference.errors import (
     UrlExpired,
     one_line,
 )
-from inference.media import photo
 from inference.progress.stages import Progress
 from inference.providers import WorkerType
 from inference.queues.base import SegmentStore
@@ -239,7 +239,7 @@ class LifeIsShortQueue:
                 await self._storage.download(url, path)
             except (UrlExpired, ObjectMissing):
                 await self._storage.download(await self._presign_download(lease), path)
-        await anyio.to_thread.run_sync(photo.verify, path)
+        await inputs.verify(path, "image")
         return {PHOTO: path}
 
     def segments(self, lease: Lease) -> SegmentStore | None:
