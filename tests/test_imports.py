@@ -58,6 +58,17 @@ def test_a_tick_on_modal_looks_at_no_pixel():
     assert "modal" in found
 
 
+def test_help_needs_nothing_of_what_commands_need():
+    """A fifth of a second in place of one, most of it what draws the help."""
+    found = imported("import inference.commands.main as cli\ntry: cli.app(['--help'])\nexcept SystemExit: pass")
+    assert found & (PIXELS | ENGINES | SERVERS | {"httpx", "pydantic", "structlog", "anyio"}) == set()
+    assert {name for name in found if name.startswith("inference")} == {
+        "inference",
+        "inference.commands",
+        "inference.commands.main",
+    }
+
+
 def test_a_tick_for_runpod_looks_at_no_pixel():
     """From a crontab, once a minute."""
     shape = "from inference.on_runpod.tick import on_runpod as SHAPE\n"
