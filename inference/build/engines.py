@@ -1,6 +1,7 @@
 """Engines, chosen and made from settings: the place where an engine is added."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from inference.build.extras import needing_extra
+from inference.build.extras import needing_extra, uncollected
 from inference.engines.base import Engine, Job, run_in_thread
 from inference.engines.runway.models import model_for
 from inference.engines.wan import weights
@@ -177,12 +178,20 @@ def _wan_note(settings: Settings) -> str:
     return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
 
 
+def import_wan() -> None:
+    """Imports the Wan engine with torch and all it needs, which takes seconds of a core. Raises SettingsError."""
+    if "inference.engines.wan.engine" not in sys.modules:
+        with needing_extra("wan", "the Wan engine"), uncollected():
+            import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra
+
+
 def _build_wan(settings: Settings, check: Callable[[], None]) -> Engine:
     preset = PRESETS[settings.wan_preset]
     if not preset.built_here:
         weights.require(preset, settings.weights_dir)
         weights.read_ahead(weights.weight_files(preset, settings.weights_dir))  # while torch takes seconds to import
     build_weights(preset, settings.weights_dir)
+    import_wan()
     with needing_extra("wan", "the Wan engine"):
         from inference.engines.wan.engine import WanEngine  # noqa: PLC0415 - an extra
         from inference.engines.wan.placement import Offload  # noqa: PLC0415
