@@ -209,7 +209,9 @@ import sys
 for name in {blocked}: sys.modules[name] = None
 import inference, inference.leasing.polling, inference.queues.lifeisshort, inference.testing.memory_queue
 import inference.engines.preview, inference.settings, inference.progress.hub
-import inference.commands.main, inference.engines.wan.presets
+import inference.engines.runway.engine, inference.engines.wan.presets
+import inference.commands.main as cli
+for each in cli.COMMANDS: cli.command(each.name)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=ROOT, timeout=60)
 
