@@ -17,7 +17,6 @@ import anyio
 import anyio.to_thread
 
 from inference.errors import InvalidPhoto, MediaError, ObjectTooLarge, StorageError, UrlMalformed, one_line, write_error
-from inference.media import foreign, photo
 from inference.task import LAST_PHOTO, MAX_SEGMENTS, PHOTO, Input, InputKind
 from inference.transfer.storage import Storage
 
@@ -89,10 +88,14 @@ async def verify(path: Path, kind: InputKind) -> str:
 
 
 def _photo_suffix(path: Path) -> str:
+    from inference.media import photo  # noqa: PLC0415 - pixels are no matter of a process that only moves tasks
+
     return PHOTO_SUFFIXES.get(photo.verify(path).format, "")
 
 
 def _video_suffix(path: Path) -> str:
+    from inference.media import foreign  # noqa: PLC0415 - as above
+
     foreign.verify(path)
     return foreign.SUFFIXES.get(foreign.container(path) or "", "")
 

@@ -215,9 +215,24 @@ import sys
 for name in {blocked}: sys.modules[name] = None
 import inference, inference.leasing.polling, inference.queues.lifeisshort, inference.testing.memory_queue
 import inference.engines.preview, inference.settings, inference.progress.hub
-import inference.commands.main, inference.engines.wan.presets
+import inference.engines.runway.engine, inference.engines.wan.presets
+import inference.commands.main as cli
+for each in cli.COMMANDS: cli.command(each.name)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, cwd=ROOT, timeout=60)
+
+
+def test_clients_share_one_tls_context():
+    """Or they have a transport of their own, which does. The hub's is the only client of its process."""
+    wrong = [
+        f"{relative(path)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"httpx.Client", "httpx.AsyncClient"}
+        for given in [{keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}]
+        if given.get("verify") != "tls_context()" and "GuardedTransport(" not in given.get("transport", "")
+    ]
+    assert [line for line in wrong if not line.startswith("inference/engines/wan/hub.py")] == []
 
 
 def test_no_mocks_and_no_sleeping():

@@ -1,5 +1,6 @@
 """What entry points build from settings, and what they refuse to build."""
 
+import gc
 import json
 import stat
 import threading
@@ -9,6 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from inference.build.engines import build_engine, choose_engine, engine_note, refuse
+from inference.build.extras import uncollected
 from inference.build.queues import open_queue
 from inference.build.server import build_server_config
 from inference.build.workers import build_worker, open_events, usd_per_s
@@ -195,3 +197,20 @@ def test_an_address_of_redis_that_is_none(needed):
 def test_the_price_of_a_second(given, told):
     """Of engines that run here. A provider says itself what a clip costs."""
     assert usd_per_s(Settings.isolated(**given)) == (told if told is None else pytest.approx(told))
+
+
+def test_a_large_import_is_not_collected():
+    """The collector looks at nothing meanwhile, and not at what was imported later; afterwards it works as before."""
+
+    def collections() -> list[int]:
+        return [generation["collections"] for generation in gc.get_stats()]
+
+    frozen, before = gc.get_freeze_count(), collections()
+    try:
+        with uncollected():
+            objects = [[] for _ in range(20_000)]  # enough for dozens of collections
+            assert collections() == before
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= frozen + len(objects)
+    finally:
+        gc.unfreeze()

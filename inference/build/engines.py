@@ -1,6 +1,7 @@
 """Engines, chosen and made from settings: the place where an engine is added."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,11 +10,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from inference.build.extras import needing_extra
+from inference.build.extras import needing_extra, uncollected
 from inference.engines.base import Engine, Job, run_in_thread
-from inference.engines.comfyui.template import Template
-from inference.engines.preview import PreviewEngine
-from inference.engines.runway.engine import RunwayEngine
 from inference.engines.runway.models import model_for
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS, Preset
@@ -24,6 +22,7 @@ from inference.task import GenerationRequest, Task
 from inference.transfer.network import is_this_machine
 
 if TYPE_CHECKING:
+    from inference.engines.comfyui.template import Template
     from inference.engines.wan.engine import WanEngine
     from inference.engines.wan.speed import Switches
 
@@ -120,7 +119,9 @@ def _runway_note(settings: Settings) -> str:
     )
 
 
-def _build_runway(settings: Settings) -> RunwayEngine:
+def _build_runway(settings: Settings) -> Engine:
+    from inference.engines.runway.engine import RunwayEngine  # noqa: PLC0415 - engines work on pixels, ticks do not
+
     if settings.runway_key is None:
         raise SettingsError("RUNWAYML_API_SECRET is not set: the Runway engine needs a key of dev.runwayml.com")
     return RunwayEngine(
@@ -138,10 +139,12 @@ def _build_runway(settings: Settings) -> RunwayEngine:
     )
 
 
-def load_template(settings: Settings) -> Template | None:
+def load_template(settings: Settings) -> "Template | None":
     """The graph for tasks that bring a photo and none of their own; None where there is none. Raises SettingsError."""
     if settings.comfy_workflow is None:
         return None
+    from inference.engines.comfyui.template import Template  # noqa: PLC0415 - as above
+
     return Template.load(settings.comfy_workflow, settings.comfy_mapping)
 
 
@@ -149,6 +152,12 @@ def _build_comfyui(settings: Settings) -> Engine:
     with needing_extra("comfyui", "the ComfyUI engine"):
         from inference.engines.comfyui.engine import ComfyEngine  # noqa: PLC0415 - an extra
     return ComfyEngine(settings.comfy_host, template=load_template(settings), patience_s=settings.comfy_patience_s)
+
+
+def _build_preview() -> Engine:
+    from inference.engines.preview import PreviewEngine  # noqa: PLC0415 - as above
+
+    return PreviewEngine()
 
 
 def _comfyui_recipe(settings: Settings) -> str:
@@ -171,12 +180,20 @@ def _wan_note(settings: Settings) -> str:
     return f"wan, preset {preset.name}" + (f": {preset.label}" if preset.label else "")
 
 
+def import_wan() -> None:
+    """Imports the Wan engine with torch and all it needs, which takes seconds of a core. Raises SettingsError."""
+    if "inference.engines.wan.engine" not in sys.modules:
+        with needing_extra("wan", "the Wan engine"), uncollected():
+            import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra
+
+
 def _build_wan(settings: Settings, check: Callable[[], None] = lambda: None) -> "WanEngine":
     preset = PRESETS[settings.wan_preset]
     if not preset.built_here:
         weights.require(preset, settings.weights_dir)
         weights.read_ahead(weights.weight_files(preset, settings.weights_dir))  # while torch takes seconds to import
     build_weights(preset, settings.weights_dir)
+    import_wan()
     with needing_extra("wan", "the Wan engine"):
         from inference.engines.wan.engine import WanEngine  # noqa: PLC0415 - an extra
     return WanEngine.load(
@@ -257,7 +274,7 @@ class _EngineParts:
 
 ENGINES: dict[EngineName, _EngineParts] = {
     "preview": _EngineParts(
-        build=lambda _settings, _check: PreviewEngine(),
+        build=lambda _settings, _check: _build_preview(),
         note=lambda _settings: f"preview: {PREVIEW_NOTE}",
         refuse=lambda _settings, _request: None,
     ),

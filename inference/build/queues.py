@@ -12,14 +12,14 @@ from inference.build.extras import needing_extra
 from inference.errors import SettingsError
 from inference.providers import QueueName
 from inference.queues.base import TaskQueue
-from inference.queues.gmanimato import GmAnimatoQueue
-from inference.queues.lifeisshort import LifeIsShortQueue
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
 from inference.transfer.bucket import Bucket, bucket_named_in
 from inference.transfer.storage import Storage
 
 if TYPE_CHECKING:
+    from inference.queues.gmanimato import GmAnimatoQueue
+    from inference.queues.lifeisshort import LifeIsShortQueue
     from inference.queues.video_jobs.schema import Names
     from inference.queues.video_jobs.store import JobStore
 
@@ -51,7 +51,9 @@ async def open_queue(settings: Settings) -> AsyncIterator[TaskQueue]:
         yield queue
 
 
-def _life_is_short(settings: Settings, storage: Storage) -> LifeIsShortQueue:
+def _life_is_short(settings: Settings, storage: Storage) -> "LifeIsShortQueue":
+    from inference.queues.lifeisshort import LifeIsShortQueue  # noqa: PLC0415 - a process has one queue, not all
+
     return LifeIsShortQueue(
         settings.api_url or "",
         settings.api_key.get_secret_value() if settings.api_key else None,
@@ -65,7 +67,9 @@ def _life_is_short(settings: Settings, storage: Storage) -> LifeIsShortQueue:
     )
 
 
-def _gmanimato(settings: Settings, storage: Storage) -> GmAnimatoQueue:
+def _gmanimato(settings: Settings, storage: Storage) -> "GmAnimatoQueue":
+    from inference.queues.gmanimato import GmAnimatoQueue  # noqa: PLC0415 - as above
+
     return GmAnimatoQueue(
         settings.gmanimato_url or "",
         settings.gmanimato_secret.get_secret_value() if settings.gmanimato_secret else None,

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from inference import logs, process, terminal
-from inference.commands.start import MARKUP, Verbose
+from inference.commands.layout import MARKUP
+from inference.commands.start import Verbose
 from inference.engines.comfyui.api import ComfyApi, base_url
 from inference.engines.comfyui.needs import lacking
 from inference.engines.comfyui.template import Template

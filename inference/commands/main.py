@@ -1,250 +1,195 @@
-"""`i2v …`: every way to run this on a machine of one's own. What each command does is in its help text."""
+"""`i2v …`: every way to run this on a machine of one's own. What each command does is in its help text.
 
+A command is imported when it is called: `i2v --help`, which names all of them, needs none of what they need.
+"""
+
+import importlib
+import platform
 import sys
-from pathlib import Path
-from typing import Annotated, Literal
+from importlib import metadata
+from typing import Annotated, Any, NamedTuple
 
-import anyio
-import structlog
 import typer
+import typer.core
+import typer.main
 
-from inference import doctor as doctor_module
-from inference import logs, process, terminal
-from inference.build.engines import choose_engine, load_engine
-from inference.build.queues import open_queue
-from inference.build.workers import build_ledger, build_worker, open_events
-from inference.commands.comfy import app as comfy_app
-from inference.commands.demo import demo
-from inference.commands.film import film
-from inference.commands.payments import payments
-from inference.commands.push import app as push_app
-from inference.commands.push import prepare_wake
-from inference.commands.render import render
-from inference.commands.runpod import app as runpod_app
-from inference.commands.serving import at_home, serving, tell_page
-from inference.commands.shift import Shift
-from inference.commands.start import (
-    HELP,
-    MARKUP,
-    Host,
-    Port,
-    QueueUrl,
-    Verbose,
-    WakePort,
-    queue_url_field,
-    start,
-    tell_version,
-)
-from inference.commands.tasks import fetch, submit, tasks
-from inference.commands.weights import app as weights_app
-from inference.errors import (
-    QueueFailed,
-    QueueUnavailable,
-)
-from inference.on_modal.doctor import examine_modal
-from inference.providers import EngineName, QueueName, is_paid
-from inference.push.doctor import examine_push
-from inference.settings import QUEUE_URL_FIELDS, Settings
-from inference.settings_base import names_of
+from inference.commands.layout import HELP, MARKUP
 
-log = structlog.get_logger(__name__)
+GIVEN: dict[str, Any] = {"rich_markup_mode": MARKUP, "pretty_exceptions_enable": False, "context_settings": HELP}
+
+
+class Command(NamedTuple):
+    """Where a command is, and what the list of commands says of it: the first paragraph of its own help."""
+
+    name: str
+    about: str
+    module: str  # in `inference.commands`
+    attribute: str  # a function, or a Typer with commands of its own
+    epilog: str | None = None
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "One photo through a real queue over HTTP: no GPU, no account, nothing left behind but the mp4.",
+        "demo",
+        "demo",
+        'Example: `i2v demo holiday.jpg --prompt "pan left"`',
+    ),
+    Command(
+        "up",
+        "The queue server with its page and a worker, until Ctrl-C. Data stays in I2V_DATA_DIR.",
+        "work",
+        "up",
+        'Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`',
+    ),
+    Command(
+        "serve",
+        "The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL.",
+        "work",
+        "serve",
+        "Example: `WORKER_API_KEY=… i2v serve --host 0.0.0.0`",
+    ),
+    Command(
+        "work",
+        "A plain polling worker for any box: lease, run, repeat.",
+        "work",
+        "work",
+        "Example: `VERCEL_API_URL=https://app.example.com WORKER_API_KEY=… i2v work`",
+    ),
+    Command(
+        "submit",
+        "Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks.",
+        "tasks",
+        "submit",
+        'Example: `i2v submit photo.jpg "pan left" -o out.mp4`, or `i2v submit *.jpg "pan left" -o clips/`',
+    ),
+    Command(
+        "fetch",
+        "Downloads the video of a completed task from an embedded queue.",
+        "tasks",
+        "fetch",
+        "Example: `i2v fetch ID -o out.mp4`, with an ID of `i2v tasks`, or `i2v fetch --group ID -o clips/`",
+    ),
+    Command(
+        "tasks",
+        "The tasks of an embedded queue, newest first.",
+        "tasks",
+        "tasks",
+        "Example: `i2v tasks --watch`, or `i2v tasks --status failed`, then `i2v tasks --retry ID`",
+    ),
+    Command(
+        "render",
+        "One photo, no queue: straight through the engine into a file.",
+        "render",
+        "render",
+        'Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`',
+    ),
+    Command(
+        "film",
+        "Photos, no queue: a segment of each, joined into one film, which has the shape of the first photo.",
+        "film",
+        "film",
+        'Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`',
+    ),
+    Command(
+        "payments",
+        "What was paid for at Runway from this machine, oldest first, and what of today's budget is left.",
+        "payments",
+        "payments",
+        "Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com",
+    ),
+    Command(
+        "doctor",
+        "Checks settings, ffmpeg, disk and the queue, or a deployment: one line each; exits 1 if something is wrong.",
+        "doctor",
+        "doctor",
+        "Example: `i2v doctor --url https://app.example.com`, or `i2v doctor modal` before deploying",
+    ),
+    Command("weights", "The weights of the Wan engine.", "weights", "app"),
+    Command("comfy", "The ComfyUI engine: graphs for tasks that bring only a photo.", "comfy", "app"),
+    Command(
+        "runpod",
+        "A RunPod endpoint with a queue: one photo, the tasks of a queue, how its workers are.",
+        "runpod",
+        "app",
+    ),
+    Command(
+        "push",
+        "Serves `POST /jobs/run`: a job of the table `video_jobs` starts when somebody asks for it.",
+        "push",
+        "app",
+    ),
+)
+"""In the order in which the help names them. A test holds `about` to what each command says of itself."""
+
+
+def command(name: str) -> Any:
+    """A command as click runs it, imported now."""
+    [wanted] = (each for each in COMMANDS if each.name == name)
+    found = getattr(importlib.import_module(f"inference.commands.{wanted.module}"), wanted.attribute)
+    whole = typer.Typer(**GIVEN)
+    whole.callback()(lambda: None)  # without it, a group of one command would be that command
+    if isinstance(found, typer.Typer):
+        whole.add_typer(found)
+    else:
+        whole.command(name, epilog=wanted.epilog)(found)
+    return typer.main.get_group(whole).commands[name]
+
+
+class Imported(typer.core.TyperGroup):
+    """A group whose commands are names and a line of text, until one of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """See click: the command that the first argument names, and what is left for it."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found and command(str(name)), rest
+
 
 app = typer.Typer(
     name="i2v",
+    cls=Imported,
     help="Photos become short videos: a queue, workers that lease from it, and a preview engine to try it all with.\n\n"
     "Start with `i2v demo`. Settings come from the environment or `.env`; `.env.example` lists them.",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=MARKUP,
-    context_settings=HELP,
+    **GIVEN,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        installed = metadata.version("serverless-i2v")
+        typer.echo(f"i2v {installed}, Python {platform.python_version()}")
+        raise typer.Exit
 
 
 @app.callback()
 def _options(
     *,
     _version: Annotated[
-        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """What `i2v` itself takes."""
 
 
-app.command(epilog='Example: `i2v demo holiday.jpg --prompt "pan left"`')(demo)
+def _stand_in() -> None:
+    """Never called: see `Imported`."""
 
 
-@app.command(epilog='Example: `i2v up`, then in another terminal `i2v submit photo.jpg "slow dolly-in" --wait`')
-def up(
-    host: Host = None,
-    port: Port = None,
-    wake_port: WakePort = None,
-    *,
-    verbose: Verbose = False,
-) -> None:
-    """The queue server with its page and a worker, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = start(None, verbose=verbose, host=host, port=port, wake_port=wake_port)
-
-    async def main() -> None:
-        async with serving(settings) as here:
-            if terminal.err.is_terminal:
-                tell_page(here)
-            terminal.tell(f"Or submit with: i2v submit PHOTO PROMPT --url {here.api_url}")
-            terminal.tell(f"One worker is here, engine {here.engine}. The API is at {here.api_url}/docs.")
-            await _work(at_home(here))
-
-    process.run(main, cancel_on_signal=False)
-
-
-@app.command(epilog="Example: `WORKER_API_KEY=… i2v serve --host 0.0.0.0`")
-def serve(
-    host: Host = None,
-    port: Port = None,
-    *,
-    verbose: Verbose = False,
-) -> None:
-    """The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL."""
-    settings = start(None, verbose=verbose, host=host, port=port)
-
-    async def main() -> None:
-        async with serving(settings) as here:
-            if terminal.err.is_terminal:
-                tell_page(here)
-            folder = here.data_dir.absolute()
-            terminal.tell(f"Workers and apps use {here.api_url} (API at {here.api_url}/docs), data is in {folder}.")
-            await anyio.sleep_forever()
-
-    process.run(main, stopped_exit_code=0)
-
-
-@app.command(epilog="Example: `VERCEL_API_URL=https://app.example.com WORKER_API_KEY=… i2v work`")
-def work(
-    url: QueueUrl = None,
-    queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Tasks held at once.", min=1, max=64)] = None,
-    engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
-    poll_interval: Annotated[
-        float | None, typer.Option(help="Seconds between questions to an empty queue.", min=0.1, max=3600)
-    ] = None,
-    max_retries: Annotated[int | None, typer.Option(help="Instead of WORKER_MAX_RETRIES.", min=1, max=20)] = None,
-    wake_port: WakePort = None,
-    *,
-    once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
-    supervised: Annotated[
-        bool, typer.Option("--supervised", help="Exit 78 for wrong settings, so that systemd does not start it again.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", "--debug", help="Show every step, and tracebacks of errors.")
-    ] = False,
-) -> None:
-    """A plain polling worker for any box: lease, run, repeat.
-
-    Unless the queue is on this machine, it has to know what makes the videos: I2V_ENGINE, --engine, or a Runway key.
-    On SIGTERM or Ctrl-C it takes no more tasks, gives running ones I2V_SHUTDOWN_GRACE seconds, hands back what is
-    left and exits 0; a second signal hands back at once.
-    """
-    with process.told_errors(verbose=verbose, wrong_settings=process.WRONG_SETTINGS if supervised else 1):
-        url_field = queue_url_field(queue)
-        settings = choose_engine(
-            start(
-                None,
-                url_field,
-                verbose=verbose,
-                queue=queue,
-                concurrency=concurrency,
-                engine=engine,
-                poll_interval_s=poll_interval,
-                max_tries=max_retries,
-                wake_port=wake_port,
-                **{url_field: url},
-            )
-        )
-        process.run(lambda: _work(settings, once=once), cancel_on_signal=False)
-
-
-async def _work(settings: Settings, *, once: bool = False) -> None:
-    async with open_events(settings) as hub, open_queue(settings) as queue, anyio.create_task_group() as tasks:
-        listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
-        engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
-        if is_paid(settings.engine):
-            await build_ledger(settings).prune()
-        shift = Shift()
-        worker = build_worker(settings, queue, engine, sink=shift.sink, on_outcome=shift.ended, hub=hub)
-        await tasks.start(process.drain_on_signal, worker, settings.shutdown_grace_s)  # before others hear of it
-        log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
-        if listen is not None:
-            await tasks.start(listen, worker)
-        try:
-            await worker.run(at_most=1 if once else None)
-        except QueueFailed:  # it is there
-            raise
-        except QueueUnavailable as error:
-            name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
-            raise QueueUnavailable(f"no queue at {settings.queue_url}, see {name} or --url: {error}") from None
-        finally:
-            if once and shift.is_idle:
-                log.info("no_task")
-                terminal.tell("The queue has no task to take.")
-            shift.close()
-        tasks.cancel_scope.cancel()
-
-
-app.command(epilog='Example: `i2v submit photo.jpg "pan left" -o out.mp4`, or `i2v submit *.jpg "pan left" -o clips/`')(
-    submit
-)
-app.command(
-    epilog="Example: `i2v fetch ID -o out.mp4`, with an ID of `i2v tasks`, or `i2v fetch --group ID -o clips/`"
-)(fetch)
-app.command(epilog="Example: `i2v tasks --watch`, or `i2v tasks --status failed`, then `i2v tasks --retry ID`")(tasks)
-app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4`')(render)
-app.command(epilog='Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`')(film)
-
-
-app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com")(payments)
-app.add_typer(weights_app)
-app.add_typer(comfy_app)
-app.add_typer(runpod_app)
-app.add_typer(push_app)
-
-
-@app.command(epilog="Example: `i2v doctor --url https://app.example.com`, or `i2v doctor modal` before deploying")
-def doctor(
-    deployment: Annotated[
-        Literal["modal", "push"] | None, typer.Argument(help="What to deploy to, instead of what runs here.")
-    ] = None,
-    url: QueueUrl = None,
-    queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
-    engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
-    *,
-    verbose: Verbose = False,
-) -> None:
-    """Checks settings, ffmpeg, disk and the queue, or a deployment: one line each; exits 1 if something is wrong."""
-    logs.configure("debug" if verbose else "error")
-
-    def load() -> Settings:
-        return Settings.load(queue=queue, engine=engine, **{queue_url_field(queue): url})
-
-    async def main() -> bool:
-        sound = True
-        match deployment:
-            case "modal":
-                findings = examine_modal(load, Path.cwd())
-            case "push":
-                findings = examine_push(load)
-            case _:
-                findings = doctor_module.examine(load)
-        async for finding in findings:
-            terminal.finding(finding.name, finding.verdict, finding.text)
-            sound = sound and finding.verdict != "FAIL"
-        return sound
-
-    if not anyio.run(main):
-        raise typer.Exit(1)
+for each in COMMANDS:
+    app.command(each.name, help=each.about)(_stand_in)
 
 
 def main() -> None:
     """The `i2v` command. Errors are one line that says what to do; `-v` shows where they came from."""
-    with process.told_errors(verbose=bool({"-v", "--verbose"}.intersection(sys.argv))):
+    try:
         app()
+    except Exception:
+        from inference.process import told_errors  # noqa: PLC0415 - nothing has to be told of most runs
+
+        with told_errors(verbose=bool({"-v", "--verbose"}.intersection(sys.argv))):
+            raise
 
 
 if __name__ == "__main__":

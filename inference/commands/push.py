@@ -16,7 +16,8 @@ from inference.build.engines import choose_engine, load_engine
 from inference.build.extras import needing_extra
 from inference.build.queues import migrate_jobs
 from inference.build.workers import build_ledger, build_runner, open_events
-from inference.commands.start import MARKUP, Verbose, start
+from inference.commands.layout import MARKUP
+from inference.commands.start import Verbose, start
 from inference.errors import SettingsError
 from inference.leasing.polling import Worker
 from inference.providers import EngineName, is_paid

@@ -11,7 +11,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from inference import process, terminal
-from inference.commands.start import MARKUP, OPTIONS, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
+from inference.commands.layout import MARKUP
+from inference.commands.start import OPTIONS, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.on_runpod import answer as runpod_answer

@@ -1,30 +1,16 @@
 """What commands share: common arguments, reading settings, configuring logs, and checking outputs early."""
 
-import platform
-import shutil
 import tempfile
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from inference import logs, terminal
+from inference import logs
 from inference.errors import NO_ROOM_ERRNOS, SettingsError, write_error
 from inference.providers import QueueName
 from inference.settings import QUEUE_URL_FIELDS, Settings
-
-TABLES_FROM = 80
-"""Cells that a terminal has to have for help in tables: in fewer, those would cut the names of options."""
-
-WIDTH = max(shutil.get_terminal_size().columns, 32)
-
-MARKUP: Literal["markdown"] | None = "markdown" if WIDTH >= TABLES_FROM else None
-"""How help is laid out: in tables, or in plain paragraphs, which fit any terminal."""
-
-HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]} | ({} if MARKUP else {"terminal_width": WIDTH - 2})
-"""For the commands' context. Click itself writes no lines of less than 50 cells unless it is told the width."""
 
 Photo = Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or HEIC file.", exists=True, dir_okay=False)]
 Prompt = Annotated[str, typer.Argument(help="What should happen, e.g. “slow dolly-in”.")]
@@ -62,13 +48,6 @@ def start(level: str | None, *required: str, verbose: bool, **overrides: Any) ->
         raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
     settings.warn_of_unread()
     return settings
-
-
-def tell_version(asked: bool) -> None:
-    """What is installed, for who asks for help elsewhere."""
-    if asked:
-        terminal.result(f"i2v {metadata.version('serverless-i2v')}, Python {platform.python_version()}")
-        raise typer.Exit
 
 
 def queue_url_field(queue: QueueName | None) -> str:

@@ -6,7 +6,7 @@ import typer
 
 from inference import logs, terminal
 from inference.build.engines import build_weights, compile_ahead
-from inference.commands.start import MARKUP
+from inference.commands.layout import MARKUP
 from inference.engines.wan import fetching, weights
 from inference.engines.wan.presets import PRESETS, Preset
 from inference.errors import SettingsError, WeightsError

@@ -10,12 +10,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import anyio.to_thread
-
+from inference import inputs as files
 from inference.engines.base import Job
 from inference.engines.turns import EngineTurns
 from inference.leasing.retry import Policy, repeat
-from inference.media import photo as photos
 from inference.payments.ledger import digest
 from inference.task import GenerationRequest, Video
 
@@ -41,7 +39,7 @@ async def generated(
     Raises InvalidPhoto, what `check` raises, and as EngineTurns.generate.
     """
     for path in inputs.values():
-        await anyio.to_thread.run_sync(photos.verify, path)
+        await files.verify(path, "image")
     job.report("wait")
     async with turns.taken():
         if check is not None:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -25,12 +25,13 @@ import structlog
 from inference.engines.base import Job, run_in_thread
 from inference.engines.turns import EngineTurns
 from inference.errors import CancelRequested, I2VError, LeaseLost, MachineFault, MediaError, write_error
-from inference.media import film
-from inference.media.video import probe
 from inference.payments.ledger import Purchase
 from inference.progress.stages import StageTracker
 from inference.queues.base import SegmentStore
 from inference.task import PHOTO, GenerationRequest, Segment, Video
+
+if TYPE_CHECKING:
+    from inference.media.video import VideoInfo
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -175,7 +176,7 @@ class Film:
         if store is None or not await self.attempt(lambda: store.find(key, clip)):
             return False
         try:
-            await anyio.to_thread.run_sync(probe, clip)
+            await anyio.to_thread.run_sync(_probe, clip)
         except MediaError as error:
             log.warning("segment_damaged", key=key, error=str(error))
             return False
@@ -209,16 +210,19 @@ class Film:
     async def _join(self, clips: Sequence[Path]) -> Video:
         self.job.report("join")
         path = self.folder / "film.mp4"
-        info = await run_in_thread(
-            self.job,
-            lambda: film.join(
+
+        def joined() -> "VideoInfo":
+            from inference.media import film  # noqa: PLC0415 - numpy is no matter of a process that only moves tasks
+
+            return film.join(
                 clips,
                 path,
                 fade_s=self.fade_s,
                 check=self.job.raise_if_cancelled,
                 report=lambda done, total: self.job.report("join", done, total),
-            ),
-        )
+            )
+
+        info = await run_in_thread(self.job, joined)
         size_bytes = (await anyio.Path(path).stat()).st_size
         return Video(
             path=path, width=info.width, height=info.height, fps=info.fps, frames=info.frames, size_bytes=size_bytes
@@ -278,6 +282,13 @@ async def _ended(purchase: Purchase, *, kept: bool = False) -> None:
         await (purchase.settle() if kept else purchase.end("delivered"))
     except I2VError as error:  # the clip is kept all the same; whoever finds it ends the payment
         log.warning("payment_left_open", error=str(error))
+
+
+def _probe(path: Path) -> "VideoInfo":
+    """Raises MediaError where the file is no video."""
+    from inference.media.video import probe  # noqa: PLC0415 - as above
+
+    return probe(path)
 
 
 def _file_digest(path: Path) -> str:

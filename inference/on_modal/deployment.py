@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 
+from inference.build.engines import import_wan
 from inference.engines.runway.models import refuse_settings
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
@@ -98,4 +99,4 @@ def refuse_deployment(settings: Settings) -> None:
 def import_engine() -> None:
     """Imports the Wan engine, which takes longer than anything else that needs no GPU."""
     with suppress(Exception):  # loading the engine meets the same error later, and reports it
-        import inference.engines.wan.engine  # noqa: F401, PLC0415 - an extra
+        import_wan()

@@ -8,14 +8,13 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from inference import terminal
+from inference import inputs, terminal
 from inference.build import engines
 from inference.build.queues import open_queue, open_storage
 from inference.errors import EngineError, I2VError, NoTask, SettingsError
 from inference.fleet.shape import for_a_cold_start
 from inference.leasing.scratch import put, scratch_folder
 from inference.leasing.taking import hand_back, lease_from
-from inference.media import photo as photos
 from inference.on_modal.container import ModalContainer
 from inference.on_modal.deployment import on_modal
 from inference.payments.records import MemoryRecords
@@ -78,7 +77,7 @@ async def fetch(settings: Settings, photo: bytes | str) -> bytes:
         else:
             async with open_storage(settings) as storage:
                 await storage.download(photo, path)
-        await anyio.to_thread.run_sync(photos.verify, path)
+        await inputs.verify(path, "image")
         return path.read_bytes()
 
 

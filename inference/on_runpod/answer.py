@@ -27,7 +27,6 @@ from inference.errors import (
 )
 from inference.leasing.retry import Policy, repeat
 from inference.leasing.scratch import put
-from inference.media.video import probe
 from inference.on_runpod.api import RunPodJob
 from inference.on_runpod.wire import MAX_ERROR_CHARS
 from inference.settings import Settings
@@ -162,6 +161,8 @@ async def _fetch(settings: Settings, made: _Made, path: Path) -> None:
 
 def _measured(path: Path) -> Video:
     """The video with its properties. Raises MediaError where the file is no video."""
+    from inference.media.video import probe  # noqa: PLC0415 - a tick fetches no video
+
     info = probe(path)
     return Video(
         path=path,

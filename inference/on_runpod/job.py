@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from inference.errors import EngineError, EngineFailed, I2VError, InvalidPhoto, InvalidRequest, JobInDoubt
 from inference.fleet import shape
-from inference.media import photo as photos
 from inference.on_runpod.answer import KEPT, KEPT_S, Again, Say, kept
 from inference.on_runpod.api import RunPodApi, RunPodJob
 from inference.on_runpod.wire import INLINE_BYTES, DirectInput
@@ -68,6 +67,8 @@ async def _encoded(photo: Path, say: Say) -> str:
     """A photo as base64, small enough for a request. Raises InvalidPhoto, MachineFault."""
 
     def encoded() -> str:
+        from inference.media import photo as photos  # noqa: PLC0415 - a tick sends no photo
+
         info = photos.verify(photo)  # before a GPU is started for the job
         try:
             content = photo.read_bytes()

@@ -18,6 +18,7 @@ from google.oauth2 import id_token
 
 from inference.errors import SettingsError, one_line
 from inference.push.auth import Verdict
+from inference.transfer.tls import tls_context
 
 log = structlog.get_logger(__name__)
 
@@ -65,7 +66,7 @@ class Certificates:
     """
 
     def __init__(self, client: httpx.Client | None = None) -> None:
-        self._client = client or httpx.Client(timeout=FETCH_LIMIT_S)
+        self._client = client or httpx.Client(timeout=FETCH_LIMIT_S, verify=tls_context())
         self._kept: dict[str, tuple[_Kept, float, float]] = {}  # by URL: asked for at, fresh until; monotonic seconds
         self._away: dict[str, tuple[str, float]] = {}  # by URL: why it could not be fetched, asked again from
         self._doubted: set[str] = set()  # URLs that are fetched next time, whatever is kept

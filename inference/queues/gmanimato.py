@@ -67,6 +67,7 @@ from inference.transfer.json_api import NEVER_SENT
 from inference.transfer.network import flaw_in, is_of_a_private_network, is_this_machine, safe_for_a_key
 from inference.transfer.storage import Storage, redact
 from inference.transfer.storage_errors import FOREIGN, MIN_SECRET_CHARS, reason_of
+from inference.transfer.tls import tls_context
 
 logger = structlog.get_logger(__name__)
 
@@ -201,6 +202,7 @@ class GmAnimatoQueue:
             event_hooks={"response": [bounded(MAX_TASK_BYTES)]},
             timeout=SILENCE_S,
             trust_env=proxied,
+            verify=tls_context(),
             transport=transport,
         )
         # The webhook asks for no secret, and its address is whatever a job says.
@@ -209,6 +211,7 @@ class GmAnimatoQueue:
             event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
             timeout=FINAL_LIMIT_S,
             trust_env=proxied,
+            verify=tls_context(),
             transport=transport,
         )
 

@@ -19,6 +19,7 @@ import httpx
 import structlog
 from pydantic import ValidationError
 
+from inference import inputs
 from inference.errors import (
     CancelRequested,
     I2VError,
@@ -38,7 +39,6 @@ from inference.errors import (
     UrlExpired,
     one_line,
 )
-from inference.media import photo
 from inference.progress.stages import Progress
 from inference.providers import WorkerType
 from inference.queues.base import SegmentStore
@@ -57,6 +57,7 @@ from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
 from inference.transfer.storage_errors import FOREIGN, reason_of
+from inference.transfer.tls import tls_context
 
 logger = structlog.get_logger(__name__)
 
@@ -148,6 +149,7 @@ class LifeIsShortQueue:
             event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
             timeout=request_timeout_s,
             trust_env=may_be_proxied(base_url),
+            verify=tls_context(),
             transport=transport,
         )
 
@@ -237,7 +239,7 @@ class LifeIsShortQueue:
                 await self._storage.download(url, path)
             except (UrlExpired, ObjectMissing):
                 await self._storage.download(await self._presign_download(lease), path)
-        await anyio.to_thread.run_sync(photo.verify, path)
+        await inputs.verify(path, "image")
         return {PHOTO: path}
 
     def segments(self, lease: Lease) -> SegmentStore | None:

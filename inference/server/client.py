@@ -28,6 +28,7 @@ from inference.transfer.addresses import may_be_proxied, worker_api_url
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage import Storage
 from inference.transfer.storage_errors import FOREIGN, reason_of
+from inference.transfer.tls import tls_context
 
 TIMEOUT_S = 30.0
 
@@ -76,6 +77,7 @@ class QueueClient:
             event_hooks={"response": [bounded(MAX_JSON_BYTES)]},
             timeout=TIMEOUT_S,
             trust_env=may_be_proxied(base),
+            verify=tls_context(),
         )
         # The operator is a client of their own queue, which may be at a private address.
         self._storage = Storage(allow_private=True, max_download_bytes=MAX_VIDEO_BYTES)

@@ -10,6 +10,7 @@ import httpx
 from inference.errors import one_line
 from inference.transfer.body import IDENTITY, MAX_JSON_BYTES, bounded
 from inference.transfer.storage_errors import FOREIGN, reason_of
+from inference.transfer.tls import tls_context
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_SAID_CHARS = 300
@@ -72,6 +73,7 @@ class JsonApi(Generic[A]):
             # A new connection for each request: an idle one may be closed, which shows only after the request was sent.
             limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=base_url.startswith("https:"),  # plain http leads to this machine, where a proxy cannot reach it
+            verify=tls_context(),
             transport=transport,
         )
 

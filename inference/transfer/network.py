@@ -18,6 +18,7 @@ import httpcore
 import httpx
 
 from inference.errors import AddressRefused, SettingsError
+from inference.transfer.tls import tls_context
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
@@ -246,9 +247,8 @@ class GuardedTransport(httpx.AsyncHTTPTransport):
     """
 
     def __init__(self, network: GuardedNetwork) -> None:
-        context = httpx.create_ssl_context()
-        super().__init__(verify=context)
+        super().__init__(verify=tls_context())
         # httpx has no argument for httpcore's network backend.
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context, max_connections=None, max_keepalive_connections=0, network_backend=network
+            ssl_context=tls_context(), max_connections=None, max_keepalive_connections=0, network_backend=network
         )

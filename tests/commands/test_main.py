@@ -103,7 +103,7 @@ def test_help_shows_every_command_and_an_example_of_each(home):
     """`i2v` alone is help, too; an error of usage exits 2."""
     ran = home.i2v("--help", COLUMNS=200)
     assert ran.exit_code == 0
-    names = [command.callback.__name__ for command in cli.app.registered_commands]
+    names = [each.name for each in cli.COMMANDS if each.epilog]  # groups have examples of their own
     for name in names:
         assert f" {name} " in ran.out
         shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "200"})
@@ -630,3 +630,10 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
     assert "FAIL  queue" in ran.out
     assert "another-key" not in ran.out + ran.err
     assert home.is_tidy()
+
+
+@pytest.mark.parametrize("name", [each.name for each in cli.COMMANDS])
+def test_the_list_of_commands_says_what_each_says_of_itself(name):
+    """The list is drawn without the commands, so it has a text of its own for each."""
+    [listed] = (each for each in cli.COMMANDS if each.name == name)
+    assert cli.command(name).help.partition("\n\n")[0].replace("\n", " ") == listed.about

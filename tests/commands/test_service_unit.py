@@ -9,7 +9,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import typer
 
 from inference import process
 from inference.commands import main as cli
@@ -62,7 +61,7 @@ def test_it_starts_a_command_that_there_is():
     """With options that it knows."""
     program, command, *options = shlex.split(one("ExecStart"))
     assert Path(program).is_absolute()
-    known = typer.main.get_command(cli.app).commands[command]
+    known = cli.command(command)
     assert set(options) <= {option for parameter in known.params for option in parameter.opts}
 
 

@@ -178,7 +178,7 @@ ONE_LEASE = """
 import pathlib, sys
 if sys.argv[1] == "missing": sys.modules["opentelemetry"] = None
 import anyio
-import inference.commands.main
+import inference.commands.work
 from inference.engines.preview import PreviewEngine
 from inference.leasing.runner import Runner
 from inference.testing.memory_queue import MemoryQueue

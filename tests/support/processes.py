@@ -81,7 +81,17 @@ def forker(*modules: str, **settings: str) -> Forker:
     return started
 
 
-NEEDED = ("inference.commands.main", "inference.build.workers", "inference.server.serve", "inference.push.app")
+NEEDED = (
+    "inference.commands.main",
+    "inference.commands.demo",
+    "inference.commands.doctor",
+    "inference.commands.work",
+    "inference.engines.preview",
+    "inference.media.film",
+    "inference.queues.lifeisshort",
+    "inference.server.serve",
+    "inference.push.app",
+)
 """By commands that go on, such as `i2v serve`, `i2v work` and `i2v push`."""
 
 

@@ -6,7 +6,7 @@ import socket
 import socketserver
 import ssl
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -40,6 +40,7 @@ from inference.errors import (
 from inference.transfer.network import MAX_EARLY_BYTES, DuplexStream, GuardedNetwork, is_public
 from inference.transfer.storage import Storage, redact
 from inference.transfer.storage_errors import mapped
+from inference.transfer.tls import tls_context
 
 pytestmark = pytest.mark.anyio
 
@@ -363,14 +364,16 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-def tls(authority, monkeypatch, tmp_path_factory) -> ssl.SSLContext:
+def tls(authority, monkeypatch, tmp_path_factory) -> Iterator[ssl.SSLContext]:
     """A server's side of TLS for `localhost`; this process trusts its authority."""
     bundle = tmp_path_factory.mktemp("tls") / "authority.pem"
     authority.cert_pem.write_to_path(bundle)
     monkeypatch.setenv("SSL_CERT_FILE", str(bundle))
+    tls_context.cache_clear()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
-    return context
+    yield context
+    tls_context.cache_clear()
 
 
 async def test_over_tls_as_in_production(tls, video, tmp_path):

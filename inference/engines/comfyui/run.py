@@ -27,6 +27,7 @@ from inference.engines.comfyui.refusals import OutOfMemory, failed, refused
 from inference.errors import EngineFailed, I2VError
 from inference.transfer.json_api import CONNECT_TIMEOUT_S, Unanswered
 from inference.transfer.storage_errors import FOREIGN
+from inference.transfer.tls import tls_context
 
 log = structlog.get_logger(__name__)
 
@@ -309,7 +310,7 @@ class Run:
         url = f"{self._api.url}/ws"
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # a run may say nothing for long: pings find the end
         async with (
-            httpx.AsyncClient(timeout=timeout, trust_env=url.startswith("https:")) as client,
+            httpx.AsyncClient(timeout=timeout, trust_env=url.startswith("https:"), verify=tls_context()) as client,
             aconnect_ws(
                 url, client, params={"clientId": self._client_id}, session_class=AsyncWebSocketSession
             ) as socket,
