@@ -12,7 +12,6 @@ read what they need once and write what others need once. That is what a perfect
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from inference.engines.wan import lean, tokens, vae
 from inference.engines.wan.presets import MAX_PROMPT_TOKENS
 from inference.engines.wan.speed import Switches
 from inference.engines.wan.yuv import to_yuv420p
+from tests.bench.keeping import replace_file
 from tests.bench.wan_models import TERA, Parts, Shape
 
 Arithmetic = Literal["bf16", "tf32", "3xtf32", "fp32"]
@@ -137,11 +137,11 @@ class _Kernel:
     level: int = 0  # how many products come before it
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Traffic(TorchDispatchMode):
     """Counts the operations that run under it, on tensors without contents."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.work = Work()
         self._flops: dict[Any, int] = {}
         self._kernels: list[_Kernel] | None = None  # of the region that is being recorded
@@ -465,14 +465,6 @@ def known(shape: Shape, tiny_dir: Path, *, again: bool = False) -> dict[Form, di
         form: {name: Work.read(work) for name, work in stages.items()}
         for form, stages in saved["shapes"][shape.name].items()
     }
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that whoever is killed meanwhile leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text)
-    new.replace(path)
 
 
 def print_floors(shape: Shape, row: Mapping[str, Any], rates: Rates) -> None:

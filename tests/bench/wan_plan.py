@@ -19,8 +19,11 @@ Part = Literal["compare", "switches", "start"]
 SLACK = 2.0
 """Times the floor that a run is expected to take: diffusers was seen at 344 of 790 TFLOP/s, the best at 655."""
 
-COMPILE_S = 90.0
-"""To compile the blocks for two clips, or the VAE's norms; a guess. With an empty cache of Triton's it may be more."""
+COMPILE_S = 45.0
+"""To compile the blocks for two clips, or the VAE's norms for a dozen shapes; a guess."""
+
+CACHED_S = 15.0
+"""The same where inductor has it in its cache on disk; a guess."""
 
 MODELS_S = 15.0
 """To make random models of a shape on a GPU, and the first allocations; a guess."""
@@ -99,9 +102,12 @@ class Case:
         return "ours, compiled" if self.switches.compile else "ours"
 
     @property
-    def compiles(self) -> int:
-        """How many things its first run compiles."""
-        return 0 if self.switches is None else bool(self.switches.compile) + bool(self.switches.fused_norms)
+    def compiles(self) -> tuple[str, ...]:
+        """What its first run compiles."""
+        if self.switches is None:
+            return ()
+        blocks = "8-bit blocks" if self.switches.fp8 else "blocks"
+        return (blocks,) * bool(self.switches.compile) + ("norms",) * bool(self.switches.fused_norms)
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,7 @@ def switched(shape: Shape, host: Host) -> Iterator[tuple[Case, ...]]:
         stage = MEASURED_IN.get(name, "decode")
         for value in values:
             if _applies(name, value, shape, host):
-                said = {True: "on", False: "off", None: "off"}.get(value, getattr(value, "name", value))
-                case = Case(f"{name} {str(said).lower()}", stage, replace(Switches(), **{name: value}))
+                case = Case(f"{name} {_said(value)}", stage, replace(Switches(), **{name: value}))
                 by_stage[stage].append(case)
     steady = not shape.preset.first_frame_is_clean
     if steady:
@@ -139,6 +144,13 @@ def switched(shape: Shape, host: Host) -> Iterator[tuple[Case, ...]]:
     for stage, cases in by_stage.items():
         if cases:
             yield (Case("default", stage, Switches()), *cases)
+
+
+def _said(value: Any) -> str:
+    """The value of a switch in a word."""
+    if isinstance(value, Offload):
+        return value.name.lower()
+    return "on" if value is True else value or "off"
 
 
 def _applies(name: str, value: Any, shape: Shape, host: Host) -> bool:
@@ -159,15 +171,25 @@ def _applies(name: str, value: Any, shape: Shape, host: Host) -> bool:
 
 
 def lines(shapes: Sequence[Shape], parts: Sequence[Part], hosts: Mapping[str, Host]) -> list[Line]:
-    """What is run, the most valuable first: all comparisons, the switches of the first shape, its start, the rest."""
-    first = shapes[:1]
-    order: list[Line] = [Line("compare", shape, compared(hosts[shape.name])) for shape in shapes]
-    for some in (first, shapes[1:]):
-        for shape in some:
-            order += [Line("switches", shape, cases) for cases in switched(shape, hosts[shape.name])]
-            if shape.name in STARTED:
-                order.append(Line("start", shape, ()))
-    return [line for line in order if line.part in parts]
+    """What is run, the most valuable first.
+
+    The first shape against stock and with each of its switches, then what the other shapes take, then the rest. The
+    others' switches say little more, but for the encode, which the 5B hardly has: who wants them names that shape.
+    """
+    order: list[Line] = []
+    later: list[Line] = []
+    for shape in shapes:
+        host = hosts[shape.name]
+        order.append(Line("compare", shape, compared(host)))
+        switching = [Line("switches", shape, cases) for cases in switched(shape, host)]
+        if shape is shapes[0]:
+            order += [line for line in switching if line.cases[0].stage != "whole"]
+            later += [line for line in switching if line.cases[0].stage == "whole"]
+        else:
+            order += [line for line in switching if line.cases[0].stage == "encode"]
+        if shape.name in STARTED:
+            later.append(Line("start", shape, ()))
+    return [line for line in (*order, *later) if line.part in parts]
 
 
 @dataclass(frozen=True)
@@ -183,8 +205,10 @@ class Expected:
         return self.prepare_s + self.first_s + rounds * self.run_s
 
 
-def expected(case: Case, steps: int, counted: Mapping[Form, Mapping[str, Work]], rates: Rates) -> Expected:
-    """From the floors of what it runs, times SLACK."""
+def expected(
+    case: Case, steps: int, counted: Mapping[Form, Mapping[str, Work]], rates: Rates, compiled: set[str]
+) -> Expected:
+    """From the floors of what it runs, times SLACK. `compiled`: what was compiled before, for this shape."""
     floor_s = {name: work.seconds(rates) for name, work in counted[case.form].items()}
     if not case.steady:
         floor_s["encode"] = counted["stock"]["encode"].seconds(rates)
@@ -193,7 +217,8 @@ def expected(case: Case, steps: int, counted: Mapping[Form, Mapping[str, Work]],
         after_s = 0.0
     ran = 1 if case.stage in {"encode", "decode"} else steps
     first_s, run_s = (SLACK * (before_s + n * floor_s["step"] + after_s) + TEXT_S for n in (1, ran))
-    return Expected(COMPILE_S * case.compiles, first_s, run_s)
+    prepare_s = sum(CACHED_S if what in compiled else COMPILE_S for what in case.compiles)
+    return Expected(prepare_s, first_s, run_s)
 
 
 def start_s(shape: Shape) -> float:
@@ -211,23 +236,28 @@ def print_plan(
     """A line a case, with what is left out for want of time."""
     print(
         f"What would run on an {rates.name}, in this order; seconds from floors times {SLACK:g}, compiling "
-        f"{COMPILE_S:g} s and making models {MODELS_S:g} s each, both guessed\n"
+        f"{COMPILE_S:g} s (again {CACHED_S:g}) and making models {MODELS_S:g} s each, both guessed\n"
         f"{'':6}{'part':10}{'shape':11}{'case':28}{'stage':9}{'seconds':>8}{'by then':>9}"
     )
     spent_s, cut_s, made = 0.0, 0.0, ""
+    compiled: dict[str, set[str]] = {}
     for line in order:
-        names = [(case.name, case.stage) for case in line.cases] or [("cold and warm", "start")]
-        costs = [
-            expected(case, line.shape.preset.schedule.steps, counted[line.shape.name], rates).total_s(rounds)
-            for case in line.cases
-        ] or [start_s(line.shape)]
-        for (name, stage), seconds in zip(names, costs, strict=True):
-            cost_s = seconds + (MODELS_S if line.shape.name != made else 0)
+        shape = line.shape
+        done = compiled.setdefault(shape.name, set())
+        for case in line.cases or (None,):
+            if case is None:
+                name, stage, cost_s = "cold and warm", "start", start_s(shape)
+            else:
+                name, stage = case.name, str(case.stage)
+                steps, sums = shape.preset.schedule.steps, counted[shape.name]
+                cost_s = expected(case, steps, sums, rates, done).total_s(rounds)
+            cost_s += MODELS_S if shape.name != made else 0
             fits = spent_s + cost_s <= budget_s
             if fits:
-                spent_s, made = spent_s + cost_s, line.shape.name
+                spent_s, made = spent_s + cost_s, shape.name
+                done.update(case.compiles if case else ())
             else:
                 cut_s += cost_s
             then = f"{spent_s:9.0f}" if fits else "      cut"
-            print(f"{'' if fits else '  - ':6}{line.part:10}{line.shape.name:11}{name:28}{stage:9}{cost_s:8.0f}{then}")
+            print(f"{'' if fits else '  - ':6}{line.part:10}{shape.name:11}{name:28}{stage:9}{cost_s:8.0f}{then}")
     print(f"{spent_s:.0f} of {budget_s:.0f} s; another {cut_s:.0f} s would be needed for what is cut")
