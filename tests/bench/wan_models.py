@@ -177,7 +177,8 @@ class Parts:
         lean.as_loaded(self.vae)
         self.vae.to(torch.float32)
         for parameter in self.vae.parameters():
-            parameter.data = parameter.data.contiguous()
+            # `contiguous` would leave 1x1 kernels with the strides of channels_last, for which convolutions then go.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         for model in self.experts.values():
             model.__class__ = WanTransformer3DModel
             for block in model.blocks:
