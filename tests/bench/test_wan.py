@@ -171,32 +171,33 @@ def test_a_plan_says_what_the_budget_cuts(capsys):
 
 
 class Made:
-    """A subject whose runs are made up; `lost` is the case in which the process is told to end."""
+    """A subject whose runs are made up: in the third the process is told to end."""
 
     device = torch.device("cpu")
     shape = SHAPES["tiny"]
-    lost = "second"
+    runs = 0
 
-    def side(self, case):
-        """A case's form."""
+    def side(self, _case):
+        """Any case's form."""
+        return lambda: self.run
 
-        def run(preset):
-            if case.name == self.lost:
-                raise KeyboardInterrupt
-            return {"latents_s": 1.0, "denoise_s": 0.5, "steps_s": [0.5] * preset.schedule.steps}
-
-        return lambda: run
+    def run(self, preset):
+        """Half a second a step."""
+        self.runs += 1
+        if self.runs > 2:
+            raise KeyboardInterrupt
+        return {"latents_s": 1.0, "denoise_s": 0.5, "steps_s": [0.5] * preset.schedule.steps}
 
 
 def test_what_was_measured_is_kept_when_the_next_run_ends_the_process():
     """Whoever is stopped keeps what there was."""
     kept = []
-    terms = Terms(1, Budget(60), lambda _case: Expected(0, 0, 0))
-    cases = [Case(name, "denoise", Switches()) for name in ("first", "second")]
+    terms = Terms(2, Budget(60), lambda _case: Expected(0, 0, 0))
+    made = Made()
     with pytest.raises(KeyboardInterrupt):
-        race(Made(), cases, terms, kept.append)
-    assert len(kept[-1]["first"]["runs"]) == 1
-    assert kept[-1]["second"]["failed"] == "no time"
+        race(made, [Case("first", "denoise", Switches())], terms, kept.append)
+    assert [len(each["first"]["runs"]) for each in kept] == [0, 1]
+    assert kept[-1]["first"]["steps_s"] == [0.5] * made.shape.preset.schedule.steps
 
 
 SAVING = """

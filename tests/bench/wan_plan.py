@@ -128,7 +128,7 @@ def compared(host: Host) -> tuple[Case, ...]:
 
 def switched(shape: Shape, host: Host) -> Iterator[tuple[Case, ...]]:
     """Each switch alone, and all together, each stage with its default first; what decides most comes first."""
-    by_stage: dict[Stage, list[Case]] = {"denoise": [], "decode": [], "whole": [], "encode": []}
+    by_stage: dict[Stage, list[Case]] = {"encode": [], "denoise": [], "decode": [], "whole": []}
     for name, values in ALTERNATIVES.items():
         stage = MEASURED_IN.get(name, "decode")
         for value in values:
