@@ -21,7 +21,8 @@ from inference.engines.wan import tiny
 from inference.engines.wan.placement import Offload
 from inference.engines.wan.speed import Switches
 from tests.bench import wan_plan
-from tests.bench.wan_floors import Traffic, Work, _counted, floors, rates_of, touched_bytes, whole
+from tests.bench.wan import Bench, print_compare
+from tests.bench.wan_floors import FORMS, Traffic, Work, _counted, floors, rates_of, touched_bytes, whole
 from tests.bench.wan_measure import Budget, Terms, race
 from tests.bench.wan_models import SHAPES, Parts
 from tests.bench.wan_plan import ALTERNATIVES, Case, Expected, Host
@@ -196,7 +197,7 @@ def test_what_was_measured_is_kept_when_the_next_run_ends_the_process():
     made = Made()
     with pytest.raises(KeyboardInterrupt):
         race(made, [Case("first", "denoise", Switches())], terms, kept.append)
-    assert [len(each["first"]["runs"]) for each in kept] == [0, 1]
+    assert len(kept[-1]["first"]["runs"]) == 1
     assert kept[-1]["first"]["steps_s"] == [0.5] * made.shape.preset.schedule.steps
 
 
@@ -220,3 +221,30 @@ def test_a_killed_run_leaves_a_whole_file(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert len(json.loads(path.read_text())) >= 1000
+
+
+class Summed(Bench):
+    """A bench on a GPU, with sums that are quick to make."""
+
+    def counted(self, _name):
+        """A step of a second in every form."""
+        step = Work(moved_bytes=3 * 10**12)
+        return {form: dict.fromkeys(("text", "encode", "step", "decode"), step) for form in FORMS}
+
+
+def test_on_a_gpu_what_was_measured_stands_beside_both_floors(tmp_path, capsys):
+    """Of every stage, and of the whole; for a tiny model they would say nothing."""
+    bench = Summed(torch.device("cuda"), tmp_path, rates_of("H100"), 1, Budget(60))
+    took = {f"{stage}_s": 2.0 for stage in ("text", "image", "denoise", "decode", "mp4", "other")}
+    took |= {"total_s": 9.0, "steps_s": [1.5] * 4, "peak_gb": 30.0}
+    cases = wan_plan.compared(GPU)
+    measured = {"ours": took, "together": took, "stock": {"failed": "no time"}}
+    row = bench.beside(measured, "5b", cases)
+    assert "ratio" not in row
+    assert row["floors"]["ours"]["total_s"]["floor_s"] == 7.0
+    head = {"tokens": 27280, "forward_tflop": 520.7, "offload": "none"}
+    print_compare("5b", head | measured | row)
+    told = capsys.readouterr().out
+    assert "step 1.500 / 1.000 (0.000 + 1.000), 1.50 x" in told
+    assert "total 9.000 / 7.000 (0.000 + 7.000), 1.29 x" in told
+    assert "floors" not in bench.beside(measured, "tiny", cases)

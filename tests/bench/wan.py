@@ -123,11 +123,11 @@ class Bench:
         result = {"tokens": tokens, "forward_tflop": tflop, "offload": parts.offload.name.lower()}
 
         def told(measured: Row) -> Row:
-            return result | measured | self._ratios(shape.name, line.cases, measured)
+            return result | measured | self.beside(measured, shape.name, line.cases)
 
         return told(race(subject, line.cases, self.terms(shape.name), lambda measured: keep(told(measured))))
 
-    def _ratios(self, name: str, cases: Sequence[Case], measured: Row) -> Row:
+    def beside(self, measured: Row, name: str, cases: Sequence[Case]) -> Row:
         """Stock to ours, and on a GPU what each stage took beside both of its floors."""
         done = {case.name: case for case in cases if "total_s" in measured[case.name]}
         extra: Row = {}
@@ -237,7 +237,7 @@ COLUMNS = {
 
 def print_switches(name: str, row: Mapping[str, Any]) -> None:
     """A line a switch, each beside the default of its stage."""
-    shown = list(dict.fromkeys(key for stage in row for key in COLUMNS[stage]))
+    shown = list(dict.fromkeys(key for stage in row for key in COLUMNS[stage.split(",")[0]]))
     print(f"\n{name}, switches; x: times the default's")
     heads = {"image_s": "encode", "latents_s": "to latents", "steps_s": "step", "decode_s": "decode", "total_s": "all"}
     print(f"{'':26}" + "".join(f"{heads[key]:>18}" for key in shown) + f"{'peak GB':>9}{'prepared':>11}")
@@ -249,7 +249,7 @@ def print_switches(name: str, row: Mapping[str, Any]) -> None:
             cells = []
             for key in shown:
                 value, base = (_number(side.get(key)) for side in (figures, cases.get("default", {})))
-                cells.append(f"{value:9.3f} s {value / base:4.2f} x" if key in COLUMNS[stage] else "")
+                cells.append(f"{value:9.3f} s {value / base:4.2f} x" if key in COLUMNS[stage.split(",")[0]] else "")
             print(
                 f"{case:26}" + "".join(f"{cell:>18}" for cell in cells) + f"{figures['peak_gb']:9.2f}"
                 f"{figures['warm_up']['prepared_s']:9.2f} s"
@@ -457,7 +457,7 @@ def run_line(bench: Bench, subject: Subject, line: Line, results: Results) -> No
     name, part = line.shape.name, line.part
     rows, key = results.content[part], name
     if part == "switches":
-        rows, key = rows.setdefault(name, {}), line.cases[0].stage
+        rows, key = rows.setdefault(name, {}), line.key
 
     def keep(row: Row) -> None:
         rows[key] = row

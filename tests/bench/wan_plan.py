@@ -117,6 +117,12 @@ class Line:
     part: Part
     shape: Shape
     cases: tuple[Case, ...]
+    rest: bool = False  # of a stage whose telling cases have a line of their own
+
+    @property
+    def key(self) -> str:
+        """What its results are kept under: that of its stage."""
+        return self.cases[0].stage + ", exact" * self.rest
 
 
 def compared(host: Host) -> tuple[Case, ...]:
@@ -183,13 +189,24 @@ def lines(shapes: Sequence[Shape], parts: Sequence[Part], hosts: Mapping[str, Ho
         order.append(Line("compare", shape, compared(host)))
         switching = [Line("switches", shape, cases) for cases in switched(shape, host)]
         if shape is shapes[0]:
-            order += [line for line in switching if line.cases[0].stage != "whole"]
-            later += [line for line in switching if line.cases[0].stage == "whole"]
+            told = [each for line in switching for each in _exact_apart(line)]
+            order += [line for line in told if not (line.rest or line.cases[0].stage == "whole")]
+            later += [line for line in told if line.rest or line.cases[0].stage == "whole"]
         else:
             order += [line for line in switching if line.cases[0].stage == "encode"]
         if shape.name in STARTED:
             later.append(Line("start", shape, ()))
     return [line for line in (*order, *later) if line.part in parts]
+
+
+def _exact_apart(line: Line) -> list[Line]:
+    """The cases whose default is not in doubt, as they only leave out copies, in a line of their own."""
+    default, *cases = line.cases
+    if default.stage != "decode":
+        return [line]
+    exact = [case for case in cases if case.name.split()[0] in EXACT_OFF and not case.name.startswith("yuv")]
+    telling = [case for case in cases if case not in exact]
+    return [replace(line, cases=(default, *telling)), replace(line, cases=(default, *exact), rest=True)]
 
 
 @dataclass(frozen=True)
