@@ -446,7 +446,7 @@ def known(shape: Shape, tiny_dir: Path, *, again: bool = False) -> dict[Form, di
 
     So a machine that is lent by the minute does not count, and a plan is quick.
     """
-    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    libraries = {name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers")}  # +cpu or +cu130
     try:
         saved = json.loads(COUNTED.read_text())
     except (OSError, ValueError):
