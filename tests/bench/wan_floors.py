@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -27,10 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from inference.engines.wan import lean, tokens, vae
+from inference.engines.wan import lean, steady, tokens, vae, yuv
 from inference.engines.wan.presets import MAX_PROMPT_TOKENS
 from inference.engines.wan.speed import Switches
-from inference.engines.wan.yuv import to_yuv420p
 from tests.bench.keeping import replace_file
 from tests.bench.wan_models import TERA, Parts, Shape
 
@@ -344,7 +344,7 @@ class _Clip:
         codec = self.parts.vae
         if ours:
             for frames in vae.decode(codec, self._empty(*self._latents())):
-                to_yuv420p(frames)
+                yuv.to_yuv420p(frames)
         else:
             codec.decode(self._empty(*self._latents(), dtype=codec.post_quant_conv.weight.dtype))
 
@@ -442,17 +442,19 @@ SAID: Mapping[str, Mapping[str, Mapping[str, float]]] = {
 
 
 def known(shape: Shape, tiny_dir: Path, *, again: bool = False) -> dict[Form, dict[str, Work]]:
-    """As `count`, but counted once: the file beside the results keeps it for the libraries' versions.
+    """As `count`, but counted once: the file beside the results keeps it for the libraries' versions and our own code.
 
     So a machine that is lent by the minute does not count, and a plan is quick.
     """
-    libraries = {name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers")}  # +cpu or +cu130
+    of = {name: version(name).split("+")[0] for name in ("torch", "diffusers", "transformers")}  # +cpu or +cu130
+    sources = [Path(__file__), *map(Path, (module.__file__ for module in (lean, steady, tokens, vae, yuv)))]
+    of["code"] = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     try:
         saved = json.loads(COUNTED.read_text())
     except (OSError, ValueError):
         saved = {}
-    if saved.get("libraries") != libraries:
-        saved = {"libraries": libraries, "shapes": {}}
+    if saved.get("of") != of:
+        saved = {"of": of, "shapes": {}}
     if again or shape.name not in saved["shapes"]:
         counted = count(shape, tiny_dir)
         saved["shapes"][shape.name] = {

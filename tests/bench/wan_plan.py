@@ -53,6 +53,9 @@ ALTERNATIVES: Mapping[str, tuple[Any, ...]] = {
 }
 """Of each switch, what it can be, the most telling first. What is the default is left out."""
 
+NOT_OF_SPEED = frozenset({"only_compiled_ahead"})
+"""Switches that say when something is made, not how a clip is."""
+
 MEASURED_IN: Mapping[str, Stage] = {
     "compile": "denoise",
     "attention": "denoise",
