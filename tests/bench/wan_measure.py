@@ -2,13 +2,12 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 from typing import Any, Literal
 
 import anyio
@@ -17,14 +16,16 @@ from diffusers.utils import export_to_video, load_image
 from PIL import Image, ImageOps
 
 from inference.engines.base import Job
+from inference.engines.wan import steady
 from inference.engines.wan.engine import WanEngine
-from inference.engines.wan.placement import GB
+from inference.engines.wan.placement import GB, Offload
 from inference.engines.wan.presets import Preset
 from inference.engines.wan.speed import Switches
 from inference.errors import CancelRequested
 from inference.progress.stages import Progress, StageTracker
 from inference.task import GenerationRequest
-from tests.bench.wan_models import Parts, Shape
+from tests.bench.wan_models import Parts, Shape, least_offload
+from tests.bench.wan_plan import Case, Expected, warms_up
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "The camera moves in slowly while grandmother turns, smiles and waves at whoever holds the picture, take"
@@ -55,6 +56,15 @@ class Budget:
         return False
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How often each case runs, in what time, and how long it is expected to take."""
+
+    rounds: int
+    budget: Budget
+    expect: Callable[[Case], Expected]
+
+
 class Stopwatch:
     """When what was reached, by the device's own clock: what is asked of a GPU returns before it is done."""
 
@@ -74,7 +84,7 @@ class Stopwatch:
         """Marks where stages begin and end, the same for both sides: both call the same modules."""
         at = {
             "text done": (parts.text_encoder.register_forward_hook,),
-            "image": (parts.vae.encoder.register_forward_pre_hook,),
+            "image": (parts.vae.encoder.conv_in.register_forward_pre_hook,),  # what is steady leaves out the whole
             "image done": (parts.vae.quant_conv.register_forward_hook,),
             "forward": tuple(model.register_forward_pre_hook for model in parts.experts.values()),
             "decode": (parts.vae.post_quant_conv.register_forward_pre_hook,),
@@ -97,6 +107,7 @@ class Stopwatch:
                 self._begun.elapsed_time(mark) / 1000 if self._on_gpu else mark - self._begun
             )
         begun, decode = at["begin"][0], at.get("decode", at.get("denoised"))[0]
+        encoded = max(at.get("text done", [begun])[-1], at["image done"][-1])  # both at once, where memory allows
         forwards = [*at["forward"], at.get("denoised", [decode])[0]]
         steps = [after - before for before, after in pairwise(forwards)]
         seconds = {
@@ -108,9 +119,8 @@ class Stopwatch:
         }
         if "decode done" in at:
             decoded = at["decode done"][-1]
-            named = seconds["text_s"] + seconds["image_s"] + sum(steps)
             seconds |= {"decode_s": decoded - decode, "mp4_s": total_s - decoded, "total_s": total_s}
-            seconds["other_s"] = decode - named
+            seconds["other_s"] = decode - encoded + begun - sum(steps)
         return seconds
 
     def _now(self) -> Any:
@@ -153,6 +163,7 @@ class Subject:
         self._parts: Parts | None = None
         self._spoilt = False  # they have a form from which there is no way back
         self._takes = 0
+        self._offload: Offload | None = None
 
     @property
     def parts(self) -> Parts:
@@ -162,10 +173,11 @@ class Subject:
         return self._parts
 
     @property
-    def guess_s(self) -> float:
-        """Seconds of a short run that nothing is known of yet; more than it should take on a large GPU."""
-        tflop = (self.shape.forward_tflop, self.shape.decode_tflop, self.shape.encode_tflop)
-        return 3 + sum(filter(None, tflop)) / 150
+    def offload(self) -> Offload:
+        """The least with which ours fits, if nothing else is on the device."""
+        if self._offload is None:
+            self._offload = least_offload(self.shape, self.device, self._folder)
+        return self._offload
 
     def forget(self) -> None:
         """Makes room."""
@@ -173,8 +185,13 @@ class Subject:
         torch.compiler.reset()
         make_room(self.device)
 
-    def ours(self, switches: Switches, until: Until = "mp4") -> Side:
+    def side(self, case: Case) -> Side:
+        """The engine in a case's form, or stock."""
+        return self.stock() if case.switches is None else self.ours(case.switches, case)
+
+    def ours(self, switches: Switches, case: Case) -> Side:
         """The engine."""
+        until: Until = "latents" if case.stage in {"encode", "denoise"} else "mp4"
 
         def prepare() -> Run:
             if self._spoilt:
@@ -186,7 +203,12 @@ class Subject:
             self._spoilt = bool(
                 switches.compile or switches.fp8 or switches.offload is not None or switches.fused_norms
             )
-            return lambda preset: self._generate(WanEngine(preset, models), until)
+
+            def run(preset: Preset) -> dict[str, Any]:
+                with nullcontext() if case.steady else every_frame_encoded():
+                    return self._generate(WanEngine(preset, models), until)
+
+            return run
 
         return prepare
 
@@ -259,6 +281,16 @@ class Subject:
         measured |= watch.stages(time.perf_counter() - started) | {"peak_gb": peak.gb()}
 
 
+@contextmanager
+def every_frame_encoded() -> Iterator[None]:
+    """The engine without `steady.py`: blank frames are encoded as if each were another one."""
+    known, steady.steady_chunks = steady.steady_chunks, lambda _encoder: None
+    try:
+        yield
+    finally:
+        steady.steady_chunks = known
+
+
 def make_room(device: torch.device) -> None:
     """Gives back what nobody holds on to."""
     gc.collect()
@@ -268,30 +300,40 @@ def make_room(device: torch.device) -> None:
 
 def race(
     subject: Subject,
-    sides: Mapping[str, Side],
-    whole: Preset,
-    rounds: int,
-    budget: Budget,
-    *,
-    slow_s: Mapping[str, float] = MappingProxyType({}),
+    cases: Sequence[Case],
+    terms: Terms,
+    keep: Callable[[dict[str, dict[str, Any]]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Runs each side `rounds` times, after one short run, and returns the medians; or why there are none.
+    """Runs each case as often as `terms` say, after one short run, and returns the medians; or why there are none.
 
     In turn on a CPU, whose speed changes with its neighbours; one after the other on a GPU, so that its memory is as
-    in production. After its first run a side may take half of the time that is left. `slow_s` says which sides take
-    how much longer to prepare.
+    in production. After its first run a case may take half of the time that is left. `keep` is given what is known
+    after each run, so that nothing is lost with what comes later.
     """
-    device = subject.device
-    order = list(sides) * rounds if device.type == "cpu" else [name for name in sides for _ in range(rounds)]
+    device, whole = subject.device, subject.shape.preset
+    rounds, budget = terms.rounds, terms.budget
+    by_name = {case.name: case for case in cases}
+    order = list(by_name) * rounds if device.type == "cpu" else [name for name in by_name for _ in range(rounds)]
     short = replace(whole, schedule=replace(whole.schedule, steps=1, sigmas=(1.0,)))
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in by_name}
     warm: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     formed, run = "", None
+
+    def known() -> dict[str, dict[str, Any]]:
+        return {
+            name: {"warm_up": warm.get(name), "runs": runs[name]}
+            | (middle(runs[name]) if runs[name] else {"failed": failed.get(name, "no time")})
+            for name in by_name
+        }
+
     for name in order:
+        case = by_name[name]
+        guess = terms.expect(case)
+        measured = short if case.stage in {"encode", "decode"} else whole
         if name in failed:
             continue
-        if name not in warm and not budget.allows(f"{name}, first run", subject.guess_s + slow_s.get(name, 0)):
+        if name not in warm and not budget.allows(f"{name}, first run", guess.prepare_s + guess.first_s):
             failed[name] = "no time"
             continue
         try:
@@ -299,25 +341,25 @@ def race(
             if name != formed:
                 run = None  # it holds on to models
                 make_room(device)
-                formed, run = name, sides[name]()
+                formed, run = name, subject.side(case)()
             if name not in warm:
                 prepared_s = time.perf_counter() - started
                 warm[name] = run(short) | {"prepared_s": prepared_s}
+                runs[name] += [] if warms_up(case, cases) else [warm[name]]
+                keep(known())
+                if runs[name]:
+                    continue
             expected_s = warm[name].get("total_s", warm[name]["latents_s"])
-            expected_s += (whole.schedule.steps - 1) * warm[name]["denoise_s"]
+            expected_s += (measured.schedule.steps - 1) * warm[name]["denoise_s"]
             if budget.allows(f"{name}, run {len(runs[name]) + 1}", expected_s, share=0.5 if runs[name] else 1.0):
-                runs[name].append(run(whole))
+                runs[name].append(run(measured))
                 took = runs[name][-1]
                 print(f"{subject.shape.name}, {name}: {took.get('total_s', took['latents_s']):.3f} s", flush=True)
+                keep(known())
         except Exception as error:  # noqa: BLE001 - the next part may work, and device time is dear
             failed[name], formed = f"{type(error).__name__}: {error}"[:300], ""
             print(f"failed: {name}: {failed[name]}", flush=True)
-    result = {}
-    for name in sides:
-        result[name] = {"warm_up": warm.get(name), "runs": runs[name]} | (middle(runs[name]) if runs[name] else {})
-        if not runs[name]:
-            result[name]["failed"] = failed.get(name, "no time")
-    return result
+    return known()
 
 
 def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:

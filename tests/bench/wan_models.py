@@ -7,7 +7,7 @@ ours, as the engine runs them. `python -m tests.bench.wan` measures both.
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from inference.engines.wan import lean, placement, tokens, vae, weights
+from inference.engines.wan import lean, placement, weights
 from inference.engines.wan.loading import (
     EXPERTS,
     ROOM_TO_BREATHE,
@@ -52,7 +51,7 @@ class Shape:
     height: int  # pixels
     frames: int
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by component; empty: those of `tiny`
-    forward_tflop: float | None = None  # of the true sizes: performance.md, and the counter of `flops`
+    forward_tflop: float | None = None  # of the true sizes: performance.md, and the counter of `floors`
     decode_tflop: float | None = None
     encode_tflop: float | None = None
 
@@ -143,10 +142,7 @@ class Parts:
     @classmethod
     def make(cls, shape: Shape, device: torch.device, tiny_dir: Path) -> "Parts":
         """Random models on `device`, seconds; those that do not fit go to host memory one by one."""
-        offload = Offload.NONE
-        if device.type == "cuda":
-            free_gb = torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE
-            offload = placement.choose(_sizes(shape, tiny_dir), free_gb)
+        offload = least_offload(shape, device, tiny_dir)
         if offload == Offload.BLOCKS:
             raise ValueError(f"{shape.name} is too large for this GPU")
 
@@ -181,7 +177,8 @@ class Parts:
         lean.as_loaded(self.vae)
         self.vae.to(torch.float32)
         for parameter in self.vae.parameters():
-            parameter.data = parameter.data.contiguous()
+            # `contiguous` would leave 1x1 kernels with the strides of channels_last, for which convolutions then go.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         for model in self.experts.values():
             model.__class__ = WanTransformer3DModel
             for block in model.blocks:
@@ -248,43 +245,11 @@ class Parts:
         return self.tiny_dir / "tiny" / "tokenizer"
 
 
-def count_tflop(shape: Shape, tiny_dir: Path) -> dict[str, float]:
-    """TFLOP by the counter, on tensors without contents: the stock forward, ours, decode and encode."""
-    meta = torch.device("meta")
-    model, codec = (_make(shape, name, tiny_dir, meta) for name in ("transformer", "vae"))
-    latents = torch.empty(shape.latents(codec.config.scale_factor_spatial, codec.config.z_dim), device=meta)
-    shown = torch.empty(1, model.config.in_channels, *latents.shape[2:], device=meta, dtype=model.dtype)
-    text = torch.empty(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=meta, dtype=model.dtype)
-    first = torch.empty(1, 3, 1, shape.height, shape.width, device=meta)
-    clean = shape.preset.first_frame_is_clean
-
-    def forward() -> None:
-        tokens.velocity(model, shown, torch.tensor(1000.0, device=meta), text, clean=clean)
-
-    def count(work: Any) -> float:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops() / TERA
-
-    def over_time(work: Callable[[int], Any], latent_frames: int) -> float:
-        # The VAE goes through time one latent frame after the other, each like the third.
-        if latent_frames <= 3:
-            return count(lambda: work(latent_frames))
-        two, three = count(lambda: work(2)), count(lambda: work(3))
-        return two + (latent_frames - 2) * (three - two)
-
-    counted = {
-        "formula": by_formula(model, latents.shape)[1],
-        "forward stock": count(forward),
-        "decode": over_time(lambda n: list(vae.decode(codec, latents[:, :, :n])), latents.shape[2]),
-        "encode": over_time(
-            lambda n: vae.encode(codec, first, None, 1 + (n - 1) * FRAME_STRIDE), 1 if clean else latents.shape[2]
-        ),
-    }
-    if clean:
-        tokens.share_timesteps(model)
-        counted["forward ours"] = count(forward)
-    return counted
+def least_offload(shape: Shape, device: torch.device, tiny_dir: Path) -> Offload:
+    """The least with which ours fits into what is free of a GPU's memory."""
+    if device.type != "cuda":
+        return Offload.NONE
+    return placement.choose(_sizes(shape, tiny_dir), torch.cuda.mem_get_info(device)[0] / GB * ROOM_TO_BREATHE)
 
 
 def by_formula(model: WanTransformer3DModel, latents: Sequence[int]) -> tuple[int, float]:
