@@ -16,6 +16,7 @@ from inference.build.workers import build_ledger, build_worker, open_events
 from inference.commands.comfy import app as comfy_app
 from inference.commands.demo import demo
 from inference.commands.film import film
+from inference.commands.health import health
 from inference.commands.payments import payments
 from inference.commands.push import app as push_app
 from inference.commands.push import prepare_wake
@@ -35,6 +36,7 @@ from inference.errors import (
     QueueFailed,
     QueueUnavailable,
 )
+from inference.leasing.polling import Worker
 from inference.on_modal.doctor import examine_modal
 from inference.progress.stages import Sink
 from inference.providers import EngineName, QueueName, is_paid
@@ -152,7 +154,13 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         taken.append(lease.task.item_id)
         return logs.stages(lease.task.item_id)
 
+    worker: Worker | None = None  # none while weights are loaded
+
+    def is_stuck() -> bool:
+        return worker is not None and worker.is_stuck
+
     async with open_events(settings) as hub, open_queue(settings) as queue, anyio.create_task_group() as tasks:
+        tasks.start_soon(process.show_life, settings.worker_id, is_stuck, settings.notify_socket)
         listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
@@ -183,6 +191,7 @@ app.command(epilog='Example: `i2v render photo.jpg "천천히 줌인" -o out.mp4
 app.command(epilog='Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`')(film)
 
 
+app.command(epilog="Example: `i2v health runway-worker-001`; exits 1 and says which worker hangs")(health)
 app.command(epilog="Example: `i2v payments --forget ITEM`, after a look at dev.runwayml.com")(payments)
 app.add_typer(weights_app)
 app.add_typer(comfy_app)
