@@ -50,29 +50,44 @@ def shown(worker_id: str) -> Iterator[Sign]:
 
     Raises OSError where none can be made, or where the folder belongs to another user.
     """
-    signs = folder()
-    private.make_folder(signs, f"*{SUFFIX}")
-    if sys.platform != "win32" and (signs.is_symlink() or signs.stat().st_uid != os.getuid()):
-        raise PermissionError(f"{signs} belongs to another user")
-    for left in signs.glob(f"[!.]*{SUFFIX}"):  # those that are being made begin with a dot
-        with suppress(OSError):
-            lock = private.hold(left)
-            if lock is not None:
-                left.unlink()
-                os.close(lock)
-    descriptor, name = tempfile.mkstemp(prefix=f".{worker_id}.", suffix=SUFFIX, dir=signs)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"worker_id": worker_id, "pid": os.getpid()}, file)
-    new = Path(name)
-    # It gets its name only once it is locked, or another worker could take it for one that was left.
-    lock = private.hold(new)
-    path = new.rename(new.with_name(new.name.removeprefix(".")))
+    try:
+        path, lock = _made(worker_id)
+    except FileNotFoundError:  # a worker that ended took the folder along just now
+        path, lock = _made(worker_id)
     try:
         yield Sign(path)
     finally:
         path.unlink(missing_ok=True)
         if lock is not None:
             os.close(lock)
+        with suppress(OSError):  # others are there
+            path.parent.rmdir()
+
+
+def _made(worker_id: str) -> tuple[Path, int | None]:
+    """A new sign, and its lock. Raises OSError."""
+    signs = folder()
+    private.make_folder(signs, f"*{SUFFIX}")
+    if sys.platform != "win32" and (signs.is_symlink() or signs.stat().st_uid != os.getuid()):
+        raise PermissionError(f"{signs} belongs to another user")
+    _clear_away(signs)
+    descriptor, name = tempfile.mkstemp(prefix=f".{worker_id.strip('.')}.", suffix=SUFFIX, dir=signs)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump({"worker_id": worker_id, "pid": os.getpid()}, file)
+    new = Path(name)
+    # It gets its name only once it is locked, or another worker could take it for one that was left.
+    lock = private.hold(new)
+    return new.rename(new.with_name(new.name.removeprefix("."))), lock
+
+
+def _clear_away(signs: Path) -> None:
+    """Removes the signs of workers that are gone."""
+    for left in signs.glob(f"[!.]*{SUFFIX}"):  # those that are being made begin with a dot
+        with suppress(OSError):
+            lock = private.hold(left)
+            if lock is not None:
+                left.unlink()
+                os.close(lock)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ DATABASE_URL = re.compile(r"(\w+(?:\+\w+)?://)(?:[^@/?]*@)?([\w.:\[\]-]*(?:/[\w.
 """An address of a database: its scheme, who, where, and what else."""
 
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
-OF_ONE_MACHINE |= {"temp_dir", "log_dir", "notify_socket", "weights_dir", "data_dir", "ledger_path"}
+OF_ONE_MACHINE |= {"temp_dir", "log_dir", "log_format", "notify_socket", "weights_dir", "data_dir", "ledger_path"}
 OF_ONE_MACHINE |= {"runpod_endpoint_id", "runpod_url", "runpod_max_workers", "runpod_init_timeout_s", "runpod_webhook"}
 OF_ONE_MACHINE |= {"queue", "gmanimato_url", "gmanimato_callback_url", "webhook_bytes"}
 OF_ONE_MACHINE |= {"comfy_host", "comfy_workflow", "comfy_mapping", "comfy_patience_s"}
@@ -188,11 +188,19 @@ class Settings(LoadableSettings):
     auto_cleanup_temp: bool = setting(
         True, "AUTO_CLEANUP_TEMP", about="Remove each task's temporary files when it ends; `false` leaves them."
     )
-    log_dir: Path | None = setting(None, "LOG_DIR", about="Folder for a log file besides the terminal. Default: none.")
+    log_dir: Path | None = setting(
+        None, "LOG_DIR", about="Folder for log files besides the terminal, one a worker. Default: none."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "I2V_LOG_LEVEL", about="`debug`, `info`, `warning` or `error`."
     )
 
+    log_format: Literal["auto", "human", "json"] = setting(
+        "auto",
+        "I2V_LOG_FORMAT",
+        about="`human`: a sentence a line, with the steps of a task. `json`: an object a line. `auto`: columns on a "
+        "terminal, JSON elsewhere.",
+    )
     notify_socket: str | None = setting(
         None, "NOTIFY_SOCKET", about="Where systemd's watchdog listens; systemd itself sets it for a service."
     )

@@ -68,7 +68,7 @@ def up(
     verbose: Verbose = False,
 ) -> None:
     """The queue server with its page and a worker, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = start(None, verbose=verbose, port=port, wake_port=wake_port)
+    settings = start(None, verbose=verbose, is_worker=True, port=port, wake_port=wake_port)
 
     async def main() -> None:
         async with serving(settings) as here:
@@ -135,6 +135,7 @@ def work(
                 None,
                 url_field,
                 verbose=verbose,
+                is_worker=True,
                 queue=queue,
                 concurrency=concurrency,
                 engine=engine,

@@ -31,11 +31,16 @@ OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--ne
 """The options for the fields of a request."""
 
 
-def start(level: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
-    """Reads settings and configures logging. Raises SettingsError."""
+def start(level: str | None, *required: str, verbose: bool, is_worker: bool = False, **overrides: Any) -> Settings:
+    """Reads settings and configures logging; a worker has a log file of its own. Raises SettingsError."""
     settings = Settings.load(*required, **overrides)
     try:
-        logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
+        logs.configure(
+            "debug" if verbose else level or settings.log_level,
+            log_format=None if settings.log_format == "auto" else settings.log_format,
+            log_dir=settings.log_dir,
+            worker_id=settings.worker_id if is_worker else None,
+        )
     except OSError as error:
         raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
     settings.warn_of_unread()
