@@ -1,16 +1,17 @@
 """What can be configured, and the only reader of the environment.
 
 Names that the documents of the systems we serve use are kept as they are; all others start with I2V_. A `.env`
-file in the working directory is read too; the environment wins over it. `python -m inference.settings` prints the
-contents of `.env.example`.
+file in the working directory is read too, and a file that `--config` names; the environment wins over both, and `.env`
+over the other. `python -m inference.settings` prints the contents of `.env.example`.
 """
 
 import json
 import re
 import socket
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -55,6 +56,19 @@ OF_A_TABLE = {"queue", "bucket_url", "bucket_name", "bucket_region"}
 
 class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
+
+    # As the document of the Runway worker has them in its config.yaml.
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {
+        "worker_token": "api_key",
+        "worker_type": "worker_type",
+        "lease_duration_seconds": "lease_duration_s",
+        "polling_interval_slow": "poll_interval_s",
+    }
+    FILE_EXTRAS: ClassVar[Mapping[str, str]] = {
+        "api_timeout": "every call has a limit of its own",
+        "polling_interval_fast": "after a task the next question is asked at once",
+        "fast_polling_duration": "as above",
+    }
 
     # The queue a worker takes its tasks from
     queue: QueueName = setting(

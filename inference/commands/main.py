@@ -24,6 +24,7 @@ from inference.commands.render import render
 from inference.commands.runpod import app as runpod_app
 from inference.commands.serving import at_home, serving, tell_page
 from inference.commands.start import (
+    Config,
     QueueUrl,
     Verbose,
     WakePort,
@@ -64,11 +65,12 @@ app.command(epilog='Example: `i2v demo holiday.jpg --prompt "pan left"`')(demo)
 def up(
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
     wake_port: WakePort = None,
+    config: Config = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """The queue server with its page and a worker, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = start(None, verbose=verbose, is_worker=True, port=port, wake_port=wake_port)
+    settings = start(None, verbose=verbose, is_worker=True, config=config, port=port, wake_port=wake_port)
 
     async def main() -> None:
         async with serving(settings) as here:
@@ -85,11 +87,12 @@ def up(
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to bind to; others than loopback need a key.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)] = None,
+    config: Config = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL."""
-    settings = start(None, verbose=verbose, host=host, port=port)
+    settings = start(None, verbose=verbose, config=config, host=host, port=port)
 
     async def main() -> None:
         async with serving(settings) as here:
@@ -113,6 +116,7 @@ def work(
     ] = None,
     max_retries: Annotated[int | None, typer.Option(help="Instead of WORKER_MAX_RETRIES.", min=1, max=20)] = None,
     wake_port: WakePort = None,
+    config: Config = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
     supervised: Annotated[
@@ -129,13 +133,14 @@ def work(
     left and exits 0; a second signal hands back at once.
     """
     with process.told_errors(verbose=verbose, wrong_settings=process.WRONG_SETTINGS if supervised else 1):
-        url_field = queue_url_field(queue)
+        url_field = queue_url_field(queue, config)
         settings = choose_engine(
             start(
                 None,
                 url_field,
                 verbose=verbose,
                 is_worker=True,
+                config=config,
                 queue=queue,
                 concurrency=concurrency,
                 engine=engine,
@@ -208,6 +213,7 @@ def doctor(
     url: QueueUrl = None,
     queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
     engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    config: Config = None,
     *,
     verbose: Verbose = False,
 ) -> None:
@@ -215,7 +221,7 @@ def doctor(
     logs.configure("debug" if verbose else "error")
 
     def load() -> Settings:
-        return Settings.load(queue=queue, engine=engine, **{queue_url_field(queue): url})
+        return Settings.load(config=config, queue=queue, engine=engine, **{queue_url_field(queue, config): url})
 
     async def main() -> bool:
         sound = True

@@ -22,6 +22,11 @@ QueueUrl = Annotated[
 ]
 Url = Annotated[str | None, typer.Option("--url", help="The queue, instead of VERCEL_API_URL.")]
 
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of settings, `name: value` a line; the environment and `.env` go before it."),
+]
+
 WakePort = Annotated[
     int | None,
     typer.Option(help="Port for `POST /wake`, with I2V_PUSH_TOKEN: the queue is asked at once.", min=0, max=65535),
@@ -31,9 +36,16 @@ OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--ne
 """The options for the fields of a request."""
 
 
-def start(level: str | None, *required: str, verbose: bool, is_worker: bool = False, **overrides: Any) -> Settings:
+def start(
+    level: str | None,
+    *required: str,
+    verbose: bool,
+    is_worker: bool = False,
+    config: Path | None = None,
+    **overrides: Any,
+) -> Settings:
     """Reads settings and configures logging; a worker has a log file of its own. Raises SettingsError."""
-    settings = Settings.load(*required, **overrides)
+    settings = Settings.load(*required, config=config, **overrides)
     try:
         logs.configure(
             "debug" if verbose else level or settings.log_level,
@@ -47,14 +59,14 @@ def start(level: str | None, *required: str, verbose: bool, is_worker: bool = Fa
     return settings
 
 
-def queue_url_field(queue: QueueName | None) -> str:
+def queue_url_field(queue: QueueName | None, config: Path | None = None) -> str:
     """The setting that `--url` stands for, which depends on the queue: `--queue`, or else I2V_QUEUE.
 
     Mistakes in other settings are left to whoever loads them next, which tells all at once.
     """
     if queue is None:
         with suppress(SettingsError):
-            queue = Settings.load().queue
+            queue = Settings.load(config=config).queue
     return QUEUE_URL_FIELDS[queue or "lifeisshort"]
 
 
