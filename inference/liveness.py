@@ -9,6 +9,7 @@ This module is what a health check runs every 30 s on each box, so it imports li
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -127,3 +128,17 @@ def faults(worker_id: str | None, limit_s: float) -> list[str]:
         for it in here
         if it.silent_s > limit_s
     ]
+
+
+def end_hung(worker_id: str | None, limit_s: float, *, pause_s: float = 3.0) -> None:
+    """Ends the workers that hang now and still do after a pause: a clock that was set looks like a silence at first.
+
+    By SIGABRT, at which a Python that has its fault handler enabled tells what each of its threads was doing.
+    """
+    time.sleep(pause_s)
+    for it in workers():
+        if worker_id in {None, it.worker_id} and it.silent_s > limit_s:
+            with suppress(ProcessLookupError):
+                os.kill(it.pid, signal.SIGABRT)
+                if sys.platform != "win32":
+                    os.kill(it.pid, signal.SIGCONT)  # one that is stopped does not end before it goes on

@@ -132,8 +132,8 @@ def test_the_check_imports_little():
     assert ran.stdout.split() == []
 
 
-def test_of_real_workers(tmp_path, capsys):
-    """Idle and busy they live; one that is paused does not, and is named; one that was killed is not there."""
+def test_of_real_workers(tmp_path, capsys, monkeypatch):
+    """Idle and busy they live; one that is paused hangs, is named, and ended if asked; one that was killed is gone."""
 
     def check(*arguments):
         return i2v_here(capsys, tmp_path, "health", *arguments, TMPDIR=tmp_path)
@@ -162,6 +162,12 @@ def test_of_real_workers(tmp_path, capsys):
         assert first.events("lease_ended") == []  # it renders all the time
         second.send(signal.SIGCONT)
         until(lambda: lives("second", "--within", "2"), 20, "it goes on")
+        second.send(signal.SIGSTOP)
+        until(lambda: not lives("--within", "2"), 20, "it is missed again")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        liveness.end_hung(None, 2, pause_s=0)
+        assert second.wait() == -signal.SIGABRT
+        assert lives("--within", "10", "--end")  # the other was left alone
         first.kill()
         assert check("first").stderr.startswith("i2v: no worker first runs here: ")
         site.stop_workers()

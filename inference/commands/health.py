@@ -12,9 +12,15 @@ def health(
     within: Annotated[
         float, typer.Option(help="Seconds within which its loop has to have turned.", min=1)
     ] = liveness.LIMIT_S,
+    *,
+    end: Annotated[
+        bool, typer.Option("--end", help="End a worker that hangs, for whatever starts it again when it has ended.")
+    ] = False,
 ) -> None:
     """Whether the workers on this box live: exits 0 if each one's loop turned within a minute, busy or idle, else 1."""
     faults = liveness.faults(worker_id, within)
+    if end and faults:
+        liveness.end_hung(worker_id, within)
     for fault in faults:
         typer.echo(f"i2v: {fault}", err=True)
     if faults:
