@@ -3,7 +3,8 @@
 #
 #   docker build --platform linux/amd64 -f images/worker.Dockerfile -t serverless-i2v-worker .
 #
-# It runs with a read-only root: what it writes goes to /data, /logs and /temp, which are volumes, and to /tmp.
+# It runs with a read-only root: what it writes goes to /data, /logs and /temp, which are volumes, and to /tmp. It has to
+# run with `--init`: the kernel lets nobody inside a container end its first process, also not the check below.
 
 # As BASE in images/__init__.py; imageio-ffmpeg brings ffmpeg.
 FROM python:3.12.12-slim-bookworm@sha256:593bd06efe90efa80dc4eee3948be7c0fde4134606dd40d8dd8dbcade98e669c

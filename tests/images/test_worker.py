@@ -235,6 +235,7 @@ def test_every_name_is_a_setting(service):
 def test_it_is_confined(service):
     """No root, no capability, nothing to write to but its volumes and a small /tmp, and not more than its share."""
     assert service["read_only"] is True
+    assert service["init"] is True  # the first process of a container cannot be ended by its health check
     assert "user" not in service  # as the image says
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
