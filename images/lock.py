@@ -2,9 +2,11 @@
 
     slim.txt     base, push, redis     the cron, calls and Runway, on Modal
     wan.txt      the same, and wan     GPU containers on Modal
-    runpod.txt   wan's, and runpod      workers on RunPod
+    runpod.txt   the same, and runpod  workers on RunPod
+    worker.txt   base, server, comfyui, redis, yaml   a worker or a queue on any box, without a model
 
-Compiled from the ranges of pyproject.toml, the largest first, so that all three have the same version of everything.
+Compiled from the ranges of pyproject.toml, each within those before it, so that all have the same version of
+everything.
 Each is complete, with the sha256 of every wheel that fits the base image, so that the locked files are installed from
 whichever index. Wheels of other platforms are left out, because they would be nine lines of ten.
 """
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "runpod": ("wan", "push", "redis", "runpod"),
     "wan": ("wan", "push", "redis"),
     "slim": ("push", "redis"),
+    "worker": ("server", "comfyui", "redis", "yaml"),
 }
 """Of each image, the largest first."""
 
@@ -32,8 +35,8 @@ PLATFORM = "x86_64-manylinux_2_36"
 """Of the base image; 2.36 is the C library of bookworm."""
 
 
-def compiled(image: str, limits: Path | None) -> str:
-    """The contents of an image's file, with no version that `limits` does not have.
+def compiled(image: str, limits: Sequence[Path]) -> str:
+    """The contents of an image's file, with no other version of a package than `limits` have.
 
     Raises subprocess.CalledProcessError where nothing fits.
     """
@@ -43,7 +46,7 @@ def compiled(image: str, limits: Path | None) -> str:
         command += ["--format", "pylock.toml", "--output-file", str(found)]
         command += ["--python-version", PYTHON, "--python-platform", PLATFORM, "--no-build"]  # wheels or nothing
         command += [f"--extra={extra}" for extra in EXTRAS[image]]
-        command += ["--constraints", str(limits)] if limits else []
+        command += [f"--constraints={path}" for path in limits]
         subprocess.run(command, check=True)  # noqa: S603 - uv, with names from above
         packages = tomllib.loads(found.read_text())["packages"]
     return "\n".join(["# Written by `python -m images.lock`.", *_lines(packages)]) + "\n"
@@ -58,12 +61,12 @@ def _lines(packages: list[dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     """Writes every file."""
-    limits: Path | None = None
+    limits: list[Path] = []
     for image in EXTRAS:
         path = lock_of(image)
         path.write_text(compiled(image, limits))
         sys.stdout.write(f"{path.name}: {path.read_text().count('==')} packages\n")
-        limits = path
+        limits.append(path)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""Logging: readable lines on a terminal, JSON lines everywhere else, and optionally a file."""
+"""Logging: readable lines on a terminal, JSON lines everywhere else, and optionally a file.
 
+console   columns and colours, for a terminal
+json      one object a line, for programs
+human     one sentence a line, with the steps of a task as the documents of the workers number them
+"""
+
+import itertools
 import json
 import logging
 import logging.handlers
+import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -17,15 +24,24 @@ from inference.progress.stages import Progress, Sink
 
 log = structlog.get_logger(__name__)
 
-LOG_FILE = "i2v.log"
+LOG_FILE = "i2v"
+"""What the name of every log file begins with."""
+
 LOG_FILE_BYTES = 10_000_000
 LOG_FILES_KEPT = 5
 
 
-def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path | None = None) -> None:
-    """Sends all logging, ours and the libraries', to stderr and to `log_dir/i2v.log` if given.
+Format = Literal["console", "json", "human"]
 
-    `as_json` None means: JSON unless stderr is a terminal. Raises OSError where the folder cannot be written.
+
+def configure(
+    level: str = "info", *, log_format: Format | None = None, log_dir: Path | None = None, worker_id: str | None = None
+) -> None:
+    """Sends all logging, ours and the libraries', to stderr and, if given, to a file in `log_dir`.
+
+    `log_format` None means: JSON, but `console` on a terminal. A file is JSON unless `human` is asked for.
+    `worker_id`: whose log it is; the file is `i2v-ID.log`, and `i2v.log` without. A process that runs beside another of
+    the same name writes `i2v-ID.2.log`, so that no two turn over one file. Raises OSError where it cannot be written.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -33,16 +49,19 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    as_json = not sys.stderr.isatty() if as_json is None else as_json
+    on_stderr = log_format or ("console" if sys.stderr.isatty() else "json")
     terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(_formatter(shared, as_json=as_json))
+    terminal.setFormatter(_formatter(shared, on_stderr, worker_id))
     handlers: list[logging.Handler] = [terminal]
     if log_dir:
-        private.make_folder(log_dir, f"{LOG_FILE}*")
-        for kept in log_dir.glob(f"{LOG_FILE}*"):
+        private.make_folder(log_dir, f"{LOG_FILE}*.log*")
+        for kept in log_dir.glob(f"{LOG_FILE}*.log*"):
             private.close(kept)
-        file = _PrivateFile(log_dir / LOG_FILE, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
-        file.setFormatter(_formatter(shared, as_json=True))
+        for before in logging.getLogger().handlers:  # of this process, which would be in its own way
+            if isinstance(before, _PrivateFile):
+                before.close()
+        file = _PrivateFile.claimed(log_dir, f"{LOG_FILE}-{worker_id}" if worker_id else LOG_FILE)
+        file.setFormatter(_formatter(shared, "human" if log_format == "human" else "json", worker_id))
         handlers.append(file)
     logging.basicConfig(handlers=handlers, level=level.upper(), force=True)
     # httpx logs whole URLs at INFO, and httpcore at DEBUG: presigned ones carry credentials in the query.
@@ -62,11 +81,41 @@ def configure(level: str = "info", *, as_json: bool | None = None, log_dir: Path
 
 
 class _PrivateFile(logging.handlers.RotatingFileHandler):
-    """A log file that nobody else may read: prompts and storage paths are in it."""
+    """A log file of this process that nobody else may read: prompts and storage paths are in it."""
+
+    _lock: int | None = None
+
+    @classmethod
+    def claimed(cls, folder: Path, name: str) -> "_PrivateFile":
+        """The first of `name.log`, `name.2.log`, … that no other process writes to."""
+        for number in itertools.count(1):
+            file = cls(
+                folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log"),
+                maxBytes=LOG_FILE_BYTES,
+                backupCount=LOG_FILES_KEPT,
+                encoding="utf-8",
+            )
+            if file._lock is not None or sys.platform == "win32":
+                return file
+            file.close()
+        raise AssertionError  # mypy does not know that the loop has no end
 
     def _open(self) -> TextIOWrapper:
-        private.make_file(Path(self.baseFilename))
+        path = Path(self.baseFilename)
+        private.make_file(path)
+        self._let_go()
+        self._lock = private.hold(path)
         return super()._open()
+
+    def close(self) -> None:
+        """Also lets others have the file."""
+        super().close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def stages(item_id: str) -> Sink:
@@ -106,13 +155,80 @@ def _legible_values(_logger: Any, _method: str, event: EventDict) -> EventDict:
     return event
 
 
-def _formatter(shared: list[Processor], *, as_json: bool) -> structlog.stdlib.ProcessorFormatter:
+def _formatter(
+    shared: list[Processor], log_format: Format, worker_id: str | None
+) -> structlog.stdlib.ProcessorFormatter:
     last: list[Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.format_exc_info,
     ]
-    if as_json:
-        last += [structlog.processors.JSONRenderer(ensure_ascii=False), _escaped]
-    else:
-        last += [_legible_values, _FOR_PEOPLE]
+    match log_format:
+        case "json":
+            last += [structlog.processors.JSONRenderer(ensure_ascii=False), _escaped]
+        case "console":
+            last += [_legible_values, _FOR_PEOPLE]
+        case "human":
+            last += [_legible_values, _Sentences(worker_id)]
     return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last)
+
+
+SENTENCES: dict[str, str] = {
+    "worker_started": "Worker started, engine {engine}, queue {queue}",
+    "lease_started": "Task started: {item_id}",
+    "stage download": "[STEP 1/6] Asking where the photo is",
+    "presigned download": "[STEP 2/6] Downloading the photo",
+    "stage wait": "Waiting for the engine",
+    "stage": "[STEP 3/6] Making the video: {stage}",
+    "stage upload": "[STEP 4/6] Asking where the video goes",
+    "presigned upload": "[STEP 5/6] Uploading the video",
+    "stage report": "[STEP 6/6] Reporting the video",
+    "stage done": "Reported",
+    "lease_ended completed": "Task complete: {item_id} (SUCCESS)",
+    "lease_ended failed": "Task complete: {item_id} (FAILED): {error}",
+    "lease_ended": "Task ended here: {item_id} ({status}): {error}",
+    "idle": "[IDLE] No task: {polls} questions since the last line",
+    "stopping": "Stopping",
+    "worker_stopped": "Worker stopped",
+}
+"""What events mean, by event and what kind of it. The six steps are those of the document of the Runway worker."""
+
+KINDS = ("stage", "operation", "status")
+"""Fields that say what kind of an event it is."""
+
+
+class _Sentences:
+    """Renders `2026-01-05 12:00:00 [INFO] [worker] sentence name=value …`; the time is UTC."""
+
+    def __init__(self, worker_id: str | None) -> None:
+        self._whose = f" [{worker_id}]" if worker_id else ""
+
+    def __call__(self, _logger: Any, _method: str, event: EventDict) -> str:
+        name, level = str(event.pop("event")), str(event.pop("level", "info")).upper()
+        at = str(event.pop("timestamp", ""))[:19].replace("T", " ")
+        traceback = [str(event.pop(field)) for field in ("stack", "exception") if field in event]
+        kind = next((str(event[field]) for field in KINDS if field in event), "")
+        sentence = SENTENCES.get(f"{name} {kind}", SENTENCES.get(name))
+        told = name
+        if sentence is not None:
+            told = sentence.format_map(_Fields(event))
+            said = {"worker_id", *KINDS}
+            event = {
+                field: value for field, value in event.items() if field not in said and f"{{{field}}}" not in sentence
+            }
+        rest = "".join(f" {field}={_value(value)}" for field, value in event.items())
+        return "\n".join([f"{at} [{level}]{self._whose} {told}{rest}", *traceback])
+
+
+class _Fields(dict[str, Any]):
+    """Fields of an event, some of which may be missing."""
+
+    def __missing__(self, _name: str) -> str:
+        return "-"
+
+
+def _value(value: object) -> str:
+    """A field's value in a line. Text with blanks is quoted, so that one sees where it ends."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{_value(each)}" for name, each in value.items())
+    text = str(value) if isinstance(value, str | int | float | bool) else legible(repr(value))
+    return f'"{text}"' if " " in text else text

@@ -10,6 +10,9 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+if sys.platform != "win32":
+    import fcntl
+
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -42,3 +45,20 @@ def close(path: Path) -> None:
             path.chmod(mode & ~OTHERS)
     except FileNotFoundError:
         pass
+
+
+def hold(path: Path, *, shared: bool = False) -> int | None:
+    """Locks a file or folder for as long as the returned descriptor is open, so until this process ends at the latest.
+
+    None where another process holds the lock, and on Windows, which has no such locks. `shared`: only looks whether
+    somebody holds it, without being in the way of others who look. Raises OSError where the file cannot be opened.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

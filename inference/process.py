@@ -3,15 +3,16 @@
 import gc
 import os
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import anyio
 import structlog
 from anyio.abc import TaskStatus
 
-from inference import terminal
+from inference import liveness, terminal
 from inference.errors import EngineHung, I2VError, SettingsError
 from inference.leasing.polling import Worker
 
@@ -71,6 +72,32 @@ async def drain_on_signal(
             break
         async for _ in signals:
             worker.stop_now()
+
+
+TURN_S = 1.0
+"""How often a loop shows that it turns."""
+
+
+async def show_life(worker_id: str, is_stuck: Callable[[], bool], supervisor: str | None = None) -> None:
+    """Shows that this loop turns, for `i2v health` and a supervisor, as long as the worker is not stuck. Never returns.
+
+    `supervisor`: the socket of systemd's watchdog, NOTIFY_SOCKET, which takes a dead worker for one that hangs.
+    """
+    with ExitStack() as held:
+        sign = None
+        try:
+            sign = held.enter_context(liveness.shown(worker_id))
+        except OSError as error:
+            log.warning("no_sign_of_life", error=str(error), folder=str(liveness.folder()))
+        watchdog = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) if supervisor else None
+        while True:
+            if not is_stuck():
+                if sign is not None:
+                    sign.touch()
+                if watchdog is not None and supervisor is not None:
+                    with suppress(OSError):  # a supervisor that is being replaced hears the next one
+                        watchdog.sendto(b"WATCHDOG=1", f"\0{supervisor[1:]}" if supervisor[0] == "@" else supervisor)
+            await anyio.sleep(TURN_S)
 
 
 async def drain_calls_on_signal(drain: Callable[[float], Coroutine[object, object, None]], grace_s: float) -> None:

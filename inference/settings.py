@@ -1,16 +1,17 @@
 """What can be configured, and the only reader of the environment.
 
 Names that the documents of the systems we serve use are kept as they are; all others start with I2V_. A `.env`
-file in the working directory is read too; the environment wins over it. `python -m inference.settings` prints the
-contents of `.env.example`.
+file in the working directory is read too, and a file that `--config` names; the environment wins over both, and `.env`
+over the other. `python -m inference.settings` prints the contents of `.env.example`.
 """
 
 import json
 import re
 import socket
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import httpx
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -40,7 +41,8 @@ DATABASE_URL = re.compile(r"(\w+(?:\+\w+)?://)(?:[^@/?]*@)?([\w.:\[\]-]*(?:/[\w.
 """An address of a database: its scheme, who, where, and what else."""
 
 OF_ONE_MACHINE = {"api_url", "public_url", "engine", "worker_id", "worker_type", "host", "port"}
-OF_ONE_MACHINE |= {"temp_dir", "log_dir", "weights_dir", "wan_compiled_dir", "data_dir", "ledger_path"}
+OF_ONE_MACHINE |= {"temp_dir", "log_dir", "log_format", "notify_socket"}
+OF_ONE_MACHINE |= {"weights_dir", "wan_compiled_dir", "data_dir", "ledger_path"}
 OF_ONE_MACHINE |= {"runpod_endpoint_id", "runpod_url", "runpod_max_workers", "runpod_init_timeout_s", "runpod_webhook"}
 OF_ONE_MACHINE |= {"queue", "gmanimato_url", "gmanimato_callback_url", "webhook_bytes"}
 OF_ONE_MACHINE |= {"comfy_host", "comfy_workflow", "comfy_mapping", "comfy_patience_s"}
@@ -55,6 +57,19 @@ OF_A_TABLE = {"queue", "bucket_url", "bucket_name", "bucket_region"}
 
 class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
+
+    # As the document of the Runway worker has them in its config.yaml.
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {
+        "worker_token": "api_key",
+        "worker_type": "worker_type",
+        "lease_duration_seconds": "lease_duration_s",
+        "polling_interval_slow": "poll_interval_s",
+    }
+    FILE_EXTRAS: ClassVar[Mapping[str, str]] = {
+        "api_timeout": "every call has a limit of its own",
+        "polling_interval_fast": "after a task the next question is asked at once",
+        "fast_polling_duration": "as above",
+    }
 
     # The queue a worker takes its tasks from
     queue: QueueName = setting(
@@ -188,9 +203,21 @@ class Settings(LoadableSettings):
     auto_cleanup_temp: bool = setting(
         True, "AUTO_CLEANUP_TEMP", about="Remove each task's temporary files when it ends; `false` leaves them."
     )
-    log_dir: Path | None = setting(None, "LOG_DIR", about="Folder for a log file besides the terminal. Default: none.")
+    log_dir: Path | None = setting(
+        None, "LOG_DIR", about="Folder for log files besides the terminal, one a worker. Default: none."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "I2V_LOG_LEVEL", about="`debug`, `info`, `warning` or `error`."
+    )
+
+    log_format: Literal["auto", "human", "json"] = setting(
+        "auto",
+        "I2V_LOG_FORMAT",
+        about="`human`: a sentence a line, with the steps of a task. `json`: an object a line. `auto`: columns on a "
+        "terminal, JSON elsewhere.",
+    )
+    notify_socket: str | None = setting(
+        None, "NOTIFY_SOCKET", about="Where systemd's watchdog listens; systemd itself sets it for a service."
     )
 
     # The Wan engine

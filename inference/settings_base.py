@@ -1,8 +1,10 @@
 """Reads settings from the environment and reports mistakes in them; `settings.py` lists the settings."""
 
 import copy
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Self, TypeVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import structlog
 from pydantic import AliasChoices, Field, ValidationError
@@ -16,6 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from inference import config_file
 from inference.errors import SettingsError
 
 PREFIXES = ("I2V_", "GMANIMATO_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
@@ -39,19 +42,49 @@ class LoadableSettings(BaseSettings):
         env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
-    @classmethod
-    def load(cls, *required: str, **overrides: Any) -> Self:
-        """Reads and validates everything; `required` fields must be set, and `overrides` take precedence.
+    FILE_NAMES: ClassVar[Mapping[str, str]] = {}
+    """Fields by further names that a file of settings may use for them."""
 
+    FILE_EXTRAS: ClassVar[Mapping[str, str]] = {}
+    """Names that such a file may have although nothing reads them, with the reason."""
+
+    @classmethod
+    def load(cls, *required: str, config: Path | None = None, **overrides: Any) -> Self:
+        """Reads and validates everything; `required` fields must be set.
+
+        `overrides` go before the environment, that before `.env`, and that before the file `config`.
         Raises SettingsError with one line for each problem, all problems at once.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
+        from_file = cls._from_file(config) if config is not None else {}
+        told_as = {names_of(cls.model_fields[name])[0]: f"{config}: {key}" for name, (key, _) in from_file.items()}
+        given = {name: value for name, (_, value) in from_file.items()} | given
         demanding = _requiring(cls, [name for name in required if name not in given])
         aliases = {name: names_of(field)[0] for name, field in cls.model_fields.items()}
         try:
             return demanding(**{aliases[name]: value for name, value in given.items()})
         except ValidationError as error:
-            raise SettingsError("\n".join(_problem(cls, each) for each in error.errors(include_url=False))) from None
+            problems = [_problem(cls, each, told_as) for each in error.errors(include_url=False)]
+            raise SettingsError("\n".join(problems)) from None
+
+    @classmethod
+    def _from_file(cls, path: Path) -> dict[str, tuple[str, str]]:
+        """Fields that only the file sets: its own name for each, and the value. Raises SettingsError."""
+        environment = _environment(cls)
+        names = {alias.lower(): field for field, info in cls.model_fields.items() for alias in names_of(info)}
+        names |= cls.FILE_NAMES
+        found, unknown = {}, []
+        for key, value in config_file.read(path, environment).items():
+            field = names.get(key.lower())
+            if field is None:
+                if key not in cls.FILE_EXTRAS:
+                    unknown.append(f"--config: {path}: there is no {_unread(key, set(names))}")
+                continue
+            if not any(alias in environment for alias in names_of(cls.model_fields[field])):
+                found[field] = (key, value)
+        if unknown:
+            raise SettingsError("\n".join(unknown))
+        return found
 
     def unread(self) -> list[str]:
         """Variables in the environment and `.env` that look like settings but are not read.
@@ -59,9 +92,7 @@ class LoadableSettings(BaseSettings):
         Each with the name that may have been meant.
         """
         known = {name for field in type(self).model_fields.values() for name in names_of(field)}
-        sources = (EnvSettingsSource(type(self)), DotEnvSettingsSource(type(self)))
-        # pydantic's sources hold names in lower case.
-        given = {name.upper() for source in sources for name in source.env_vars}
+        given = set(_environment(type(self)))
         return [_unread(name, known) for name in sorted(given - known) if name.startswith(PREFIXES)]
 
     def warn_of_unread(self) -> None:
@@ -84,6 +115,12 @@ class LoadableSettings(BaseSettings):
         return cast("Self", Isolated.load(**given))
 
 
+def _environment(settings: type[LoadableSettings]) -> dict[str, str]:
+    """Variables of the environment and, behind it, of `.env`, by their names in capitals; empty ones are not set."""
+    found = dict(DotEnvSettingsSource(settings).env_vars) | dict(EnvSettingsSource(settings).env_vars)
+    return {name.upper(): value for name, value in found.items() if value}  # pydantic has names in lower case
+
+
 def _requiring(base: type[S], names: list[str]) -> type[S]:
     """The same settings with some of them required, so that pydantic reports missing ones with all other mistakes."""
     fields = {name: copy.copy(base.model_fields[name]) for name in names}
@@ -104,8 +141,11 @@ def names_of(field: FieldInfo) -> list[str]:
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
 
 
-def _problem(settings: type[LoadableSettings], error: ErrorDetails) -> str:
-    """One of pydantic's errors in one line, with the setting's name, but without its value, which may be a key."""
+def _problem(settings: type[LoadableSettings], error: ErrorDetails, told_as: Mapping[str, str]) -> str:
+    """One of pydantic's errors in one line, with the setting's name, but without its value, which may be a key.
+
+    `told_as`: what settings of a file are called, by the name that they have in the environment.
+    """
     location, message, kind = error["loc"], error["msg"], error["type"]
     if not location:
         return message.removeprefix("Value error, ")
@@ -115,4 +155,4 @@ def _problem(settings: type[LoadableSettings], error: ErrorDetails) -> str:
         names = names_of(known[name])
         return f"{' or '.join(names)} is not set: {known[name].description}"
     message = message.removeprefix("Value error, ")
-    return f"{name}: {message[0].lower()}{message[1:]}"
+    return f"{told_as.get(name, name)}: {message[0].lower()}{message[1:]}"

@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "inference").rglob("*.py"))
 
 FLOORS = [
     ("errors", "private"),  # every error, drawn as a tree; files for this user alone
-    ("task", "providers"),  # the values that travel; who serves which hint
+    ("task", "providers", "liveness", "config_file"),  # the values that travel; who serves which hint; files of the box
     ("progress", "media", "transfer", "payments", "sql"),  # what any queue or engine may need
     ("inputs",),  # what a task brings, put into a folder
     ("queues", "engines"),  # where tasks come from; what makes videos

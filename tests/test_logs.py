@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 
 import httpx
 import pytest
@@ -31,7 +32,7 @@ def lines(text):
 
 def test_every_line_is_json_ours_and_the_libraries(capsys):
     """With the fields they were given, the level and the time; text stays readable."""
-    logs.configure("info", as_json=True)
+    logs.configure("info", log_format="json")
     structlog.get_logger("inference.x").info("lease_started", item_id="1", prompt="천천히")
     logging.getLogger("uvicorn.error").warning("a library says %s", "this")
     said = capsys.readouterr().err
@@ -44,7 +45,7 @@ def test_every_line_is_json_ours_and_the_libraries(capsys):
 
 def test_what_is_not_legible_is_escaped(capsys):
     """JSON that means the same: whoever looks at it on a terminal gives no orders to it."""
-    logs.configure("info", as_json=True)
+    logs.configure("info", log_format="json")
     hostile = "천\x9b2J\u202e\ud800\x7f👨\u200d👩"
     structlog.get_logger().info("lease_started", prompt=hostile)
     said = capsys.readouterr().err
@@ -54,7 +55,7 @@ def test_what_is_not_legible_is_escaped(capsys):
 
 def test_an_exception_stays_on_one_line(capsys):
     """Its traceback is a field, so that what collects logs does not tear it apart."""
-    logs.configure("info", as_json=True)
+    logs.configure("info", log_format="json")
     structlog.get_logger().error("unexpected_error", exc_info=ValueError("two\nlines"))
     [line] = lines(capsys.readouterr().err)
     assert "ValueError: two\nlines" in line["exception"]
@@ -62,7 +63,7 @@ def test_an_exception_stays_on_one_line(capsys):
 
 def test_the_level_holds_for_both(capsys):
     """Below it nothing is said."""
-    logs.configure("warning", as_json=True)
+    logs.configure("warning", log_format="json")
     structlog.get_logger().info("quiet")
     logging.getLogger("library").info("quiet")
     structlog.get_logger().warning("loud")
@@ -72,7 +73,7 @@ def test_the_level_holds_for_both(capsys):
 @pytest.mark.anyio
 async def test_urls_stay_out_even_at_debug(capsys):
     """Libraries log requests with their URLs, and presigned ones carry credentials in the query."""
-    logs.configure("debug", as_json=True)
+    logs.configure("debug", log_format="json")
     async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(200))) as client:
         await client.get("https://storage.example.com/object?token=secret")
     async with httpx.AsyncClient() as client:
@@ -83,11 +84,87 @@ async def test_urls_stay_out_even_at_debug(capsys):
 
 def test_a_file_is_written_besides(capsys, tmp_path):
     """JSON in any case; the folder is made."""
-    logs.configure("info", as_json=False, log_dir=tmp_path / "new" / "logs")
+    logs.configure("info", log_format="console", log_dir=tmp_path / "new" / "logs")
     structlog.get_logger().info("lease_started", item_id="1")
     assert '{"' not in capsys.readouterr().err
     [line] = lines((tmp_path / "new" / "logs" / "i2v.log").read_text())
     assert line["event"] == "lease_started"
+
+
+def test_two_of_one_name_never_turn_over_one_file(tmp_path, monkeypatch):
+    """Each worker has a file by its name. A second process of that name has a second one, until the first ends."""
+    monkeypatch.setattr(logs, "LOG_FILE_BYTES", 200)
+    folder = tmp_path / "logs"
+    other = logs._PrivateFile.claimed(folder_of(folder), "i2v-w1")
+    other.handle(logging.makeLogRecord({"msg": "from the other process"}))
+    logs.configure("info", log_dir=folder, worker_id="w1")
+    for number in range(5):
+        structlog.get_logger().info("lease_started", number=number, prompt="x" * 150)
+    other.handle(logging.makeLogRecord({"msg": "again"}))
+    other.close()
+    assert (folder / "i2v-w1.log").read_text() == "from the other process\nagain\n"
+    kept = [line["number"] for path in folder.glob("i2v-w1.2.log*") for line in lines(path.read_text())]
+    assert sorted(kept) == [0, 1, 2, 3, 4]
+    logs.configure("info", log_dir=folder, worker_id="w1")
+    structlog.get_logger().info("stopping")
+    assert "stopping" in (folder / "i2v-w1.log").read_text()
+    logs.configure("info", log_dir=folder, worker_id="w2")
+    assert (folder / "i2v-w2.log").exists()
+
+
+def folder_of(path):
+    """The folder, made."""
+    path.mkdir()
+    return path
+
+
+def test_sentences_have_the_documents_steps(capsys, tmp_path):
+    """The same on stderr and in the file: when, how important, who; then what, and what else was said of it."""
+    logs.configure("info", log_format="human", log_dir=tmp_path, worker_id="runway-worker-001")
+    log, lease = structlog.get_logger(), {"item_id": "1", "worker_id": "runway-worker-001.x"}
+    log.info("worker_started", queue="https://app.example.com", worker_id="runway-worker-001", engine="runway")
+    log.info("idle", polls=60, last_item_id="0", last_status="completed", last_s_ago=300)
+    log.info("lease_started", **lease, prompt_chars=3, duration_s=5.0)
+    for stage in ("download", "wait", "generate", "upload", "report", "done"):
+        log.info("stage", item_id="1", stage=stage)
+        if stage in ("download", "upload"):
+            log.info("presigned", item_id="1", operation=stage)
+    log.info("lease_ended", **lease, status="completed", stage_seconds={"download": 0.1, "generate": 31.2})
+    log.warning("lease_ended", **lease, status="failed", error="Runway: refused\n\x1b[2J")
+    log.warning("lease_ended", **lease, status="released", error="away", machine_at_fault=False)
+    log.warning("heartbeat_failed", item_id="1", error="no answer")
+    logging.getLogger("library").error("a library says so")
+    said = capsys.readouterr().err
+    assert (tmp_path / "i2v-runway-worker-001.log").read_text() == said
+    when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    told = [re.fullmatch(rf"{when} \[(\w+)\] \[runway-worker-001\] (.+)", line) for line in said.splitlines()]
+    assert [f"{line[1]} {line[2]}" for line in told] == [
+        "INFO Worker started, engine runway, queue https://app.example.com",
+        "INFO [IDLE] No task: 60 questions since the last line last_item_id=0 last_status=completed last_s_ago=300",
+        "INFO Task started: 1 prompt_chars=3 duration_s=5.0",
+        "INFO [STEP 1/6] Asking where the photo is item_id=1",
+        "INFO [STEP 2/6] Downloading the photo item_id=1",
+        "INFO Waiting for the engine item_id=1",
+        "INFO [STEP 3/6] Making the video: generate item_id=1",
+        "INFO [STEP 4/6] Asking where the video goes item_id=1",
+        "INFO [STEP 5/6] Uploading the video item_id=1",
+        "INFO [STEP 6/6] Reporting the video item_id=1",
+        "INFO Reported item_id=1",
+        "INFO Task complete: 1 (SUCCESS) stage_seconds=download:0.1,generate:31.2",
+        "WARNING Task complete: 1 (FAILED): Runway: refused\ufffd\ufffd[2J",
+        "WARNING Task ended here: 1 (released): away machine_at_fault=False",
+        'WARNING heartbeat_failed item_id=1 error="no answer"',
+        "ERROR a library says so",
+    ]
+
+
+def test_a_traceback_among_sentences_stays_whole(capsys):
+    """Below its line, without local variables."""
+    logs.configure("info", log_format="human")
+    structlog.get_logger().error("unexpected_error", exc_info=ValueError("two\nlines"))
+    first, *traceback = capsys.readouterr().err.splitlines()
+    assert first.endswith("[ERROR] unexpected_error")
+    assert traceback[-2:] == ["ValueError: two", "lines"]
 
 
 def test_a_file_is_for_this_user_alone(tmp_path, monkeypatch):
@@ -118,7 +195,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 def test_a_traceback_for_people_shows_no_local_variables(capsys):
     """Among them are keys, and URLs whose query is as good as a key."""
-    logs.configure("info", as_json=False)
+    logs.configure("info", log_format="console")
 
     def ask(api_key, url):
         raise ValueError(f"unexpected, {len(api_key)} and {len(url)} characters")

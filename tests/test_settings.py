@@ -1,5 +1,6 @@
 """Settings: documented names, all problems at once, nothing secret in a message."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,113 @@ def test_a_key_is_taken_without_the_blanks_around_it(monkeypatch, name):
         with pytest.raises(SettingsError, match=f"^{name}: .*{says}") as caught:
             Settings.load()
         assert "sek" not in str(caught.value)
+
+
+DOCUMENTED = """\
+# as the document of the Runway worker has it
+vercel_api_url: "${NEXT_API_URL}"
+worker_token: "${WORKER_API_KEY}"
+runway_api_key: "${RUNWAY_API_KEY}"
+worker_id: "${WORKER_ID}"
+worker_type: "runway"
+api_timeout: 30
+lease_duration_seconds: 900
+heartbeat_interval: 110
+runway_timeout: 500
+runway_default_duration: 6.0
+runway_default_ratio: "1280:720"
+temp_dir: "./temp"
+log_dir: "./logs"
+auto_cleanup_temp: false
+polling_interval_slow: 60
+polling_interval_fast: 5
+fast_polling_duration: 1800
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a file of settings; its path."""
+
+    def write(text):
+        (tmp_path / "config.yaml").write_text(text)
+        return tmp_path / "config.yaml"
+
+    return write
+
+
+def test_the_documents_config_file_is_read(monkeypatch, tmp_path, config):
+    """By its own names, with secrets from the environment or `.env`; a variable that is not set sets nothing."""
+    (tmp_path / ".env").write_text("RUNWAY_API_KEY=key_of_runway\n")
+    monkeypatch.setenv("NEXT_API_URL", "https://app.example.com/api")
+    monkeypatch.setenv("WORKER_API_KEY", "k")
+    settings = Settings.load("api_url", "api_key", config=config(DOCUMENTED))
+    assert settings.api_url == "https://app.example.com/api"
+    assert settings.api_key.get_secret_value() == "k"
+    assert settings.runway_key.get_secret_value() == "key_of_runway"
+    assert settings.worker_id == Settings.load().worker_id
+    assert (settings.worker_type, settings.lease_duration_s, settings.heartbeat_interval_s) == ("runway", 900, 110)
+    assert (settings.runway_timeout_s, settings.runway_duration_s, settings.runway_ratio) == (500, 6, "1280:720")
+    assert (settings.temp_dir, settings.log_dir, settings.auto_cleanup_temp) == (Path("temp"), Path("logs"), False)
+    assert settings.poll_interval_s == 60
+
+
+def test_a_config_file_may_use_every_name(config):
+    """As in `.env.example`, in small letters or not."""
+    settings = Settings.load(config=config("i2v_engine: wan\nI2V_CONCURRENCY: 3\nredis_url:\n"))
+    assert (settings.engine, settings.concurrency, settings.redis_url) == ("wan", 3, None)
+    assert {"engine", "concurrency"} <= settings.model_fields_set
+    assert Settings.load(config=config("")).model_dump() == Settings.load().model_dump()
+
+
+def test_what_goes_before_what(monkeypatch, tmp_path, config):
+    """The command line, the environment, `.env`, the file, the default; under whichever of a setting's names."""
+    path = config("polling_interval_slow: 1\nlease_duration_seconds: 601\nheartbeat_interval: 61\nworker_id: file\n")
+    (tmp_path / ".env").write_text("POLLING_INTERVAL=2\nLEASE_DURATION=602\nHEARTBEAT_INTERVAL=62\n")
+    monkeypatch.setenv("WORKER_POLL_INTERVAL", "3")
+    monkeypatch.setenv("LEASE_DURATION", "603")
+    settings = Settings.load(config=path, lease_duration_s=604)
+    assert (settings.lease_duration_s, settings.heartbeat_interval_s, settings.worker_id) == (604, 62, "file")
+    monkeypatch.delenv("WORKER_POLL_INTERVAL")
+    assert Settings.load(config=path).poll_interval_s == 2
+    assert Settings.load(config=path).lease_duration_s == 603
+    (tmp_path / ".env").unlink()
+    assert Settings.load(config=path).poll_interval_s == 1
+    monkeypatch.setenv("WORKER_POLL_INTERVAL", "3")
+    assert Settings.load(config=path).poll_interval_s == 3
+    monkeypatch.setenv("WORKER_POLL_INTERVAL", "")
+    assert Settings.load(config=path).poll_interval_s == 1
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("runway_timout: 5\nwhatever: 1\n", ["there is no runway_timout (runway_timeout?)", "there is no whatever"]),
+        ("polling_interval_slow: soon\n", ["polling_interval_slow: input should be a valid number"]),
+        ("worker_id: [a, b]\n", ["worker_id has to have one value"]),
+        ("worker:\n  id: a\n", ["worker has to have one value"]),
+        ("- a\n", ["has to have lines such as"]),
+        ("worker_token: 'SECRET\nworker_id: b: c\n", [", line"]),
+        ("vercel_api_url: https://${NO_SUCH_HOST}/api\n", ["vercel_api_url needs NO_SUCH_HOST"]),
+    ],
+)
+def test_mistakes_in_a_config_file_are_told(config, text, told):
+    """Each with the file and the name in it, all at once; nothing secret, and no traceback."""
+    path = config(text)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(config=path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(told)
+    for line, part in zip(lines, told, strict=True):
+        assert str(path) in line
+        assert part in line
+        assert "SECRET" not in line
+
+
+def test_a_config_file_that_is_not_there_is_told(tmp_path, monkeypatch):
+    """And so is the extra that reads it."""
+    with pytest.raises(SettingsError, match=r"--config: .*nowhere\.yaml cannot be read: No such file"):
+        Settings.load(config=tmp_path / "nowhere.yaml")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(SettingsError, match=r"pip install 'serverless-i2v\[yaml\]'"):
+        Settings.load(config=tmp_path / "nowhere.yaml")

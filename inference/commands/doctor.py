@@ -8,7 +8,7 @@ import typer
 
 from inference import doctor as doctor_module
 from inference import logs, terminal
-from inference.commands.start import QueueUrl, Verbose, queue_url_field
+from inference.commands.start import Config, QueueUrl, Verbose, queue_url_field
 from inference.on_modal.doctor import examine_modal
 from inference.providers import EngineName, QueueName
 from inference.push.doctor import examine_push
@@ -22,6 +22,7 @@ def doctor(
     url: QueueUrl = None,
     queue: Annotated[QueueName | None, typer.Option(help="Instead of I2V_QUEUE.")] = None,
     engine: Annotated[EngineName | None, typer.Option(help="Instead of I2V_ENGINE.")] = None,
+    config: Config = None,
     *,
     verbose: Verbose = False,
 ) -> None:
@@ -29,7 +30,7 @@ def doctor(
     logs.configure("debug" if verbose else "error")
 
     def load() -> Settings:
-        return Settings.load(queue=queue, engine=engine, **{queue_url_field(queue): url})
+        return Settings.load(config=config, queue=queue, engine=engine, **{queue_url_field(queue, config): url})
 
     async def main() -> bool:
         sound = True

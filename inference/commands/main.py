@@ -93,6 +93,13 @@ COMMANDS = (
         'Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`',
     ),
     Command(
+        "health",
+        "Whether the workers on this box live: exits 0 if the loop of each turned within a minute, else 1.",
+        "health",
+        "health",
+        "Example: `i2v health runway-worker-001`; exits 1 and says which worker hangs",
+    ),
+    Command(
         "payments",
         "What was paid for at Runway from this machine, oldest first, and what of today's budget is left.",
         "payments",

@@ -57,7 +57,9 @@ def push(
     """Serves calls, unless a sub-command is given."""
     if context.invoked_subcommand is not None:
         return
-    settings = choose_engine(start(None, verbose=verbose, queue="video_jobs", host=host, port=port, engine=engine))
+    settings = choose_engine(
+        start(None, verbose=verbose, is_worker=True, queue="video_jobs", host=host, port=port, engine=engine)
+    )
     process.run(lambda: _serve(settings), cancel_on_signal=False)
 
 

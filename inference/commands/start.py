@@ -26,9 +26,10 @@ Host = Annotated[
     str | None, typer.Option(help="Address to listen on, such as 0.0.0.0; others than loopback need WORKER_API_KEY.")
 ]
 Port = Annotated[int | None, typer.Option(help="Port; 0 picks a free one.", min=0, max=65535)]
-
-ROOM_BYTES = 1_000_000
-"""Where there is no room for so much, there is none for a clip: a short one of the preview has about as much."""
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file of settings, `name: value` a line; the environment and `.env` go before it."),
+]
 
 WakePort = Annotated[
     int | None,
@@ -39,25 +40,37 @@ OPTIONS = {"duration_s": "--seconds", "seed": "--seed", "negative_prompt": "--ne
 """The options for the fields of a request."""
 
 
-def start(level: str | None, *required: str, verbose: bool, **overrides: Any) -> Settings:
-    """Reads settings and configures logging. Raises SettingsError."""
-    settings = Settings.load(*required, **overrides)
+def start(
+    level: str | None,
+    *required: str,
+    verbose: bool,
+    is_worker: bool = False,
+    config: Path | None = None,
+    **overrides: Any,
+) -> Settings:
+    """Reads settings and configures logging; a worker has a log file of its own. Raises SettingsError."""
+    settings = Settings.load(*required, config=config, **overrides)
     try:
-        logs.configure("debug" if verbose else level or settings.log_level, log_dir=settings.log_dir)
+        logs.configure(
+            "debug" if verbose else level or settings.log_level,
+            log_format=None if settings.log_format == "auto" else settings.log_format,
+            log_dir=settings.log_dir,
+            worker_id=settings.worker_id if is_worker else None,
+        )
     except OSError as error:
         raise SettingsError(f"LOG_DIR: {settings.log_dir} cannot be written: {error.strerror}") from None
     settings.warn_of_unread()
     return settings
 
 
-def queue_url_field(queue: QueueName | None) -> str:
+def queue_url_field(queue: QueueName | None, config: Path | None = None) -> str:
     """The setting that `--url` stands for, which depends on the queue: `--queue`, or else I2V_QUEUE.
 
     Mistakes in other settings are left to whoever loads them next, which tells all at once.
     """
     if queue is None:
         with suppress(SettingsError):
-            queue = Settings.load().queue
+            queue = Settings.load(config=config).queue
     return QUEUE_URL_FIELDS[queue or "lifeisshort"]
 
 
@@ -73,6 +86,10 @@ def check_mp4(output: Path) -> None:
     if not output.absolute().parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
     require_writable(output)
+
+
+ROOM_BYTES = 1_000_000
+"""Where there is no room for so much, there is none for a clip: a short one of the preview has about as much."""
 
 
 def require_writable(output: Path) -> None:

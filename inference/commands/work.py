@@ -13,8 +13,9 @@ from inference.build.workers import build_ledger, build_worker, open_events
 from inference.commands.push import prepare_wake
 from inference.commands.serving import at_home, serving, tell_page
 from inference.commands.shift import Shift
-from inference.commands.start import Host, Port, QueueUrl, Verbose, WakePort, queue_url_field, start
+from inference.commands.start import Config, Host, Port, QueueUrl, Verbose, WakePort, queue_url_field, start
 from inference.errors import QueueFailed, QueueUnavailable
+from inference.leasing.polling import Worker
 from inference.providers import EngineName, QueueName, is_paid
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
@@ -26,11 +27,12 @@ def up(
     host: Host = None,
     port: Port = None,
     wake_port: WakePort = None,
+    config: Config = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """The queue server with its page and a worker, until Ctrl-C. Data stays in I2V_DATA_DIR."""
-    settings = start(None, verbose=verbose, host=host, port=port, wake_port=wake_port)
+    settings = start(None, verbose=verbose, is_worker=True, config=config, host=host, port=port, wake_port=wake_port)
 
     async def main() -> None:
         async with serving(settings) as here:
@@ -46,11 +48,12 @@ def up(
 def serve(
     host: Host = None,
     port: Port = None,
+    config: Config = None,
     *,
     verbose: Verbose = False,
 ) -> None:
     """The embedded queue server: the documented worker API, and an API for apps, over SQLite or PostgreSQL."""
-    settings = start(None, verbose=verbose, host=host, port=port)
+    settings = start(None, verbose=verbose, config=config, host=host, port=port)
 
     async def main() -> None:
         async with serving(settings) as here:
@@ -73,6 +76,7 @@ def work(
     ] = None,
     max_retries: Annotated[int | None, typer.Option(help="Instead of WORKER_MAX_RETRIES.", min=1, max=20)] = None,
     wake_port: WakePort = None,
+    config: Config = None,
     *,
     once: Annotated[bool, typer.Option("--once", help="Take one task if there is one, then exit.")] = False,
     supervised: Annotated[
@@ -89,12 +93,14 @@ def work(
     left and exits 0; a second signal hands back at once.
     """
     with process.told_errors(verbose=verbose, wrong_settings=process.WRONG_SETTINGS if supervised else 1):
-        url_field = queue_url_field(queue)
+        url_field = queue_url_field(queue, config)
         settings = choose_engine(
             start(
                 None,
                 url_field,
                 verbose=verbose,
+                is_worker=True,
+                config=config,
                 queue=queue,
                 concurrency=concurrency,
                 engine=engine,
@@ -108,7 +114,13 @@ def work(
 
 
 async def _work(settings: Settings, *, once: bool = False) -> None:
+    worker: Worker | None = None  # none while weights are loaded
+
+    def is_stuck() -> bool:
+        return worker is not None and worker.is_stuck
+
     async with open_events(settings) as hub, open_queue(settings) as queue, anyio.create_task_group() as tasks:
+        tasks.start_soon(process.show_life, settings.worker_id, is_stuck, settings.notify_socket)
         listen = prepare_wake(settings) if settings.wake_port is not None else None  # wrong settings are told at once
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):

@@ -20,7 +20,7 @@ from inference.errors import (
 )
 from inference.leasing.executor import Executor
 from inference.leasing.runner import Runner
-from inference.leasing.taking import hand_back, lease_from
+from inference.leasing.taking import CLAIM_LIMIT_S, hand_back, lease_from
 from inference.queues.base import TaskQueue
 from inference.task import Lease, Outcome
 
@@ -32,6 +32,12 @@ MAX_BACKOFF_S = 60.0
 OUTAGE_PAUSE_S, MAX_OUTAGE_PAUSE_S = 30.0, 1800.0
 """How long no task is taken after the first that went back because of somebody's outage, and how long at most: each
 such task in a row doubles it. An exit would do worse, for supervisors start a worker again within seconds."""
+
+STUCK_AFTER_S = 2 * CLAIM_LIMIT_S
+"""A question to the queue, with the look at the engine before it, that takes longer than all of its limits together."""
+
+IDLE_LINE_S = 300.0
+"""How often a worker without a task says that it is there."""
 
 
 NOT_NOW: dict[type[I2VError], str] = {
@@ -73,6 +79,16 @@ class Worker:
         self._pause: anyio.CancelScope | None = None  # in which no task is taken; cancelled when the outage is over
         self._woken = anyio.Event()  # somebody said that there is work
         self._fault: I2VError | None = None
+        self._asked_at: float | None = None  # when the question began that has no answer yet
+        self._polls = 0  # questions that brought no task, since it was told or a task was there
+        self._told_at = -math.inf  # when that was told
+        self._last: dict[str, str] = {}  # of the last task that ended, for that line
+        self._ended_at = 0.0
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the loop waits for an answer that no limit ends any more, so that only a new process helps."""
+        return self._asked_at is not None and anyio.current_time() > self._asked_at + STUCK_AFTER_S
 
     def wake(self) -> None:
         """Asks the queue now instead of after the interval. Said while it is asked, makes it be asked once more.
@@ -135,8 +151,7 @@ class Worker:
             self._woken = anyio.Event()
             waits_for_more = at_most is None
             try:
-                await self._runner.check()
-                lease = await lease_from(self._queue)
+                lease = await self._ask(tells_idle=waits_for_more)
                 self._unanswered = 0
             except (QueueUnavailable, ProviderUnavailable, DiskFull) as error:
                 if not waits_for_more:
@@ -162,6 +177,30 @@ class Worker:
             with anyio.move_on_after(pause_s if left else 0.0):
                 await self._woken.wait()
 
+    async def _ask(self, *, tells_idle: bool) -> Lease | None:
+        """The queue's next task. Raises as Runner.check and lease_from."""
+        self._asked_at = anyio.current_time()
+        try:
+            await self._runner.check()
+            lease = await lease_from(self._queue)
+        finally:
+            self._asked_at = None
+        if tells_idle:
+            self._tell_idle(took_one=lease is not None)
+        return lease
+
+    def _tell_idle(self, *, took_one: bool) -> None:
+        """Says now and then that there is nothing to do: a log without lines could be a worker that hangs."""
+        now = anyio.current_time()
+        if took_one or self._executor.leases:
+            self._polls, self._told_at = 0, now
+            return
+        self._polls += 1
+        if now >= self._told_at + IDLE_LINE_S:
+            ago = {"last_s_ago": round(now - self._ended_at)} if self._last else {}
+            log.info("idle", polls=self._polls, **self._last, **ago)
+            self._polls, self._told_at = 0, now
+
     def _backoff_s(self, error: I2VError, interval_s: float) -> float:
         """The pause after a question that brought no task. A queue that answers, if only 5xx, is asked as ever."""
         if isinstance(error, QueueFailed):
@@ -183,6 +222,8 @@ class Worker:
                 await hand_back(self._queue, lease)
                 return
             outcome = await self._executor.run_lease(self._runner, lease)
+            self._last = {"last_item_id": outcome.item_id, "last_status": outcome.status}
+            self._ended_at = anyio.current_time()
             if self._on_outcome:
                 self._on_outcome(outcome)
             await self._judge(outcome)

@@ -2,16 +2,13 @@
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from inference import private
 from inference.errors import DiskFull, write_error
-
-if sys.platform != "win32":
-    import fcntl
 
 PREFIX = "i2v-lease-"
 
@@ -45,7 +42,7 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
         # The folder gets its final name only once it is locked, or a sweep could take it for a left-over one.
         new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
         folder = new.with_name(new.name.removeprefix("."))
-        lock = _lock(new)
+        lock = private.hold(new)
         new.rename(folder)
     except OSError as error:
         if lock is not None:
@@ -75,23 +72,10 @@ def sweep(parent: Path | None = None) -> int:
     removed = 0
     for folder in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):  # folders still being made begin with a dot
         with suppress(OSError):  # the folder belongs to another user, or was removed meanwhile
-            lock = _lock(folder)
-            if lock is None:
+            lock = private.hold(folder)
+            if lock is None:  # in use; or on Windows, where left-over folders stay until the system clears them
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
             removed += 1
     return removed
-
-
-def _lock(folder: Path) -> int | None:
-    """Locks a folder for as long as the returned descriptor is open; None where another process holds the lock."""
-    if sys.platform == "win32":
-        return None  # Windows has no such locks: left-over folders stay until the system clears them
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -341,7 +341,9 @@ class LifeIsShortQueue:
             raise ObjectUnsigned(f"{path}: the photo is gone from storage ({answer.error})")
         if answer.has_failed:
             await self._tell_missing_from_away(lease, answer)
-        return answer.data_as(SignedDownload).url
+        url = answer.data_as(SignedDownload).url
+        logger.info("presigned", item_id=lease.task.item_id, operation="download")
+        return url
 
     async def _tell_missing_from_away(self, lease: Lease, unsigned: QueueAnswer) -> None:
         """The real server answers 500 both for a missing photo and for a storage that is down.
@@ -370,6 +372,7 @@ class LifeIsShortQueue:
 
     async def _upload(self, lease: Lease, path: Path, extension: str) -> str:
         signed = await self._presign_upload(lease, extension)
+        logger.info("presigned", item_id=lease.task.item_id, operation="upload")
         try:
             with _reaching_storage():
                 try:

@@ -47,8 +47,9 @@ def one(name, section="Service"):
 
 
 def environment():
-    """What the unit itself sets."""
-    return dict(line.split("=", 1) for line in unit()["Environment"])
+    """Settings that the unit itself sets; what begins with PYTHON is the interpreter's."""
+    given = dict(line.split("=", 1) for line in unit()["Environment"])
+    return {name: value for name, value in given.items() if not name.startswith("PYTHON")}
 
 
 def analyze(*arguments):
@@ -78,6 +79,14 @@ def test_it_waits_as_long_as_a_stop_takes():
     """The grace, and after it what hands back; SIGTERM is for the worker alone, which has ffmpeg finish."""
     assert float(one("TimeoutStopSec")) >= float(environment()["I2V_SHUTDOWN_GRACE"]) + 2 * RELEASE_LIMIT_S
     assert (one("KillSignal"), one("KillMode")) == ("SIGTERM", "mixed")
+
+
+def test_a_worker_that_hangs_is_started_again():
+    """It says oftener that it lives than systemd waits; a signal of which Python tells what it was doing ends it."""
+    assert float(one("WatchdogSec")) >= 30 * process.TURN_S
+    assert one("Type") == "exec"  # with which a watchdog listens to the main process alone
+    assert "WatchdogSignal" not in unit()  # SIGABRT
+    assert "PYTHONFAULTHANDLER=1" in unit()["Environment"]
 
 
 def test_it_comes_back_after_what_may_pass_and_later_each_time():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import anyio
 import pytest
+import structlog
 
 from inference.engines.base import run_in_thread
 from inference.errors import (
@@ -108,6 +109,55 @@ async def test_an_empty_queue_is_asked_by_interval(box):
         await it.worker.run()
     gaps = [after - before for before, after in zip(it.queue.asked_at, it.queue.asked_at[1:], strict=False)]
     assert 4 <= min(gaps) < max(gaps) <= 6
+
+
+@virtual_time
+async def test_an_idle_worker_says_so_now_and_then(box):
+    """At once, then every five minutes, with the last task; never while it works or is asked for one task."""
+    it = box(poll_interval_s=5)
+    with structlog.testing.capture_logs() as logged:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(it.worker.run)
+            await anyio.sleep(1000)
+            [item_id] = [it.store.add(PHOTO).id]
+            await anyio.sleep(1000)
+            it.worker.stop()
+        await box().worker.run(at_most=1)
+    lines = [line for line in logged if line["event"] == "idle"]
+    polls = [line["polls"] for line in lines]
+    assert polls[0] == 1
+    assert all(50 <= count <= 76 for count in polls[1:])
+    before, after = lines[:4], lines[4:]
+    assert not any("last_item_id" in line for line in before)
+    assert [(line["last_item_id"], line["last_status"]) for line in after] == [(item_id, "completed")] * 2
+    assert [round(line["last_s_ago"] / 100) for line in after] == [3, 6]
+
+
+class SilentQueue(CountingQueue):
+    """Does not answer, and cannot be given up: as a database whose connection died under a thread."""
+
+    async def lease(self, item_id=None):
+        """See TaskQueue."""
+        assert item_id is None
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(1000)
+
+
+@virtual_time
+async def test_a_question_that_nothing_ends_makes_the_worker_stuck(box):
+    """Neither a long task nor a long pause does: the loop turns, whatever it waits for."""
+    busy, waiting, silent = box(tasks=3), box(poll_interval_s=3600), box()
+    busy.engine.seconds = 1500
+    silent.worker._queue = SilentQueue(store=silent.store, worker_id="box")
+    async with anyio.create_task_group() as tasks:
+        for it in (busy, waiting, silent):
+            tasks.start_soon(it.worker.run)
+        await anyio.sleep(120)
+        assert not silent.worker.is_stuck
+        await anyio.sleep(800)
+        assert [it.worker.is_stuck for it in (busy, waiting, silent)] == [False, False, True]
+        for it in (busy, waiting, silent):
+            it.worker.stop_now()
 
 
 @virtual_time

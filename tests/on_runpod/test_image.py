@@ -14,9 +14,6 @@ import stat
 import subprocess
 import sysconfig
 import tomllib
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -37,11 +34,12 @@ from inference.settings_base import names_of
 from tests.cloud.containers import make_interpreter
 from tests.engines.wan.conftest import tiny_weights
 from tests.engines.wan.hub import Hub, Repository
+from tests.support import dockerfile
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "images" / "runpod.Dockerfile"
 HUB = ROOT / ".runpod"
-FETCHER, WORKER = "fetcher", "worker"  # the stages; the last has no name of its own
+FETCHER, WORKER = "fetcher", dockerfile.LAST
 FIELDS = {names_of(field)[0]: (name, field) for name, field in Settings.model_fields.items()}
 
 pytestmark = pytest.mark.timeout(180)
@@ -50,35 +48,7 @@ pytestmark = pytest.mark.timeout(180)
 # The Dockerfile, read
 
 
-@dataclass(frozen=True)
-class Step:
-    """One instruction."""
-
-    stage: str
-    word: str
-    rest: str
-
-    @property
-    def copied(self) -> tuple[list[str], str]:
-        """Sources and target of a COPY."""
-        *sources, target = shlex.split(self.rest)
-        return sources, target
-
-
-def read(text: str) -> list[Step]:
-    """Its instructions, continued lines joined, comments left out."""
-    lines = "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
-    steps: list[Step] = []
-    stage = ""
-    for line in re.sub(r"\s*\\\n\s*", " ", lines).splitlines():
-        word, rest = line.split(" ", 1)
-        if word == "FROM":
-            stage = rest.partition(" AS ")[2] or WORKER
-        steps.append(Step(stage, word, rest))
-    return steps
-
-
-STEPS = read(DOCKERFILE.read_text())
+STEPS = dockerfile.read(DOCKERFILE.read_text())
 
 
 def find(word: str, containing: str) -> int:
@@ -90,51 +60,6 @@ def find(word: str, containing: str) -> int:
 FETCHES = [n for n, it in enumerate(STEPS) if (it.stage, it.word) == (WORKER, "RUN") and "fetch.py" in it.rest]
 
 
-def from_the_context() -> list[str]:
-    """Every path that the build takes from the repository."""
-    copied = [source for it in STEPS if it.word == "COPY" for source in it.copied[0]]
-    return copied + re.findall(r"type=bind,source=([^,\s]+)", " ".join(it.rest for it in STEPS))
-
-
-def environment() -> dict[str, str]:
-    """What ENV sets, with the defaults of ARG."""
-    pairs = [pair for it in STEPS if it.word in {"ARG", "ENV"} for pair in shlex.split(it.rest)]
-    values = dict(pair.split("=", 1) for pair in pairs)
-    return {name: values.get(value.removeprefix("$"), value) for name, value in values.items()}
-
-
-def is_sent(path: str) -> bool:
-    """Whether the builder is given it, by the few kinds of patterns that are in use: the last that fits decides."""
-    sent = True
-    for pattern in DOCKERFILE.with_name(f"{DOCKERFILE.name}.dockerignore").read_text().splitlines():
-        wanted = pattern.removeprefix("!").removeprefix("**/")
-        depth, folders = wanted.count("/"), [str(it) for it in (Path(path), *Path(path).parents)]
-        found = path.split("/") if "**" in pattern else [it for it in folders if it.count("/") == depth]
-        if any(fnmatch(it, wanted) for it in found):
-            sent = pattern.startswith("!")
-    return sent
-
-
-def lay_out(stage: str, folder: Path) -> Path:
-    """What the instructions of a stage copy, under the paths it has there."""
-    at = Path("/")
-    for it in STEPS:
-        if it.stage != stage:
-            continue
-        if it.word == "WORKDIR":
-            at = Path(it.rest)
-        elif it.word == "COPY":
-            sources, target = it.copied
-            inside = folder / (at / target).relative_to("/")
-            inside.mkdir(parents=True, exist_ok=True)  # every target here ends with a slash
-            for source in map(ROOT.joinpath, sources):
-                if source.is_dir():
-                    shutil.copytree(source, inside, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-                else:
-                    shutil.copy(source, inside)
-    return folder / at.relative_to("/")
-
-
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
     """An interpreter with the packages and without this project."""
@@ -144,7 +69,7 @@ def python(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory) -> Path:
     """The working directory of the image."""
-    return lay_out(WORKER, tmp_path_factory.mktemp("image"))
+    return dockerfile.lay_out(STEPS, WORKER, tmp_path_factory.mktemp("image"))
 
 
 def run(*command: object, cwd: Path, **env: object) -> subprocess.CompletedProcess[str]:
@@ -160,11 +85,7 @@ def test_the_linter_has_nothing_to_say():
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
     linted = run(hadolint, "--no-color", DOCKERFILE, cwd=ROOT)
     assert (linted.returncode, linted.stdout + linted.stderr) == (0, "")
-    lines = DOCKERFILE.read_text().splitlines()
-    for before, line in pairwise(lines):
-        if "hadolint ignore" in line:
-            assert re.match(r"# \w+", before)
-            assert "hadolint" not in before
+    assert dockerfile.overlooked_without_reason(DOCKERFILE) == []
 
 
 def test_it_stands_on_what_the_modal_images_stand_on():
@@ -182,12 +103,12 @@ def test_it_stands_on_what_the_modal_images_stand_on():
 
 def test_what_it_copies_is_there_and_is_sent():
     """The file of exceptions lets through what is copied, and nothing else: no key, no history, no test."""
-    for source in from_the_context():
+    for source in dockerfile.from_the_context(STEPS):
         assert (ROOT / source).exists(), source
-        assert is_sent(source.rstrip("/")), source
-    assert is_sent("inference/engines/wan/engine.py")
+        assert dockerfile.is_sent(source.rstrip("/"), DOCKERFILE), source
+    assert dockerfile.is_sent("inference/engines/wan/engine.py", DOCKERFILE)
     for path in (".env", ".git/config", "images/wan.py", "tests/conftest.py", "inference/__pycache__/a.pyc"):
-        assert not is_sent(path), path
+        assert not dockerfile.is_sent(path, DOCKERFILE), path
 
 
 def test_weights_lie_below_the_code():
@@ -210,7 +131,9 @@ def test_weights_are_layers_that_registries_take():
 
 def test_no_secret_stays_in_it():
     """No argument and no variable is one; they would be readable in the image's history."""
-    assert not [name for name in environment() if re.search("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", name)]
+    assert not [
+        name for name in dockerfile.environment(STEPS) if re.search("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", name)
+    ]
 
 
 def test_it_does_not_run_as_root():
@@ -227,7 +150,7 @@ def test_it_does_not_run_as_root():
 
 def test_its_environment_is_one_of_settings():
     """Under their names, with values they take; as the Modal image, it fetches nothing at run time."""
-    found = environment()
+    found = dockerfile.environment(STEPS)
     assert found["PRESET"] == FIELDS["I2V_WAN_PRESET"][1].default
     ours = {name: value for name, value in found.items() if name in FIELDS}
     assert set(found) - set(ours) == {
@@ -244,7 +167,7 @@ def test_its_environment_is_one_of_settings():
 
 def test_what_fetches_is_all_that_fetching_takes(python, tmp_path):
     """Those modules are loaded, each of them and no other of ours: nothing else could change what comes."""
-    folder = lay_out(FETCHER, tmp_path)
+    folder = dockerfile.lay_out(STEPS, FETCHER, tmp_path)
     program = "import sys, fetch; print(*(it.__file__ for it in sys.modules.values() if getattr(it, '__file__', None)))"
     loaded = run(python, "-c", program, cwd=folder)
     assert loaded.returncode == 0, loaded.stderr
@@ -269,7 +192,7 @@ def hub():
 
 def test_weights_are_fetched_as_the_image_fetches_them(python, hub, tmp_path):
     """With the token of the build, verified, converted, readable for the worker; a second time nothing is asked."""
-    folder, target = lay_out(FETCHER, tmp_path / "fetcher"), tmp_path / "weights"
+    folder, target = dockerfile.lay_out(STEPS, FETCHER, tmp_path / "fetcher"), tmp_path / "weights"
     [command] = re.findall(r"python (/fetch/fetch\.py .+)", STEPS[FETCHES[-1]].rest)
     values = {"$PRESET": "a14b-fast", "$ACCEPT_NON_COMMERCIAL": "false", "/weights": target}
     values |= {"/fetch/fetch.py": folder / "fetch.py", "/run/secrets/hf_token": tmp_path / "token"}
@@ -290,7 +213,7 @@ def test_weights_are_fetched_as_the_image_fetches_them(python, hub, tmp_path):
 
 def test_what_may_not_be_sold_is_refused(python, hub, tmp_path):
     """Unless whoever builds says that it is accepted. What is built and not fetched takes nothing from anywhere."""
-    folder = lay_out(FETCHER, tmp_path)
+    folder = dockerfile.lay_out(STEPS, FETCHER, tmp_path)
 
     def fetch(preset: str, accepted: str) -> subprocess.CompletedProcess[str]:
         options = ("--accept-non-commercial", accepted, "--endpoint", hub.url)
@@ -308,7 +231,11 @@ def test_what_may_not_be_sold_is_refused(python, hub, tmp_path):
 
 def image_settings(weights_dir: Path, preset: str = "tiny") -> dict[str, str]:
     """The variables of the image, with the weights of a test."""
-    kept = {name: value for name, value in environment().items() if name not in {"PRESET", "ACCEPT_NON_COMMERCIAL"}}
+    kept = {
+        name: value
+        for name, value in dockerfile.environment(STEPS).items()
+        if name not in {"PRESET", "ACCEPT_NON_COMMERCIAL"}
+    }
     return kept | {"I2V_WEIGHTS_DIR": str(weights_dir), "I2V_WAN_PRESET": preset}
 
 
@@ -406,10 +333,12 @@ def test_every_requirement_has_one_version_in_its_range(image):
 
 def test_all_images_have_the_same_version_of_everything():
     """What runs in one runs in the others."""
-    runpod, wan, slim = map(locked, lock.EXTRAS)
+    runpod, wan, slim, worker = map(locked, lock.EXTRAS)
     assert wan.items() <= runpod.items()
     assert slim.items() <= wan.items()
-    assert not [name for name in slim if name.startswith(("nvidia", "torch"))]
+    shared = worker.keys() & runpod.keys()
+    assert {name: worker[name] for name in shared} == {name: runpod[name] for name in shared}
+    assert not [name for name in slim | worker if name.startswith(("nvidia", "torch"))]
 
 
 def test_what_is_written_of_a_package():
@@ -535,7 +464,7 @@ SCRATCH_GB = 10.0
 LORA_RANK = 64  # as its name says: Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1
 
 OF_THE_IMAGE = {"I2V_ENGINE", "I2V_WAN_PRESET", "I2V_WEIGHTS_DIR", "HF_TOKEN", "I2V_ACCEPT_NON_COMMERCIAL"}
-OF_THE_MACHINE = {"WORKER_ID", "TEMP_DIR", "AUTO_CLEANUP_TEMP", "LOG_DIR"}
+OF_THE_MACHINE = {"WORKER_ID", "TEMP_DIR", "AUTO_CLEANUP_TEMP", "LOG_DIR", "I2V_LOG_FORMAT", "NOTIFY_SOCKET"}
 OF_THE_CALLER = {"RUNPOD_API_KEY", "RUNPOD_ENDPOINT_ID", "RUNPOD_ENDPOINT_BASE_URL"}
 OF_THE_CALLER |= {"I2V_RUNPOD_MAX_WORKERS", "I2V_RUNPOD_WEBHOOK", "I2V_OVERFLOW_AFTER", "I2V_OVERFLOW_WAN_LOCAL"}
 OF_THE_SERVER = {"I2V_HOST", "I2V_PORT", "I2V_DATA_DIR", "I2V_DATABASE_URL", "I2V_PUBLIC_URL", "I2V_MAX_VIDEO_BYTES"}
@@ -574,7 +503,7 @@ def test_the_hub_finds_its_files():
 
 def test_the_hubs_handler_is_the_worker(python, tmp_path):
     """From wherever it is started."""
-    app = lay_out(WORKER, tmp_path)
+    app = dockerfile.lay_out(STEPS, WORKER, tmp_path)
     shutil.copytree(HUB, app / HUB.name)
     started = run(python, app / HUB.name / "handler.py", "--help", cwd=tmp_path, I2V_ENGINE="preview")
     assert started.returncode == 0, started.stderr
@@ -618,12 +547,12 @@ def test_what_is_asked_for_is_what_settings_say(listing):
                 Settings.isolated(**{name: str(value)})
     for preset in listing.config.presets:
         Settings.isolated(**{FIELDS[key][0]: str(value) for key, value in preset.defaults.items()})
-        assert preset.defaults["I2V_WAN_AREA"] <= PRESETS[environment()["PRESET"]].max_area_px
+        assert preset.defaults["I2V_WAN_AREA"] <= PRESETS[dockerfile.environment(STEPS)["PRESET"]].max_area_px
 
 
 def test_it_is_deployed_on_gpus_that_suffice(listing, trials):
     """Enough memory for the preset of the image, and a driver for the CUDA that torch was built with."""
-    preset = PRESETS[environment()["PRESET"]]
+    preset = PRESETS[dockerfile.environment(STEPS)["PRESET"]]
     assert {POOLS_GB[pool] >= preset.gpu_memory_gb for pool in listing.config.gpu_ids.split(",")} == {True}
     assert listing.config.gpu_count == trials.config.gpu_count == 1
     cuda = locked("runpod")["nvidia-cuda-runtime"][0].split(".")
@@ -640,7 +569,7 @@ def test_the_disk_has_room(listing):
     from tests.bench.wan_models import SHAPES
 
     shape = SHAPES["a14b-720p"]
-    assert shape.preset.name == environment()["PRESET"]
+    assert shape.preset.name == dockerfile.environment(STEPS)["PRESET"]
     with torch.device("meta"):
         expert = WanTransformer3DModel(**shape.configs["transformer"])
         codec = AutoencoderKLWan(**shape.configs["vae"])
@@ -661,12 +590,12 @@ def test_the_hubs_trial_is_a_job_we_take(trials):
     for trial in trials.tests:
         job = runpod_wire.parse(trial.input, worker_id="hub", lease_s=60)
         assert isinstance(job, runpod_wire.DirectInput)
-        PRESETS[environment()["PRESET"]].refuse(job.request)
+        PRESETS[dockerfile.environment(STEPS)["PRESET"]].refuse(job.request)
         assert job.photo_url is None
         assert len(base64.b64decode(job.photo_base64)) < 3000
         assert trial.timeout / 1000 >= Settings.model_fields["runpod_init_timeout_s"].default
     given = {FIELDS[it.key][0]: it.value for it in trials.config.env}
-    assert Settings.isolated(**given).wan_area_px < PRESETS[environment()["PRESET"]].max_area_px
+    assert Settings.isolated(**given).wan_area_px < PRESETS[dockerfile.environment(STEPS)["PRESET"]].max_area_px
 
 
 def test_the_hubs_photo_is_one(trials, tmp_path):
