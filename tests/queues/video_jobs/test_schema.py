@@ -245,8 +245,9 @@ def test_beats_are_written_beside_what_they_replace(database_url, chars):
         for place, job_id in enumerate(held):
             subject.store.beat(job_id, uuid(100 + place), {"stage": "denoise", "fraction": number / beats})
     written()
+    after = written()
     subject.close()
-    assert [after - was for after, was in zip(written(), before, strict=True)] == [jobs * beats, jobs * beats]
+    assert [now - was for now, was in zip(after, before, strict=True)] == [jobs * beats, jobs * beats]
 
 
 def test_what_a_database_does_not_allow_is_told_as_it_says_it(database_url):
