@@ -5,7 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import structlog
 from anyio import move_on_after
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -62,14 +62,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The failures that a route documents. Any route may answer 500, and 403 to a web page."""
     return {status: ERRORS[status] for status in sorted({*statuses, 403, 413, 500})}
-
-
-def answer(data: BaseModel | None) -> Response:
-    """A successful answer as JSON, for the routes that workers call all the time.
-
-    What else such a route returns FastAPI checks against the route's model once more, in a second turn of a thread.
-    """
-    return Response(Answer[Any](data=data).model_dump_json(), media_type="application/json")
 
 
 def failure(status: int, error: str, headers: dict[str, str] | None = None) -> JSONResponse:

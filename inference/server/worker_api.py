@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 from inference.errors import NotHolder
 from inference.providers import WorkerType
 from inference.queues.item import Item, ItemProgress
-from inference.server.answers import Answer, Failure, answer, errors, failure
+from inference.server.answers import Answer, Failure, errors, failure
 from inference.server.config import ServerConfig
 from inference.server.objects import ObjectStore
 from inference.server.rows.store import Store
@@ -182,8 +182,8 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
     """What a worker says of tasks and leases."""
     routes = APIRouter(prefix="/api/worker", tags=["worker"], route_class=JsonRoute)
 
-    @routes.post("/next-task", responses=errors(400, 401, 404), response_model=Answer[LeasedTask | None])
-    def next_task(asked: NextTask) -> Response:
+    @routes.post("/next-task", responses=errors(400, 401, 404))
+    def next_task(asked: NextTask) -> Answer[LeasedTask | None]:
         """Leases the oldest task that waits. `data` is null when there is none.
 
         With `item_id`, an extension of ours, leases that task if it waits: null when it does not, 404 when there is
@@ -192,9 +192,9 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
         workers.asked(asked.worker_id, asked.worker_type)
         item = store.lease(asked.worker_id, asked.lease_duration_seconds, asked.worker_type, asked.item_id)
         if item is None:
-            return answer(None)
+            return Answer(data=None)
         workers.heard(asked.worker_id, item.id)
-        return answer(_leased(item, config.beat_interval_s))
+        return Answer(data=_leased(item, config.beat_interval_s))
 
     @routes.post("/backlog", responses=errors(400, 401))
     def backlog(asked: AskBacklog) -> Answer[Backlog]:
@@ -202,7 +202,7 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
         return Answer(data=Backlog(waiting=store.backlog(asked.worker_type)))
 
     @routes.post("/heartbeat", responses=errors(400, 401, 404), response_model=Answer[Renewed])
-    def heartbeat(beat: Heartbeat) -> Response:
+    def heartbeat(beat: Heartbeat) -> object:
         """Sets the lease to now + extend_seconds. 404 when it is not yours any more."""
         said = ItemProgress(stage=beat.progress.stage, fraction=beat.progress.fraction) if beat.progress else None
         try:
@@ -212,14 +212,14 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
         (workers.heard if item.status == "processing" else workers.ended)(beat.worker_id, item.id)
         # A task that was handed back has no lease: it ended when the answer was written.
         until = item.updated_at if item.leased_until is None else item.leased_until
-        return answer(Renewed(leased_until=iso(until), cancel_requested=item.cancel_requested))
+        return Answer(data=Renewed(leased_until=iso(until), cancel_requested=item.cancel_requested))
 
     @routes.post(
         "/report",
         responses=errors(400, 401, 404) | {403: {"model": Failure, "description": "Not yours"}},
         response_model=Answer[Reported],
     )
-    def report(said: Annotated[ReportCompleted | ReportFailed, Body(discriminator="status")]) -> Response:
+    def report(said: Annotated[ReportCompleted | ReportFailed, Body(discriminator="status")]) -> object:
         """How a task ended. 403 when it is not yours any more, 404 when it is gone.
 
         500 for a video that is not in storage, at a path that presign gave for this task.
@@ -239,7 +239,7 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
             store.require_holder(said.item_id, said.worker_id, said.lease_seq)
             return failure(500, NO_VIDEO)
         workers.ended(said.worker_id, item.id)
-        return answer(Reported(item_id=item.id, status=item.status))
+        return Answer(data=Reported(item_id=item.id, status=item.status))
 
     return routes
 
