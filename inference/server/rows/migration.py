@@ -5,7 +5,8 @@ from sqlalchemy.schema import CreateColumn, CreateIndex
 
 from inference.errors import SettingsError
 from inference.queues.item import DONE
-from inference.server.rows.schema import ENDED, LINE_BY_WORKER_TYPE, metadata, video_items
+from inference.server.rows.schema import ENDED, LEASES_BY_TIME, LINE_BY_WORKER_TYPE, metadata, video_items
+from inference.sql.database import FILLFACTOR_PERCENT
 
 # SQLAlchemy's inspector is not used, because it skips SQLite's indexes on expressions.
 INDEX_NAMES = {
@@ -22,6 +23,8 @@ def migrate(connection: Connection) -> None:
     if "ended_at" in _add_columns(connection):
         _fill_in_ends(connection)
     _update_indexes(connection)
+    if connection.dialect.name == "postgresql":
+        _leave_room(connection)
 
 
 def _fill_in_ends(connection: Connection) -> None:
@@ -58,15 +61,28 @@ def _add_columns(connection: Connection) -> set[str]:
 
 
 def _update_indexes(connection: Connection) -> None:
-    """Makes those that tables of an earlier version lack, and drops what went by another table of providers.
+    """Makes those that tables of an earlier version lack; drops the one that renewals wrote to, and those that went by
+    another table of providers.
 
     A server of that version may still run beside this one: without its index it is slower, and no less right. Dropped
     first, for which PostgreSQL locks the whole table: a lock that grew could meet that of a writer half-way.
     """
     ours = {str(index.name) for table in metadata.sorted_tables for index in table.indexes}
     for (name,) in connection.exec_driver_sql(INDEX_NAMES[connection.dialect.name]).fetchall():
-        if name.startswith(LINE_BY_WORKER_TYPE) and name not in ours:
+        if name == LEASES_BY_TIME or (name.startswith(LINE_BY_WORKER_TYPE) and name not in ours):
             connection.exec_driver_sql(f"DROP INDEX {name}")
     for table in metadata.sorted_tables:
         for index in table.indexes:
             connection.execute(CreateIndex(index, if_not_exists=True))
+
+
+def _leave_room(connection: Connection) -> None:
+    """Has PostgreSQL leave room for renewals in the pages that it writes from now on, unless somebody chose otherwise.
+
+    A lease writes its item anew, mostly to such a page, so tables of an earlier version need no other treatment.
+    """
+    [options] = connection.exec_driver_sql(
+        "SELECT reloptions FROM pg_class WHERE oid = 'video_items'::regclass"
+    ).fetchone() or (None,)
+    if not any(option.startswith("fillfactor=") for option in options or ()):
+        connection.exec_driver_sql(f"ALTER TABLE video_items SET (fillfactor = {FILLFACTOR_PERCENT})")

@@ -137,10 +137,15 @@ LINE_BY_WORKER_TYPE = "video_items_line_by_"
 """How the names of its indexes begin: of this version's, and of those that went by an earlier table of providers."""
 
 
+LEASES_BY_TIME = "video_items_leases"
+"""The index of earlier versions in which every renewal of a lease had to be written."""
+
+
 def _digest(rule: ColumnElement[Any]) -> str:
     return hashlib.sha256(str(rule).encode()).hexdigest()[:8]
 
 
+# Renewals write to no column of any index and to none of their conditions.
 def _partial_index(name: str, *columns: Any, where: Any) -> Index:
     named = [video_items.c[column] if isinstance(column, str) else column for column in columns]
     return Index(name, *named, sqlite_where=where, postgresql_where=where)
@@ -152,10 +157,10 @@ _partial_index("video_items_line", "created_at", "id", where=ONGOING)
 # The same for workers of one type. Its name holds the rule, so that a database that a version with other providers left
 # gets this one, too; `database.py` drops the other.
 _partial_index(LINE_BY_WORKER_TYPE + _digest(worker_type), worker_type, "created_at", "id", where=ONGOING)
-# Whose lease ran out.
-_partial_index("video_items_leases", "leased_until", where=text("status = 'processing'"))
-# What ended, by status: pages of it, and how much there is. And which videos were made lately, and for how much. Beats
-# write to no column of these and to none of their conditions, so beats do not pay for them.
+# What is worked on: whose lease ran out is looked for among these, as many as there are workers. The time is not in the
+# index, since each renewal changes it: PostgreSQL would then write the item to every index again.
+_partial_index("video_items_processing", "id", where=text("status = 'processing'"))
+# What ended, by status: pages of it, and how much there is. And which videos were made lately, and for how much.
 _partial_index("video_items_ended", "status", "id", where=ENDED)
 _partial_index("video_items_completed", "ended_at", where=text("status = 'completed'"))
 # What people list, which is in the order of the ids. There is no index of all items by created_at: while most of

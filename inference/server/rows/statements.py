@@ -96,8 +96,9 @@ beyond_leasing = [
 
 ANY_TO_SWEEP = Statement(
     "any_to_sweep",
-    "One item whose last lease ran out and that nobody may lease again, if there is any. Spares most reads a write.",
-    select(items.c.id).where(*beyond_leasing).limit(ONE),
+    "The items whose last lease ran out and that nobody may lease again: mostly none, which spares reads a write.",
+    # Without a LIMIT: expecting to find one soon, PostgreSQL would look through the whole table.
+    select(items.c.id).where(*beyond_leasing),
 )
 
 _swept = (

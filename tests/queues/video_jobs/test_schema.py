@@ -10,7 +10,7 @@ from inference.errors import ItemMissing, QueueRefused, SettingsError
 from inference.queues.video_jobs.schema import RULES, Names
 from inference.queues.video_jobs.store import JobStore, create
 from inference.sql.database import NO_SORTING
-from tests.queues.video_jobs.subjects import THEIR_TABLE, THEIRS, uuid
+from tests.queues.video_jobs.subjects import THEIR_TABLE, THEIRS, SqlSubject, uuid
 
 COLUMNS = """
     SELECT column_name, data_type, is_nullable, column_default FROM information_schema.columns
@@ -219,6 +219,35 @@ def test_what_waits_costs_nothing(sql, known):
     read = [float(rows) for rows in re.findall(r"rows=([0-9.]+)", plan)]
     assert max(read) <= 1, plan
     assert "Sort" not in plan, plan
+
+
+@pytest.mark.parametrize("chars", [20, 1500])
+def test_beats_are_written_beside_what_they_replace(database_url, chars):
+    """No index changes with them, and in a table of ours there is room for the longest rows, too."""
+    create(database_url)
+    subject = SqlSubject(database_url)
+    jobs, beats = 8, 20
+    for number in range(4 * jobs):
+        subject.store.add(uuid(number), {"photo": "a.jpg", "prompt": "p" * chars})
+    held = [subject.store.acquire(uuid(100 + number), "w").id for number in range(jobs)]
+
+    def written():
+        with subject.store._database._connection() as connection:  # which tells what it did when asked
+            connection.execute("SELECT pg_stat_force_next_flush()")
+            columns = "n_tup_upd, n_tup_hot_upd"
+            return connection.execute(
+                f"SELECT {columns} FROM pg_stat_user_tables WHERE relname = 'video_jobs'"
+            ).fetchone()
+
+    written()
+    before = written()
+    for number in range(beats):
+        for place, job_id in enumerate(held):
+            subject.store.beat(job_id, uuid(100 + place), {"stage": "denoise", "fraction": number / beats})
+    written()
+    after = written()
+    subject.close()
+    assert [now - was for now, was in zip(after, before, strict=True)] == [jobs * beats, jobs * beats]
 
 
 def test_what_a_database_does_not_allow_is_told_as_it_says_it(database_url):

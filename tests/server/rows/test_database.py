@@ -94,6 +94,31 @@ def test_a_database_of_an_earlier_version_is_brought_up_to_date(sql):
     assert sql.store.removal.delete(item.id) == [item.photo_storage_path]
 
 
+FILLFACTOR = "SELECT option_value FROM pg_class, pg_options_to_table(reloptions) WHERE oid = 'video_items'::regclass"
+
+
+def test_the_index_that_every_renewal_had_to_be_written_in_is_dropped(sql):
+    """On PostgreSQL pages get room for renewals, too, as much as somebody who runs the database has chosen."""
+    item = sql.add()
+    sql.store.lease("w", 600)
+    sql.run("DROP INDEX video_items_processing")
+    sql.run("CREATE INDEX video_items_leases ON video_items (leased_until) WHERE status = 'processing'")
+    chosen = [None]
+    if sql.dialect == "postgresql":
+        chosen = [("RESET (fillfactor)", "75"), ("SET (fillfactor = 50)", "50")]
+    for choice in chosen:
+        if choice:
+            sql.run(f"ALTER TABLE video_items {choice[0]}")
+        Store(sql.url).close()
+        with sql._admin.connect() as connection:
+            names = {name for (name,) in connection.exec_driver_sql(INDEX_NAMES[sql.dialect])}
+            assert "video_items_leases" not in names
+            assert names >= {index.name for index in schema.video_items.indexes}
+            if choice:
+                assert connection.exec_driver_sql(FILLFACTOR).scalars().all() == [choice[1]]
+    assert sql.store.heartbeat(item.id, "w", 600).renewed
+
+
 EARLIER_LANE = """lane TEXT GENERATED ALWAYS AS (
     CASE WHEN coalesce(inference_provider, '') IN ('', 'wan_local') THEN 'wan' ELSE 'runway' END
 ) STORED"""
