@@ -54,8 +54,8 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)
     else:
-        for name in settings.unread():
-            yield Finding("settings", "skip", f"nothing reads {name}")
+        for finding in unread(settings):
+            yield finding
         yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
         async for finding in _engine(settings):
             yield finding
@@ -73,6 +73,11 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         here = find_spec(package) is not None
         text = use if here else f"not installed; for {use}: pip install 'serverless-i2v[{extra}]'"
         yield Finding(f"extra {extra}", "ok" if here else "skip", text)
+
+
+def unread(settings: Settings) -> list[Finding]:
+    """Names that look like settings and are none."""
+    return [Finding("settings", "skip", line) for line in settings.unread()]
 
 
 async def _engine(settings: Settings) -> AsyncIterator[Finding]:
