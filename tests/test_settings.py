@@ -72,14 +72,14 @@ def test_a_slip_of_the_pen_is_known(monkeypatch, given, meant):
     assert Settings.unread() == [f"nothing reads {given.upper()}: did you mean {meant}?"]
 
 
-@pytest.mark.parametrize(
-    "given",
-    (
-        "NEXT_APP_URL NEXT_PUBLIC_API_URL VERCEL_URL VERCEL_ENV TEMPDIR LOGDIR REDIS_URI REDIS_URLS BUCKET_PREFIX PORT "
-        "HF_HOME MODAL_TOKEN_ID MODAL_ENVIRONMENT RUNPOD_POD_HOSTNAME RUNWAYML_BASE_URL LEASE_OWNER POLL_URL "
-        "AWS_ACCESS_KEY_ID WORKER_NAME WORKER_CLASS HEARTBEAT_URL"
-    ).split(),
-)
+OF_OTHERS = """
+NEXT_APP_URL NEXT_PUBLIC_API_URL VERCEL_URL VERCEL_ENV TEMPDIR LOGDIR REDIS_URI REDIS_URLS BUCKET_PREFIX PORT HF_HOME
+MODAL_TOKEN_ID MODAL_ENVIRONMENT RUNPOD_POD_HOSTNAME RUNWAYML_BASE_URL LEASE_OWNER POLL_URL AWS_ACCESS_KEY_ID
+WORKER_NAME WORKER_CLASS HEARTBEAT_URL
+"""
+
+
+@pytest.mark.parametrize("given", OF_OTHERS.split())
 def test_what_other_programs_read_is_theirs(monkeypatch, given):
     """No warning that somebody would have to explain away."""
     monkeypatch.setenv(given, "1")
