@@ -35,10 +35,7 @@ for key in keys:
         lacking[key] = str(error)
 print(json.dumps(lacking))
 """
-"""Asks for each key whether the secret has it. Modal tells nobody its values, and its command line not even the keys."""
-
-NO_SUCH_KEY = "missing key"
-"""What Modal answers of a key that is not there (its server, to `required_keys`)."""
+"""Asks for each key whether the secret has it: Modal tells nobody the values, and its command line no keys either."""
 
 RUNWAY_KEY = "RUNWAYML_API_SECRET"
 MAX_REASON_CHARS = 300
@@ -122,7 +119,7 @@ def _secret(settings: Settings) -> list[Finding]:
     keys = deployment.keys_of(settings)
     try:
         lacking = json.loads(_modal("-c", LACKING, settings.modal_app, *dict.fromkeys([*keys, RUNWAY_KEY])).stdout)
-        unknown = [error for error in lacking.values() if NO_SUCH_KEY not in error]
+        unknown = [error for key, error in lacking.items() if key not in error]  # a refusal names the key
     except (OSError, subprocess.TimeoutExpired, ValueError, AttributeError, TypeError) as error:
         lacking, unknown = {}, [str(error)]
     if unknown:

@@ -79,7 +79,7 @@ async def test_the_wrong_folder(tmp_path):
 
 
 def test_an_account_and_its_secret(tmp_path):
-    """The real command line is asked, and the real client: no secret, one with a key too few, then all that it needs."""
+    """The real command line and client are asked: no secret, one with a key too few, then all that it needs."""
 
     def doctor(**variables):
         said = subprocess.run(
@@ -101,13 +101,13 @@ def test_an_account_and_its_secret(tmp_path):
         cloud.create_secret("serverless-i2v", url)
         code, short = doctor()
         assert (code, "add WORKER_API_KEY to serverless-i2v" in short) == (1, True), short
-        cloud.set_secret("serverless-i2v", url | key)
+        cloud.create_secret("serverless-i2v", url | key)
         code, sound = doctor()
         assert (code, "nothing goes there" in sound) == (0, True), sound
         code, half = doctor(**runway)
         assert (code, "add RUNWAYML_API_SECRET to serverless-i2v" in half) == (1, True), half
         assert "is set here and not in the secret" in half
-        cloud.set_secret("serverless-i2v", url | key | runway)
+        cloud.create_secret("serverless-i2v", url | key | runway)
         code, other_half = doctor()
         assert (code, "is in the secret and not set here" in other_half) == (1, True), other_half
         code, both = doctor(**runway)
