@@ -8,7 +8,7 @@ from anyio import move_on_after
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import Receive, Scope, Send
@@ -47,16 +47,27 @@ class Failure(BaseModel):
     error: str
 
 
+def _documented(description: str, error: str) -> dict[str, Any]:
+    """A failure in the API's description, with an example of what it says."""
+    content = {"application/json": {"example": {"success": False, "error": error}}}
+    return {"model": Failure, "description": description, "content": content}
+
+
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Failure, "description": "Malformed; the error names the field"},
-    401: {"model": Failure, "description": "No key, or not the right one"},
-    403: {"model": Failure, "description": "Not yours, or not from here"},
-    404: {"model": Failure, "description": "Nothing there, or not yours any more"},
-    409: {"model": Failure, "description": "Its state does not allow it"},
-    413: {"model": Failure, "description": "Over a limit"},
-    500: {"model": Failure, "description": "Try again"},
-    503: {"model": Failure, "description": "Not working"},
+    400: _documented("Malformed; the error names the field", "worker_id: field required"),
+    401: _documented("No key, or not the right one", "Unauthorized"),
+    403: _documented("Not yours, or not from here", "the task belongs to another worker"),
+    404: _documented("Nothing there, or not yours any more", "Task not found"),
+    409: _documented("Its state does not allow it", "the task is completed"),
+    413: _documented("Over a limit", "photo: more than 50000000 bytes"),
+    500: _documented("Try again", "internal error, try again"),
+    503: _documented("Not working", "the database does not answer"),
 }
+
+
+def example(value: dict[str, Any]) -> ConfigDict:
+    """The configuration of a model that shows this value in the API's description."""
+    return ConfigDict(json_schema_extra={"example": value})
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
