@@ -38,6 +38,11 @@ CONFIG = {
             "checks": {"positive_data_acceptance": {"expected-statuses": [*ACCEPTED, "400"]}},
         },
         {
+            # Nor which characters people can read, of which a project's id is made.
+            "include-path": "/api/events-token",
+            "checks": {"positive_data_acceptance": {"expected-statuses": [*ACCEPTED, "400"]}},
+        },
+        {
             "include-path-regex": "^/api/worker/",
             "checks": {"negative_data_rejection": {"enabled": False}},
         },
