@@ -87,7 +87,7 @@ begin
   return query
   update video_items set
     status = case when cancel_requested then 'cancelled' else ended_as end,
-    retry_count = retry_count + (ended_as = 'failed' and not cancel_requested)::int,
+    retry_count = retry_count + (ended_as = 'failed')::int,
     video_storage_path = case when not cancel_requested then video end,
     error_message = problem, runway_task_id = runway_task, veo_operation_id = veo_operation,
     fraction = case when ended_as = 'completed' then 1 else fraction end,

@@ -126,6 +126,23 @@ def test_people_see_their_own_and_call_no_function(app):
     supabase.sql("truncate video_items")
 
 
+def test_a_lease_is_fenced_where_the_row_is_written(app):
+    """Not only by the route, which looks before: another worker may have the task by the time it writes."""
+    address, supabase, _ = app
+    supabase.sign_up("d")
+    item_id = submit(address, "d").json()["id"]
+    assert len(supabase.sql("select claim_video('mine', 600)")) == 1
+    for text in (
+        f"select renew_video('{item_id}', 'other', 600)",
+        f"select end_video('{item_id}', 'other', 'completed', 'videos/x.mp4')",
+        f"select end_video('{item_id}', 'other', 'failed')",
+    ):
+        assert supabase.sql(text) == []
+    assert supabase.sql("select status, worker_id, retry_count from video_items") == [("processing", "mine", 0)]
+    assert len(supabase.sql(f"select end_video('{item_id}', 'mine', 'failed')")) == 1
+    supabase.sql("truncate video_items")
+
+
 @pytest.mark.parametrize("authorization", ["", "Worker wrong", "Basic x", f"Worker {harness.KEY}x", "Worker"])
 def test_workers_need_the_key(app, authorization):
     """And are told as the contract says."""
