@@ -36,6 +36,8 @@ MINUTES = 60  # seconds
 
 with told_errors(verbose=False) if modal.is_local() else nullcontext():
     settings = Settings.load()
+    for line in settings.unread() if modal.is_local() else ():
+        terminal.error(line)
     deployment.refuse_deployment(settings)
 secret = modal.Secret.from_name(settings.modal_app, required_keys=deployment.keys_of(settings))
 slim = slim_image(settings)

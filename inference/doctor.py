@@ -1,5 +1,6 @@
 """Checks whether this machine has everything that a worker needs: one line a check."""
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -22,9 +23,11 @@ from inference.engines.runway.models import USD_PER_CREDIT, refuse_settings
 from inference.engines.runway.wire import RunwayApi
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
-from inference.errors import EngineLost, I2VError
+from inference.errors import EngineLost, I2VError, SettingsError
 from inference.media.photo_file import heic_reader
 from inference.media.video import VideoWriter, probe
+from inference.progress.outbox import Away
+from inference.progress.redis import try_out
 from inference.providers import EngineName, is_paid
 from inference.settings import QUEUE_URL_FIELDS, Settings
 from inference.settings_base import names_of
@@ -32,6 +35,15 @@ from inference.settings_base import names_of
 ROOM_BYTES = 1_000_000_000
 """Room for the temporary files of a few tasks: photos up to 50 MB, videos far smaller."""
 
+
+EXTRAS = {
+    "server": ("fastapi", "the embedded queue"),
+    "wan": ("diffusers", "the Wan engine"),
+    "comfyui": ("httpx_ws", "the ComfyUI engine"),
+}
+"""A package of each extra that a worker's machine may have, and what it is for. Engines have the names of theirs."""
+
+EFFECTIVE_IDS = os.access in os.supports_effective_ids
 
 Verdict = Literal["ok", "FAIL", "skip"]
 
@@ -55,34 +67,51 @@ async def examine(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)
     else:
-        for name in settings.unread():
-            yield Finding("settings", "skip", f"nothing reads {name}")
+        for finding in unread(settings):
+            yield finding
         yield Finding("settings", "ok", f"worker {settings.worker_id}, engine {engine_note(settings)}")
         async for finding in _engine(settings):
             yield finding
     yield await anyio.to_thread.run_sync(_photos)
     yield await anyio.to_thread.run_sync(_ffmpeg)
     yield await anyio.to_thread.run_sync(_disk, settings.temp_dir if settings else None)
+    if settings is None:
+        yield Finding("queue", "skip", "settings first")
+    else:
+        async for finding in _around(settings):
+            yield finding
+    for extra in EXTRAS:
+        if settings is None or extra != settings.engine:  # the engine's own was looked at before all else of it
+            yield _extra(extra, "skip")
+
+
+def unread(settings: Settings) -> list[Finding]:
+    """Names that look like settings and are none."""
+    return [Finding("settings", "skip", line) for line in settings.unread()]
+
+
+async def _around(settings: Settings) -> AsyncIterator[Finding]:
+    """What the worker, or the server, keeps elsewhere: data, events, tasks, videos."""
+    yield await anyio.to_thread.run_sync(_data, settings)
+    if settings.redis_url is not None:
+        yield await anyio.to_thread.run_sync(_redis, settings.redis_url.get_secret_value())
     yield await _queue(settings)
-    if settings is not None and settings.queue == "gmanimato":
+    if settings.queue == "gmanimato":
         yield _delivery(settings)
-    for package, extra, use in (
-        ("fastapi", "server", "the embedded queue"),
-        ("diffusers", "wan", "the Wan engine"),
-        ("httpx_ws", "comfyui", "the ComfyUI engine"),
-    ):
-        here = find_spec(package) is not None
-        text = use if here else f"not installed; for {use}: pip install 'serverless-i2v[{extra}]'"
-        yield Finding(f"extra {extra}", "ok" if here else "skip", text)
 
 
 async def _engine(settings: Settings) -> AsyncIterator[Finding]:
-    """What only the engine needs, or the other engine for which there is a key."""
-    for check in NEEDS.get(settings.engine, ()):
+    """What only the engine needs, its packages first, or the other engine for which there is a key."""
+    sound = True
+    if settings.engine in EXTRAS:
+        finding = _extra(settings.engine, "FAIL")
+        sound = finding.verdict == "ok"
+        yield finding
+    for check in NEEDS.get(settings.engine, ()) if sound else ():
         yield await anyio.to_thread.run_sync(check, settings)
-    if settings.engine == "wan":
+    if settings.engine == "wan" and sound:
         yield await anyio.to_thread.run_sync(_compiled, settings)
-    if settings.engine == "comfyui":
+    if settings.engine == "comfyui" and sound:
         async for finding in _comfyui(settings):
             yield finding
     if is_paid(settings.engine) or settings.runway_key:
@@ -91,15 +120,25 @@ async def _engine(settings: Settings) -> AsyncIterator[Finding]:
 
 
 def require_machine(settings: Settings) -> None:
-    """Checks what a worker needs before it takes a task: disk, ffmpeg and, for Wan, weights and a GPU. Loads nothing.
+    """Checks what a worker needs before it takes a task: disk, ffmpeg, packages and, for Wan, weights and a GPU.
 
-    Raises EngineLost.
+    Loads nothing. Raises EngineLost.
     """
-    checks = (lambda _settings: _disk(settings.temp_dir), lambda _settings: _ffmpeg(), *NEEDS.get(settings.engine, ()))
+    checks: list[Callable[[Settings], Finding]] = [lambda _: _disk(settings.temp_dir), lambda _: _ffmpeg()]
+    checks += [lambda _: _extra(settings.engine, "FAIL")] if settings.engine in EXTRAS else []
+    checks += NEEDS.get(settings.engine, ())
     for check in checks:
         finding = check(settings)
         if finding.verdict == "FAIL":
             raise EngineLost(f"{finding.name}: {finding.text}")
+
+
+def _extra(extra: str, missing: Verdict) -> Finding:
+    """Whether the packages of an extra are there, unimported; `missing` is the verdict where they are not."""
+    package, use = EXTRAS[extra]
+    if find_spec(package) is not None:
+        return Finding(f"extra {extra}", "ok", use)
+    return Finding(f"extra {extra}", missing, f"not installed; for {use}: pip install 'serverless-i2v[{extra}]'")
 
 
 def _weights(settings: Settings) -> Finding:
@@ -236,9 +275,55 @@ def _disk(temp_dir: Path | None) -> Finding:
     return Finding("disk", "ok", text)
 
 
-async def _queue(settings: Settings | None) -> Finding:
-    if settings is None:
-        return Finding("queue", "skip", "settings first")
+def _data(settings: Settings) -> Finding:
+    """The folder of the embedded server, or where it would be made. Nothing is made but one file, for a moment.
+
+    A default that cannot work is no failure: a machine that only has a worker needs no such folder.
+    """
+    folder = settings.data_dir.absolute()
+    wrong: Verdict = "FAIL" if "data_dir" in settings.model_fields_set or folder.exists() else "skip"
+    try:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(0, f"{there} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            free_bytes = shutil.disk_usage(there).free
+        for kept in (folder / "queue.db", folder / "signing.key", folder / "objects") if there == folder else ():
+            if kept.exists() and not os.access(kept, os.R_OK | os.W_OK, effective_ids=EFFECTIVE_IDS):
+                raise PermissionError(0, f"{kept.name} in it belongs to {_owner_of(kept)}")
+    except OSError as error:
+        text = f"{folder} cannot be used: {error.strerror}; `i2v up` and `serve` keep the queue there"
+        return Finding("data", wrong, f"{text}; set I2V_DATA_DIR to a folder that can")
+    text = (
+        f"{free_bytes / 1e9:.1f} GB free for {folder}{'' if there == folder else ', which `i2v up` or `serve` makes'}"
+    )
+    if free_bytes < ROOM_BYTES:
+        return Finding(
+            "data", wrong, f"{text}: less than {ROOM_BYTES / 1e9:g} GB; set I2V_DATA_DIR to a roomier folder"
+        )
+    if there == folder and folder.stat().st_uid != os.geteuid():
+        text += f"; it belongs to {_owner_of(folder)}"
+    return Finding("data", "ok", text)
+
+
+def _owner_of(path: Path) -> str:
+    try:
+        return path.owner()
+    except (KeyError, OSError, NotImplementedError):  # an id without a name, as in containers
+        return f"user {path.stat().st_uid}"
+
+
+def _redis(url: str) -> Finding:
+    try:
+        found = try_out(url)
+    except SettingsError as error:
+        return Finding("redis", "FAIL", str(error))
+    except Away as error:
+        return Finding("redis", "FAIL", f"REDIS_URL: {error}; without it live progress stays in this process")
+    return Finding("redis", "ok", f"{found} takes events and gives them back")
+
+
+async def _queue(settings: Settings) -> Finding:
     if not settings.queue_url:
         name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
         return Finding("queue", "skip", f"{name} is not set; not needed for `i2v demo`, `render`, `serve` and `up`")

@@ -282,7 +282,11 @@ class Settings(LoadableSettings):
 
     # The Runway engine
     runway_key: SecretStr | None = setting(
-        None, "RUNWAYML_API_SECRET", "RUNWAY_API_KEY", about="Key of the Runway API; without one nothing goes there."
+        None,
+        "RUNWAYML_API_SECRET",
+        "RUNWAY_API_KEY",
+        about="Key of the Runway API; without one nothing goes there. For Modal it has to be set where you deploy, and "
+        "in the Modal secret.",
     )
     runway_model: str = setting(
         "gen4_turbo",

@@ -21,9 +21,12 @@ from pydantic_settings import (
 from inference import config_file
 from inference.errors import SettingsError
 
-PREFIXES = ("I2V_", "GMANIMATO_", "RUNWAY_", "RUNWAYML_", "BUCKET_", "LEASE_", "HEARTBEAT_", "POLL_", "POLLING_")
-"""Prefixes that only this project uses, so that an unknown name with one of them is a mistake. VERCEL_, MODAL_ and
-RUNPOD_ are left out, because those platforms set variables of their own."""
+PREFIXES = ("I2V_", "GMANIMATO_", "RUNWAY_")
+"""Prefixes that only this project and the documents of its workers use, so that an unknown name with one of them is a
+mistake. Any other name may be another program's, and is one only where it is a slip of the pen: see `_is_slip`."""
+
+TELLING = ("LEASE_", "HEARTBEAT_", "POLL", "RUNWAYML_")
+"""Names that begin so, or have three words or more, are hardly any other program's. `LOGDIR` and `TEMPDIR` may be."""
 
 log = structlog.get_logger(__name__)
 
@@ -65,6 +68,8 @@ class LoadableSettings(BaseSettings):
             return demanding(**{aliases[name]: value for name, value in given.items()})
         except ValidationError as error:
             problems = [_problem(cls, each, told_as) for each in error.errors(include_url=False)]
+            # A setting that is missing may be there under a name with a letter too few.
+            problems += [line for line in cls.unread() if line.endswith("?")]
             raise SettingsError("\n".join(problems)) from None
 
     @classmethod
@@ -78,7 +83,9 @@ class LoadableSettings(BaseSettings):
             field = names.get(key.lower())
             if field is None:
                 if key not in cls.FILE_EXTRAS:
-                    unknown.append(f"--config: {path}: there is no {_unread(key, set(names))}")
+                    meant = get_close_matches(key.lower(), names, n=1, cutoff=0.8)
+                    hint = f": did you mean {meant[0]}?" if meant else ""
+                    unknown.append(f"--config: {path}: there is no {key}{hint}")
                 continue
             if not any(alias in environment for alias in names_of(cls.model_fields[field])):
                 found[field] = (key, value)
@@ -86,19 +93,27 @@ class LoadableSettings(BaseSettings):
             raise SettingsError("\n".join(unknown))
         return found
 
-    def unread(self) -> list[str]:
-        """Variables in the environment and `.env` that look like settings but are not read.
+    @classmethod
+    def unread(cls) -> list[str]:
+        """One line for each variable of the environment and `.env` that looks like a setting but is not read.
 
-        Each with the name that may have been meant.
+        It says the name that may have been meant, where there is one, and never the value.
         """
-        known = {name for field in type(self).model_fields.values() for name in names_of(field)}
-        given = set(_environment(type(self)))
-        return [_unread(name, known) for name in sorted(given - known) if name.startswith(PREFIXES)]
+        known = {name for field in cls.model_fields.values() for name in names_of(field)}
+        given = set(_environment(cls))
+        lines = []
+        for name in sorted(given - known):
+            if meant := _meant(name, known, given):
+                lines.append(f"nothing reads {name}: did you mean {meant}?")
+            elif name.startswith(PREFIXES):
+                lines.append(f"nothing reads {name}: it is no setting")
+        return lines
 
-    def warn_of_unread(self) -> None:
-        """Logs one line about all of them."""
-        if names := self.unread():
-            log.warning("settings_not_read", names=names)
+    @classmethod
+    def warn_of_unread(cls) -> None:
+        """Logs a warning for each of them."""
+        for line in cls.unread():
+            log.warning(line)
 
     @classmethod
     def isolated(cls, **given: Any) -> Self:
@@ -111,6 +126,10 @@ class LoadableSettings(BaseSettings):
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 del settings_cls
                 return (init_settings,)
+
+            @classmethod
+            def unread(cls) -> list[str]:
+                return []
 
         return cast("Self", Isolated.load(**given))
 
@@ -131,9 +150,27 @@ def _requiring(base: type[S], names: list[str]) -> type[S]:
     return cast("type[S]", type(base.__name__, (base,), namespace))
 
 
-def _unread(name: str, known: set[str]) -> str:
-    meant = get_close_matches(name, known, n=1, cutoff=0.8)
-    return f"{name} ({meant[0]}?)" if meant else name
+def _meant(name: str, known: set[str], given: set[str]) -> str | None:
+    """The setting that was meant by a name that is none; None where it may well be another program's."""
+    if name.startswith(PREFIXES):
+        return next(iter(get_close_matches(name, known, n=1, cutoff=0.8)), None)
+    unmistakable = (each for each in known - given if each.startswith(TELLING) or each.count("_") > 1)
+    return next((each for each in sorted(unmistakable) if _is_slip(name, each)), None)
+
+
+def _is_slip(given: str, meant: str) -> bool:
+    """Whether the names differ by underscores, one letter too many or too few, or two letters that changed places.
+
+    Another letter in a place is none: NEXT_APP_URL is not NEXT_API_URL.
+    """
+    shorter, longer = sorted((given.replace("_", ""), meant.replace("_", "")), key=len)
+    if len(longer) == len(shorter):
+        places = [place for place in range(len(longer)) if longer[place] != shorter[place]]
+        if len(places) != 2:
+            return not places
+        first, second = places
+        return second == first + 1 and longer[first] + longer[second] == shorter[second] + shorter[first]
+    return any(longer[:place] + longer[place + 1 :] == shorter for place in range(len(longer)))
 
 
 def names_of(field: FieldInfo) -> list[str]:

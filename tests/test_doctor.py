@@ -2,18 +2,24 @@
 
 import http.server
 import json
+import os
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from inference import doctor
+from inference.errors import EngineLost
+from inference.progress.redis import RIGHTS
 from inference.settings import Settings
 from tests.engines.comfyui.graphs import wan
 from tests.server.harness import KEY, config, running_server
 from tests.support.comfy_server import ComfyServer
 from tests.support.gmanimato_app import GmAnimatoServer
+from tests.support.redis_server import redis_server
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +38,7 @@ async def test_a_sound_machine_without_a_queue():
         "photos": "ok",
         "ffmpeg": "ok",
         "disk": "ok",
+        "data": "ok",
         "queue": "skip",
         "extra server": "ok",
         "extra wan": "ok",
@@ -244,3 +251,96 @@ async def test_photo_tasks_need_a_graph():
     """A queue whose tasks bring none, and an engine that has none: said before a task is taken."""
     found = await findings(engine="comfyui", api_url="https://app.invalid", api_key=KEY)
     assert (found["settings"].verdict, "I2V_COMFY_WORKFLOW" in found["settings"].text) == ("FAIL", True)
+
+
+@pytest.mark.parametrize("engine,extra,package", [("wan", "wan", "diffusers"), ("comfyui", "comfyui", "httpx_ws")])
+async def test_packages_come_before_what_they_are_for(monkeypatch, engine, extra, package):
+    """Nobody fetches 70 GB of weights, or starts ComfyUI, and then hears that a package is missing."""
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed, for Python as well
+    found = await findings(engine=engine, wan_preset="5b-fast", weights_dir="/nowhere", comfy_host="127.0.0.1:1")
+    assert (found[f"extra {extra}"].verdict, f"[{extra}]" in found[f"extra {extra}"].text) == ("FAIL", True)
+    assert not {"weights", "gpu", "comfyui", "workflow"} & set(found)
+    with pytest.raises(EngineLost, match=rf"^extra {extra}: not installed"):
+        doctor.require_machine(Settings.isolated(engine=engine, wan_preset="5b-fast"))
+
+
+async def test_a_data_folder_that_is_there_or_can_be_made(tmp_path):
+    """Nothing is made."""
+    found = (await findings(data_dir=tmp_path / "a" / "b"))["data"]
+    assert (found.verdict, str(tmp_path / "a" / "b") in found.text, "makes" in found.text) == ("ok", True, True)
+    assert list(tmp_path.iterdir()) == []
+    found = (await findings(data_dir=tmp_path))["data"]
+    assert (found.verdict, "makes" in found.text, "GB free" in found.text) == ("ok", False, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_data_folder_that_cannot_work(tmp_path, monkeypatch):
+    """A file, or under one, or without room: named, with the setting. Where none was asked for, it is no failure."""
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "data"):
+        found = (await findings(data_dir=folder))["data"]
+        assert (found.verdict, "I2V_DATA_DIR" in found.text, "file is a file" in found.text) == ("FAIL", True, True)
+    monkeypatch.setattr(doctor, "ROOM_BYTES", 10**18)
+    assert (await findings(data_dir=tmp_path))["data"].verdict == "FAIL"
+    monkeypatch.chdir(tmp_path)
+    assert (await findings())["data"].verdict == "skip"
+
+
+@pytest.fixture
+def nobody():
+    """A folder in which a user without rights may make others, and the name of that user, for the length of a block."""
+
+    @contextmanager
+    def acting():
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder), acting
+
+
+def test_a_data_folder_of_somebody_else(nobody):
+    """Another user's folder, or one file of another user in it, as a first start with sudo leaves it."""
+    folder, acting = nobody
+    theirs = folder / "theirs"
+    theirs.mkdir(0o755)
+    with acting():
+        mine = folder / "mine"
+        mine.mkdir()
+    (mine / "queue.db").touch(0o600)
+    with acting():
+        told = [doctor._data(Settings.isolated(data_dir=each)) for each in (mine, theirs)]
+    assert [it.verdict for it in told] == ["FAIL", "FAIL"]
+    assert "queue.db in it belongs to root" in told[0].text
+    assert f"{theirs} cannot be used: Permission denied" in told[1].text
+    assert "it belongs to" in doctor._data(Settings.isolated(data_dir=mine)).text
+
+
+async def test_redis_is_used_once(tmp_path):
+    """With the rights that the guide names, and no others; what it says of a user without them is told, no password."""
+    with redis_server(tmp_path) as redis:
+        found = (await findings(redis_url=redis.url))["redis"]
+        assert (found.verdict, found.text.startswith(f"Redis {redis.client.info()['redis_version']} at 127")) == (
+            "ok",
+            True,
+        )
+        assert [key for key in redis.client.scan_iter() if redis.client.pttl(key) > 1000] == []
+        redis.client.execute_command("ACL", "SETUSER", "app", "on", ">s3cret", *RIGHTS.split())
+        url = f"redis://app:s3cret@127.0.0.1:{redis.port}/0"
+        found = (await findings(redis_url=url))["redis"]
+        assert (found.verdict, found.text.startswith("Redis at 127.0.0.1")) == ("ok", True)
+        redis.client.execute_command("ACL", "SETUSER", "app", "-xread")
+        found = (await findings(redis_url=url))["redis"]
+        assert (found.verdict, "xread" in found.text, RIGHTS in found.text) == ("FAIL", True, True)
+        wrong = (await findings(redis_url=url.replace("s3cret", "wr0ng")))["redis"]
+        assert wrong.verdict == "FAIL"
+    gone = (await findings(redis_url=url))["redis"]
+    assert (gone.verdict, "REDIS_URL" in gone.text) == ("FAIL", True)
+    assert not [it for it in (found, wrong, gone) if "s3cret" in it.text or "wr0ng" in it.text]
+    assert (await findings(redis_url="http://127.0.0.1"))["redis"].verdict == "FAIL"

@@ -36,7 +36,7 @@ def test_the_other_documented_names_are_accepted(monkeypatch):
 
 
 def test_settings_that_nothing_reads_are_told_once(monkeypatch, tmp_path):
-    """All in one warning, from the environment and `.env`, by name alone; what may have been meant is said."""
+    """A warning each, from the environment and `.env`, by name alone; what may have been meant is said."""
     (tmp_path / ".env").write_text("I2V_ENGIN=wan\nWORKER_ID=w\nSOMEBODY_ELSES=1\n")
     monkeypatch.setenv("RUNWAY_SEED", "secret")
     monkeypatch.setenv("RUNPOD_POD_HOSTNAME", "set by RunPod")
@@ -44,14 +44,67 @@ def test_settings_that_nothing_reads_are_told_once(monkeypatch, tmp_path):
     settings = Settings.load()
     with structlog.testing.capture_logs() as logged:
         settings.warn_of_unread()
-    [line] = logged
-    assert (line["event"], line["log_level"]) == ("settings_not_read", "warning")
-    assert line["names"] == ["I2V_ENGIN (I2V_ENGINE?)", "RUNWAY_SEED"]
+    assert logged == [
+        {"event": "nothing reads I2V_ENGIN: did you mean I2V_ENGINE?", "log_level": "warning"},
+        {"event": "nothing reads RUNWAY_SEED: it is no setting", "log_level": "warning"},
+    ]
     monkeypatch.delenv("RUNWAY_SEED")
     (tmp_path / ".env").unlink()
     with structlog.testing.capture_logs() as logged:
         Settings.load().warn_of_unread()
     assert logged == []
+
+
+@pytest.mark.parametrize(
+    "given,meant",
+    [
+        ("WORKER_APIKEY", "WORKER_API_KEY"),
+        ("WORKER_API_KYE", "WORKER_API_KEY"),
+        ("VERCEL_API_UR", "VERCEL_API_URL"),
+        ("RUNWAYML_API_SECRETS", "RUNWAYML_API_SECRET"),
+        ("POLL_INTERVALL", "POLL_INTERVAL"),
+        ("LEASEDURATION", "LEASE_DURATION"),
+        ("i2v_wan_presets", "I2V_WAN_PRESET"),
+    ],
+)
+def test_a_slip_of_the_pen_is_known(monkeypatch, given, meant):
+    """Also where the name could be any program's."""
+    monkeypatch.setenv(given, "secret")
+    assert Settings.unread() == [f"nothing reads {given.upper()}: did you mean {meant}?"]
+
+
+OF_OTHERS = """
+NEXT_APP_URL NEXT_PUBLIC_API_URL VERCEL_URL VERCEL_ENV TEMPDIR LOGDIR REDIS_URI REDIS_URLS BUCKET_PREFIX PORT HF_HOME
+MODAL_TOKEN_ID MODAL_ENVIRONMENT RUNPOD_POD_HOSTNAME RUNWAYML_BASE_URL LEASE_OWNER POLL_URL AWS_ACCESS_KEY_ID
+WORKER_NAME WORKER_CLASS HEARTBEAT_URL
+"""
+
+
+@pytest.mark.parametrize("given", OF_OTHERS.split())
+def test_what_other_programs_read_is_theirs(monkeypatch, given):
+    """No warning that somebody would have to explain away."""
+    monkeypatch.setenv(given, "1")
+    assert Settings.unread() == []
+
+
+def test_a_name_beside_the_right_one_is_no_slip(monkeypatch):
+    """Two applications may share an environment."""
+    monkeypatch.setenv("WORKER_API_KEY", "k")
+    monkeypatch.setenv("WORKER_API_KEYS", "k,l")
+    assert Settings.unread() == []
+
+
+def test_a_setting_that_is_missing_and_its_slip_are_told_together(monkeypatch):
+    """Nobody sees a warning that would come after the start."""
+    monkeypatch.setenv("VERCEL_API_UR", "https://app.example.com")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load("api_url")
+    missing, slip = str(caught.value).splitlines()
+    assert missing.startswith("VERCEL_API_URL or NEXT_API_URL is not set")
+    assert slip == "nothing reads VERCEL_API_UR: did you mean VERCEL_API_URL?"
+    with pytest.raises(SettingsError) as caught:
+        Settings.isolated(port=-1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_all_problems_are_told_at_once_and_by_name(monkeypatch):
@@ -247,7 +300,7 @@ def test_what_goes_before_what(monkeypatch, tmp_path, config):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("runway_timout: 5\nwhatever: 1\n", ["there is no runway_timout (runway_timeout?)", "there is no whatever"]),
+        ("runway_timout: 5\nwhatever: 1\n", ["there is no runway_timout: did you mean runway_timeout?", "there is no whatever"]),
         ("polling_interval_slow: soon\n", ["polling_interval_slow: input should be a valid number"]),
         ("worker_id: [a, b]\n", ["worker_id has to have one value"]),
         ("worker:\n  id: a\n", ["worker has to have one value"]),

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,7 +34,10 @@ log = structlog.get_logger(__name__)
 PREFIX = "i2v:progress:"
 WAKE_PREFIX = "i2v:wake:"
 """Keys of streams, and of one stream for each process that follows some, in which it is told to look for new projects.
-A user of Redis with rights of its own (ACL) needs `~i2v:* +xadd +xread +xrevrange +expire`."""
+A user of Redis with rights of its own (ACL) needs RIGHTS."""
+
+RIGHTS = "~i2v:* +xadd +xread +xrevrange +expire"
+"""As ACL SETUSER takes them."""
 
 FIELD = "event"
 """Of an entry."""
@@ -66,6 +69,20 @@ def open_hub(url: str | None, *, in_background: bool = True) -> ProgressHub:
     Raises SettingsError that names REDIS_URL.
     """
     return MemoryHub() if url is None else RedisHub(url, in_background=in_background)
+
+
+def try_out(url: str) -> str:
+    """Uses a Redis as a hub does, once, and says which it is. One stream stays there for a second.
+
+    Raises SettingsError that names REDIS_URL, and Away with what Redis says.
+    """
+    streams = _Streams(url)
+    try:
+        version = streams.try_out()
+    finally:
+        streams.rest()
+        streams.close()
+    return f"Redis {version} at {streams.where}" if version else f"Redis at {streams.where}"
 
 
 class RedisHub:
@@ -256,6 +273,24 @@ class _Streams:
                 pipeline.execute()
         except Away:
             pass
+
+    def try_out(self) -> str:
+        """Does once all that is done to a stream, on one of its own, and says the server's version. Raises Away."""
+        from redis.exceptions import ResponseError  # noqa: PLC0415 - an extra
+
+        project_id = f"doctor-{secrets.token_hex(8)}"
+        with self._as_away():
+            version = ""
+            with suppress(ResponseError):  # a user with rights of its own needs none for this
+                version = self._writing.info("server").get("redis_version", "")
+            try:
+                self._writing.xadd(PREFIX + project_id, {FIELD: "{}"}, maxlen=KEPT_IN_REDIS, approximate=True)
+                self._writing.expire(PREFIX + project_id, 1)
+                self._writing.xrevrange(PREFIX + project_id, count=1)
+                self._reading.xread({PREFIX + project_id: START, self._wake_key: START}, count=1)
+            except ResponseError as error:
+                raise type(error)(f"{error}; it has to be Redis 5 or newer, and its user needs {RIGHTS}") from None
+        return version
 
     def rest(self) -> None:
         """Nothing is read for a while: lets go of the connection for that."""

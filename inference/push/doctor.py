@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from inference.build.engines import choose_engine
-from inference.doctor import Finding
+from inference.doctor import Finding, unread
 from inference.errors import I2VError
 from inference.fleet.shape import TRANSFERS_S
 from inference.providers import is_paid
@@ -32,6 +32,8 @@ async def examine_push(load: Callable[[], Settings]) -> AsyncIterator[Finding]:
         for line in str(error).splitlines():
             yield Finding("settings", "FAIL", line)
         return
+    for finding in unread(settings):
+        yield finding
     yield _callers(settings)
     yield await _table(settings)
     yield _deadline(settings)

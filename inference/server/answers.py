@@ -8,7 +8,7 @@ from anyio import move_on_after
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 from starlette.types import Receive, Scope, Send
@@ -47,26 +47,37 @@ class Failure(BaseModel):
     error: str
 
 
-def documented(model: type[BaseModel], description: str) -> dict[str, Any]:
+def documented(model: type[BaseModel], description: str, example: dict[str, Any] | None = None) -> dict[str, Any]:
     """A failure in the description of a route. The application describes the `model` itself, once.
 
     FastAPI would take the model here as well, and build a validator of it for every status of every route: half of the
     time that making the application takes, for validators that nothing ever asks.
     """
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    if example is not None:
+        content["example"] = example
+    return {"description": description, "content": {"application/json": content}}
+
+
+def _failure(description: str, error: str) -> dict[str, Any]:
+    return documented(Failure, description, {"success": False, "error": error})
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: documented(Failure, "Malformed; the error names the field"),
-    401: documented(Failure, "No key, or not the right one"),
-    403: documented(Failure, "Not yours, or not from here"),
-    404: documented(Failure, "Nothing there, or not yours any more"),
-    409: documented(Failure, "Its state does not allow it"),
-    413: documented(Failure, "Over a limit"),
-    500: documented(Failure, "Try again"),
-    503: documented(Failure, "Not working"),
+    400: _failure("Malformed; the error names the field", "worker_id: field required"),
+    401: _failure("No key, or not the right one", "Unauthorized"),
+    403: _failure("Not yours, or not from here", "the task belongs to another worker"),
+    404: _failure("Nothing there, or not yours any more", "Task not found"),
+    409: _failure("Its state does not allow it", "the task is completed"),
+    413: _failure("Over a limit", "photo: more than 50000000 bytes"),
+    500: _failure("Try again", "internal error, try again"),
+    503: _failure("Not working", "the database does not answer"),
 }
+
+
+def example(value: dict[str, Any]) -> ConfigDict:
+    """The configuration of a model that shows this value in the API's description."""
+    return ConfigDict(json_schema_extra={"example": value})
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -37,7 +37,24 @@ from inference.server.workers import Workers
 DESCRIPTION = """
 Photos wait here to become short videos. Programs add them under `/api/tasks`; workers lease them under
 `/api/worker`, in the dialect of Life-is-Short, and move photos and videos through presigned URLs under `/storage`.
+
+Answers are `{"success": true, "data": …}` or `{"success": false, "error": "text"}`. Where the server has a key
+(`WORKER_API_KEY`), calls send it as `Authorization: Bearer KEY`; it belongs on servers, never into a page.
 """
+
+TAGS = [
+    {"name": "tasks", "description": "A photo becomes tasks, and each task a video: what an application calls."},
+    {"name": "groups", "description": "All tasks that were submitted under one name."},
+    {
+        "name": "progress",
+        "description": "Live: `new EventSource('/events/PROJECT?token=…')`, or a WebSocket at `/ws/PROJECT?token=…`, "
+        "where PROJECT is a group's id, or `queue`.",
+    },
+    {"name": "worker", "description": "What workers call. The dialect of Life-is-Short, and extensions of ours."},
+    {"name": "storage", "description": "Presigned URLs, as Supabase has them: the token in the query is the only key."},
+    {"name": "health", "description": "For monitors."},
+]
+"""The groups of the API page, in its order."""
 
 KEY = HTTPBearer(
     scheme_name="key",
@@ -89,6 +106,7 @@ def create_app(
         title="i2v queue",
         version=version("serverless-i2v"),
         description=DESCRIPTION,
+        openapi_tags=TAGS,
         lifespan=lifespan,
         docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
@@ -118,7 +136,9 @@ def _health_routes(store: Store, objects: ObjectStore) -> APIRouter:
     routes = APIRouter(tags=["health"])
 
     @routes.head("/healthz", include_in_schema=False)  # monitors send HEAD
-    @routes.get("/healthz", responses=answers.errors(503), response_model=Answer[Health])
+    @routes.get(
+        "/healthz", summary="Check database and storage", responses=answers.errors(503), response_model=Answer[Health]
+    )
     def healthz() -> object:
         """Whether rows and objects can be written. Needs no key and reveals no secret."""
         try:

@@ -8,8 +8,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 
 from inference.queues.item import Item, ItemProgress, Status
-from inference.server.answers import Answer, errors
+from inference.server.answers import Answer, errors, example
 from inference.server.config import ServerConfig
+from inference.server.examples import GROUP, TASK
 from inference.server.live import Live
 from inference.server.objects import ObjectStore
 from inference.server.rows.store import Group, Store
@@ -22,6 +23,8 @@ MAX_PAGE = 200
 
 class TaskView(BaseModel):
     """A video that was asked for."""
+
+    model_config = example(TASK)
 
     id: str
     group_id: str
@@ -67,6 +70,8 @@ class Deleted(BaseModel):
 class GroupView(BaseModel):
     """A group, and how its videos are doing."""
 
+    model_config = example(GROUP)
+
     id: str
     name: str | None
     status: Status
@@ -92,41 +97,52 @@ def client_routes(
     config: ServerConfig, store: Store, objects: ObjectStore, presigner: Presigner, live: Live
 ) -> APIRouter:
     """The routes a person's program calls."""
-    routes = APIRouter(prefix="/api", tags=["tasks"])
+    routes = APIRouter(prefix="/api")
     view = partial(task_view, live=live)
 
-    @routes.get("/tasks", responses=errors(400, 401))
+    @routes.get("/tasks", tags=["tasks"], summary="List tasks", responses=errors(400, 401))
     def tasks(
         status: Annotated[Status | SkipJsonSchema[None], Query()] = None,
         group: Annotated[Name | SkipJsonSchema[None], Query(description="Id of a group")] = None,
         limit: Limit = 50,
         cursor: Cursor = None,
     ) -> Answer[TaskPage]:
-        """Tasks, newest first."""
+        """Newest first, by status or group if wanted. `cursor` of the answer asks for the next page."""
         page = store.list_items(status=status, group=group, limit=limit, before=cursor)
         more = page[-1].id if len(page) == limit else None
         return Answer(data=TaskPage(items=[view(item) for item in page], cursor=more))
 
-    @routes.get("/tasks/{item_id}", responses=errors(400, 401, 404))
+    @routes.get(
+        "/tasks/{item_id}", tags=["tasks"], summary="Look at a task, get its video", responses=errors(400, 401, 404)
+    )
     def task(item_id: ItemId, request: Request) -> Answer[TaskView]:
-        """One task, with a URL of its video when it is completed."""
+        """How far it is, or how it ended; with `video_url`, which needs no key, once it is completed."""
         item = store.get(item_id)
         url = None
         if item.status == "completed" and item.video_storage_path and objects.exists(item.video_storage_path):
             url = presigner.url(request, "download", item.video_storage_path)
         return Answer(data=view(item, url))
 
-    @routes.post("/tasks/{item_id}/cancel", responses=errors(400, 401, 404, 409))
+    @routes.post(
+        "/tasks/{item_id}/cancel", tags=["tasks"], summary="Cancel a task", responses=errors(400, 401, 404, 409)
+    )
     def cancel(item_id: ItemId) -> Answer[TaskView]:
-        """Ends a task that waits; asks the worker to stop one that is being worked on."""
+        """Ends a task that waits; asks the worker to stop one that is being worked on. 409 for one that has ended."""
         return Answer(data=view(store.cancel(item_id)))
 
-    @routes.post("/tasks/{item_id}/retry", responses=errors(400, 401, 404, 409))
+    @routes.post(
+        "/tasks/{item_id}/retry", tags=["tasks"], summary="Try a task again", responses=errors(400, 401, 404, 409)
+    )
     def retry(item_id: ItemId) -> Answer[TaskView]:
-        """Puts a failed or cancelled task back in the line."""
+        """Puts a failed or cancelled task back in the line. 409 for any other."""
         return Answer(data=view(store.retry(item_id)))
 
-    @routes.delete("/tasks/{item_id}", responses=errors(400, 401, 404))
+    @routes.delete(
+        "/tasks/{item_id}",
+        tags=["tasks"],
+        summary="Delete a task, its video and its photo",
+        responses=errors(400, 401, 404),
+    )
     def delete(item_id: ItemId) -> Answer[Deleted]:
         """Deletes a task and its video, and its photo with the last task of it, whatever its status.
 
@@ -135,19 +151,21 @@ def client_routes(
         discard(store.removal.delete(item_id), store, objects, config)
         return Answer(data=Deleted(tasks=1))
 
-    @routes.get("/groups", responses=errors(400, 401))
+    @routes.get("/groups", tags=["groups"], summary="List groups", responses=errors(400, 401))
     def groups(limit: Limit = 50, cursor: Cursor = None) -> Answer[GroupPage]:
-        """Groups, newest first."""
+        """Newest first, with how many tasks of each have which status."""
         page = store.list_groups(limit=limit, before=cursor)
         more = page[-1].id if len(page) == limit else None
         return Answer(data=GroupPage(groups=[group_view(group) for group in page], cursor=more))
 
-    @routes.get("/groups/{group_id}", responses=errors(400, 401, 404))
+    @routes.get("/groups/{group_id}", tags=["groups"], summary="Look at a group", responses=errors(400, 401, 404))
     def group(group_id: GroupId) -> Answer[GroupView]:
-        """One group."""
+        """How many of its tasks have which status, and how long the rest takes where that can be told."""
         return Answer(data=group_view(store.get_group(group_id), live.groups_left_s().get(group_id)))
 
-    @routes.delete("/groups/{group_id}", responses=errors(400, 401, 404))
+    @routes.delete(
+        "/groups/{group_id}", tags=["groups"], summary="Delete a group with all in it", responses=errors(400, 401, 404)
+    )
     def delete_group(group_id: GroupId) -> Answer[Deleted]:
         """Deletes a group with its tasks, photos and videos, as deleting each task does."""
         gone = store.removal.delete_group(group_id)

@@ -11,7 +11,7 @@ from inference.progress.hub import ProgressHub
 from inference.progress.web.access import TOKEN_LIFETIME_S, Access
 from inference.progress.web.app import progress_app
 from inference.progress.web.follow import MAX_PROJECT_ID, Bounds, Snapshot, is_project_id
-from inference.server.answers import Answer, errors
+from inference.server.answers import Answer, errors, example
 from inference.server.config import ServerConfig
 
 
@@ -23,6 +23,8 @@ def _legible(project_id: str) -> str:
 
 class EventsTokenRequest(BaseModel):
     """Which project somebody is to follow: a group's id, or `queue` for all tasks."""
+
+    model_config = example({"project_id": "queue"})
 
     project_id: Annotated[str, Field(min_length=1, max_length=MAX_PROJECT_ID), AfterValidator(_legible)]
 
@@ -39,9 +41,14 @@ def event_routes(config: ServerConfig) -> APIRouter:
     routes = APIRouter(tags=["progress"])
     access = Access(config.api_key, config.signing_secret)
 
-    @routes.post("/api/events-token", responses=errors(400, 401), response_model=Answer[EventsToken])
+    @routes.post(
+        "/api/events-token",
+        summary="Let a page follow a project",
+        responses=errors(400, 401),
+        response_model=Answer[EventsToken],
+    )
     def events_token(asked: EventsTokenRequest) -> object:
-        """A token with which a page, of any site, may follow one project for some minutes."""
+        """A token with which a page of any site may begin to follow one project, for some minutes, without the key."""
         token = access.sign(asked.project_id)
         return Answer(data=EventsToken(token=token, expires_in=int(TOKEN_LIFETIME_S)))
 

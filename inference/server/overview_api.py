@@ -35,9 +35,9 @@ def overview_routes(store: Store, live: Live, workers: Workers) -> APIRouter:
     """The one route."""
     routes = APIRouter(prefix="/api", tags=["tasks"])
 
-    @routes.get("/overview", responses=errors(401))
+    @routes.get("/overview", summary="See how the whole queue is doing", responses=errors(401))
     def overview() -> Answer[OverviewView]:
-        """The queue in a few numbers."""
+        """Tasks by status, the oldest wait, what was spent today (UTC), and the workers of the last ten minutes."""
         seen = [
             WorkerView(name=it.name, worker_type=it.worker_type, heard_s_ago=it.heard_s_ago, item_ids=list(it.item_ids))
             for it in workers.seen()

@@ -69,7 +69,16 @@ REFUSALS: tuple[tuple[type[Exception], str, str, str], ...] = (
 )
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    400: documented(StorageFailure, "Refused; `statusCode` and `code` say why"),
+    400: documented(
+        StorageFailure,
+        "Refused; `statusCode` and `code` say why",
+        {
+            "statusCode": "409",
+            "error": "Duplicate",
+            "message": "The resource already exists",
+            "code": "KeyAlreadyExists",
+        },
+    ),
     403: documented(Failure, "Not from a web page"),
     404: documented(Failure, "No such route: a path with a line break"),
     500: documented(StorageFailure, "Try again"),
@@ -99,6 +108,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
     @routes.head(DOWNLOAD_PREFIX + "{bucket}/{path:path}", include_in_schema=False)
     @routes.get(
         DOWNLOAD_PREFIX + "{bucket}/{path:path}",
+        summary="Download a photo or a video",
         response_class=FileResponse,
         responses=RESPONSES
         | {
@@ -117,6 +127,7 @@ def storage_routes(config: ServerConfig, store: ObjectStore, signer: Signer) -> 
 
     @routes.put(
         UPLOAD_PREFIX + "{bucket}/{path:path}",
+        summary="Upload a video",
         response_model=Stored,
         responses=RESPONSES,
         openapi_extra={

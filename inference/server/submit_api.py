@@ -61,10 +61,16 @@ def submit_routes(config: ServerConfig, store: Store, objects: ObjectStore, live
     decoding = anyio.CapacityLimiter(PHOTOS_AT_ONCE)
     add = partial(add_items, store=store, objects=objects, config=config)
 
-    @routes.post("/tasks", status_code=201, responses=errors(400, 401, 409), openapi_extra=PHOTO_TYPES)
+    @routes.post(
+        "/tasks",
+        summary="Submit a photo",
+        status_code=201,
+        responses=errors(400, 401, 409),
+        openapi_extra=PHOTO_TYPES,
+    )
     async def create(  # noqa: PLR0917 - FastAPI passes them by name
         photo: Annotated[UploadFile, File(description="JPEG, PNG, WebP or HEIC")],
-        prompt: Annotated[Prompt, Form()] = "",
+        prompt: Annotated[Prompt, Form(description="What should happen, e.g. slow dolly-in")] = "",
         seconds: Seconds = 5.0,
         count: Annotated[int, Form(ge=1, le=MAX_VIDEOS, description="How many videos of this photo")] = 1,
         group: Annotated[

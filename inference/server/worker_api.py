@@ -11,8 +11,9 @@ from pydantic import BaseModel, BeforeValidator, Field, StringConstraints
 from inference.errors import NotHolder
 from inference.providers import WorkerType
 from inference.queues.item import Item, ItemProgress
-from inference.server.answers import Answer, Failure, documented, errors, failure
+from inference.server.answers import Answer, Failure, documented, errors, example, failure
 from inference.server.config import ServerConfig
+from inference.server.examples import GROUP_ID, ITEM_ID, OF_A_LEASE, PHOTO_ID, PHOTO_PATH, VIDEO_PATH
 from inference.server.objects import ObjectStore
 from inference.server.rows.store import Store
 from inference.server.storage_api import VIDEOS, Presigner
@@ -40,6 +41,8 @@ NO_VIDEO = "Failed to generate video URL"  # a completed report names a video th
 class NextTask(ForeignBody):
     """Asks for work."""
 
+    model_config = example({"worker_id": "worker-1.5f3a", "lease_duration_seconds": 600})
+
     worker_id: Annotated[ForeignName, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
     lease_duration_seconds: Seconds = 600
     worker_type: WorkerType | None = None
@@ -48,6 +51,22 @@ class NextTask(ForeignBody):
 
 class LeasedTask(BaseModel):
     """What to make, of what, and until when it is yours."""
+
+    model_config = example(
+        {
+            "item_id": ITEM_ID,
+            "group_id": GROUP_ID,
+            "photo_id": PHOTO_ID,
+            "prompt": "slow dolly-in",
+            "photo_storage_path": PHOTO_PATH,
+            "leased_until": "2026-01-31T12:10:00.000Z",
+            "frame_num": 121,
+            "inference_provider": None,
+            "lease_seq": 1,
+            "beat_interval_s": 1.0,
+            "takes": ["progress", "cost_usd"],
+        }
+    )
 
     item_id: str
     group_id: str
@@ -70,6 +89,8 @@ workers need not; and in the report of a completed task, what the video cost."""
 class AskBacklog(BaseModel):
     """Asks how much work there is."""
 
+    model_config = example({"worker_type": "wan"})
+
     worker_type: WorkerType | None = None
 
 
@@ -89,6 +110,10 @@ class ReportedProgress(BaseModel):
 class Heartbeat(ForeignBody):
     """Renews a lease; of one second, hands the task back."""
 
+    model_config = example(
+        {**OF_A_LEASE, "extend_seconds": 300, "progress": {"stage": "render", "fraction": 0.35}, "lease_seq": 1}
+    )
+
     item_id: Name
     worker_id: ForeignName
     extend_seconds: Seconds = 300
@@ -106,6 +131,8 @@ class Renewed(BaseModel):
 class PresignDownload(ForeignBody):
     """Asks for a URL to read a photo."""
 
+    model_config = example({"operation": "download", "storage_path": PHOTO_PATH})
+
     operation: Literal["download"]
     storage_path: StoragePath
 
@@ -120,6 +147,8 @@ Extension = Annotated[str, StringConstraints(pattern=f"^{EXTENSION}$"), BeforeVa
 
 class PresignUpload(ForeignBody):
     """Asks for a URL to store a video."""
+
+    model_config = example({"operation": "upload", "video_item_id": ITEM_ID, "file_extension": "mp4"})
 
     operation: Literal["upload"]
     video_item_id: Name
@@ -137,6 +166,8 @@ class Presigned(BaseModel):
 class ReportCompleted(ForeignBody):
     """The video is in storage."""
 
+    model_config = example({**OF_A_LEASE, "status": "completed", "video_storage_path": VIDEO_PATH})
+
     status: Literal["completed"]
     item_id: Name
     worker_id: ForeignName
@@ -149,6 +180,8 @@ class ReportCompleted(ForeignBody):
 
 class ReportFailed(ForeignBody):
     """No video will come of this lease."""
+
+    model_config = example({**OF_A_LEASE, "status": "failed", "error_message": "the photo is broken"})
 
     status: Literal["failed"]
     item_id: Name
@@ -182,7 +215,7 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
     """What a worker says of tasks and leases."""
     routes = APIRouter(prefix="/api/worker", tags=["worker"], route_class=JsonRoute)
 
-    @routes.post("/next-task", responses=errors(400, 401, 404))
+    @routes.post("/next-task", summary="Lease the next task", responses=errors(400, 401, 404))
     def next_task(asked: NextTask) -> Answer[LeasedTask | None]:
         """Leases the oldest task that waits. `data` is null when there is none.
 
@@ -196,14 +229,23 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
         workers.heard(asked.worker_id, item.id)
         return Answer(data=_leased(item, config.beat_interval_s))
 
-    @routes.post("/backlog", responses=errors(400, 401))
+    @routes.post("/backlog", summary="Count the tasks that wait", responses=errors(400, 401))
     def backlog(asked: AskBacklog) -> Answer[Backlog]:
         """How many tasks could be leased now, of one kind or of all. An extension of ours to the contract."""
         return Answer(data=Backlog(waiting=store.backlog(asked.worker_type)))
 
-    @routes.post("/heartbeat", responses=errors(400, 401, 404), response_model=Answer[Renewed])
+    @routes.post(
+        "/heartbeat",
+        summary="Renew a lease, or hand the task back",
+        responses=errors(400, 401, 404),
+        response_model=Answer[Renewed],
+    )
     def heartbeat(beat: Heartbeat) -> object:
-        """Sets the lease to now + extend_seconds. 404 when it is not yours any more."""
+        """Sets the lease to now + `extend_seconds`; one second hands the task back, uncounted.
+
+        404 when it is not yours any more. `progress` is an extension of ours, and so is the answer's
+        `cancel_requested`: nobody wants the video any more.
+        """
         said = ItemProgress(stage=beat.progress.stage, fraction=beat.progress.fraction) if beat.progress else None
         try:
             item = store.heartbeat(beat.item_id, beat.worker_id, beat.extend_seconds, said, beat.lease_seq)
@@ -216,6 +258,7 @@ def worker_routes(config: ServerConfig, store: Store, objects: ObjectStore, work
 
     @routes.post(
         "/report",
+        summary="Report how a task ended",
         responses=errors(400, 401, 404) | {403: documented(Failure, "Not yours")},
         response_model=Answer[Reported],
     )
@@ -250,6 +293,7 @@ def presign_routes(config: ServerConfig, store: Store, objects: ObjectStore, pre
 
     @routes.post(
         "/presign",
+        summary="Get a URL for a photo or a video",
         responses=errors(400, 401, 404),
         response_model=Answer[Presigned],
         response_model_exclude_none=True,

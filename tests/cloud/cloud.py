@@ -125,7 +125,7 @@ class Cloud:
     # ------------------------------------------------------------ what people do
 
     def create_secret(self, name: str, values: Mapping[str, str]) -> None:
-        """As `modal secret create` does."""
+        """As `modal secret create --force` does, which replaces one that is there."""
         self._do(self._plane.add_secret, name, dict(values))
 
     def start_cli(self, *arguments: str, cwd: Path) -> Command:

@@ -158,7 +158,8 @@ class ControlPlane:
 
     def add_secret(self, name: str, values: dict[str, str]) -> Secret:
         """One a person made, or one that an app brings along."""
-        secret = Secret(self.scheduler.new_id("st"), name, values)
+        there = next((it for it in self.scheduler.secrets.values() if name and it.name == name), None)
+        secret = Secret(there.id if there else self.scheduler.new_id("st"), name, values)
         self.scheduler.secrets[secret.id] = secret
         return secret
 

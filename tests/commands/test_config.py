@@ -41,4 +41,4 @@ def test_a_mistake_in_it_is_one_line(capsys, tmp_path, command):
     assert ran.returncode == 1
     told = [line for line in (ran.stdout + ran.stderr).splitlines() if "worker_tokn" in line]
     assert len(told) == 1
-    assert "--config: config.yaml: there is no worker_tokn (worker_token?)" in told[0]
+    assert "--config: config.yaml: there is no worker_tokn: did you mean worker_token?" in told[0]

@@ -79,17 +79,37 @@ async def test_the_wrong_folder(tmp_path):
 
 
 def test_an_account_and_its_secret(tmp_path):
-    """The real command line is asked: no secret, then there is one."""
+    """The real command line and client are asked: no secret, one with a key too few, then all that it needs."""
 
-    def doctor(env):
-        return subprocess.run(
-            [I2V, "doctor", "modal"], cwd=CLONE, env=env, capture_output=True, text=True, timeout=60, check=False
+    def doctor(**variables):
+        said = subprocess.run(
+            [I2V, "doctor", "modal"],
+            cwd=CLONE,
+            env=cloud.env | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
+        return said.returncode, said.stdout + said.stderr
 
+    url, key = {"VERCEL_API_URL": "https://x.example"}, {"WORKER_API_KEY": "k"}
+    runway = {"RUNWAYML_API_SECRET": "secret-of-runway"}
     with Cloud(tmp_path / "cloud") as cloud:
-        without = doctor(cloud.env)
-        assert without.returncode == 1
-        assert "modal secret create serverless-i2v" in without.stdout + without.stderr
-        cloud.create_secret("serverless-i2v", {"VERCEL_API_URL": "https://x.example"})
-        complete = doctor(cloud.env)
-        assert complete.returncode == 0, complete.stdout + complete.stderr
+        code, without = doctor()
+        assert (code, "modal secret create serverless-i2v" in without) == (1, True)
+        cloud.create_secret("serverless-i2v", url)
+        code, short = doctor()
+        assert (code, "add WORKER_API_KEY to serverless-i2v" in short) == (1, True), short
+        cloud.create_secret("serverless-i2v", url | key)
+        code, sound = doctor()
+        assert (code, "nothing goes there" in sound) == (0, True), sound
+        code, half = doctor(**runway)
+        assert (code, "add RUNWAYML_API_SECRET to serverless-i2v" in half) == (1, True), half
+        assert "is set here and not in the secret" in half
+        cloud.create_secret("serverless-i2v", url | key | runway)
+        code, other_half = doctor()
+        assert (code, "is in the secret and not set here" in other_half) == (1, True), other_half
+        code, both = doctor(**runway)
+        assert (code, "is set here and in the secret" in both) == (0, True), both
+        assert "secret-of-runway" not in half + both

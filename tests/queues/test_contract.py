@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 import anyio
 import httpx
@@ -29,13 +30,14 @@ from inference.transfer.bucket import Bucket
 from inference.transfer.storage import Storage
 from tests.queues.video_jobs.home import video_jobs_home
 from tests.server import harness
-from tests.support import postgres
+from tests.support import next_app, postgres
 from tests.support.gmanimato_app import GmAnimatoServer
 from tests.support.s3_server import S3Server
+from tests.support.supabase import Supabase
 
 pytestmark = pytest.mark.anyio
 
-HOMES = ["memory", "http over sqlite", "http over postgresql", "gmanimato", "video jobs"]
+HOMES = ["memory", "http over sqlite", "http over postgresql", "gmanimato", "video jobs", "next.js"]
 
 NOT_PROMISED = {
     "gmanimato": {
@@ -49,7 +51,11 @@ NOT_PROMISED = {
         "counters": "failures are not counted",
         "cancelling": "a person cannot cancel what a worker has",
         "stages": "its page shows percents, and nodes of the workflow",
-    }
+    },
+    "next.js": {
+        "given tasks": "the worker API as documented hands out only the next",
+        "backlog": "the worker API as documented does not tell how many wait",
+    },
 }
 """What a queue cannot do, by the name that its tests give it, and the reason."""
 
@@ -244,6 +250,88 @@ class GmAnimatoHome:
             await queue.__aexit__()
 
 
+class NextHome:
+    """The example of a Next.js application, under Node; looked at through its Supabase."""
+
+    def __init__(self, url: str, supabase: Supabase, storage: Storage):
+        self.url, self.supabase, self.storage = url, supabase, storage
+        self.connections: list[LifeIsShortQueue] = []
+
+    def connect(self, worker_id="worker", worker_type=None):
+        """See Home."""
+        queue = LifeIsShortQueue(
+            self.url, harness.KEY, worker_id=worker_id, worker_type=worker_type, storage=self.storage
+        )
+        queue.CONFIRM_AFTER_S = 0.01
+        self.connections.append(queue)
+        return queue
+
+    def add(self, photo, **fields):
+        """See Home: as the application's own route does it."""
+        row = {"user_id": next(iter(self.supabase.users.values())), "group_id": str(uuid4()), **fields}
+        row["photo_storage_path"] = f"{row['group_id']}/{uuid4()}_original.jpg"
+        self.put(row["photo_storage_path"], photo)
+        columns, values = ", ".join(row), ", ".join(["%s"] * len(row))
+        text = f"insert into video_items ({columns}) values ({values}) returning id::text"
+        [[item_id]] = self.supabase.sql(text, *row.values())
+        return item_id
+
+    def item(self, item_id):
+        """See Home."""
+        [[row]] = self.supabase.sql("select to_json(it) from video_items it where id = %s", item_id)
+        times = {"created_at": 0, "updated_at": 0, "leased_until": None, "lease_seq": 0}
+        progress = ItemProgress(stage=row["stage"], fraction=row["fraction"]) if row["stage"] else None
+        shared = {name: row[name] for name in row.keys() & Item.model_fields.keys()}
+        return Item(**shared | times, progress=progress)
+
+    def expire(self, item_id):
+        """See Home."""
+        self.supabase.sql("update video_items set leased_until = now() - interval '1 s' where id = %s", item_id)
+
+    def cancel(self, item_id):
+        """See Home: what a page would have done for whoever presses the button."""
+        self.supabase.sql("select cancel_video(%s)", item_id)
+
+    def object(self, path):
+        """See Home."""
+        return self.supabase.objects.path(path).read_bytes()
+
+    def put(self, path, body):
+        """See Home."""
+        self.supabase.put(path, body)
+
+    def lose_photo(self, item_id):
+        """See Home."""
+        self.supabase.objects.remove(self.item(item_id).photo_storage_path)
+
+    async def close(self):
+        """Closes every connection."""
+        for queue in self.connections:
+            await queue.__aexit__()
+        self.supabase.sql("truncate video_items")
+
+
+@pytest.fixture(scope="module")
+def next_server(postgres_server, tmp_path_factory):
+    """One application for this module, and its Supabase."""
+    with (
+        postgres.database(postgres_server) as url,
+        next_app.project(url, tmp_path_factory.mktemp("supabase")) as supabase,
+        next_app.running(supabase) as address,
+    ):
+        supabase.sign_up("token")
+        yield address, supabase
+
+
+@asynccontextmanager
+async def next_home(address: str, supabase: Supabase) -> AsyncIterator[NextHome]:
+    """An empty table."""
+    async with Storage(trusted_origins=[supabase.url]) as storage:
+        home = NextHome(address, supabase, storage)
+        yield home
+        await home.close()
+
+
 @asynccontextmanager
 async def gmanimato_home(s3: S3Server) -> AsyncIterator[GmAnimatoHome]:
     """A running application."""
@@ -289,6 +377,9 @@ async def home(request, tmp_path):
             yield made
     elif request.param == "gmanimato":
         async with gmanimato_home(request.getfixturevalue("s3_server")) as made:
+            yield made
+    elif request.param == "next.js":
+        async with next_home(*request.getfixturevalue("next_server")) as made:
             yield made
     elif request.param == "video jobs":
         with postgres.database(request.getfixturevalue("postgres_server")) as url:

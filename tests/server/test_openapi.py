@@ -9,8 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
+from pydantic import BaseModel
 
+from inference.server import worker_api
 from inference.server.api import create_app
+from inference.server.client_api import GroupView, TaskView
+from inference.server.events_api import EventsTokenRequest
 from tests.server.harness import KEY, config, jpeg
 
 PHOTOS = tuple(jpeg(width, 16) for width in (16, 17))
@@ -26,6 +30,11 @@ CONFIG = {
     "operations": [
         {
             "include-path-regex": "^/storage/",
+            "checks": {"positive_data_acceptance": {"expected-statuses": [*ACCEPTED, "400"]}},
+        },
+        {
+            # Nor which characters people can read, of which a project's id is made.
+            "include-path": "/api/events-token",
             "checks": {"positive_data_acceptance": {"expected-statuses": [*ACCEPTED, "400"]}},
         },
         {
@@ -83,3 +92,37 @@ def test_the_description_holds(description, mode):
 
         with suppress(Unsatisfiable):  # an operation without parameters has nothing to get wrong
             holds()
+
+
+def test_every_operation_says_what_it_does(tmp_path):
+    """A title that is a sentence, a description, a known group, and an example of each body and each refusal."""
+    described = create_app(config(tmp_path)).openapi()
+    schemas, known = described["components"]["schemas"], {tag["name"] for tag in described["tags"]}
+    titles = []
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            titles.append(operation["summary"])
+            assert len(operation["summary"].split()) > 1, path
+            assert len(operation["description"]) > 20, path
+            assert set(operation["tags"]) <= known, path
+            for status, answer in operation["responses"].items():
+                if status in {"400", "401", "404", "409", "413"} and not path.startswith("/storage/"):
+                    assert answer["content"]["application/json"]["example"]["error"], (path, status)
+            for media, body in operation.get("requestBody", {}).get("content", {}).items():
+                if media == "application/json":
+                    options = body["schema"].get("oneOf", [body["schema"]])
+                    assert all("example" in schemas[option["$ref"].rpartition("/")[2]] for option in options), path
+    assert len(set(titles)) == len(titles)
+
+
+def test_examples_are_what_the_models_take(tmp_path):
+    """Each is valid in its own model. FastAPI leaves out of them what is null."""
+    schemas = create_app(config(tmp_path)).openapi()["components"]["schemas"]
+    models = [each for each in vars(worker_api).values() if isinstance(each, type) and issubclass(each, BaseModel)]
+    models += [TaskView, GroupView, EventsTokenRequest]
+    shown = [model for model in models if "example" in schemas.get(model.__name__, {})]
+    assert len(shown) == 11
+    for model in shown:
+        shown_fields = schemas[model.__name__]["example"]
+        assert set(shown_fields) <= set(model.model_fields)
+        model.model_validate(dict.fromkeys(model.model_fields) | shown_fields)

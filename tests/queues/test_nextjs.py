@@ -1,0 +1,217 @@
+"""examples/nextjs beyond the contract: people's side, who may do what, calls to us, and a worker that drains it all."""
+
+import json
+import os
+import re
+import subprocess
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from inference.queues.lifeisshort_wire import SignedDownload
+from inference.task import Task, parse_task
+from tests.server import harness
+from tests.support import next_app, postgres
+from tests.support.processes import I2V, until
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "nextjs.md").read_text()
+TOKEN = "push-token"
+
+FIELDS = {"item_id", "group_id", "photo_id", "prompt", "photo_storage_path", "leased_until", "frame_num"}
+FIELDS |= {"inference_provider"}
+"""Of a task, as the documents of the worker API have it."""
+
+
+@contextmanager
+def waking():
+    """Where `POST /wake` goes: its address, and what arrives there."""
+    heard = []
+
+    class Wake(BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append((self.path, self.headers["authorization"]))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Nothing on stderr."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Wake) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", heard
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """The application's address, its Supabase, what its wake calls said."""
+    with (
+        postgres.server() as server,
+        postgres.database(server) as url,
+        next_app.project(url, tmp_path_factory.mktemp("supabase")) as supabase,
+        waking() as (wake_url, heard),
+        next_app.running(supabase, I2V_URL=wake_url, I2V_PUSH_TOKEN=TOKEN) as address,
+    ):
+        yield address, supabase, heard
+
+
+def submit(address, token, photo=None, **fields):
+    """As a page sends its form."""
+    files = {"photo": ("a.jpg", photo or harness.jpeg(), "image/jpeg")}
+    return httpx.post(f"{address}/api/videos", headers={"authorization": f"Bearer {token}"}, data=fields, files=files)
+
+
+def test_a_photo_becomes_a_clip(app, tmp_path):
+    """Somebody who is signed in submits; workers are woken, and one of ours takes it, makes it and reports."""
+    address, supabase, heard = app
+    supabase.sign_up("anna")
+    photo = harness.jpeg(64, 48)
+    answer = submit(address, "anna", photo, prompt="pan left", seconds="1")
+    assert answer.status_code == 201, answer.text
+    until(lambda: heard, 10, "the wake call arrives")
+    assert heard == [("/wake", f"Bearer {TOKEN}")]
+    env = {"PATH": os.environ["PATH"], "VERCEL_API_URL": address, "WORKER_API_KEY": harness.KEY, "HOME": str(tmp_path)}
+    env |= {"I2V_ALLOW_PRIVATE_ADDRESSES": "true", "POLL_INTERVAL": "0.2"}
+    subprocess.run([I2V, "work", "--once"], env=env, cwd=tmp_path, timeout=60, check=True)
+    [[row]] = supabase.sql("select to_json(it) from video_items it where id = %s", answer.json()["id"])
+    assert (row["status"], row["fraction"], row["prompt"], row["frame_num"]) == ("completed", 1, "pan left", 25)
+    assert row["video_storage_path"] == f"videos/{row['id']}.mp4"
+    assert supabase.objects.path(row["video_storage_path"]).read_bytes()[4:8] == b"ftyp"
+    assert supabase.objects.path(row["photo_storage_path"]).read_bytes() == photo
+    supabase.sql("truncate video_items")
+
+
+def test_strangers_and_files_that_are_none(app):
+    """Nothing is stored for them."""
+    address, supabase, _ = app
+    supabase.sign_up("berta")
+    assert submit(address, "nobody").status_code == 401
+    url, headers = f"{address}/api/videos", {"authorization": "Bearer berta"}
+    text = {"photo": ("a.txt", b"hello", "text/plain")}
+    assert httpx.post(url, headers=headers, files=text).status_code == 400
+    assert httpx.post(url, headers=headers, data={"photo": "x"}, files={"other": b"x"}).status_code == 400
+    assert supabase.sql("select count(*) from video_items") == [(0,)]
+
+
+def test_people_see_their_own_and_call_no_function(app):
+    """Under the policies, as a page with a session asks."""
+    address, supabase, _ = app
+    anna, berta = supabase.sign_up("a"), supabase.sign_up("b")
+    own = submit(address, "a").json()["id"]
+    other = submit(address, "b").json()["id"]
+    assert supabase.sql("select id::text from video_items", as_user=anna) == [(own,)]
+    assert supabase.sql("select id::text from video_items", as_user=berta) == [(other,)]
+    for text in (
+        "select claim_video('w', 600)",
+        f"select renew_video('{own}', 'w', 600)",
+        f"select end_video('{own}', 'w', 'completed')",
+        f"select cancel_video('{own}')",
+        f"insert into video_items (user_id, group_id, photo_storage_path) values ('{anna}', gen_random_uuid(), 'x')",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            supabase.sql(text, as_user=anna)
+    supabase.sql("update video_items set status = 'completed'", as_user=anna)
+    supabase.sql("delete from video_items", as_user=anna)
+    assert supabase.sql("select distinct status from video_items") == [("pending",)]
+    supabase.sql("truncate video_items")
+
+
+def test_a_lease_is_fenced_where_the_row_is_written(app):
+    """Not only by the route, which looks before: another worker may have the task by the time it writes."""
+    address, supabase, _ = app
+    supabase.sign_up("d")
+    item_id = submit(address, "d").json()["id"]
+    assert len(supabase.sql("select claim_video('mine', 600)")) == 1
+    for text in (
+        f"select renew_video('{item_id}', 'other', 600)",
+        f"select end_video('{item_id}', 'other', 'completed', 'videos/x.mp4')",
+        f"select end_video('{item_id}', 'other', 'failed')",
+    ):
+        assert supabase.sql(text) == []
+    assert supabase.sql("select status, worker_id, retry_count from video_items") == [("processing", "mine", 0)]
+    assert len(supabase.sql(f"select end_video('{item_id}', 'mine', 'failed')")) == 1
+    supabase.sql("truncate video_items")
+
+
+@pytest.mark.parametrize("authorization", ["", "Worker wrong", "Basic x", f"Worker {harness.KEY}x", "Worker"])
+def test_workers_need_the_key(app, authorization):
+    """And are told as the contract says."""
+    answer = httpx.post(f"{app[0]}/api/worker/next-task", headers={"authorization": authorization}, json={})
+    assert (answer.status_code, answer.json()) == (401, {"success": False, "error": "Unauthorized"})
+
+
+def test_what_is_answered_is_what_the_contract_says(app):
+    """Every field of a task, times with Z, both schemes of the key, and bodies of any media type."""
+    address, supabase, _ = app
+    supabase.sign_up("c")
+    submit(address, "c", prompt="줌아웃", seconds="3")
+
+    def ask(call, body, scheme="Worker"):
+        headers = {"authorization": f"{scheme} {harness.KEY}", "content-type": "text/plain"}
+        return httpx.post(f"{address}/api/worker/{call}", headers=headers, content=json.dumps(body))
+
+    given = ask("next-task", {"worker_id": 7, "lease_duration_seconds": "600.5"}, "Bearer").json()["data"]
+    assert set(given) == FIELDS
+    assert isinstance(parse_task(given), Task)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", given["leased_until"])
+    photo = ask("presign", {"operation": "download", "storage_path": given["photo_storage_path"]}).json()["data"]
+    assert (set(photo), photo["expires_in"]) == ({"url", "expires_in"}, 3600)
+    assert SignedDownload.model_validate(photo)
+    beat = {"item_id": given["item_id"], "worker_id": 7}
+    assert ask("heartbeat", beat).json()["data"]["leased_until"].endswith("Z")
+    assert ask("heartbeat", beat | {"worker_id": "8"}).status_code == 404
+    assert ask("report", beat | {"worker_id": "8", "status": "failed"}).status_code == 403
+    assert ask("report", beat | {"status": "done"}).status_code == 400
+    assert ask("report", beat | {"item_id": "1", "status": "failed"}).status_code == 404
+    missing = beat | {"status": "completed", "video_storage_path": f"videos/{given['item_id']}.mp4"}
+    assert ask("report", missing).json() == {"success": False, "error": "Failed to generate video URL"}
+    assert ask("report", beat | {"status": "failed"}).json()["data"]["status"] == "failed"
+    for call, body, status in (("toString", {}, 404), ("next-task", {}, 400), ("next-task", [], 400)):
+        answer = ask(call, body)
+        assert (answer.status_code, answer.json()["success"]) == (status, False)
+    supabase.sql("truncate video_items")
+
+
+def test_the_call_to_the_embedded_queue(tmp_path):
+    """`submit` of lib/i2v.ts makes a task; the same key makes nothing new."""
+    program = """
+    import { readFileSync } from "node:fs";
+    const { submit } = await import(process.argv[1]);
+    const photo = new File([readFileSync(0)], "a.jpg", { type: "image/jpeg" });
+    for (const _ of [1, 2]) console.log((await submit(photo, "pan left", 3, "wish-1"))[0].id);
+    """
+    with harness.running_server(harness.config(tmp_path)) as url:
+        env = {"WORKER_API_KEY": harness.KEY, "I2V_SERVE_URL": url}
+        said = subprocess.run(
+            [next_app.node(), "--input-type=module", "-e", program, next_app.EXAMPLE / "lib" / "i2v.ts"],
+            env=env,
+            input=harness.jpeg(),
+            stdout=subprocess.PIPE,
+            timeout=30,
+            check=True,
+        )
+        first, again = said.stdout.decode().split()
+        task = httpx.get(f"{url}/api/tasks/{first}", headers={"authorization": f"Bearer {harness.KEY}"}).json()["data"]
+    assert first == again
+    assert (task["prompt"], task["seconds"], task["photo_filename"]) == ("pan left", 3, "a.jpg")
+
+
+def test_the_guide_names_what_is_there():
+    """Files, functions and variables of the example."""
+    folder = next_app.EXAMPLE
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*") if path.is_file()} - {"tsconfig.json"}
+    assert set(re.findall(r"^\| `((?:app|lib)/\S+|schema\.sql)`", GUIDE, re.MULTILINE)) == files
+    sources = "".join((folder / name).read_text() for name in files)
+    names = set(re.findall(r"^\| `(\w+)`", GUIDE, re.MULTILINE))
+    variables = set(re.findall(r"process\.env\.(\w+)", sources))
+    assert names == variables | set(re.findall(r"create function (\w+)", sources))
