@@ -59,14 +59,14 @@ COMMANDS = (
     ),
     Command(
         "submit",
-        "Asks an embedded queue (`i2v up`, `i2v serve`) for videos of a photo, and prints the ids of the tasks.",
+        "Asks an embedded queue (`i2v up`, `i2v serve`) for videos of photos, all in one group; prints the tasks' ids.",
         "tasks",
         "submit",
         'Example: `i2v submit photo.jpg "pan left" -o out.mp4`, or `i2v submit *.jpg "pan left" -o clips/`',
     ),
     Command(
         "fetch",
-        "Downloads the video of a completed task from an embedded queue.",
+        "Downloads videos of completed tasks from an embedded queue.",
         "tasks",
         "fetch",
         "Example: `i2v fetch ID -o out.mp4`, with an ID of `i2v tasks`, or `i2v fetch --group ID -o clips/`",

@@ -366,9 +366,9 @@ def test_an_error_is_one_line_that_names_the_cause(home, here, command, settings
 def test_a_setting_that_nothing_reads_is_said(here):
     """By whatever command, and by doctor, once."""
     ran = here("work", "--once", "--url", "http://127.0.0.1:1", I2V_ENGIN="wan", WORKER_API_KEY=KEY)
-    assert ran.err.count("I2V_ENGIN (I2V_ENGINE?)") == 1
+    assert ran.err.count("nothing reads I2V_ENGIN: did you mean I2V_ENGINE?") == 1
     ran = here("doctor", I2V_ENGIN="wan")
-    assert "skip  settings       nothing reads I2V_ENGIN (I2V_ENGINE?)" in ran.out
+    assert "skip  settings       nothing reads I2V_ENGIN: did you mean I2V_ENGINE?" in ran.out
 
 
 def test_a_port_in_use_is_said(here):
@@ -623,7 +623,7 @@ def test_doctor_says_what_is_wrong_and_exits_1(site, home, here):
     assert (ran.exit_code, ran.err) == (0, "")
     verdicts = {line[6:19].strip(): line[:4].strip() for line in ran.out.splitlines()}
     assert verdicts == dict.fromkeys(
-        ["settings", "photos", "ffmpeg", "disk", "queue", "extra server", "extra wan", "extra comfyui"], "ok"
+        ["settings", "photos", "ffmpeg", "disk", "data", "queue", "extra server", "extra wan", "extra comfyui"], "ok"
     )
     ran = here("doctor", "--url", site.url, WORKER_API_KEY="another-key")
     assert ran.exit_code == 1
