@@ -2,11 +2,11 @@
 
 import sys
 import tomllib
+import zipfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
-from hatchling.builders.wheel import WheelBuilder
 from packaging.specifiers import SpecifierSet
 from trove_classifiers import classifiers
 
@@ -22,23 +22,39 @@ def python_versions() -> list[str]:
     return named
 
 
+def backend():
+    """The build backend, imported anew."""
+    spec = spec_from_file_location("build_backend", ROOT / ".ci" / "build_backend.py")
+    spec.loader.exec_module(found := module_from_spec(spec))
+    return found
+
+
 @pytest.mark.parametrize("version", [(3, 9, 1), (3, 10, 13)])
-def test_an_old_python_is_refused_before_pip_looks_for_packages(monkeypatch, tmp_path, version):
-    """While the wheel is built, which is the first that pip does with a folder."""
+def test_an_old_python_is_refused_before_anything_is_fetched(monkeypatch, version):
+    """When the backend is imported, of which pip then asks what it needs: nothing until then."""
+    assert PYPROJECT["build-system"] == {"requires": [], "build-backend": "build_backend", "backend-path": [".ci"]}
     monkeypatch.setattr(sys, "version_info", version)
     with pytest.raises(SystemExit, match=rf"needs Python 3\.11 or newer, and this is 3\.{version[1]}$"):
-        next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path)))
-    assert not list(tmp_path.glob("*.whl"))
+        backend()
 
 
 def test_what_is_refused_is_what_is_not_supported():
-    """The hook and `requires-python` name the same version."""
-    spec = spec_from_file_location(
-        "python_version", ROOT / PYPROJECT["tool"]["hatch"]["build"]["hooks"]["custom"]["path"]
-    )
-    hook = module_from_spec(spec)
-    spec.loader.exec_module(hook)
-    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={hook.OLDEST[0]}.{hook.OLDEST[1]}")
+    """The backend and `requires-python` name the same version."""
+    major, minor = backend().OLDEST
+    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={major}.{minor}")
+
+
+def test_the_backend_needs_what_the_tests_have():
+    """The same range in both."""
+    assert backend().get_requires_for_build_wheel()[0] in PROJECT["optional-dependencies"]["test"]
+
+
+def test_a_wheel_has_the_package_alone(tmp_path):
+    """Built as pip does it, from the tree."""
+    wheel = tmp_path / backend().build_wheel(str(tmp_path))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "inference/py.typed" in names
+    assert {name.partition("/")[0] for name in names} == {"inference", f"serverless_i2v-{PROJECT['version']}.dist-info"}
 
 
 def test_classifiers_are_known_and_say_what_was_run():
