@@ -13,6 +13,8 @@ from tests.test_architecture import FLOORS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+KOREAN = (ROOT / "docs" / "README.ko.md").read_text()
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 
 def test_it_is_short():
@@ -37,19 +39,17 @@ def entries(folder: Path) -> set[str]:
 
 
 def test_the_tree_is_there():
-    """The first two levels, one line each: what is at the top, and what is in `inference/`."""
-    tree = re.search(r"## The tree\n\n```text\n(.+?)```", README, re.DOTALL)[1]
+    """What is at the top, one line each. The rooms of `inference/` are below it, on the same page."""
+    tree = re.search(r"## The tree\n\n```text\n(.+?)```", ARCHITECTURE, re.DOTALL)[1]
     for_people = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "pyproject.toml"}  # known by their names
-    assert set(re.findall(r"^([\w./]+)", tree, re.MULTILINE)) == entries(ROOT) - for_people
-    told = re.findall(r"^  ([\w./]+)", tree, re.MULTILINE)
-    assert set(told) == entries(ROOT / "inference") - {"__init__.py", "py.typed"}
+    told = re.findall(r"^([\w./]+)", tree, re.MULTILINE)
+    assert set(told) == entries(ROOT) - for_people
     assert len(told) == len(set(told))
 
 
 def test_the_architecture_page_has_every_module():
     """On the floors of `test_architecture.py`, in their order; a room and each of its modules has a line of its own."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    rooms = re.search(r"## Rooms.+?```text\n(.+?)```", page, re.DOTALL)[1]
+    rooms = re.search(r"## Rooms.+?```text\n(.+?)```", ARCHITECTURE, re.DOTALL)[1]
     floors = [set(re.findall(r"^(\w+)", floor, re.MULTILINE)) for floor in rooms.split("\n\n")]
     assert floors == [set(floor) for floor in FLOORS]
     told, room = set(), ""
@@ -75,3 +75,23 @@ def test_every_setting_exists():
 def test_no_placeholder_was_left():
     """Outputs and figures are real ones."""
     assert not re.search(r"^[A-Z]+(_[A-Z]+)*$", README, re.MULTILINE)
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's code blocks without what is said of them."""
+    blocks = re.findall(r"^```sh\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\s+# .*$", "", line) for block in blocks for line in block.splitlines()]
+
+
+def test_the_korean_readme_has_the_same_commands_in_the_same_order():
+    """And the same headings, tables and figures: whoever changes one page is led to the other."""
+    assert commands(KOREAN) == commands(README)
+    for pattern in (r"^(#+) ", r"^\|[-|]+\|$", r"^```(\w*)$", r"^<!-- .+ -->$", r"`(I2V_\w+)`", r"\$(0\.\d+)"):
+        assert re.findall(pattern, KOREAN, re.MULTILINE) == re.findall(pattern, README, re.MULTILINE), pattern
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda it: it.name)
+def test_links_lead_somewhere(page):
+    """Files that are there, from where the page is."""
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / link).exists(), link
