@@ -111,6 +111,19 @@ def test_strangers_and_files_that_are_none(app):
     assert supabase.sql("select count(*) from video_items") == [(0,)]
 
 
+def test_photos_that_browsers_do_not_know(app):
+    """Outside of Apple's, HEIC files have no media type of their own. A field left blank is the default."""
+    address, supabase, _ = app
+    supabase.sign_up("h")
+    files = {"photo": ("IMG_0001.HEIC", b"x", "application/octet-stream")}
+    headers = {"authorization": "Bearer h"}
+    answer = httpx.post(f"{address}/api/videos", headers=headers, data={"seconds": ""}, files=files)
+    assert answer.status_code == 201, answer.text
+    [(path, frames)] = supabase.sql("select photo_storage_path, frame_num from video_items")
+    assert (path.endswith("_original.heic"), frames) == (True, 121)
+    supabase.sql("truncate video_items")
+
+
 def test_people_see_their_own_and_call_no_function(app):
     """Under the policies, as a page with a session asks."""
     address, supabase, _ = app
@@ -269,6 +282,9 @@ def test_what_is_answered_is_what_the_contract_says(app):
     missing = beat | {"status": "completed", "video_storage_path": f"videos/{given['item_id']}.mp4"}
     assert ask("report", missing).json() == {"success": False, "error": "Failed to generate video URL"}
     assert ask("report", beat | {"status": "failed"}).json()["data"]["status"] == "failed"
+    submit(address, "c")
+    assert ask("next-task", {"worker_id": "9", "lease_duration_seconds": "Infinity"}).json()["data"]
+    assert supabase.sql("select leased_until < now() + interval '2 d' from video_items where worker_id = '9'") == [(True,)]
     for call, body, status in (("toString", {}, 404), ("next-task", {}, 400), ("next-task", [], 400)):
         answer = ask(call, body)
         assert (answer.status_code, answer.json()["success"]) == (status, False)
