@@ -6,8 +6,8 @@ sign what is missing or taken, as measured with the real storage server. PostgRE
 under the role of its token, and answers 204 for a function that returns void (PostgREST/postgrest, issue 2001).
 
 Keys: a secret key (`sb_secret_…`) is no JWT, so the database refuses it as a bearer token; a service role's key of
-earlier projects is one, and without it as a bearer token the request is nobody's (supabase.com/docs/guides/api/api-keys,
-"Known limitations").
+earlier projects is one, and without it as a bearer token the request is nobody's ("Known limitations" of
+supabase.com/docs/guides/api/api-keys).
 
 Rights: since 2026-10-30 nobody but its owner may use a new table in `public` until that is granted; before, the three
 roles had all rights on whatever was made there (supabase.com/changelog/45329).
