@@ -284,7 +284,7 @@ def test_what_is_answered_is_what_the_contract_says(app):
     assert ask("report", beat | {"status": "failed"}).json()["data"]["status"] == "failed"
     submit(address, "c")
     assert ask("next-task", {"worker_id": "9", "lease_duration_seconds": "Infinity"}).json()["data"]
-    held = "select from video_items where worker_id = '9' and leased_until < now() + interval '2 d'"
+    held = "select 1 from video_items where worker_id = '9' and leased_until < now() + interval '2 d'"
     assert len(supabase.sql(held)) == 1
     for call, body, status in (("toString", {}, 404), ("next-task", {}, 400), ("next-task", [], 400)):
         answer = ask(call, body)

@@ -129,7 +129,7 @@ class Supabase:
         def rpc(name: str, given: dict[str, Any]) -> Response:
             assert all(re.fullmatch(r"\w+", word) for word in (name, *given))
             arguments = ", ".join(f"{each} => %s" for each in given)
-            if self.sql("select from pg_proc where proname = %s and prorettype = 'void'::regtype", name):
+            if self.sql("select 1 from pg_proc where proname = %s and prorettype = 'void'::regtype", name):
                 self.sql(f"select {name}({arguments})", *given.values())
                 return Response(status_code=204)
             # As text, so that each has the type that the function says.
