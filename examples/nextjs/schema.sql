@@ -28,7 +28,7 @@ create table video_items (
   updated_at timestamptz not null default clock_timestamp()
 );
 
--- Neither has a column that a heartbeat writes.
+-- None has a column that heartbeats write: PostgreSQL would write the row to every index again, each time.
 create index on video_items (created_at, id) where status in ('pending', 'processing');
 create index on video_items (id) where status = 'processing';
 create index on video_items (user_id, created_at desc);
