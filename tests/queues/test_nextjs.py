@@ -37,6 +37,7 @@ def waking():
 
     class Wake(BaseHTTPRequestHandler):
         def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"] or 0))
             heard.append((self.path, self.headers["authorization"]))
             self.send_response(200)
             self.end_headers()
@@ -314,6 +315,18 @@ def test_the_call_to_the_embedded_queue(tmp_path):
         task = httpx.get(f"{url}/api/tasks/{first}", headers={"authorization": f"Bearer {harness.KEY}"}).json()["data"]
     assert first == again
     assert (task["prompt"], task["seconds"], task["photo_filename"]) == ("pan left", 3, "a.jpg")
+
+
+def test_what_is_no_queue_is_told_by_its_status():
+    """Such as a proxy whose server is away, and which answers in HTML."""
+    program = """
+    const { submit } = await import(process.argv[1]);
+    await submit(new File(["x"], "a.jpg"), "pan left", 3, "wish-1").catch((error) => console.log(error.message));
+    """
+    with waking() as (url, _):
+        command = [next_app.node(), "--input-type=module", "-e", program, next_app.EXAMPLE / "lib" / "i2v.ts"]
+        said = subprocess.run(command, env={"I2V_SERVE_URL": url}, stdout=subprocess.PIPE, timeout=30, check=True)
+    assert said.stdout.decode().startswith("i2v: 200 ")
 
 
 def test_the_guide_names_what_is_there():

@@ -19,7 +19,7 @@ export async function submit(photo: File, prompt: string, seconds: number, key: 
   form.set("seconds", String(seconds));
   const headers = { authorization: `Bearer ${process.env.WORKER_API_KEY}`, "idempotency-key": key };
   const answer = await fetch(`${process.env.I2V_SERVE_URL}/api/tasks`, { method: "POST", headers, body: form });
-  const said = await answer.json();
-  if (!said.success) throw new Error(`i2v: ${answer.status} ${said.error}`);
+  const said = await answer.json().catch(() => null);
+  if (!said?.success) throw new Error(`i2v: ${answer.status} ${said?.error ?? "is no answer of i2v serve"}`);
   return said.data.items;
 }
