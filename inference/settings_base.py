@@ -42,7 +42,7 @@ class LoadableSettings(BaseSettings):
     """Settings from the environment and `.env`, with all mistakes reported at once."""
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+        env_file=".env", env_file_encoding="utf-8-sig", env_ignore_empty=True, extra="ignore", frozen=True
     )
 
     FILE_NAMES: ClassVar[Mapping[str, str]] = {}
@@ -58,6 +58,13 @@ class LoadableSettings(BaseSettings):
         `overrides` go before the environment, that before `.env`, and that before the file `config`.
         Raises SettingsError with one line for each problem, all problems at once.
         """
+        try:
+            return cls._load(required, config, overrides)
+        except UnicodeDecodeError:
+            raise SettingsError(f"{cls.model_config['env_file']} is not UTF-8") from None
+
+    @classmethod
+    def _load(cls, required: tuple[str, ...], config: Path | None, overrides: Mapping[str, Any]) -> Self:
         given = {name: value for name, value in overrides.items() if value is not None}
         from_file = cls._from_file(config) if config is not None else {}
         told_as = {names_of(cls.model_fields[name])[0]: f"{config}: {key}" for name, (key, _) in from_file.items()}

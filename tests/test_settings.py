@@ -164,6 +164,17 @@ def test_a_dotenv_file_is_read_and_the_environment_wins(monkeypatch, tmp_path):
     assert (settings.poll_interval_s, settings.worker_id) == (7, "from-env")
 
 
+def test_a_dotenv_file_as_other_systems_write_it(monkeypatch, tmp_path):
+    """With a mark before the first name, as Windows does; what is not UTF-8 is told, and nothing that is in it."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("POLL_INTERVAL=7\n", encoding="utf-8-sig")
+    assert Settings.load().poll_interval_s == 7
+    for encoding in ("cp949", "utf-16"):
+        Path(".env").write_text("# 비밀\nPOLL_INTERVAL=7\n", encoding=encoding)
+        with pytest.raises(SettingsError, match=r"^\.env is not UTF-8$"):
+            Settings.load()
+
+
 def test_overrides_win_and_satisfy_requirements():
     """What a command line says beats everything else."""
     assert Settings.load("api_url", api_url="http://127.0.0.1:8000").api_url == "http://127.0.0.1:8000"

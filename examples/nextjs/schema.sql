@@ -17,7 +17,7 @@ create table video_items (
   leased_until timestamptz,
   renewed boolean not null default false,  -- the worker was heard of under this lease
   crash_count int not null default 0,  -- workers that went silent
-  retry_count int not null default 0,  -- failures that were reported
+  retry_count int not null default 0,  -- failures that were reported; to try again: status 'pending', both counts 0
   stage text,
   fraction real not null default 0,    -- how far it is, 0 to 1
   video_storage_path text,
@@ -28,36 +28,45 @@ create table video_items (
   updated_at timestamptz not null default clock_timestamp()
 );
 
-create index on video_items (created_at, id) where status = 'pending';
-create index on video_items (leased_until) where status = 'processing';
+-- None has a column that heartbeats write: PostgreSQL would write the row to every index again, each time.
+create index on video_items (created_at, id) where status in ('pending', 'processing');
+create index on video_items (id) where status = 'processing';
 create index on video_items (user_id, created_at desc);
 
 -- People see their own videos, and write nothing: rows are made by /api/videos, which has the service role's key.
 alter table video_items enable row level security;
-create policy "people see their own" on video_items for select to authenticated using (user_id = auth.uid());
+create policy "people see their own" on video_items for select to authenticated using (user_id = (select auth.uid()));
+revoke all on video_items from anon, authenticated;
+grant select on video_items to authenticated;
+grant select, insert, update, delete on video_items to service_role;
 
--- The next task, for one worker alone: whoever asks at the same moment skips the row that is locked.
+-- The next task, for one worker alone: whoever asks at the same moment skips the row that is locked. One whose lease ran
+-- out keeps its place in the line, and is its worker's until another takes it: a clip that is done late is not lost.
 create function claim_video(worker text, seconds int, kind text default null) returns setof video_items
 language plpgsql set search_path = public as $$
 begin
-  -- Leases that ran out. A worker that had renewed and went silent counts; three are enough.
+  -- A worker that had renewed and went silent counts; three are enough.
   update video_items set
     crash_count = crash_count + renewed::int,
-    status = case when cancel_requested then 'cancelled'
-                  when crash_count + renewed::int >= 3 then 'failed' else 'pending' end,
-    error_message = case when not cancel_requested and crash_count + renewed::int >= 3
+    status = case when cancel_requested then 'cancelled' else 'failed' end,
+    error_message = case when not cancel_requested
                          then '3 workers went silent while they had this task; it was given up' end,
-    leased_until = null, renewed = false, updated_at = now()
+    leased_until = null, updated_at = now()
   where id in (
-    select id from video_items where status = 'processing' and leased_until <= now() for update skip locked
+    select id from video_items
+    where status = 'processing' and leased_until <= now() and (cancel_requested or crash_count + renewed::int >= 3)
+    for update skip locked
   );
   return query
   update video_items set
+    crash_count = crash_count + (status = 'processing' and renewed)::int,
     status = 'processing', worker_id = worker, leased_until = now() + make_interval(secs => seconds),
     renewed = false, stage = null, fraction = 0, updated_at = now()
   where id = (
     select id from video_items
-    where status = 'pending' and retry_count < 3
+    where status in ('pending', 'processing') and retry_count < 3
+      and (status = 'pending'
+           or leased_until <= now() and not cancel_requested and crash_count + renewed::int < 3)
       and (kind is null or kind = case when coalesce(inference_provider, 'wan_local') = 'wan_local'
                                        then 'wan' else 'runway' end)
     order by created_at, id limit 1 for update skip locked
@@ -101,11 +110,12 @@ begin
 end $$;
 
 -- A person has changed their mind: at once where the task waits, else with the next beat of its worker.
-create function cancel_video(item uuid) returns void language sql set search_path = public as $$
+create function cancel_video(item uuid) returns setof video_items language sql set search_path = public as $$
   update video_items set
     cancel_requested = status = 'processing',
     status = case status when 'pending' then 'cancelled' else status end, updated_at = now()
-  where id = item and status in ('pending', 'processing');
+  where id = item and status in ('pending', 'processing')
+  returning *;
 $$;
 
 -- Functions are open to everybody unless one says otherwise.

@@ -40,7 +40,7 @@ GROUP = {
     "id": GROUP_ID,
     "name": "summer",
     "status": "processing",
-    "counts": {"pending": 3, "processing": 1, "completed": 8, "failed": 0, "cancelled": 0},
+    "counts": {"pending": 3, "processing": 1, "completed": 8},  # a status without tasks is left out
     "left_s": 95.0,
     "created_at": "2026-01-31T12:00:00.000Z",
 }

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,7 @@ from inference.task import Task, parse_task
 from tests.server import harness
 from tests.support import next_app, postgres
 from tests.support.processes import I2V, until
+from tests.support.supabase import EARLIER, SERVICE_KEY
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "nextjs.md").read_text()
@@ -35,6 +37,7 @@ def waking():
 
     class Wake(BaseHTTPRequestHandler):
         def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"] or 0))
             heard.append((self.path, self.headers["authorization"]))
             self.send_response(200)
             self.end_headers()
@@ -53,11 +56,17 @@ def waking():
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
+def postgres_server():
+    """One for this module."""
+    with postgres.server() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def app(postgres_server, tmp_path_factory):
     """The application's address, its Supabase, what its wake calls said."""
     with (
-        postgres.server() as server,
-        postgres.database(server) as url,
+        postgres.database(postgres_server) as url,
         next_app.project(url, tmp_path_factory.mktemp("supabase")) as supabase,
         waking() as (wake_url, heard),
         next_app.running(supabase, I2V_URL=wake_url, I2V_PUSH_TOKEN=TOKEN) as address,
@@ -103,6 +112,19 @@ def test_strangers_and_files_that_are_none(app):
     assert supabase.sql("select count(*) from video_items") == [(0,)]
 
 
+def test_photos_that_browsers_do_not_know(app):
+    """Outside of Apple's, HEIC files have no media type of their own. A field left blank is the default."""
+    address, supabase, _ = app
+    supabase.sign_up("h")
+    files = {"photo": ("IMG_0001.HEIC", b"x", "application/octet-stream")}
+    headers = {"authorization": "Bearer h"}
+    answer = httpx.post(f"{address}/api/videos", headers=headers, data={"seconds": ""}, files=files)
+    assert answer.status_code == 201, answer.text
+    [(path, frames)] = supabase.sql("select photo_storage_path, frame_num from video_items")
+    assert (path.endswith("_original.heic"), frames) == (True, 121)
+    supabase.sql("truncate video_items")
+
+
 def test_people_see_their_own_and_call_no_function(app):
     """Under the policies, as a page with a session asks."""
     address, supabase, _ = app
@@ -111,19 +133,104 @@ def test_people_see_their_own_and_call_no_function(app):
     other = submit(address, "b").json()["id"]
     assert supabase.sql("select id::text from video_items", as_user=anna) == [(own,)]
     assert supabase.sql("select id::text from video_items", as_user=berta) == [(other,)]
+    refuses_people(supabase, anna, own)
+    supabase.sql("truncate video_items")
+
+
+def refuses_people(supabase, user_id, item_id):
+    """Whatever is more than reading."""
     for text in (
         "select claim_video('w', 600)",
-        f"select renew_video('{own}', 'w', 600)",
-        f"select end_video('{own}', 'w', 'completed')",
-        f"select cancel_video('{own}')",
-        f"insert into video_items (user_id, group_id, photo_storage_path) values ('{anna}', gen_random_uuid(), 'x')",
+        f"select renew_video('{item_id}', 'w', 600)",
+        f"select end_video('{item_id}', 'w', 'completed')",
+        f"select cancel_video('{item_id}')",
+        f"insert into video_items (user_id, group_id, photo_storage_path) values ('{user_id}', '{item_id}', 'x')",
+        "update video_items set status = 'completed'",
+        "delete from video_items",
+        "truncate video_items",
     ):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            supabase.sql(text, as_user=anna)
-    supabase.sql("update video_items set status = 'completed'", as_user=anna)
-    supabase.sql("delete from video_items", as_user=anna)
-    assert supabase.sql("select distinct status from video_items") == [("pending",)]
+            supabase.sql(text, as_user=user_id)
+
+
+def test_a_project_where_all_roles_may_use_new_tables(postgres_server, tmp_path):
+    """As all had them before: people may do no more there, and who is not signed in sees nothing."""
+    with postgres.database(postgres_server) as url, next_app.project(url, tmp_path, EARLIER) as supabase:
+        anna = supabase.sign_up("anna")
+        text = "insert into video_items (user_id, group_id, photo_storage_path) values (%s, gen_random_uuid(), 'x')"
+        [[item_id]] = supabase.sql(f"{text} returning id::text", anna)
+        refuses_people(supabase, anna, item_id)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            supabase.sql("set role anon; select from video_items")
+
+
+@pytest.mark.parametrize("worker", ["mine", "other"])
+def test_a_clip_that_is_done_late(app, worker):
+    """Of a worker that was away when its lease ran out: kept, unless the task has gone to another by then."""
+    address, supabase, _ = app
+    supabase.sign_up("e")
+    item_id = submit(address, "e").json()["id"]
+    supabase.sql("update video_items set inference_provider = 'veo3.1'")
+    supabase.sql("select claim_video('mine', 600)")
+    supabase.sql("select renew_video(%s, 'mine', 600)", item_id)
+    supabase.sql("update video_items set leased_until = now() - interval '1 s'")
+    assert supabase.sql("select claim_video('wan worker', 600, 'wan')") == []
+    if worker == "other":
+        assert len(supabase.sql("select claim_video('other', 600, 'runway')")) == 1
+    kept = supabase.sql("select status from end_video(%s, 'mine', 'completed', 'videos/x.mp4')", item_id)
+    assert kept == ([("completed",)] if worker == "mine" else [])
+    assert supabase.sql("select worker_id, crash_count from video_items") == [(worker, int(worker == "other"))]
     supabase.sql("truncate video_items")
+
+
+def test_workers_that_ask_at_once_get_one_task_each(app):
+    """Also tasks whose leases ran out, of which none is given away twice or counted twice."""
+    address, supabase, _ = app
+    supabase.sign_up("f")
+    for _ in range(8):
+        submit(address, "f")
+    supabase.sql("update video_items set status = 'processing', renewed = true, leased_until = now()")
+    together = threading.Barrier(16)
+
+    def claim(number):
+        together.wait()
+        return [row for [row] in supabase.sql("select id from claim_video(%s, 600)", f"w{number}")]
+
+    with ThreadPoolExecutor(16) as pool:
+        given = [item_id for claimed in pool.map(claim, range(16)) for item_id in claimed]
+    assert len(given) == len(set(given)) == 8
+    assert supabase.sql("select distinct status, crash_count from video_items") == [("processing", 1)]
+    supabase.sql("truncate video_items")
+
+
+def in_node(program, supabase, key, *arguments):
+    """What a module of the example's folder prints, with this key of the project."""
+    env = {"SUPABASE_URL": supabase.url, "SUPABASE_SERVICE_ROLE_KEY": key}
+    program = f"const lib = await import({str(next_app.EXAMPLE / 'lib' / 'supabase.ts')!r});" + program
+    command = [next_app.node(), "--input-type=module", "-e", program, *arguments]
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, timeout=30, check=True, text=True).stdout.split()
+
+
+def test_a_person_has_changed_their_mind(app):
+    """As a route of the application's own would call it; here with the key that earlier projects have."""
+    address, supabase, _ = app
+    supabase.sign_up("g")
+    item_id = submit(address, "g").json()["id"]
+    program = 'console.log((await lib.rpc("cancel_video", { item: process.argv[1] }))?.status)'
+    assert in_node(program, supabase, SERVICE_KEY, item_id) == ["cancelled"]
+    assert in_node(program, supabase, SERVICE_KEY, item_id) == ["undefined"]
+    supabase.sql("truncate video_items")
+
+
+def test_a_worker_reaches_one_bucket_and_nothing_else(app):
+    """The address that is asked with the project's key is what it looks like."""
+    address, supabase, _ = app
+    supabase.put("secret.jpg", b"x")
+    headers = {"authorization": f"Worker {harness.KEY}"}
+    for path in ("../other-bucket/secret.jpg", "a/../../other-bucket/secret.jpg", "./secret.jpg"):
+        body = {"operation": "download", "storage_path": path}
+        answer = httpx.post(f"{address}/api/worker/presign", headers=headers, json=body)
+        assert (answer.status_code, answer.json()["success"]) == (500, False)
 
 
 def test_a_lease_is_fenced_where_the_row_is_written(app):
@@ -176,6 +283,10 @@ def test_what_is_answered_is_what_the_contract_says(app):
     missing = beat | {"status": "completed", "video_storage_path": f"videos/{given['item_id']}.mp4"}
     assert ask("report", missing).json() == {"success": False, "error": "Failed to generate video URL"}
     assert ask("report", beat | {"status": "failed"}).json()["data"]["status"] == "failed"
+    submit(address, "c")
+    assert ask("next-task", {"worker_id": "9", "lease_duration_seconds": "Infinity"}).json()["data"]
+    held = "select 1 from video_items where worker_id = '9' and leased_until < now() + interval '2 d'"
+    assert len(supabase.sql(held)) == 1
     for call, body, status in (("toString", {}, 404), ("next-task", {}, 400), ("next-task", [], 400)):
         answer = ask(call, body)
         assert (answer.status_code, answer.json()["success"]) == (status, False)
@@ -204,6 +315,18 @@ def test_the_call_to_the_embedded_queue(tmp_path):
         task = httpx.get(f"{url}/api/tasks/{first}", headers={"authorization": f"Bearer {harness.KEY}"}).json()["data"]
     assert first == again
     assert (task["prompt"], task["seconds"], task["photo_filename"]) == ("pan left", 3, "a.jpg")
+
+
+def test_what_is_no_queue_is_told_by_its_status():
+    """Such as a proxy whose server is away, and which answers in HTML."""
+    program = """
+    const { submit } = await import(process.argv[1]);
+    await submit(new File(["x"], "a.jpg"), "pan left", 3, "wish-1").catch((error) => console.log(error.message));
+    """
+    with waking() as (url, _):
+        command = [next_app.node(), "--input-type=module", "-e", program, next_app.EXAMPLE / "lib" / "i2v.ts"]
+        said = subprocess.run(command, env={"I2V_SERVE_URL": url}, stdout=subprocess.PIPE, timeout=30, check=True)
+    assert said.stdout.decode().startswith("i2v: 200 ")
 
 
 def test_the_guide_names_what_is_there():

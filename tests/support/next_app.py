@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.harness import KEY
-from tests.support.supabase import SERVICE_KEY, Supabase
+from tests.support.supabase import SECRET_KEY, Supabase
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nextjs"
 SERVER = Path(__file__).with_name("next_server.mjs")
@@ -30,7 +30,7 @@ def node() -> str:
 @contextmanager
 def running(supabase: Supabase, **env: str) -> Iterator[str]:
     """The application's address. `env`: more variables of its environment."""
-    own = {"SUPABASE_URL": supabase.url, "SUPABASE_SERVICE_ROLE_KEY": SERVICE_KEY, "WORKER_API_KEY": KEY}
+    own = {"SUPABASE_URL": supabase.url, "SUPABASE_SERVICE_ROLE_KEY": SECRET_KEY, "WORKER_API_KEY": KEY}
     process = subprocess.Popen(
         [node(), SERVER, EXAMPLE],
         env={"PATH": os.environ["PATH"], **own, **env},
@@ -46,9 +46,9 @@ def running(supabase: Supabase, **env: str) -> Iterator[str]:
 
 
 @contextmanager
-def project(database_url: str, folder: Path) -> Iterator[Supabase]:
-    """A project that has the example's tables."""
-    supabase = Supabase(database_url, folder)
+def project(database_url: str, folder: Path, rights: str = "") -> Iterator[Supabase]:
+    """A project that has the example's tables. `rights`: those that tables have from the start."""
+    supabase = Supabase(database_url, folder, rights)
     supabase.sql((EXAMPLE / "schema.sql").read_text())
     with supabase.running():
         yield supabase

@@ -1,10 +1,16 @@
 """What a Supabase project answers of what examples/nextjs asks, over a real PostgreSQL and real files.
 
-Where it was seen: paths and bodies are those that supabase-js sends and reads (storage-js: `createSignedUrl`,
-`createSignedUploadUrl`, `upload`; postgrest-js: `rpc`, `insert`; auth-js: `getUser`). PostgREST runs each request as
-one transaction under the role of its token. The storage refuses to sign what is missing or taken, as measured with the
-real storage server. In a new project the three roles have all rights on whatever is made in `public`, so that policies
-and revoked functions are all that stands between people and rows.
+Where it was seen: paths and bodies of the storage are those of supabase/storage-js, src/packages/StorageFileApi.ts
+(`createSignedUrl`, `createSignedUploadUrl`, `upload`), and of supabase/storage, src/http/routes/object; it refuses to
+sign what is missing or taken, as measured with the real storage server. PostgREST runs each request as one transaction
+under the role of its token, and answers 204 for a function that returns void (PostgREST/postgrest, issue 2001).
+
+Keys: a secret key (`sb_secret_…`) is no JWT, so the database refuses it as a bearer token; a service role's key of
+earlier projects is one, and without it as a bearer token the request is nobody's ("Known limitations" of
+supabase.com/docs/guides/api/api-keys).
+
+Rights: since 2026-10-30 nobody but its owner may use a new table in `public` until that is granted; before, the three
+roles had all rights on whatever was made there (supabase.com/changelog/45329).
 """
 
 import json
@@ -27,7 +33,9 @@ from inference.server.objects import ObjectStore, Signer
 from inference.server.storage_api import DOWNLOAD_PREFIX, UPLOAD_PREFIX, refusal, storage_routes
 from tests.server import harness
 
-SERVICE_KEY = "service-role-key"
+SECRET_KEY = "sb_secret_key"
+SERVICE_KEY = "eyJ.service-role.key"
+"""Of earlier projects."""
 
 PROJECT = """
 create schema auth;
@@ -38,23 +46,27 @@ do $$ begin
   create role anon nologin; create role authenticated nologin; create role service_role nologin bypassrls;
 exception when duplicate_object then null; end $$;
 grant usage on schema public, auth to anon, authenticated, service_role;
+"""
+"""What the SQL of an application finds in a new project."""
+
+EARLIER = """
 alter default privileges in schema public grant all on tables to anon, authenticated, service_role;
 alter default privileges in schema public grant all on functions to anon, authenticated, service_role;
 """
-"""What the SQL of an application finds in a new project."""
+"""What it finds besides in a project whose owner has not taken that back."""
 
 
 class Supabase:
     """A project with nobody in it."""
 
-    def __init__(self, database_url: str, folder: Path) -> None:
+    def __init__(self, database_url: str, folder: Path, rights: str = "") -> None:
         self.database_url = database_url
         self.users: dict[str, str] = {}  # ids, by the access token of a session
         self.url = ""
         self._config = harness.config(folder, database_url)
         self.objects = ObjectStore(self._config.storage_dir)
         self._signer = Signer("secret")
-        self.sql(PROJECT)
+        self.sql(PROJECT + rights)
 
     def sql(self, text: str, *values: object, as_user: str | None = None) -> list[Any]:
         """Rows of one transaction: of the owner of all, or of somebody who is signed in."""
@@ -97,8 +109,9 @@ class Supabase:
         async def check(request: Request, call_next: Any) -> Response:
             by_token = request.url.path.startswith((DOWNLOAD_PREFIX, UPLOAD_PREFIX)) and request.method != "POST"
             token = request.headers.get("authorization", "").removeprefix("Bearer ")
-            has_key = request.headers.get("apikey") == SERVICE_KEY
-            if not by_token and not (has_key and (token == SERVICE_KEY or request.url.path == "/auth/v1/user")):
+            key = request.headers.get("apikey")
+            fits = request.url.path == "/auth/v1/user" or token == ("" if key == SECRET_KEY else SERVICE_KEY)
+            if not by_token and not (key in (SECRET_KEY, SERVICE_KEY) and fits):
                 return JSONResponse({"message": "Invalid API key"}, 401)
             return await call_next(request)
 
@@ -116,6 +129,9 @@ class Supabase:
         def rpc(name: str, given: dict[str, Any]) -> Response:
             assert all(re.fullmatch(r"\w+", word) for word in (name, *given))
             arguments = ", ".join(f"{each} => %s" for each in given)
+            if self.sql("select 1 from pg_proc where proname = %s and prorettype = 'void'::regtype", name):
+                self.sql(f"select {name}({arguments})", *given.values())
+                return Response(status_code=204)
             # As text, so that each has the type that the function says.
             texts = [None if value is None else str(value) for value in given.values()]
             return JSONResponse(self._rows(f"select * from {name}({arguments})", *texts))

@@ -1,4 +1,4 @@
-// Supabase with the service role's key, which passes every policy: import this in route handlers alone, never in a page.
+// Supabase with a key that passes every policy: import this in route handlers alone, never in a page.
 // Plain fetch, so that nothing has to be installed; supabase-js makes the same calls.
 
 const BUCKET = "group-photos";
@@ -22,7 +22,9 @@ export type Item = {
 
 async function call(path: string, init: RequestInit = {}, token?: string): Promise<Response> {
   const key = process.env.SUPABASE_SERVICE_ROLE_KEY!;
-  const headers = { apikey: key, authorization: `Bearer ${token ?? key}`, ...init.headers };
+  // A secret key (sb_secret_…) is no token and is refused as one; the service role's key of earlier projects has to be one.
+  const bearer = token ?? (key.startsWith("sb_") ? undefined : key);
+  const headers = { apikey: key, ...(bearer && { authorization: `Bearer ${bearer}` }), ...init.headers };
   return fetch(process.env.SUPABASE_URL! + path, { ...init, headers, cache: "no-store" });
 }
 
@@ -57,6 +59,8 @@ export async function userOf(request: Request): Promise<{ id: string } | undefin
 }
 
 function encoded(path: string): string {
+  // fetch would resolve them: whoever names a path would reach other buckets, and other services, with our key.
+  if (/(^|\/)\.\.?(\/|$)/.test(path)) throw new Error(`storage: not a path: ${path}`);
   return `${BUCKET}/${path.split("/").map(encodeURIComponent).join("/")}`;
 }
 

@@ -10,11 +10,10 @@ from inference.sql.database import FILLFACTOR_PERCENT
 
 # SQLAlchemy's inspector is not used, because it skips SQLite's indexes on expressions.
 INDEX_NAMES = {
-    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'video_items'",
-    "postgresql": "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
-    "WHERE indrelid = 'video_items'::regclass",
+    "sqlite": "SELECT name FROM sqlite_master WHERE type = 'index'",
+    "postgresql": "SELECT relname FROM pg_class WHERE relkind = 'i' AND pg_table_is_visible(oid)",
 }
-"""The statements that list the indexes of the items."""
+"""The statements that list all indexes; names of ours begin with that of their table."""
 
 
 def migrate(connection: Connection) -> None:
@@ -65,15 +64,17 @@ def _update_indexes(connection: Connection) -> None:
     another table of providers.
 
     A server of that version may still run beside this one: without its index it is slower, and no less right. Dropped
-    first, for which PostgreSQL locks the whole table: a lock that grew could meet that of a writer half-way.
+    first, for which PostgreSQL locks the whole table: a lock that grew could meet that of a writer half-way. And only
+    what lacks is made: to find that an index is there, PostgreSQL locks its table, too, and writers hold several.
     """
-    ours = {str(index.name) for table in metadata.sorted_tables for index in table.indexes}
-    for (name,) in connection.exec_driver_sql(INDEX_NAMES[connection.dialect.name]).fetchall():
-        if name == LEASES_BY_TIME or (name.startswith(LINE_BY_WORKER_TYPE) and name not in ours):
+    ours = {str(index.name): index for table in metadata.sorted_tables for index in table.indexes}
+    there = {name for (name,) in connection.exec_driver_sql(INDEX_NAMES[connection.dialect.name]).fetchall()}
+    for name in there - ours.keys():
+        if name == LEASES_BY_TIME or name.startswith(LINE_BY_WORKER_TYPE):
             connection.exec_driver_sql(f"DROP INDEX {name}")
-    for table in metadata.sorted_tables:
-        for index in table.indexes:
-            connection.execute(CreateIndex(index, if_not_exists=True))
+    for name, index in ours.items():
+        if name not in there:
+            connection.execute(CreateIndex(index))
 
 
 def _leave_room(connection: Connection) -> None:

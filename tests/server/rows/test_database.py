@@ -119,6 +119,19 @@ def test_the_index_that_every_renewal_had_to_be_written_in_is_dropped(sql):
     assert sql.store.heartbeat(item.id, "w", 600).renewed
 
 
+@pytest.mark.parametrize("sql", ["postgresql"], indirect=True)
+def test_a_server_that_starts_waits_for_no_writer_of_another_table(sql):
+    """Who adds a task holds `photos` and asks for `video_items`. The other way round, one of the two would fail."""
+    sql.add()
+    sql.run("CREATE INDEX video_items_leases ON video_items (leased_until) WHERE status = 'processing'")
+    impatient = f"{sql.url}{'&' if '?' in sql.url else '?'}options=-c%20lock_timeout%3D1000"
+    with sql._admin.execution_options(isolation_level="READ COMMITTED").connect() as writer:
+        writer.exec_driver_sql("UPDATE photos SET width = 1")
+        Store(impatient).close()  # drops the index
+        writer.exec_driver_sql("UPDATE video_items SET retry_count = 0")
+        Store(impatient).close()  # has nothing left to do
+
+
 EARLIER_LANE = """lane TEXT GENERATED ALWAYS AS (
     CASE WHEN coalesce(inference_provider, '') IN ('', 'wan_local') THEN 'wan' ELSE 'runway' END
 ) STORED"""

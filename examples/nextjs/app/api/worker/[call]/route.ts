@@ -12,7 +12,8 @@ type Body = Record<string, any>;
 const ok = (data: unknown) => Response.json({ success: true, data });
 const no = (status: number, error: string) => Response.json({ success: false, error }, { status });
 const iso = (time: string) => new Date(time).toISOString();
-const seconds = (value: unknown, otherwise: number) => Math.ceil(Number(value ?? otherwise)) || otherwise;
+const seconds = (value: unknown, otherwise: number) =>
+  Math.min(Math.max(Math.ceil(Number(value ?? otherwise)) || otherwise, 1), 86_400); // no task is held for good
 
 export async function POST(request: Request, { params }: { params: Promise<{ call: string }> }): Promise<Response> {
   if (!hasKey(request.headers.get("authorization"))) return no(401, "Unauthorized");
