@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -81,29 +82,51 @@ def test_what_was_compiled_for_something_else_is_not_taken(tmp_path, fact, here,
     assert found == compiled.Found(None, f"what {tmp_path} has was compiled for {said}", surprising=True)
 
 
-def cut(path):
-    """A disk that was full."""
-    path.write_bytes(path.read_bytes()[:-1])
+def test_another_preset_is_not_taken_for_this_one(tmp_path):
+    """Though its name begins with this one's: nothing was promised here, and nothing is told of it."""
+    compiled.keep(tmp_path, "tiny-a14b", FACTS, b"cache")
+    found = compiled.find(tmp_path, "tiny", FACTS)
+    assert found == compiled.Found(None, f"nothing was compiled ahead in {tmp_path}")
 
 
 @pytest.mark.parametrize(
-    "suffix, damage, said",
+    "damage, said",
     [
-        (".bin", cut, "is damaged"),
-        (".bin", lambda path: path.write_bytes(b""), "is damaged"),
-        (".json", lambda path: path.write_text("{"), "cannot be read"),
-        (".json", lambda path: path.write_text("[]"), "is damaged"),
-        (".bin", lambda path: path.unlink(), "nothing was compiled ahead"),
-        (".json", lambda path: path.unlink(), "nothing was compiled ahead"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged"),  # a disk that was full
+        (lambda path: path.write_bytes(path.read_bytes().partition(b"\n")[0]), "is damaged"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(b"{\ncache"), "cannot be read"),
+        (lambda path: path.write_bytes(b"[]\ncache"), "is damaged"),
+        (lambda path: path.unlink(), "nothing was compiled ahead"),
     ],
 )
-def test_damage_is_told(tmp_path, suffix, damage, said):
+def test_damage_is_told(tmp_path, damage, said):
     """Not given to the compiler."""
-    path = compiled.keep(tmp_path, "tiny", FACTS, b"cache")
-    damage(path.with_suffix(suffix))
+    damage(compiled.keep(tmp_path, "tiny", FACTS, b"cache"))
     found = compiled.find(tmp_path, "tiny", FACTS)
     assert found.artifacts is None
-    assert said in found.why or (path.with_suffix(suffix).exists() is False and "compiled for" in found.why)
+    assert said in found.why
+
+
+def test_those_who_compile_at_once_leave_what_is_whole(tmp_path):
+    """As the first workers of a fleet do on a volume they share: what each saves differs a little."""
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+    compiled.keep(tmp_path, "tiny", FACTS, contents[0])
+    with ThreadPoolExecutor() as pool:
+        keeping = [pool.submit(compiled.keep, tmp_path, "tiny", FACTS, content) for content in contents * 5]
+        while not all(it.done() for it in keeping):
+            assert compiled.find(tmp_path, "tiny", FACTS).artifacts in contents
+    assert {it.result() for it in keeping} == set(tmp_path.iterdir())
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    """Where it cannot be kept: here a folder is in its place."""
+    path = compiled.keep(tmp_path, "tiny", FACTS, b"cache")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        compiled.keep(tmp_path, "tiny", FACTS, b"cache")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_build_that_could_not_says_why(tmp_path):
@@ -298,8 +321,8 @@ print(json.dumps([engine.compiled, engine.eager_because, counters["inductor"], c
     assert (is_compiled, why) == (True, "")
     assert inductor["fxgraph_cache_hit"] == stats["unique_graphs"] > 0
     assert "fxgraph_cache_miss" not in inductor
-    [path] = (weights_dir / "compiled").glob("*.json")
-    described = json.loads(path.read_text())
+    [path] = (weights_dir / "compiled").glob("*.bin")
+    described = json.loads(path.read_bytes().partition(b"\n")[0])
     compiled.keep(path.parent, "tiny", described["facts"], EMPTY)  # as if the compiler had changed its mind
     is_compiled, why, inductor, _ = json.loads(run(3, "-c", program))
     assert not is_compiled
