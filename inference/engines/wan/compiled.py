@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACED = ("speed.py", "tokens.py")
-"""Modules of ours that the transformer's graph is made of. The others are diffusers' and torch's, with versions."""
+TRACED = ("presets.py", "speed.py", "tokens.py", "warming.py")
+"""Modules of ours on which it depends what graphs there are: their code, types and shapes. The others are diffusers'
+and torch's, with versions."""
 
 MAX_REASON_CHARS = 300
 

@@ -21,6 +21,7 @@ from inference.engines.wan.engine import WanEngine, facts_of_compiling
 from inference.engines.wan.placement import Offload
 from inference.engines.wan.presets import PRESETS
 from inference.engines.wan.speed import Switches
+from inference.engines.wan.warming import warm_up
 from inference.errors import CancelRequested, EngineFailed, EngineLost
 from inference.settings import Settings
 from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
@@ -210,7 +211,7 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
     for expert in engine._models.experts:
         assert all(block._compiled_call_impl is None for block in expert._model.blocks)
     assert list(tmp_path.iterdir()) == []
-    engine.warm_up()  # as a step would
+    warm_up(engine._models, engine.preset, AREA_PX)  # as a step would
 
 
 def test_a_gpu_that_is_lost_meanwhile_is_no_failure_of_the_compiler(tmp_path):

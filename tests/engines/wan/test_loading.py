@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from torch._dynamo.utils import counters
 
 from inference.engines.base import Job
 from inference.engines.wan import speed, vae
