@@ -158,14 +158,15 @@ class WanEngine:
             if new is not None and new != known.artifacts:
                 _keep(compiled_dir, preset, facts, new)
         elif known.why:
-            engine._run_eagerly(known.why, surprising=known.surprising)
+            way_out = "`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start"
+            engine._run_eagerly(known.why, surprising=known.surprising, way_out=way_out)
         return engine
 
     def _compile(self, check: Callable[[], None], *, only_ahead: bool) -> bytes | None:
         """Warms up what was prepared to be compiled; what the compiler saved, if it may take more than is there.
 
-        After an error of the compiler's the blocks run eagerly. Raises EngineLost where the error is the GPU's, torch's
-        OutOfMemoryError, and what `check` raises.
+        After an error the blocks run eagerly; if memory was short, the clips' own way out of that is left. Raises
+        EngineLost where the GPU is lost, and what `check` raises.
         """
         if self._models.offload == Offload.BLOCKS:
             self._run_eagerly("blocks that come and go cannot be compiled")
@@ -173,7 +174,7 @@ class WanEngine:
         try:
             with speed.nothing_new_compiled() if only_ahead else nullcontext():
                 warming.warm_up(self._models, self.preset, self._area_px, check)
-        except (I2VError, torch.OutOfMemoryError):
+        except I2VError:
             raise
         except Exception as error:
             said = one_line(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
@@ -185,14 +186,12 @@ class WanEngine:
         saved = None if only_ahead else torch.compiler.save_cache_artifacts()
         return None if saved is None else saved[0]
 
-    def _run_eagerly(self, why: str, *, surprising: bool = False) -> None:
+    def _run_eagerly(self, why: str, *, surprising: bool = False, **told: str) -> None:
         """Leaves the blocks as they are without a compiler. Says so in one line, louder where it was not expected."""
         for expert in self._models.experts:
-            with expert.on_device() as model:
-                speed.run_eagerly(model)
+            expert.run_eagerly()
         self.eager_because = why
-        tell = log.warning if surprising else log.info
-        tell("runs_eagerly", why=why, way_out="`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start")
+        (log.warning if surprising else log.info)("runs_eagerly", why=why, **told)
 
     def _wait(self) -> None:
         """Waits until the GPU has finished all work that was queued on it."""

@@ -135,12 +135,6 @@ def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
 
 
-def run_eagerly(model: WanTransformer3DModel) -> None:
-    """Takes `compile_blocks` back."""
-    for block in model.blocks:
-        block._compiled_call_impl = None  # noqa: SLF001 - nn.Module.compile has no opposite
-
-
 def facts_of_compiling(
     preset: Preset, device: torch.device, dtype: torch.dtype, switches: Switches, area_px: int
 ) -> dict[str, str]:

@@ -18,13 +18,13 @@ from inference.build.engines import compile_ahead
 from inference.engines.base import Job
 from inference.engines.wan import compiled, speed
 from inference.engines.wan.engine import WanEngine, facts_of_compiling
-from inference.engines.wan.placement import Offload
+from inference.engines.wan.placement import Offload, Placed
 from inference.engines.wan.presets import PRESETS
 from inference.engines.wan.speed import Switches
 from inference.engines.wan.warming import warm_up
 from inference.errors import CancelRequested, EngineFailed, EngineLost
 from inference.settings import Settings
-from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
+from tests.engines.wan.conftest import SMALL, make_engine, shared_models, tiny_weights
 from tests.engines.wan.test_engine import frames_of
 from tests.support.processes import environment
 
@@ -212,6 +212,46 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
         assert all(block._compiled_call_impl is None for block in expert._model.blocks)
     assert list(tmp_path.iterdir()) == []
     warm_up(engine._models, engine.preset, AREA_PX)  # as a step would
+
+
+def test_too_little_memory_to_warm_up_is_no_reason_to_give_up(tmp_path):
+    """A clip that runs out of it is tried again with more offload; so the engine starts, without a compiler."""
+
+    def short_of_memory(graph, inputs):
+        def run(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return run
+
+    engine = load(tmp_path, Switches(compile=short_of_memory))
+    assert "CUDA out of memory" in engine.eager_because
+
+
+def test_nothing_moves_to_be_run_eagerly():
+    """Weights that visit the GPU are tens of gigabytes."""
+    model = shared_models("tiny").experts[0]._model
+    placed = Placed("transformer", model, torch.device("meta"))  # to which nothing can be moved and come back
+    model.blocks[0].compile(backend="eager")
+    placed.send_home()
+    placed.run_eagerly()
+    assert model.blocks[0]._compiled_call_impl is None
+
+
+def test_a_way_out_is_told_where_there_is_one(tmp_path):
+    """Compiling ahead would find the same obstacle that compiling has just met."""
+
+    def told(switches):
+        with capture_logs() as logs:
+            load(tmp_path, switches)
+        [line] = [it for it in logs if it["event"] == "runs_eagerly"]
+        return line
+
+    def broken(*_):
+        raise RuntimeError("no such instruction")
+
+    assert "i2v weights compile" in told(AHEAD)["way_out"]
+    assert "way_out" not in told(Switches(compile=broken))
+    assert "way_out" not in told(Switches(compile="eager", offload=Offload.BLOCKS))
 
 
 def test_a_gpu_that_is_lost_meanwhile_is_no_failure_of_the_compiler(tmp_path):
