@@ -217,7 +217,7 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
 def test_too_little_memory_to_warm_up_is_no_reason_to_give_up(tmp_path):
     """A clip that runs out of it is tried again with more offload; so the engine starts, without a compiler."""
 
-    def short_of_memory(graph, inputs):
+    def short_of_memory(*_):
         def run(*_):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
