@@ -48,6 +48,11 @@ STOP_GRACE_S = 120.0
 """Longer than any forward, which cannot be interrupted. A14B at 720p takes 8 to 19 s (6,523 TFLOP at
 790 to 344 TFLOP/s), ten seconds of it up to four times as long."""
 
+WAY_OUT = "`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start"
+
+TORCH_ADVICE = "\n\nSet TORCHDYNAMO_VERBOSE"
+"""Where advice for developers of torch begins in its errors."""
+
 MAX_SEED = 2**32
 """Random seeds are short enough for people to type; given seeds may have up to 63 bits."""
 
@@ -158,8 +163,7 @@ class WanEngine:
             if new is not None and new != known.artifacts:
                 _keep(compiled_dir, preset, facts, new)
         elif known.why:
-            way_out = "`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start"
-            engine._run_eagerly(known.why, surprising=known.surprising, way_out=way_out)
+            engine._run_eagerly(known.why, surprising=known.surprising, way_out=WAY_OUT)
         return engine
 
     def _compile(self, check: Callable[[], None], *, only_ahead: bool) -> bytes | None:
@@ -177,10 +181,14 @@ class WanEngine:
         except I2VError:
             raise
         except Exception as error:
-            said = one_line(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
+            said = one_line(f"{type(error).__name__}: {error}".partition(TORCH_ADVICE)[0], MAX_REASON_CHARS)
             if gpu_is_lost(error):
                 raise EngineLost(f"the GPU does not work any more: {said}") from error
-            self._run_eagerly(f"compiling failed: {said}", surprising=True)
+            if only_ahead:
+                why = f"what was compiled ahead does not run here: {said}"
+                self._run_eagerly(why, surprising=True, way_out=WAY_OUT)
+            else:
+                self._run_eagerly(f"compiling failed: {said}", surprising=True)
             return None
         self.compiled = True
         saved = None if only_ahead else torch.compiler.save_cache_artifacts()
