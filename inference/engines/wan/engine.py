@@ -322,7 +322,7 @@ class WanEngine:
 
     def _noise(self, plan: ClipPlan, generator: torch.Generator) -> torch.Tensor:
         """[1, z, T, h, w], fp32, in host memory."""
-        size = vae.latent_size(self._models.vae, plan.width, plan.height, plan.frames)
+        size = self._models.latent_size(plan.width, plan.height, plan.frames)
         return torch.randn((1, self._models.vae.config.z_dim, *size), generator=generator)
 
     def _plan(self, request: GenerationRequest, inputs: Mapping[str, Path]) -> ClipPlan:

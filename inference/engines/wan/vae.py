@@ -69,12 +69,6 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[torch.Tenso
         yield to_frames(chunk)
 
 
-def latent_size(vae: AutoencoderKLWan, width: int, height: int, frames: int) -> tuple[int, int, int]:
-    """(T, h, w) of the latents of a clip of that many pixels and frames."""
-    stride = vae.config.scale_factor_spatial
-    return (frames - 1) // FRAME_STRIDE + 1, height // stride, width // stride
-
-
 def to_pixels(picture: torch.Tensor) -> torch.Tensor:
     """uint8 [H, W, 3] as [1, 3, 1, H, W] in -1..1, fp32."""
     return picture.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1

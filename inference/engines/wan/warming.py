@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 import torch
 
-from inference.engines.wan import tokens, vae
+from inference.engines.wan import tokens
 from inference.engines.wan.loading import Models
 from inference.engines.wan.presets import MAX_PROMPT_TOKENS, Preset
 from inference.engines.wan.schedule import TRAIN_TIMESTEPS
@@ -41,7 +41,7 @@ def warm_up(models: Models, preset: Preset, area_px: int, check: Callable[[], No
             for shape, duration_s in CLIPS:
                 width, height = photos.fit(*shape, max_area_px=area_px, multiple=preset.multiple_px)
                 started = time.perf_counter()
-                size = vae.latent_size(models.vae, width, height, preset.frames(duration_s))
+                size = models.latent_size(width, height, preset.frames(duration_s))
                 shown = torch.zeros(1, model.config.in_channels, *size, device=models.device, dtype=models.dtype)
                 text = torch.zeros(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=models.device)
                 timestep = torch.tensor(float(TRAIN_TIMESTEPS), device=models.device)
