@@ -51,9 +51,18 @@ def wan_image(settings: Settings) -> modal.Image:
             compile_kernels,
             args=(preset.name, switches, traced_code()),
             kwargs={"limit_s": COMPILE_LIMIT_S},
-            gpu=settings.modal_gpu,
+            gpu=_exactly(settings.modal_gpu),
             timeout=COMPILE_LIMIT_S + 600,
             cpu=4,
             memory=32 * 1024,
         )
     return with_code(image, settings)
+
+
+def _exactly(gpu: str) -> str:
+    """The GPU that is asked for and no better one: an H100 may be an H200 (modal.com/docs/guide/gpu, 2026-11).
+
+    What is compiled on an H200 fits no H100. Where a container gets a better one, it runs without, and says so.
+    """
+    kind, colon, count = gpu.partition(":")
+    return f"{kind}!{colon}{count}" if kind.upper() == "H100" else gpu

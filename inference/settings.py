@@ -338,7 +338,12 @@ class Settings(LoadableSettings):
         "serverless-i2v", "I2V_MODAL_APP", about="Name of the app on Modal, of its secret and of its ledger."
     )
     modal_cron: str = setting("* * * * *", "I2V_MODAL_CRON", about="When tasks are dispatched (cron, UTC).")
-    modal_gpu: str = setting("H100", "I2V_MODAL_GPU", about="GPU of a container, e.g. H100, H200, A100-80GB, L40S.")
+    modal_gpu: str = setting(
+        "H100",
+        "I2V_MODAL_GPU",
+        about="GPU of a container, e.g. H100, H200, A100-80GB, L40S. For `H100` Modal may give an H200, on which the "
+        "transformer runs uncompiled; `H100!` is an H100.",
+    )
     modal_region: str | None = setting(
         None, "I2V_MODAL_REGION", about="Region of GPU containers, e.g. us or eu; costs more. Default: anywhere."
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -227,14 +228,22 @@ def compiled_dir(settings: Settings) -> Path:
 def compile_ahead(settings: Settings) -> Path:
     """Compiles the transformer for this machine, and keeps it where starts look for it; the folder.
 
-    Loads the engine: minutes. Raises as `build_engine`, and EngineFailed where nothing was compiled or kept.
+    Loads the engine: minutes. Raises NotWritable and DiskFull before that, and then as `build_engine`, or EngineFailed
+    where nothing was compiled or kept.
     """
+    folder = compiled_dir(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise write_error(error, f"{folder} cannot be written: {error.strerror}") from None
     engine = _build_wan(settings.model_copy(update={"wan_compile": "on"}))
     if not engine.compiled:
         raise EngineFailed(engine.eager_because)
     if why := why_eager(settings.model_copy(update={"wan_compile": "auto"})):
         raise EngineFailed(f"it compiled, but nothing was kept: {why}")
-    return compiled_dir(settings)
+    return folder
 
 
 def why_eager(settings: Settings) -> str:

@@ -21,6 +21,7 @@ from inference.engines.wan.engine import WanEngine
 from inference.engines.wan.placement import GB, Offload
 from inference.engines.wan.presets import Preset
 from inference.engines.wan.speed import Switches
+from inference.engines.wan.warming import warm_up
 from inference.errors import CancelRequested
 from inference.progress.stages import Progress, StageTracker
 from inference.task import GenerationRequest
@@ -199,14 +200,16 @@ class Subject:
             parts, self._spoilt = self.parts, True  # until it has come to a form that can be undone
             models = parts.dress(switches)
             if switches.compile is not None:
-                WanEngine(self.shape.preset, models, area_px=self.shape.width * self.shape.height).warm_up()
+                warm_up(models, self.shape.preset, self.shape.width * self.shape.height)
             self._spoilt = bool(
                 switches.compile or switches.fp8 or switches.offload is not None or switches.fused_norms
             )
 
             def run(preset: Preset) -> dict[str, Any]:
                 with nullcontext() if case.steady else every_frame_encoded():
-                    return self._generate(WanEngine(preset, models), until)
+                    engine = WanEngine(preset, models)
+                    engine.compiled = switches.compile is not None  # as in a container: no clip compiles anything
+                    return self._generate(engine, until)
 
             return run
 

@@ -1,24 +1,24 @@
 """Code that was compiled before anybody waits for it: where it is kept, and whether it belongs to this machine.
 
-    compiled/a14b-fast-0f3c….bin     what the compiler saved
-    compiled/a14b-fast-0f3c….json    what it was compiled for, and a digest of the file
-    compiled/a14b-fast.failed        why a build has none, in one line
+    compiled/a14b-fast.0f3c….bin    a line of JSON, what it was compiled for and a digest; then what the compiler saved
+    compiled/a14b-fast.failed       why a build has none, in one line
 
 The compiler asks its cache only when a graph is there, and compiles for minutes what it does not find. So what it was
 compiled for is compared first: the GPU, the versions of the libraries, the switches and the code that is traced. Files
-are written and renamed, so others read a whole one or none. Whoever may write here can run code in a worker, as with
-any Python file: the saved cache is a pickle.
+are written and renamed, so others read a whole one or none, however many compile at once. Whoever may write here can
+run code in a worker, as with any Python file: the saved cache is a pickle.
 """
 
 import hashlib
 import json
-import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACED = ("speed.py", "tokens.py")
-"""Modules of ours that the transformer's graph is made of. The others are diffusers' and torch's, with versions."""
+TRACED = ("presets.py", "speed.py", "tokens.py", "warming.py")
+"""Modules of ours on which it depends what graphs there are: their code, types and shapes. The others are diffusers'
+and torch's, with versions."""
 
 MAX_REASON_CHARS = 300
 
@@ -42,10 +42,10 @@ def traced_code() -> str:
 
 def find(folder: Path, preset: str, facts: Mapping[str, str]) -> Found:
     """What was compiled for exactly `facts`, whole and undamaged."""
-    path = folder / f"{_name(preset, facts)}.bin"
+    path = folder / _name(preset, facts)
     try:
-        described = json.loads(path.with_suffix(".json").read_bytes())
-        artifacts = path.read_bytes()
+        with path.open("rb") as file:
+            described, artifacts = json.loads(file.readline()), file.read()
     except FileNotFoundError:
         return _why_not(folder, preset, facts)
     except (OSError, ValueError) as error:
@@ -58,10 +58,9 @@ def find(folder: Path, preset: str, facts: Mapping[str, str]) -> Found:
 def keep(folder: Path, preset: str, facts: Mapping[str, str], artifacts: bytes) -> Path:
     """Keeps `artifacts` for other processes. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_name(preset, facts)}.bin"
+    path = folder / _name(preset, facts)
     described = {"sha256": hashlib.sha256(artifacts).hexdigest(), "facts": dict(facts)}
-    _write(path, artifacts)
-    _write(path.with_suffix(".json"), json.dumps(described, indent=1).encode())
+    _write(path, json.dumps(described).encode() + b"\n" + artifacts)
     (folder / f"{preset}.failed").unlink(missing_ok=True)
     return path
 
@@ -73,13 +72,16 @@ def tell_failed(folder: Path, preset: str, why: str) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_bytes(content)
-    new.replace(path)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # containers that share a volume share process ids
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _name(preset: str, facts: Mapping[str, str]) -> str:
-    return f"{preset}-{hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:12]}"
+    return f"{preset}.{hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:12]}.bin"
 
 
 def _why_not(folder: Path, preset: str, facts: Mapping[str, str]) -> Found:
@@ -90,7 +92,7 @@ def _why_not(folder: Path, preset: str, facts: Mapping[str, str]) -> Found:
         failed = ""
     if failed:
         return Found(None, f"compiling it ahead failed: {' '.join(failed.split())[:MAX_REASON_CHARS]}", surprising=True)
-    others = [other for path in sorted(folder.glob(f"{preset}-*.json")) if (other := _facts_in(path))]
+    others = [other for path in sorted(folder.glob(f"{preset}.*.bin")) if (other := _facts_in(path))]
     if not others:
         return Found(None, f"nothing was compiled ahead in {folder}")
     differences = [_differences(other, facts) for other in others]
@@ -105,7 +107,8 @@ def _differences(other: Mapping[str, str], here: Mapping[str, str]) -> list[str]
 
 def _facts_in(path: Path) -> dict[str, str]:
     try:
-        described = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            described = json.loads(file.readline())
     except (OSError, ValueError):
         return {}
     facts = described.get("facts") if isinstance(described, dict) else None

@@ -22,13 +22,13 @@ import structlog
 import torch
 
 from inference.engines.base import Job, photo_of, run_in_thread
-from inference.engines.wan import compiled, speed, tokens, vae
+from inference.engines.wan import compiled, speed, tokens, vae, warming
 from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, gpu_is_lost, mapped
 from inference.engines.wan.frames import stream
 from inference.engines.wan.loading import Models, dtype_of, load
 from inference.engines.wan.placement import GB, Offload
-from inference.engines.wan.presets import FRAME_STRIDE, MAX_PROMPT_TOKENS, Preset
-from inference.engines.wan.schedule import TRAIN_TIMESTEPS, Guide, denoise, make_scheduler
+from inference.engines.wan.presets import FRAME_STRIDE, Preset
+from inference.engines.wan.schedule import Guide, denoise, make_scheduler
 from inference.engines.wan.speed import Switches
 from inference.engines.wan.yuv import to_yuv420p
 from inference.errors import (
@@ -44,15 +44,14 @@ from inference.media import photo as photos
 from inference.media.video import VideoWriter
 from inference.task import LAST_PHOTO, PHOTO, GenerationRequest, Video
 
-WARM_UPS = (((4, 3), 5.0), ((16, 9), 3.0))
-"""Aspect ratios of phone photos (portrait has as many tokens as landscape), and durations that apps offer."""
-
 STOP_GRACE_S = 120.0
 """Longer than any forward, which cannot be interrupted. A14B at 720p takes 8 to 19 s (6,523 TFLOP at
 790 to 344 TFLOP/s), ten seconds of it up to four times as long."""
 
-BLOCKS_TO_COMPILE = 2
-"""The first block gets the embedding's output, whose memory layout may differ; every other one gets a block's."""
+WAY_OUT = "`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start"
+
+TORCH_ADVICE = "\n\nSet TORCHDYNAMO_VERBOSE"
+"""Where advice for developers of torch begins in its errors."""
 
 MAX_SEED = 2**32
 """Random seeds are short enough for people to type; given seeds may have up to 63 bits."""
@@ -164,73 +163,48 @@ class WanEngine:
             if new is not None and new != known.artifacts:
                 _keep(compiled_dir, preset, facts, new)
         elif known.why:
-            engine._run_eagerly(known.why, surprising=known.surprising)
+            engine._run_eagerly(known.why, surprising=known.surprising, way_out=WAY_OUT)
         return engine
 
     def _compile(self, check: Callable[[], None], *, only_ahead: bool) -> bytes | None:
         """Warms up what was prepared to be compiled; what the compiler saved, if it may take more than is there.
 
-        After an error of the compiler's the blocks run eagerly. Raises EngineLost where the error is the GPU's, torch's
-        OutOfMemoryError, and what `check` raises.
+        After an error the blocks run eagerly; if memory was short, the clips' own way out of that is left. Raises
+        EngineLost where the GPU is lost, and what `check` raises.
         """
         if self._models.offload == Offload.BLOCKS:
             self._run_eagerly("blocks that come and go cannot be compiled")
             return None
         try:
             with speed.nothing_new_compiled() if only_ahead else nullcontext():
-                self.warm_up(check)
-        except (I2VError, torch.OutOfMemoryError):
+                warming.warm_up(self._models, self.preset, self._area_px, check)
+        except I2VError:
             raise
         except Exception as error:
-            said = one_line(f"{type(error).__name__}: {error}", MAX_REASON_CHARS)
+            said = one_line(f"{type(error).__name__}: {error}".partition(TORCH_ADVICE)[0], MAX_REASON_CHARS)
             if gpu_is_lost(error):
                 raise EngineLost(f"the GPU does not work any more: {said}") from error
-            self._run_eagerly(f"compiling failed: {said}", surprising=True)
+            if only_ahead:
+                why = f"what was compiled ahead does not run here: {said}"
+                self._run_eagerly(why, surprising=True, way_out=WAY_OUT)
+            else:
+                self._run_eagerly(f"compiling failed: {said}", surprising=True)
             return None
         self.compiled = True
         saved = None if only_ahead else torch.compiler.save_cache_artifacts()
         return None if saved is None else saved[0]
 
-    def _run_eagerly(self, why: str, *, surprising: bool = False) -> None:
+    def _run_eagerly(self, why: str, *, surprising: bool = False, **told: str) -> None:
         """Leaves the blocks as they are without a compiler. Says so in one line, louder where it was not expected."""
         for expert in self._models.experts:
-            with expert.on_device() as model:
-                speed.run_eagerly(model)
+            expert.run_eagerly()
         self.eager_because = why
-        tell = log.warning if surprising else log.info
-        tell("runs_eagerly", why=why, way_out="`i2v weights compile` once, or I2V_WAN_COMPILE=on at every start")
-
-    @torch.inference_mode()
-    def warm_up(self, check: Callable[[], None] = lambda: None) -> None:
-        """Compiles what is to be compiled, on two clips: the first for itself, the second for all that differ from it.
-
-        A block sees a clip as a number of tokens, so photos of another shape and clips of another length need no more.
-        Only the first blocks run: the others are the same code, and all of them would take as long as a step.
-        """
-        models, preset = self._models, self.preset
-        for shape, duration_s in WARM_UPS:
-            width, height = photos.fit(*shape, max_area_px=self._area_px, multiple=preset.multiple_px)
-            started = time.perf_counter()
-            for expert in models.experts:
-                check()
-                with expert.on_device() as model, _first_blocks(model):
-                    size = (1, model.config.in_channels, *self._latent_size(width, height, preset.frames(duration_s)))
-                    shown = torch.zeros(size, device=models.device, dtype=models.dtype)
-                    text = torch.zeros(1, MAX_PROMPT_TOKENS, model.config.text_dim, device=models.device)
-                    timestep = torch.tensor(float(TRAIN_TIMESTEPS), device=models.device)
-                    tokens.velocity(model, shown, timestep, text.to(models.dtype), clean=preset.first_frame_is_clean)
-            self._wait()
-            log.info("warmed_up", size=f"{width}x{height}", seconds=round(time.perf_counter() - started, 2))
+        (log.warning if surprising else log.info)("runs_eagerly", why=why, **told)
 
     def _wait(self) -> None:
         """Waits until the GPU has finished all work that was queued on it."""
         if self._models.device.type == "cuda":
             torch.cuda.synchronize(self._models.device)
-
-    def _latent_size(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
-        """(T, h, w) of a clip's latents."""
-        stride = self._models.vae.config.scale_factor_spatial
-        return (frames - 1) // FRAME_STRIDE + 1, height // stride, width // stride
 
     async def check(self) -> None:
         """As Engine.check: nothing outside of this process is needed."""
@@ -348,7 +322,7 @@ class WanEngine:
 
     def _noise(self, plan: ClipPlan, generator: torch.Generator) -> torch.Tensor:
         """[1, z, T, h, w], fp32, in host memory."""
-        size = self._latent_size(plan.width, plan.height, plan.frames)
+        size = self._models.latent_size(plan.width, plan.height, plan.frames)
         return torch.randn((1, self._models.vae.config.z_dim, *size), generator=generator)
 
     def _plan(self, request: GenerationRequest, inputs: Mapping[str, Path]) -> ClipPlan:
@@ -483,17 +457,6 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     yield peak
     if device.type == "cuda":
         peak["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated(device) / GB, 2)
-
-
-@contextmanager
-def _first_blocks(model: Any) -> Iterator[None]:
-    """For the length of a block, a transformer of BLOCKS_TO_COMPILE layers."""
-    blocks = model.blocks
-    model.blocks = blocks[:BLOCKS_TO_COMPILE]
-    try:
-        yield
-    finally:
-        model.blocks = blocks
 
 
 def default_device() -> torch.device:

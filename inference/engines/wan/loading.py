@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from inference.engines.wan import lean, placement, speed, tokens, weights
 from inference.engines.wan.lora import fuse
 from inference.engines.wan.placement import GB, Offload, Placed, Sizes, size_gb
-from inference.engines.wan.presets import ComponentName, Dtype, Preset
+from inference.engines.wan.presets import FRAME_STRIDE, ComponentName, Dtype, Preset
 from inference.engines.wan.speed import Switches
 from inference.engines.wan.text import PromptEncoder
 from inference.errors import I2VError, WeightsError, one_line
@@ -52,6 +52,11 @@ class Models:
     device: torch.device
     offload: Offload
     yuv_on_device: bool  # frames become YUV where they are decoded
+
+    def latent_size(self, width: int, height: int, frames: int) -> tuple[int, int, int]:
+        """(T, h, w) of the latents of a clip of that many pixels and frames."""
+        stride = self.vae.config.scale_factor_spatial
+        return (frames - 1) // FRAME_STRIDE + 1, height // stride, width // stride
 
     def offload_more(self) -> bool:
         """Moves to the next level of offload; False if there is none."""

@@ -106,8 +106,7 @@ class Placed:
         if not self._streamed:
             self.send_home()
             self._home, self._streamed = None, True
-            for block in self._model.blocks:
-                block._compiled_call_impl = None  # noqa: SLF001 - what comes and goes cannot be one graph
+            self.run_eagerly()  # what comes and goes cannot be one graph
             self._model.enable_group_offload(
                 onload_device=self.device,
                 offload_device=torch.device("cpu"),
@@ -116,6 +115,11 @@ class Placed:
                 use_stream=self.device.type == "cuda",
             )
             log.info("offloaded", component=self.name, to="host memory, block by block")
+
+    def run_eagerly(self) -> None:
+        """Takes `speed.compile_blocks` back, wherever the blocks are."""
+        for block in self._model.blocks:
+            block._compiled_call_impl = None  # noqa: SLF001 - nn.Module.compile has no opposite
 
 
 def host_free_gb() -> float:

@@ -135,12 +135,6 @@ def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
 
 
-def run_eagerly(model: WanTransformer3DModel) -> None:
-    """Takes `compile_blocks` back."""
-    for block in model.blocks:
-        block._compiled_call_impl = None  # noqa: SLF001 - nn.Module.compile has no opposite
-
-
 def facts_of_compiling(
     preset: Preset, device: torch.device, dtype: torch.dtype, switches: Switches, area_px: int
 ) -> dict[str, str]:
@@ -174,7 +168,8 @@ def nothing_new_compiled() -> Iterator[None]:
     """In this block the compiler takes what is in its cache, and raises NotCompiledAhead where it would compile.
 
     Torch has no switch for that. The function that is replaced is where every graph goes that no cache knows. Nor are
-    processes started that would compile kernels side by side.
+    processes started that would compile kernels side by side. The cache has kernels for a GPU, but no C++ for a CPU:
+    that is built again, half a minute for the tiny presets (tests/bench/LOG.md).
     """
     from torch._inductor import compile_fx, config  # noqa: PLC0415 - seconds, for those who compile alone
 

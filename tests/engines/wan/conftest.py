@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the Wan engine needs: pip install 'serverless-i2v[wan]'")
 
+import hypothesis  # noqa: F401 - it looks for who refers to what, which it cannot once that is frozen
 import torch
 
 from inference.engines.wan import tiny

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -17,12 +18,13 @@ from inference.build.engines import compile_ahead
 from inference.engines.base import Job
 from inference.engines.wan import compiled, speed
 from inference.engines.wan.engine import WanEngine, facts_of_compiling
-from inference.engines.wan.placement import Offload
+from inference.engines.wan.placement import Offload, Placed
 from inference.engines.wan.presets import PRESETS
 from inference.engines.wan.speed import Switches
+from inference.engines.wan.warming import warm_up
 from inference.errors import CancelRequested, EngineFailed, EngineLost
 from inference.settings import Settings
-from tests.engines.wan.conftest import SMALL, make_engine, tiny_weights
+from tests.engines.wan.conftest import SMALL, make_engine, shared_models, tiny_weights
 from tests.engines.wan.test_engine import frames_of
 from tests.support.processes import environment
 
@@ -81,29 +83,51 @@ def test_what_was_compiled_for_something_else_is_not_taken(tmp_path, fact, here,
     assert found == compiled.Found(None, f"what {tmp_path} has was compiled for {said}", surprising=True)
 
 
-def cut(path):
-    """A disk that was full."""
-    path.write_bytes(path.read_bytes()[:-1])
+def test_another_preset_is_not_taken_for_this_one(tmp_path):
+    """Though its name begins with this one's: nothing was promised here, and nothing is told of it."""
+    compiled.keep(tmp_path, "tiny-a14b", FACTS, b"cache")
+    found = compiled.find(tmp_path, "tiny", FACTS)
+    assert found == compiled.Found(None, f"nothing was compiled ahead in {tmp_path}")
 
 
 @pytest.mark.parametrize(
-    "suffix, damage, said",
+    "damage, said",
     [
-        (".bin", cut, "is damaged"),
-        (".bin", lambda path: path.write_bytes(b""), "is damaged"),
-        (".json", lambda path: path.write_text("{"), "cannot be read"),
-        (".json", lambda path: path.write_text("[]"), "is damaged"),
-        (".bin", lambda path: path.unlink(), "nothing was compiled ahead"),
-        (".json", lambda path: path.unlink(), "nothing was compiled ahead"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged"),  # a disk that was full
+        (lambda path: path.write_bytes(path.read_bytes().partition(b"\n")[0]), "is damaged"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(b"{\ncache"), "cannot be read"),
+        (lambda path: path.write_bytes(b"[]\ncache"), "is damaged"),
+        (lambda path: path.unlink(), "nothing was compiled ahead"),
     ],
 )
-def test_damage_is_told(tmp_path, suffix, damage, said):
+def test_damage_is_told(tmp_path, damage, said):
     """Not given to the compiler."""
-    path = compiled.keep(tmp_path, "tiny", FACTS, b"cache")
-    damage(path.with_suffix(suffix))
+    damage(compiled.keep(tmp_path, "tiny", FACTS, b"cache"))
     found = compiled.find(tmp_path, "tiny", FACTS)
     assert found.artifacts is None
-    assert said in found.why or (path.with_suffix(suffix).exists() is False and "compiled for" in found.why)
+    assert said in found.why
+
+
+def test_those_who_compile_at_once_leave_what_is_whole(tmp_path):
+    """As the first workers of a fleet do on a volume they share: what each saves differs a little."""
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+    compiled.keep(tmp_path, "tiny", FACTS, contents[0])
+    with ThreadPoolExecutor() as pool:
+        keeping = [pool.submit(compiled.keep, tmp_path, "tiny", FACTS, content) for content in contents * 5]
+        while not all(it.done() for it in keeping):
+            assert compiled.find(tmp_path, "tiny", FACTS).artifacts in contents
+    assert {it.result() for it in keeping} == set(tmp_path.iterdir())
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    """Where it cannot be kept: here a folder is in its place."""
+    path = compiled.keep(tmp_path, "tiny", FACTS, b"cache")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        compiled.keep(tmp_path, "tiny", FACTS, b"cache")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_build_that_could_not_says_why(tmp_path):
@@ -182,12 +206,57 @@ def test_a_compiler_that_fails_is_done_without(tmp_path):
         engine = load(tmp_path, Switches(compile=broken), "tiny-a14b")
     [told] = [it for it in logs if it["log_level"] != "info"]
     assert "compiling failed" in told["why"]
-    assert "no such instruction" in told["why"]
+    assert told["why"].endswith("no such instruction")  # without torch's advice to its developers
     assert not engine.compiled
     for expert in engine._models.experts:
         assert all(block._compiled_call_impl is None for block in expert._model.blocks)
     assert list(tmp_path.iterdir()) == []
-    engine.warm_up()  # as a step would
+    warm_up(engine._models, engine.preset, AREA_PX)  # as a step would
+
+
+def test_too_little_memory_to_warm_up_is_no_reason_to_give_up(tmp_path):
+    """A clip that runs out of it is tried again with more offload; so the engine starts, without a compiler."""
+
+    def short_of_memory(*_):
+        def run(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return run
+
+    engine = load(tmp_path, Switches(compile=short_of_memory))
+    assert "CUDA out of memory" in engine.eager_because
+
+
+def test_nothing_moves_to_be_run_eagerly():
+    """Weights that visit the GPU are tens of gigabytes."""
+    model = shared_models("tiny").experts[0]._model
+    placed = Placed("transformer", model, torch.device("meta"))  # to which nothing can be moved and come back
+    model.blocks[0].compile(backend="eager")
+    placed.send_home()
+    placed.run_eagerly()
+    assert model.blocks[0]._compiled_call_impl is None
+
+
+def test_a_way_out_is_told_where_there_is_one(tmp_path):
+    """Compiling ahead would find the same obstacle that compiling has just met."""
+
+    def told(switches):
+        with capture_logs() as logs:
+            load(tmp_path, switches)
+        [line] = [it for it in logs if it["event"] == "runs_eagerly"]
+        return line
+
+    def broken(*_):
+        raise RuntimeError("no such instruction")
+
+    assert "i2v weights compile" in told(AHEAD)["way_out"]
+    ahead = Switches(compile=broken, only_compiled_ahead=True)
+    keep(tmp_path, ahead)
+    unfit = told(ahead)
+    assert unfit["why"].startswith("what was compiled ahead does not run here: ")
+    assert "i2v weights compile" in unfit["way_out"]
+    assert "way_out" not in told(Switches(compile=broken))
+    assert "way_out" not in told(Switches(compile="eager", offload=Offload.BLOCKS))
 
 
 def test_a_gpu_that_is_lost_meanwhile_is_no_failure_of_the_compiler(tmp_path):
@@ -298,8 +367,8 @@ print(json.dumps([engine.compiled, engine.eager_because, counters["inductor"], c
     assert (is_compiled, why) == (True, "")
     assert inductor["fxgraph_cache_hit"] == stats["unique_graphs"] > 0
     assert "fxgraph_cache_miss" not in inductor
-    [path] = (weights_dir / "compiled").glob("*.json")
-    described = json.loads(path.read_text())
+    [path] = (weights_dir / "compiled").glob("*.bin")
+    described = json.loads(path.read_bytes().partition(b"\n")[0])
     compiled.keep(path.parent, "tiny", described["facts"], EMPTY)  # as if the compiler had changed its mind
     is_compiled, why, inductor, _ = json.loads(run(3, "-c", program))
     assert not is_compiled

@@ -133,7 +133,16 @@ def test_what_cannot_be_compiled_ahead_is_one_line(here, weights_dir):  # noqa: 
     ran = here("weights", "compile", "tiny", **given)
     assert ran.exit_code == 1
     assert ran.errors == ["i2v: blocks that come and go cannot be compiled"]
-    assert not (weights_dir / "compiled").exists()
+    assert list((weights_dir / "compiled").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_minutes(here, weights_dir, tmp_path):  # noqa: F811
+    """In one line, by its name."""
+    (tmp_path / "file").touch()
+    given = {"I2V_WEIGHTS_DIR": weights_dir, "I2V_WAN_COMPILED": tmp_path / "file" / "compiled"}
+    ran = here("weights", "compile", "tiny", **given)
+    assert ran.exit_code == 1
+    assert ran.errors == [f"i2v: {tmp_path}/file/compiled cannot be written: Not a directory"]
 
 
 async def findings(**settings):
