@@ -47,7 +47,7 @@ RUN --network=none i2v doctor
 
 # Docker itself starts a container again when it has ended, not when it is unhealthy: so the check ends a worker that
 # hangs, and says in the log what each of its threads was doing.
-HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=30s --timeout=30s --start-period=60s --retries=3 \
     CMD ["python", "-m", "inference.commands.health", "--end"]
 # The first SIGTERM lets tasks finish for I2V_SHUTDOWN_GRACE seconds, then hands them back.
 STOPSIGNAL SIGTERM

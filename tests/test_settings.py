@@ -300,7 +300,10 @@ def test_what_goes_before_what(monkeypatch, tmp_path, config):
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("runway_timout: 5\nwhatever: 1\n", ["there is no runway_timout: did you mean runway_timeout?", "there is no whatever"]),
+        (
+            "runway_timout: 5\nwhatever: 1\n",
+            ["there is no runway_timout: did you mean runway_timeout?", "there is no whatever"],
+        ),
         ("polling_interval_slow: soon\n", ["polling_interval_slow: input should be a valid number"]),
         ("worker_id: [a, b]\n", ["worker_id has to have one value"]),
         ("worker:\n  id: a\n", ["worker has to have one value"]),

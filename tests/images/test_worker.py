@@ -189,9 +189,9 @@ def test_a_worker_waits_for_its_queue_is_healthy_and_stops(box):
 
 
 def test_the_check_is_given_its_time():
-    """Less often than the loop turns, and longer than it looks twice."""
+    """Less often than the loop turns, and longer than it looks twice, on a box that is busy."""
     given = dict(re.findall(r"--([a-z-]+)=(\d+)", find("HEALTHCHECK")))
-    assert int(given["timeout"]) >= 10
+    assert int(given["timeout"]) >= liveness.SECOND_LOOK_S + 10
     assert int(given["interval"]) > 10 * process.TURN_S
     assert int(given["interval"]) < liveness.LIMIT_S
 
