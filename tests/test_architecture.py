@@ -1,6 +1,7 @@
 """What the design asks of the tree itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
