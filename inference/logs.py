@@ -84,6 +84,7 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
     """A log file of this process that nobody else may read: prompts and storage paths are in it."""
 
     _lock: int | None = None
+    _fault = ""  # why the last line was not written
 
     @classmethod
     def claimed(cls, folder: Path, name: str) -> "_PrivateFile":
@@ -106,6 +107,21 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
         self._let_go()
         self._lock = private.hold(path)
         return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line. A disk that takes none is told on stderr, once until it takes one again."""
+        before, self._fault = self._fault, ""
+        super().emit(record)
+        if self._fault and not before:
+            log.warning("log_file_not_written", error=self._fault, path=self.baseFilename)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - see logging
+        """Where a line could not be written. The same lines are on stderr, which a traceback for each would bury."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._fault = str(error)
+        else:
+            super().handleError(record)
 
     def close(self) -> None:
         """Also lets others have the file."""
