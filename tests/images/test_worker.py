@@ -91,10 +91,10 @@ def test_it_does_not_run_as_root():
 def test_its_environment_is_one_of_settings():
     """None of them secret; and all that it writes to lies in its volumes."""
     found = dockerfile.environment(STEPS)
-    assert set(found) - set(FIELDS) == OF_PYTHON
+    assert set(found) - set(FIELDS) == {*OF_PYTHON, "TMPDIR"}
     settings = Settings.isolated(**{FIELDS[name]: value for name, value in found.items() if name in FIELDS})
     assert settings.log_format == "human"
-    for path in (settings.data_dir, settings.ledger_path, settings.log_dir, settings.temp_dir):
+    for path in (settings.data_dir, settings.ledger_path, settings.log_dir, settings.temp_dir, Path(found["TMPDIR"])):
         assert path.parts[1] in {"data", "logs", "temp"}
 
 
@@ -127,7 +127,7 @@ class Box:
         places = re.compile(r"^/(data|logs|temp)")
         given = {name: places.sub(rf"{self.folder}/\1", value) for name, value in ENVIRONMENT.items()}
         given |= {"PYTHONPATH": str(self._app), "PATH": f"{self.folder}/bin:{self._python.parent}:{os.defpath}"}
-        return given | {"TMPDIR": f"{self.folder}/tmp", "HOME": "/nowhere"} | {k: str(v) for k, v in more.items()}
+        return given | {"HOME": "/nowhere"} | {k: str(v) for k, v in more.items()}
 
     def start(self, *command, **env):
         """A process of it."""
