@@ -23,14 +23,11 @@ RUN --mount=type=bind,source=images/worker.txt,target=/tmp/worker.txt \
 
 # Where a worker may write, how long a stop may take, and log lines for people; a `.env` goes before all of them.
 # TMPDIR: photos that are uploaded to a queue wait in files there, and a small /tmp in memory has room for one or two.
-# OPENBLAS_NUM_THREADS: numpy starts a thread for each of the server's cores otherwise, up to 64, in each process that
-# decodes a photo; where a container may not have so many, that process crashes, and the photo seems to be damaged.
 ENV I2V_DATA_DIR=/data/queue \
     I2V_LEDGER=/data/ledger.db \
     I2V_LOG_FORMAT=human \
     I2V_SHUTDOWN_GRACE=120 \
     LOG_DIR=/logs \
-    OPENBLAS_NUM_THREADS=1 \
     PYTHONFAULTHANDLER=1 \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \

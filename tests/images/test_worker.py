@@ -29,7 +29,7 @@ DOCKERFILE = ROOT / "images" / "worker.Dockerfile"
 COMPOSE = ROOT / "images" / "compose.yaml"
 STEPS = dockerfile.read(DOCKERFILE.read_text())
 FIELDS = {alias: name for name, field in Settings.model_fields.items() for alias in names_of(field)}
-NO_SETTINGS = {"OPENBLAS_NUM_THREADS", "PYTHONFAULTHANDLER", "PYTHONPATH", "PYTHONUNBUFFERED", "TMPDIR"}
+NO_SETTINGS = {"PYTHONFAULTHANDLER", "PYTHONPATH", "PYTHONUNBUFFERED", "TMPDIR"}
 
 
 def find(word, containing=""):
