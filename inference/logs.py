@@ -88,24 +88,23 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
 
     @classmethod
     def claimed(cls, folder: Path, name: str) -> "_PrivateFile":
-        """The first of `name.log`, `name.2.log`, … that no other process writes to."""
+        """The first of `name.log`, `name.2.log`, … that no other process writes to.
+
+        What is locked is a file beside it: the log itself is another file each time it is turned over.
+        """
         for number in itertools.count(1):
-            file = cls(
-                folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log"),
-                maxBytes=LOG_FILE_BYTES,
-                backupCount=LOG_FILES_KEPT,
-                encoding="utf-8",
-            )
-            if file._lock is not None or sys.platform == "win32":
+            path = folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log")
+            beside = path.with_name(f"{path.name}.lock")
+            private.make_file(beside)
+            lock = private.hold(beside)
+            if lock is not None or sys.platform == "win32":
+                file = cls(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
+                file._lock = lock
                 return file
-            file.close()
         raise AssertionError  # mypy does not know that the loop has no end
 
     def _open(self) -> TextIOWrapper:
-        path = Path(self.baseFilename)
-        private.make_file(path)
-        self._let_go()
-        self._lock = private.hold(path)
+        private.make_file(Path(self.baseFilename))
         return super()._open()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -126,9 +125,6 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
     def close(self) -> None:
         """Also lets others have the file."""
         super().close()
-        self._let_go()
-
-    def _let_go(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

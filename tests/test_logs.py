@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import pytest
@@ -112,6 +113,23 @@ def test_two_of_one_name_never_turn_over_one_file(tmp_path, monkeypatch):
     assert "stopping" in (folder / "i2v-w1.log").read_text()
     logs.configure("info", log_dir=folder, worker_id="w2")
     assert (folder / "i2v-w2.log").exists()
+
+
+def test_a_file_that_is_being_turned_over_is_not_free(tmp_path):
+    """Not even in the moment in which the next one is not there yet."""
+    log = logs._PrivateFile.claimed(tmp_path, "i2v-w1")
+    log.handle(logging.makeLogRecord({"msg": "x"}))
+    claimed = []
+
+    def turn_over(source, target):
+        Path(source).rename(target)
+        claimed.append(logs._PrivateFile.claimed(tmp_path, "i2v-w1"))
+
+    log.rotator = turn_over
+    log.doRollover()
+    log.close()
+    claimed[0].close()
+    assert Path(claimed[0].baseFilename).name == "i2v-w1.2.log"
 
 
 def test_a_full_disk_is_told_once(capsys, tmp_path):
