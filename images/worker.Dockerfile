@@ -22,6 +22,7 @@ RUN --mount=type=bind,source=images/worker.txt,target=/tmp/worker.txt \
     && pip uninstall -y --root-user-action=ignore uv
 
 # Where a worker may write, how long a stop may take, and log lines for people; a `.env` goes before all of them.
+# TMPDIR: photos that are uploaded to a queue wait in files there, and a small /tmp in memory has room for one or two.
 ENV I2V_DATA_DIR=/data/queue \
     I2V_LEDGER=/data/ledger.db \
     I2V_LOG_FORMAT=human \
@@ -30,7 +31,8 @@ ENV I2V_DATA_DIR=/data/queue \
     PYTHONFAULTHANDLER=1 \
     PYTHONPATH=/app \
     PYTHONUNBUFFERED=1 \
-    TEMP_DIR=/temp
+    TEMP_DIR=/temp \
+    TMPDIR=/temp
 LABEL org.opencontainers.image.title="serverless-i2v-worker" \
       org.opencontainers.image.description="Turns photos of a queue into short videos: a worker without a model" \
       org.opencontainers.image.licenses="Apache-2.0"
@@ -47,7 +49,7 @@ RUN --network=none i2v doctor
 
 # Docker itself starts a container again when it has ended, not when it is unhealthy: so the check ends a worker that
 # hangs, and says in the log what each of its threads was doing.
-HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=30s --timeout=30s --start-period=60s --retries=3 \
     CMD ["python", "-m", "inference.commands.health", "--end"]
 # The first SIGTERM lets tasks finish for I2V_SHUTDOWN_GRACE seconds, then hands them back.
 STOPSIGNAL SIGTERM

@@ -24,7 +24,8 @@ def read(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
     except ImportError:
         raise SettingsError("--config needs an extra: pip install 'serverless-i2v[yaml]'") from None
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Every value stays the text that it is: YAML's own types would make another key of a key of digits alone.
+        said = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506 - makes text only
     except OSError as error:
         raise SettingsError(f"--config: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -33,7 +34,7 @@ def read(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
         mark = getattr(error, "problem_mark", None)  # the error's own text would show the line, and a key that is in it
         where = f", line {mark.line + 1}" if mark else ""
         raise SettingsError(f"--config: {path}{where} is not YAML") from None
-    if said is None:
+    if not said:
         return {}
     if not isinstance(said, dict):
         raise SettingsError(f"--config: {path} has to have lines such as `worker_id: runway-worker-001`")
@@ -42,16 +43,11 @@ def read(path: Path, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _value(path: Path, name: str, value: object, environment: Mapping[str, str]) -> str:
-    match value:
-        case None:
-            return ""
-        case bool():
-            return str(value).lower()
-        case str() | int() | float():
-            text = str(value)
-        case _:
-            raise SettingsError(f"--config: {path}: {name} has to have one value, not a list or names of its own")
-    missing = [each for each in VARIABLE.findall(text) if each.upper() not in environment]
-    if missing and not VARIABLE.fullmatch(text):
+    if not isinstance(value, str):
+        raise SettingsError(f"--config: {path}: {name} has to have one value, not a list or names of its own")
+    if value.lower() in {"~", "null"}:
+        return ""
+    missing = [each for each in VARIABLE.findall(value) if each.upper() not in environment]
+    if missing and not VARIABLE.fullmatch(value):
         raise SettingsError(f"--config: {path}: {name} needs {', '.join(missing)}, which the environment does not have")
-    return VARIABLE.sub(lambda found: environment.get(found[1].upper(), ""), text)
+    return VARIABLE.sub(lambda found: environment.get(found[1].upper(), ""), value)

@@ -24,25 +24,41 @@ LIMIT_S = 60.0
 """A worker whose loop did not turn for so long hangs. It turns every second, whatever its tasks are doing; what keeps
 it longer than some seconds, such as a machine that swaps, is no state to take tasks in."""
 
+SECOND_LOOK_S = 10.0
+"""A worker that looks as if it hung is ended only if its loop does not turn once within this time, either. A clock that
+was set, or a machine that slept, looks like a silence at first."""
+
 SUFFIX = ".alive"
 
 
 def folder() -> Path:
-    """Where the signs are: TMPDIR, or the system's temporary folder."""
-    name = "i2v-workers" if sys.platform == "win32" else f"i2v-workers-{os.getuid()}"
-    return Path(tempfile.gettempdir()) / name
+    """Where the signs are: in TMPDIR, or in /tmp."""
+    if sys.platform == "win32":
+        return Path(tempfile.gettempdir()) / "i2v-workers"
+    # `tempfile` would write there to find out, and name another place than the worker's once the disk is full.
+    given = os.environ.get("TMPDIR", "")
+    return Path(given if os.path.isdir(given) else "/tmp").absolute() / f"i2v-workers-{os.getuid()}"  # noqa: PTH112, S108
 
 
 class Sign:
     """The sign of one worker that lives."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, lock: int | None) -> None:
+        self._path, self._lock = path, lock
 
     def touch(self) -> None:
-        """Says that the loop turned just now. A file that somebody removed is not made again, and is missed."""
+        """Says that the loop turned just now. Raises OSError, also where somebody removed the file."""
+        os.utime(self._path)
+
+    def withdraw(self) -> None:
+        """Shows no worker any more."""
         with suppress(OSError):
-            os.utime(self._path)
+            self._path.unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)  # a file that could not be removed counts for nothing without its lock
+            self._lock = None
+        with suppress(OSError):  # others are there
+            self._path.parent.rmdir()
 
 
 @contextmanager
@@ -52,33 +68,46 @@ def shown(worker_id: str) -> Iterator[Sign]:
     Raises OSError where none can be made, or where the folder belongs to another user.
     """
     try:
-        path, lock = _made(worker_id)
+        sign = _made(worker_id)
     except FileNotFoundError:  # a worker that ended took the folder along just now
-        path, lock = _made(worker_id)
+        sign = _made(worker_id)
     try:
-        yield Sign(path)
+        yield sign
     finally:
-        path.unlink(missing_ok=True)
-        if lock is not None:
-            os.close(lock)
-        with suppress(OSError):  # others are there
-            path.parent.rmdir()
+        sign.withdraw()
 
 
-def _made(worker_id: str) -> tuple[Path, int | None]:
-    """A new sign, and its lock. Raises OSError."""
+def _made(worker_id: str) -> Sign:
+    """A new sign. Raises OSError."""
     signs = folder()
     private.make_folder(signs, f"*{SUFFIX}")
-    if sys.platform != "win32" and (signs.is_symlink() or signs.stat().st_uid != os.getuid()):
+    if not _is_ours(signs):
         raise PermissionError(f"{signs} belongs to another user")
     _clear_away(signs)
     descriptor, name = tempfile.mkstemp(prefix=f".{worker_id.strip('.')}.", suffix=SUFFIX, dir=signs)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump({"worker_id": worker_id, "pid": os.getpid()}, file)
     new = Path(name)
-    # It gets its name only once it is locked, or another worker could take it for one that was left.
-    lock = private.hold(new)
-    return new.rename(new.with_name(new.name.removeprefix("."))), lock
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"worker_id": worker_id, "pid": os.getpid(), "pid_namespace": _pid_namespace()}, file)
+        # It gets its name only once it is locked, or another worker could take it for one that was left.
+        lock = private.hold(new)
+        return Sign(new.rename(new.with_name(new.name.removeprefix("."))), lock)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def _is_ours(signs: Path) -> bool:
+    """Whether the folder is this user's. Its name is known to everybody, and the temporary folder is everybody's."""
+    return sys.platform == "win32" or (not signs.is_symlink() and signs.stat().st_uid == os.getuid())
+
+
+def _pid_namespace() -> str:
+    """Where numbers of processes mean the same: a container has numbers of its own. Empty where Linux does not say."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - no path, but a name such as pid:[4026531836]
+    except OSError:
+        return ""
 
 
 def _clear_away(signs: Path) -> None:
@@ -97,29 +126,39 @@ class Seen:
 
     worker_id: str
     pid: int
-    silent_s: float  # since its loop turned
+    sign: Path
+    turned_ns: int  # when its loop turned, by the clock of the machine
+    silent_s: float  # since then
 
 
-def workers() -> list[Seen]:
-    """Every worker of this user that runs on this box, by name."""
+def workers(worker_id: str | None = None) -> list[Seen]:
+    """Every worker of this user that runs on this box, or in this container, by name; or only those of one name."""
     found = []
-    for path in folder().glob(f"[!.]*{SUFFIX}"):
+    try:
+        signs = [*folder().glob(f"[!.]*{SUFFIX}")] if _is_ours(folder()) else []
+    except OSError:  # there is no folder
+        signs = []
+    for path in signs:
         try:
             lock = private.hold(path, shared=True)
             if lock is not None:  # nobody holds it: its worker was killed
                 os.close(lock)
                 continue
             said = json.loads(path.read_text())
-            silent_s = max(0.0, time.time() - path.stat().st_mtime)
-        except (OSError, ValueError):  # it ended meanwhile
+            whose, pid, namespace = said["worker_id"], said["pid"], said["pid_namespace"]
+            turned_ns = path.stat().st_mtime_ns
+        except (OSError, ValueError, KeyError):  # it ended meanwhile, or is of another version
             continue
-        found.append(Seen(str(said["worker_id"]), int(said["pid"]), silent_s))
+        # Containers may share the folder. The number of a process in one is that of another process in the next.
+        if namespace == _pid_namespace() and worker_id in {None, whose}:
+            silent_s = max(0.0, (time.time_ns() - turned_ns) / 1e9)
+            found.append(Seen(whose, pid, path, turned_ns, silent_s))
     return sorted(found, key=lambda it: (it.worker_id, it.pid))
 
 
 def faults(worker_id: str | None, limit_s: float) -> list[str]:
     """What is wrong, a line each; none where the worker of that name, or every one here, turned within the limit."""
-    here = [it for it in workers() if worker_id in {None, it.worker_id}]
+    here = workers(worker_id)
     if not here:
         return [f"no worker{'' if worker_id is None else f' {worker_id}'} runs here: there is no sign in {folder()}"]
     return [
@@ -130,15 +169,17 @@ def faults(worker_id: str | None, limit_s: float) -> list[str]:
     ]
 
 
-def end_hung(worker_id: str | None, limit_s: float, *, pause_s: float = 3.0) -> None:
-    """Ends the workers that hang now and still do after a pause: a clock that was set looks like a silence at first.
+def end_hung(worker_id: str | None, limit_s: float, *, pause_s: float = SECOND_LOOK_S) -> None:
+    """Ends the workers that hang now, and whose loop does not turn once within a pause.
 
     By SIGABRT, at which a Python that has its fault handler enabled tells what each of its threads was doing.
     """
+    if sys.platform == "win32":  # without locks, a sign may be that of a worker that is gone, and its number another's
+        return
+    silent = {it.sign: it.turned_ns for it in workers(worker_id) if it.silent_s > limit_s}
     time.sleep(pause_s)
-    for it in workers():
-        if worker_id in {None, it.worker_id} and it.silent_s > limit_s:
+    for it in workers(worker_id):
+        if silent.get(it.sign) == it.turned_ns:
             with suppress(ProcessLookupError):
                 os.kill(it.pid, signal.SIGABRT)
-                if sys.platform != "win32":
-                    os.kill(it.pid, signal.SIGCONT)  # one that is stopped does not end before it goes on
+                os.kill(it.pid, signal.SIGCONT)  # one that is stopped does not end before it goes on

@@ -84,35 +84,47 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
     """A log file of this process that nobody else may read: prompts and storage paths are in it."""
 
     _lock: int | None = None
+    _fault = ""  # why the last line was not written
 
     @classmethod
     def claimed(cls, folder: Path, name: str) -> "_PrivateFile":
-        """The first of `name.log`, `name.2.log`, … that no other process writes to."""
+        """The first of `name.log`, `name.2.log`, … that no other process writes to.
+
+        What is locked is a file beside it: the log itself is another file each time it is turned over.
+        """
         for number in itertools.count(1):
-            file = cls(
-                folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log"),
-                maxBytes=LOG_FILE_BYTES,
-                backupCount=LOG_FILES_KEPT,
-                encoding="utf-8",
-            )
-            if file._lock is not None or sys.platform == "win32":
+            path = folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log")
+            beside = path.with_name(f"{path.name}.lock")
+            private.make_file(beside)
+            lock = private.hold(beside)
+            if lock is not None or sys.platform == "win32":
+                file = cls(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
+                file._lock = lock
                 return file
-            file.close()
         raise AssertionError  # mypy does not know that the loop has no end
 
     def _open(self) -> TextIOWrapper:
-        path = Path(self.baseFilename)
-        private.make_file(path)
-        self._let_go()
-        self._lock = private.hold(path)
+        private.make_file(Path(self.baseFilename))
         return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line. A disk that takes none is told on stderr, once until it takes one again."""
+        before, self._fault = self._fault, ""
+        super().emit(record)
+        if self._fault and not before:
+            log.warning("log_file_not_written", error=self._fault, path=self.baseFilename)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - see logging
+        """Where a line could not be written. The same lines are on stderr, which a traceback for each would bury."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._fault = str(error)
+        else:
+            super().handleError(record)
 
     def close(self) -> None:
         """Also lets others have the file."""
         super().close()
-        self._let_go()
-
-    def _let_go(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -85,19 +85,30 @@ async def show_life(worker_id: str, is_stuck: Callable[[], bool], supervisor: st
     """
     with ExitStack() as held:
         sign = None
+        watchdog = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) if supervisor else None
         try:
             sign = held.enter_context(liveness.shown(worker_id))
         except OSError as error:
-            log.warning("no_sign_of_life", error=str(error), folder=str(liveness.folder()))
-        watchdog = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) if supervisor else None
+            _tell_no_sign(error)
+        if watchdog is not None:
+            watchdog.setblocking(False)  # a supervisor that reads nothing stops no loop
         while True:
             if not is_stuck():
                 if sign is not None:
-                    sign.touch()
+                    try:
+                        sign.touch()
+                    except OSError as error:  # a sign that grows old would get a healthy worker ended
+                        sign.withdraw()
+                        sign = None
+                        _tell_no_sign(error)
                 if watchdog is not None and supervisor is not None:
-                    with suppress(OSError):  # a supervisor that is being replaced hears the next one
+                    with suppress(OSError):  # a supervisor that is busy, or being replaced, hears the next one
                         watchdog.sendto(b"WATCHDOG=1", f"\0{supervisor[1:]}" if supervisor[0] == "@" else supervisor)
             await anyio.sleep(TURN_S)
+
+
+def _tell_no_sign(error: OSError) -> None:
+    log.warning("no_sign_of_life", error=str(error), folder=str(liveness.folder()))
 
 
 async def drain_calls_on_signal(drain: Callable[[float], Coroutine[object, object, None]], grace_s: float) -> None:

@@ -6,19 +6,23 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
+from contextlib import suppress
 
 import anyio
+import anyio.lowlevel
 import pytest
+import structlog
 
 from inference import liveness, process
+from tests.support.disk import small_disk
 from tests.support.processes import Site, i2v_here, until
 
 
 @pytest.fixture
 def signs(monkeypatch, tmp_path):
     """The folder of this test's own workers."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     return liveness.folder()
 
 
@@ -66,22 +70,91 @@ def test_what_killed_workers_left_counts_for_nothing(signs):
             assert names() == ["w1", "w4"]
 
 
-def test_a_file_that_is_gone_is_missed(signs):
-    """As /tmp is cleared away: a worker goes on, and the check says what it does not find."""
-    with liveness.shown("w1") as sign:
-        [path] = signs.iterdir()
-        path.unlink()
-        sign.touch()
-        assert names() == []
+@pytest.mark.anyio
+async def test_a_file_that_is_gone_is_missed(signs, monkeypatch):
+    """As /tmp is cleared away: a worker goes on, says so once, and the check says what it does not find."""
+    monkeypatch.setattr(process, "TURN_S", 0.01)
+    with structlog.testing.capture_logs() as logged:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(process.show_life, "w1", lambda: False)
+            await anyio.sleep(0.05)
+            [path] = signs.iterdir()
+            path.unlink()
+            await anyio.sleep(0.1)
+            assert names() == []
+            tasks.cancel_scope.cancel()
+    assert [line["event"] for line in logged] == ["no_sign_of_life"]
+    assert not signs.exists()
+
+
+@pytest.mark.anyio
+async def test_a_sign_that_cannot_be_touched_is_none(tmp_path, monkeypatch):
+    """A disk that takes no more would make it grow old, and `--end` end a worker that is well."""
+    monkeypatch.setattr(process, "TURN_S", 0.01)
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        monkeypatch.setenv("TMPDIR", str(disk))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(process.show_life, "w1", lambda: False)
+            await anyio.sleep(0.05)
+            assert names() == ["w1"]
+            await anyio.run_process(["mount", "-o", "remount,ro", str(disk)])
+            await anyio.sleep(0.1)
+            assert names() == []
+            assert liveness.faults(None, 60)[0].startswith("no worker runs here")
+            tasks.cancel_scope.cancel()
+
+
+def test_a_full_disk_hides_no_worker(tmp_path, monkeypatch):
+    """The check writes nothing, neither to find the folder nor in it."""
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        monkeypatch.setenv("TMPDIR", str(disk))
+        with liveness.shown("w1"):
+            with suppress(OSError):
+                (disk / "much").write_bytes(bytes(200_000))
+            program = [sys.executable, "-m", "inference.commands.health", "w1"]
+            ran = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+            assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_a_folder_of_somebody_else_is_not_used(signs, tmp_path):
-    """Its name is known to everybody, and the temporary folder is everybody's."""
+    """Its name is known to everybody, and the temporary folder is everybody's. Nor is what is said there believed."""
     (tmp_path / "elsewhere").mkdir()
     signs.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError), liveness.shown("w1"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    signs.unlink()
+    with liveness.shown("w1"):
+        signs.rename(tmp_path / "theirs")
+        signs.symlink_to(tmp_path / "theirs")
+        assert names() == []
+        signs.unlink()
+        (tmp_path / "theirs").rename(signs)
+        assert names() == ["w1"]
+
+
+def test_a_worker_of_another_container_is_not_here(signs):
+    """Containers that share the folder have numbers of processes of their own: that of one there is another's here."""
+    with liveness.shown("w1"):
+        [path] = signs.iterdir()
+        said = json.loads(path.read_text())
+        assert said["pid_namespace"].startswith("pid:[")
+        path.write_text(json.dumps(said | {"pid_namespace": "pid:[1]"}))
+        os.utime(path, (0, 0))
+        assert liveness.faults("w1", 60)[0].startswith("no worker w1 runs here")
+        liveness.end_hung(None, 60, pause_s=0)  # or this test would end here
+
+
+def test_one_that_turns_at_the_second_look_is_not_ended(signs):
+    """Whatever the clock says: the machine slept, or its clock is set, before the first look or after it."""
+    with liveness.shown("slept") as slept, liveness.shown("set"):
+        paths = {path.name.split(".")[0]: path for path in signs.iterdir()}
+        os.utime(paths["slept"], (0, 0))
+        between = threading.Timer(0.1, lambda: (slept.touch(), os.utime(paths["set"], (0, 0))))
+        between.start()
+        liveness.end_hung(None, 60, pause_s=0.3)  # or this test would end here
+        between.join()
+        assert [fault.split()[1] for fault in liveness.faults(None, 60)] == ["set"]
 
 
 @pytest.mark.anyio
@@ -113,6 +186,29 @@ async def test_a_supervisor_hears_of_a_loop_that_turns_and_of_no_other(signs, tm
             assert waited.cancelled_caught
             assert path.stat().st_mtime_ns == touched_at
             tasks.cancel_scope.cancel()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("signs")
+async def test_a_supervisor_that_reads_nothing_stops_no_loop(tmp_path, monkeypatch):
+    """What it is told waits in a queue of some datagrams, and the next one would wait for room in it."""
+    monkeypatch.setattr(process, "TURN_S", 0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        turns = 0
+
+        def is_stuck():
+            nonlocal turns
+            turns += 1
+            return False
+
+        with anyio.move_on_after(10):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(process.show_life, "w1", is_stuck, str(tmp_path / "notify"))
+                while turns < 1000:  # more than net.unix.max_dgram_qlen is anywhere
+                    await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
+    assert turns >= 1000
 
 
 @pytest.mark.anyio
@@ -164,7 +260,7 @@ def test_of_real_workers(tmp_path, capsys, monkeypatch):
         until(lambda: lives("second", "--within", "2"), 20, "it goes on")
         second.send(signal.SIGSTOP)
         until(lambda: not lives("--within", "2"), 20, "it is missed again")
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
         liveness.end_hung(None, 2, pause_s=0)
         assert second.wait() == -signal.SIGABRT
         assert lives("--within", "10", "--end")  # the other was left alone

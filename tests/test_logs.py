@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import pytest
 import structlog
 
 from inference import logs
+from tests.support.disk import small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +113,40 @@ def test_two_of_one_name_never_turn_over_one_file(tmp_path, monkeypatch):
     assert "stopping" in (folder / "i2v-w1.log").read_text()
     logs.configure("info", log_dir=folder, worker_id="w2")
     assert (folder / "i2v-w2.log").exists()
+
+
+def test_a_file_that_is_being_turned_over_is_not_free(tmp_path):
+    """Not even in the moment in which the next one is not there yet."""
+    log = logs._PrivateFile.claimed(tmp_path, "i2v-w1")
+    log.handle(logging.makeLogRecord({"msg": "x"}))
+    claimed = []
+
+    def turn_over(source, target):
+        Path(source).rename(target)
+        claimed.append(logs._PrivateFile.claimed(tmp_path, "i2v-w1"))
+
+    log.rotator = turn_over
+    log.doRollover()
+    log.close()
+    claimed[0].close()
+    assert Path(claimed[0].baseFilename).name == "i2v-w1.2.log"
+
+
+def test_a_full_disk_is_told_once(capsys, tmp_path):
+    """And not with a traceback for each line; what is logged when there is room again is in the file."""
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        logs.configure("info", log_format="json", log_dir=disk / "logs")
+        for _ in range(2):
+            with suppress(OSError):
+                (disk / "much").write_bytes(bytes(200_000))
+            for _ in range(3):
+                structlog.get_logger().info("lease_started", prompt="x" * 5000)
+            (disk / "much").unlink()
+            structlog.get_logger().info("stopping")
+        told = [line["event"] for line in lines(capsys.readouterr().err)]
+        assert told == ["lease_started", "log_file_not_written", *["lease_started"] * 2, "stopping"] * 2
+        assert (disk / "logs" / "i2v.log").read_text().count("stopping") == 2
+        logging.getLogger().handlers[1].close()
 
 
 def folder_of(path):

@@ -289,6 +289,14 @@ def test_a_config_file_may_use_every_name(config):
     assert Settings.load(config=config("")).model_dump() == Settings.load().model_dump()
 
 
+@pytest.mark.parametrize("key", ["01234567", "1_000", "12:30:45", "2026-01-01", "0x1F", "null-key", "off"])
+def test_a_config_file_says_text(config, key):
+    """YAML would read other numbers, a time, a date, a yes or no where somebody left out the quotes."""
+    settings = Settings.load(config=config(f"worker_token: {key}\nworker_id: ~\nauto_cleanup_temp: No\n"))
+    assert settings.api_key.get_secret_value() == key
+    assert (settings.worker_id, settings.auto_cleanup_temp) == (Settings.load().worker_id, False)
+
+
 def test_what_goes_before_what(monkeypatch, tmp_path, config):
     """The command line, the environment, `.env`, the file, the default; under whichever of a setting's names."""
     path = config("polling_interval_slow: 1\nlease_duration_seconds: 601\nheartbeat_interval: 61\nworker_id: file\n")

@@ -25,9 +25,8 @@ def health(
         typer.echo(f"i2v: {fault}", err=True)
     if faults:
         raise typer.Exit(1)
-    for it in liveness.workers():
-        if worker_id in {None, it.worker_id}:
-            typer.echo(f"worker {it.worker_id} (process {it.pid}) lives: its loop turned {it.silent_s:.1f} s ago")
+    for it in liveness.workers(worker_id):
+        typer.echo(f"worker {it.worker_id} (process {it.pid}) lives: its loop turned {it.silent_s:.1f} s ago")
 
 
 if __name__ == "__main__":  # a health check that does not wait for the other commands

@@ -87,8 +87,12 @@ class Worker:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the loop waits for an answer that no limit ends any more, so that only a new process helps."""
-        return self._asked_at is not None and anyio.current_time() > self._asked_at + STUCK_AFTER_S
+        """Whether the loop waits for an answer that no limit ends any more, so that only a new process helps.
+
+        Not while tasks run here: they go on without that answer, some of them are paid for, and each has a limit.
+        """
+        waited_too_long = self._asked_at is not None and anyio.current_time() > self._asked_at + STUCK_AFTER_S
+        return waited_too_long and not self._executor.leases
 
     def wake(self) -> None:
         """Asks the queue now instead of after the interval. Said while it is asked, makes it be asked once more.

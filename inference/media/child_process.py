@@ -184,6 +184,9 @@ class _Children:
 def serve(fd: int) -> None:
     """What a child does: answers calls on this descriptor until the other side closes it."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # photos must not end up in core dumps
+    # Or numpy starts a thread for each core, up to 64, when the first photo comes. Where so many may not be started, as
+    # in a container with a limit, OpenBLAS crashes the process, and a good photo seems to crash its decoder.
+    os.putenv("OPENBLAS_NUM_THREADS", "1")
     with Connection(fd) as pipe:
         while True:
             try:

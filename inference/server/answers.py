@@ -23,6 +23,7 @@ from inference.errors import (
     ObjectTooLarge,
     QueueRefused,
     WrongState,
+    write_error,
 )
 
 log = structlog.get_logger(__name__)
@@ -122,6 +123,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(why := error.__cause__, OSError):  # FastAPI says 400 where it could not keep a body on the disk
+            told = f"an upload cannot be stored: {why.strerror}; try again later"
+            return await ours(request, write_error(why, told))
         headers = {"allow": _allowed(request)} if error.status_code == 405 else dict(error.headers or {})
         return failure(error.status_code, str(error.detail), headers)
 

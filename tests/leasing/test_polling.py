@@ -143,6 +143,14 @@ class SilentQueue(CountingQueue):
             await anyio.sleep(1000)
 
 
+class SilentAfterOne(SilentQueue):
+    """The same once it has given a task."""
+
+    async def lease(self, item_id=None):
+        """See TaskQueue."""
+        return await CountingQueue.lease(self, item_id) or await super().lease(item_id)
+
+
 @virtual_time
 async def test_a_question_that_nothing_ends_makes_the_worker_stuck(box):
     """Neither a long task nor a long pause does: the loop turns, whatever it waits for."""
@@ -158,6 +166,21 @@ async def test_a_question_that_nothing_ends_makes_the_worker_stuck(box):
         assert [it.worker.is_stuck for it in (busy, waiting, silent)] == [False, False, True]
         for it in (busy, waiting, silent):
             it.worker.stop_now()
+
+
+@virtual_time
+async def test_a_worker_that_runs_a_task_is_not_stuck_before_that_ends(box):
+    """Whoever ended it would end a clip that may be paid for; it ends by itself."""
+    it = box(tasks=1)
+    it.engine.seconds = 500
+    it.worker._queue = SilentAfterOne(store=it.store, worker_id="box")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(it.worker.run)
+        await anyio.sleep(400)
+        assert not it.worker.is_stuck
+        await anyio.sleep(400)
+        assert it.worker.is_stuck
+        it.worker.stop_now()
 
 
 @virtual_time

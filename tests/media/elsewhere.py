@@ -45,3 +45,11 @@ def work(begun: Path) -> None:
     begun.open("w").close()  # a pipe, at whose other end somebody waits for that
     while True:
         pass
+
+
+@in_child_process
+def threads_with_numpy() -> int:
+    """Of this process, once what photos need is there."""
+    import numpy  # noqa: F401, ICN001 - here and nowhere else
+
+    return len(os.listdir("/proc/self/task"))  # noqa: PTH208

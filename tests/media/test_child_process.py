@@ -19,7 +19,7 @@ import pytest
 from inference.errors import InvalidPhoto, MachineFault
 from inference.media import child_process as module
 from inference.media.photo import load, measure, open_photo, verify
-from tests.media.elsewhere import die, fail, leave, meet, process_id, work
+from tests.media.elsewhere import die, fail, leave, meet, process_id, threads_with_numpy, work
 from tests.media.hostile import many_scans
 from tests.server.harness import config, running_server
 
@@ -39,6 +39,15 @@ def test_a_call_runs_elsewhere_and_the_next_one_there_too():
     first = process_id()
     assert first != os.getpid()
     assert process_id() == first
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux does")
+def test_numpy_starts_no_threads_there(monkeypatch):
+    """It has one for each core otherwise: on 64 cores, with a container's limit, the process crashed before a photo."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    module.stop()
+    assert threads_with_numpy() == 1
 
 
 def test_a_relative_path_is_the_callers(tmp_path, monkeypatch):

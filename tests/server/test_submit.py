@@ -1,5 +1,6 @@
 """A request for videos that is repeated under its Idempotency-Key makes nothing new."""
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
@@ -14,6 +15,7 @@ from inference.server.objects import ObjectStore
 from inference.server.rows.store import NewItem, NewPhoto, Once, Store
 from inference.server.submit_api import add_items, store_photo
 from tests.server.harness import KEY, app_client, config, jpeg
+from tests.support.disk import small_disk
 
 
 @pytest.fixture
@@ -63,6 +65,16 @@ def test_another_request_under_the_same_key_is_refused(client, tmp_path, other):
     assert answer.status_code == 409
     assert "came with another request" in answer.json()["error"]
     assert everything(client, tmp_path) == (1, 1, 1)
+
+
+def test_a_photo_that_finds_no_room_is_not_malformed(client, monkeypatch, tmp_path):
+    """It waits in the temporary folder until all of it is there. Whose disk is full has to know, and try again."""
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        answer = submit(client, None, photo=bytes(3_000_000))
+        assert (answer.status_code, answer.json()["success"]) == (500, False)
+        assert answer.json()["error"] == "an upload cannot be stored: No space left on device; try again later"
+    assert everything(client, tmp_path) == (0, 0, 0)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import trustme
 
+from inference.errors import SettingsError
 from inference.on_runpod.api import RunPodApi
 from inference.on_runpod.callback import Callback
 from inference.push.oidc import Certificates
@@ -44,6 +45,17 @@ def test_all_clients_share_one_context():
     clients += [Callback("https://a.example/hook", "job"), Certificates()]
     assert len(contexts() - before) == 1
     del clients
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_a_file_that_has_no_authorities_is_a_wrong_setting(monkeypatch, tmp_path, content):
+    """As in a container where it was not mounted: one line that names the variable, and no traceback."""
+    path = tmp_path / "authority.pem"
+    if content:
+        path.write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with pytest.raises(SettingsError, match=r"^SSL_CERT_FILE: no certificates can be read from it: \S"):
+        tls_context()
 
 
 async def test_a_private_authority_is_trusted(monkeypatch, tmp_path):
