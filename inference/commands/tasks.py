@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,13 +97,14 @@ def _photos_and_prompt(words: Sequence[str], prompt: str | None) -> tuple[list[P
     photos = list(words)
     if prompt is None and len(photos) > 1 and Path(photos[-1]).suffix.lower() not in PHOTO_SUFFIXES:
         prompt = photos.pop()
-        if prompt and Path(prompt).is_file():
+        if stat.S_ISREG(_mode_of(prompt)):
             raise SettingsError(f"{prompt} is a file, and the last word is the prompt: give that with --prompt")
     problems, is_text = [], False
     for photo in photos:
-        if Path(photo).is_dir():
+        mode = _mode_of(photo)
+        if stat.S_ISDIR(mode):
             problems.append(f"{photo} is a folder: give the photos in it, as in {shlex.quote(photo.rstrip('/'))}/*.jpg")
-        elif not Path(photo).is_file():
+        elif not stat.S_ISREG(mode):
             problems.append(f"there is no file {photo}")
             is_text |= Path(photo).suffix.lower() not in PHOTO_SUFFIXES
     if is_text:
@@ -110,6 +112,14 @@ def _photos_and_prompt(words: Sequence[str], prompt: str | None) -> tuple[list[P
     if problems:
         raise SettingsError("\n".join(problems))
     return [Path(photo) for photo in photos], prompt or ""
+
+
+def _mode_of(word: str) -> int:
+    """What kind of file a word names, 0 for none. `Path.is_file` raises for a prompt that is too long for a name."""
+    try:
+        return Path(word).stat().st_mode
+    except OSError:
+        return 0
 
 
 async def _submitted(
