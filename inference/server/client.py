@@ -70,6 +70,7 @@ class QueueClient:
     """
 
     def __init__(self, api_url: str, api_key: str | None) -> None:
+        self.api_url = api_url
         base = worker_api_url(api_url).removesuffix("worker/")
         self._client = httpx.AsyncClient(
             base_url=base,
