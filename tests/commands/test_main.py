@@ -25,6 +25,7 @@ from inference.commands.browser import open_browser
 from inference.media.video import probe
 from tests.support.disk import small_disk
 from tests.support.processes import I2V, KEY, Process, Site, environment, i2v_here, jpeg, until
+from tests.support.proxy import Proxy, Record
 
 LIMIT_S = 60
 
@@ -491,6 +492,31 @@ def test_a_wait_that_is_ended_says_how_to_go_on(site, home, here):
     assert (ran.exit_code, len(ran.errors)) == (1, 3)
     assert ran.errors[-1].startswith("i2v: 2 of 2 clips are missing: photo.jpg ")
     assert home.is_tidy()
+
+
+def test_what_was_submitted_before_the_end_is_said(site, home):
+    """With the command that shows it, at the same queue."""
+    photos, is_third, goes_on = [], threading.Event(), threading.Event()
+
+    def hold_third(exchange):
+        photos.append(exchange)
+        if len(photos) < 3:
+            return None
+        is_third.set()
+        goes_on.wait(20)
+        return "drop request"
+
+    with Proxy(httpx.URL(site.url).port, "submit", Record(), hold_third) as proxy:
+        arguments = ["submit", "photo.jpg", "photo.jpg", "photo.jpg", "-p", "pan", "--url", proxy.url]
+        ran = Process(home.folder, "submit", *arguments, env=home.env(WORKER_API_KEY=KEY))
+        assert is_third.wait(20)
+        ran.send(signal.SIGINT)
+        assert ran.wait() == 130
+        goes_on.set()
+    group = site.task(ran.stdout.read_text().split()[1])["group_id"]
+    said = f"2 of 3 photos submitted: i2v tasks --group {group} --url {proxy.url}"
+    assert ran.stderr.read_text().splitlines() == [said]
+    site.ask("DELETE", f"groups/{group}")
 
 
 def test_tasks_are_watched_until_ctrl_c(site, home, here):
