@@ -28,8 +28,11 @@ LEFT_S = 3.0
 """Between two questions for how long a whole group will take, for which the server looks at all that waits."""
 
 NOBODY_S = 5.0
-"""Where all has waited for so long, the queue is asked once whether it has workers: one that is there asks for tasks
-every second with `i2v up`, every five seconds with `i2v work`."""
+"""Where nothing that is waited for is worked on, so often the queue is asked whether it has workers."""
+
+GONE_S = 120.0
+"""A worker that was not heard of for so long is taken for gone. One that is there asks for tasks at least every minute,
+unless its interval is set higher: `leasing.polling.MAX_BACKOFF_S`, and the schedule of Modal."""
 
 NUMBERED = re.compile(r"(.+) \((\d{1,6})\)", re.DOTALL)
 """The name of a file that is not the first of that name."""
@@ -127,10 +130,23 @@ async def _followed(client: QueueClient, tasks: Tasks) -> AsyncIterator[Tasks]:
     look_at_s = anyio.current_time() + NOBODY_S
     async for now in client.follow(tasks):
         if anyio.current_time() >= look_at_s:
-            look_at_s = math.inf
-            if all(task["status"] == "pending" for task in now):
-                await _tell_of_no_workers(client)
+            waits = all(task["status"] == "pending" for task in now if task["status"] not in ENDED)
+            told = waits and await _told_of_no_worker(client)
+            look_at_s = math.inf if told else anyio.current_time() + NOBODY_S
         yield now
+
+
+async def _told_of_no_worker(client: QueueClient) -> bool:
+    """Says so where no worker was heard of lately."""
+    try:
+        overview = await client.overview()
+    except QueueUnavailable:
+        return False
+    if overview is None or any(worker["heard_s_ago"] < GONE_S for worker in overview["workers"]):
+        return False
+    start_one = shlex.join(["i2v", "work", "--url", client.api_url])
+    terminal.say(f"No worker was heard of at this queue in the last {terminal.span(GONE_S)}. Start one: {start_one}")
+    return True
 
 
 def _names(tasks: Tasks) -> dict[str, str]:
@@ -149,15 +165,6 @@ async def _left_s(client: QueueClient, tasks: Tasks) -> float | None:
     with suppress(QueueUnavailable):  # the next look at the tasks says whether it is away
         return await client.group_left_s(groups.pop()) if len(groups) == 1 else None
     return None
-
-
-async def _tell_of_no_workers(client: QueueClient) -> None:
-    """Says so where nobody works for the queue, as far as it has heard."""
-    with suppress(QueueUnavailable):
-        overview = await client.overview()
-        if overview is not None and not overview["workers"]:
-            start_one = shlex.join(["i2v", "work", "--url", client.api_url])
-            terminal.say(f"No worker was heard of at this queue in the last ten minutes. Start one: {start_one}")
 
 
 def _progress(tasks: Tasks, left_s: float | None) -> Progress:

@@ -191,5 +191,5 @@ async def test_a_queue_without_workers_is_said_once(url, photo, capsys, monkeypa
         with pytest.raises(EngineFailed, match="ended cancelled"):
             await collect(client, [task], None)
     assert capsys.readouterr().err.count(
-        f"No worker was heard of at this queue in the last ten minutes. Start one: i2v work --url {url}\n"
+        f"No worker was heard of at this queue in the last 2 min. Start one: i2v work --url {url}\n"
     ) == (0 if has_worker else 1)
