@@ -445,7 +445,7 @@ def test_many_photos_become_a_folder_of_clips(site, home):
     queue = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY}
     env = home.env(**queue, TERM="xterm", COLUMNS=80)
     main, end = pty.openpty()
-    command = [I2V, "submit", photos[0], "bad.jpg", photos[1], "pan left", "-s", "2", "-o", "내 클립/"]
+    command = [I2V, "submit", photos[0], "bad.jpg", photos[1], "pan left", "-s", "6", "-o", "내 클립/"]
     worker = Process(home.folder, "work", "work", env=home.env(**queue, POLL_INTERVAL=0.1, I2V_GPU_PRICE=3600))
     try:
         with subprocess.Popen(command, cwd=home.folder, env=env, stdout=end, stderr=end) as submit:
@@ -463,7 +463,7 @@ def test_many_photos_become_a_folder_of_clips(site, home):
     assert "ready 1/2" in said
     assert len(set(re.findall(r"(\d+) % ready", said)) - {"0", "50", "100"}) >= 3, said
     assert all(f"{home.folder}/내 클립/{name}\r\n" in said for name in ("photo.mp4", "photo (2).mp4"))
-    assert [probe(path).frames for path in (home.folder / "내 클립").iterdir()] == [49, 49]
+    assert [probe(path).frames for path in (home.folder / "내 클립").iterdir()] == [145, 145]
     [stopped] = worker.events("worker_stopped")
     assert (stopped["done"], stopped["failed"], stopped["handed_back"]) == (2, 0, 0)
     assert stopped["cost_usd"] > 0
