@@ -34,8 +34,20 @@ from inference.progress.stages import Progress as Snapshot
 from inference.progress.stages import Sink
 from inference.task import Video
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Screen(Console):
+    """A console whose reader may end before it does."""
+
+    def on_broken_pipe(self) -> None:
+        """Lets the error be told as any other; rich would raise SystemExit in the middle of a task group.
+
+        Raises BrokenPipeError.
+        """
+        raise BrokenPipeError
+
+
+out = Screen(highlight=False, soft_wrap=True)
+err = Screen(stderr=True, highlight=False, soft_wrap=True)
 
 PIPED_WIDTH = 240
 """Width where there is no terminal: programs that read the output expect one line a task."""
@@ -206,7 +218,7 @@ def finding(name: str, verdict: str, text: str) -> None:
 
 def show(table: Table) -> None:
     """A table on stdout; without a terminal, a line for each row."""
-    (out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=PIPED_WIDTH)).print(table)
+    (out if out.is_terminal else Screen(highlight=False, soft_wrap=True, width=PIPED_WIDTH)).print(table)
 
 
 def show_tasks(tasks: Sequence[TaskView]) -> None:

@@ -314,6 +314,29 @@ terminal.json_line(json.dumps({task!r}, ensure_ascii=False))
     assert "휴가" in second.decode()
 
 
+BREAKS = """
+from inference import process, terminal
+
+async def main():
+    while True:
+        {line}
+
+with process.told_errors(verbose=False):
+    process.run(main)
+"""
+
+
+@pytest.mark.parametrize("line", ["terminal.json_line('{}')", "terminal.result('a.mp4')", "terminal.show_tasks([])"])
+def test_a_reader_that_has_enough_ends_a_command_in_silence(line):
+    """As `i2v tasks --json | head -1` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    program = [sys.executable, "-c", BREAKS.format(line=line)]
+    ran = subprocess.run(program, stdout=writes, stderr=subprocess.PIPE, check=False, timeout=20)
+    os.close(writes)
+    assert (ran.returncode, ran.stderr.decode()) == (1, "")
+
+
 @pytest.mark.parametrize("stage", [NAME, "[/red]"])
 def test_stages_where_nobody_watches(capsys, stage):
     """A line each, as they are named."""

@@ -2,6 +2,7 @@
 
 import filecmp
 import itertools
+import math
 import os
 import re
 import shlex
@@ -18,13 +19,20 @@ import anyio.to_thread
 
 from inference import terminal
 from inference.commands.start import check_mp4, require_writable, temporary_folder
-from inference.errors import EngineFailed, SettingsError, StorageError, write_error
+from inference.errors import EngineFailed, QueueUnavailable, Refusal, SettingsError, StorageError, write_error
 from inference.progress.stages import Progress
 from inference.server.client import ENDED, QueueClient
 from inference.server.page.names import clip_name, shown_name, unique
 
 LEFT_S = 3.0
 """Between two questions for how long a whole group will take, for which the server looks at all that waits."""
+
+NOBODY_S = 5.0
+"""Where nothing that is waited for is worked on, so often the queue is asked whether it has workers."""
+
+GONE_S = 120.0
+"""A worker that was not heard of for so long is taken for gone. One that is there asks for tasks at least every minute,
+unless its interval is set higher: `leasing.polling.MAX_BACKOFF_S`, and the schedule of Modal."""
 
 NUMBERED = re.compile(r"(.+) \((\d{1,6})\)", re.DOTALL)
 """The name of a file that is not the first of that name."""
@@ -83,7 +91,7 @@ async def collect(client: QueueClient, tasks: Tasks, output: Output | None, *, w
     """Follows tasks to their ends and saves their clips. Without `wait`, saves those that are ready.
 
     Where one fails that is said at once, and the others go on. Raises EngineFailed at the end if a clip is missing;
-    what QueueClient raises; DiskFull, NotWritable.
+    what QueueClient.follow raises; DiskFull, NotWritable.
     """
     paths, names = output.paths(tasks) if output else {}, _names(tasks)
     missing: dict[str, str] = {}
@@ -91,7 +99,7 @@ async def collect(client: QueueClient, tasks: Tasks, output: Output | None, *, w
     label = names[tasks[0]["id"]] if len(tasks) == 1 else f"{len(tasks)} clips"
     with terminal.bar(label, lines=len(tasks) == 1) as sink:  # of several, each is told when it has ended
         ready_at, ask_again_at = None, 0.0
-        async for now in client.follow(tasks) if wait else _once(tasks):
+        async for now in _followed(client, tasks) if wait else _once(tasks):
             now_s = anyio.current_time()
             if wait and len(now) > 1 and now_s >= ask_again_at:
                 left_s, ask_again_at = await _left_s(client, now), now_s + LEFT_S
@@ -117,6 +125,30 @@ async def _once(tasks: Tasks) -> AsyncIterator[Tasks]:
     yield tasks
 
 
+async def _followed(client: QueueClient, tasks: Tasks) -> AsyncIterator[Tasks]:
+    """As QueueClient.follow. Says once where nobody is heard of who could make them."""
+    look_at_s = anyio.current_time() + NOBODY_S
+    async for now in client.follow(tasks):
+        if anyio.current_time() >= look_at_s:
+            waits = all(task["status"] == "pending" for task in now if task["status"] not in ENDED)
+            told = waits and await _told_of_no_worker(client)
+            look_at_s = math.inf if told else anyio.current_time() + NOBODY_S
+        yield now
+
+
+async def _told_of_no_worker(client: QueueClient) -> bool:
+    """Says so where no worker was heard of lately."""
+    try:
+        overview = await client.overview()
+    except QueueUnavailable:
+        return False
+    if overview is None or any(worker["heard_s_ago"] < GONE_S for worker in overview["workers"]):
+        return False
+    start_one = shlex.join(["i2v", "work", "--url", client.api_url])
+    terminal.say(f"No worker was heard of at this queue in the last {terminal.span(GONE_S)}. Start one: {start_one}")
+    return True
+
+
 def _names(tasks: Tasks) -> dict[str, str]:
     """What people call each task, by its id: as its photo, unless that has several."""
     named = {task["id"]: shown_name(task.get("photo_filename"), task["id"]) for task in tasks}
@@ -128,9 +160,11 @@ def _names(tasks: Tasks) -> dict[str, str]:
 
 
 async def _left_s(client: QueueClient, tasks: Tasks) -> float | None:
-    """Until all are made, where they are of one group."""
+    """Until all are made, where they are of one group, and the queue can tell."""
     groups = {task["group_id"] for task in tasks}
-    return await client.group_left_s(groups.pop()) if len(groups) == 1 else None
+    with suppress(QueueUnavailable):  # the next look at the tasks says whether it is away
+        return await client.group_left_s(groups.pop()) if len(groups) == 1 else None
+    return None
 
 
 def _progress(tasks: Tasks, left_s: float | None) -> Progress:
@@ -164,6 +198,8 @@ async def _end(client: QueueClient, task: Mapping[str, Any], path: Path | None, 
     try:
         save = partial(_save_beside, client) if beside else client.save_video
         terminal.result(await save(task["id"], path))
+    except Refusal as error:  # it has no video any more, or was deleted a moment ago
+        return str(error)
     except StorageError as error:  # of this clip alone, while the queue answers and the disk has room
         return f"task {task['id']} is completed, and its video cannot be fetched: {error}"
     return None

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,6 @@ from inference.errors import (
     I2VError,
     InvalidPhoto,
     ItemMissing,
-    QueueError,
     QueueUnavailable,
     SettingsError,
 )
@@ -61,7 +61,9 @@ def submit(
 
     async def main() -> None:
         async with open_client(settings) as client:
-            tasks, refused = await _submitted(client, photos, prompt, seconds=seconds, count=count, group=group)
+            tasks, refused = await _submitted(
+                client, photos, prompt, seconds=seconds, count=count, group=group, url=url
+            )
             problems = []
             if refused:
                 names = ", ".join(map(str, refused))
@@ -73,7 +75,7 @@ def submit(
                     await collect(client, tasks, where)
                 except EngineFailed as error:
                     problems.append(str(error))
-                except (anyio.get_cancelled_exc_class(), QueueError):
+                except (anyio.get_cancelled_exc_class(), I2VError):  # it may be this machine's disk that is full
                     command = later(tasks, where, group=whole, url=url, wait=True)
                     goes_on = "The task goes on" if len(tasks) == 1 else "The tasks go on"
                     terminal.say(f"{goes_on}. Later: {command}")
@@ -96,51 +98,75 @@ def _photos_and_prompt(words: Sequence[str], prompt: str | None) -> tuple[list[P
     photos = list(words)
     if prompt is None and len(photos) > 1 and Path(photos[-1]).suffix.lower() not in PHOTO_SUFFIXES:
         prompt = photos.pop()
-        if prompt and Path(prompt).is_file():
+        if stat.S_ISREG(_mode_of(prompt)):
             raise SettingsError(f"{prompt} is a file, and the last word is the prompt: give that with --prompt")
     problems, is_text = [], False
     for photo in photos:
-        if Path(photo).is_dir():
+        mode = _mode_of(photo)
+        if stat.S_ISDIR(mode):
             problems.append(f"{photo} is a folder: give the photos in it, as in {shlex.quote(photo.rstrip('/'))}/*.jpg")
-        elif not Path(photo).is_file():
+        elif not stat.S_ISREG(mode):
             problems.append(f"there is no file {photo}")
             is_text |= Path(photo).suffix.lower() not in PHOTO_SUFFIXES
     if is_text:
-        problems.append('a prompt of several words takes quotes: i2v submit photo.jpg "pan left"')
+        problems.append('photos come first, then the prompt in quotes: i2v submit photo.jpg "pan left"')
     if problems:
         raise SettingsError("\n".join(problems))
     return [Path(photo) for photo in photos], prompt or ""
 
 
+def _mode_of(word: str) -> int:
+    """What kind of file a word names, 0 for none. `Path.is_file` raises for a prompt that is too long for a name."""
+    try:
+        return Path(word).stat().st_mode
+    except OSError:
+        return 0
+
+
 async def _submitted(
-    client: QueueClient, photos: Sequence[Path], prompt: str, *, seconds: float, count: int, group: str | None
+    client: QueueClient,
+    photos: Sequence[Path],
+    prompt: str,
+    *,
+    seconds: float,
+    count: int,
+    group: str | None,
+    url: str | None,
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Tasks of these photos, all in one group, with their ids told; and the photos of which there are none.
 
-    Raises InvalidPhoto where it is the only photo, and what QueueClient.submit raises.
+    `url`: as it was given. Raises InvalidPhoto where it is the only photo, and what QueueClient.submit raises.
     """
     tasks: list[dict[str, Any]] = []
     refused: list[Path] = []
-    for photo in photos:
+    for number, photo in enumerate(photos):
         try:
             made = await client.submit(photo, prompt, seconds=seconds, count=count, group=group)
         except InvalidPhoto as error:
             if len(photos) == 1:
                 raise
-            terminal.error(f"{photo}: {error}")
+            terminal.error(str(error))
             refused.append(photo)
             continue
-        except I2VError:
+        except (anyio.get_cancelled_exc_class(), I2VError):
             if tasks:
-                terminal.say(f"{len(tasks)} tasks were submitted before: i2v tasks --group {tasks[0]['group_id']}")
+                look = ["i2v", "tasks", "--group", tasks[0]["group_id"], *(["--url", url] if url else [])]
+                terminal.say(f"{number - len(refused)} of {len(photos)} photos submitted: {shlex.join(look)}")
             raise
         for task in made:
             terminal.result(task["id"])
         tasks += made
         group = made[0]["group_id"]
     if len(photos) > 1 and tasks:
-        terminal.say(f"{len(photos) - len(refused)} photos, {len(tasks)} tasks, group {group}, “{prompt}”")
+        made_of = _counted(len(photos) - len(refused), "photo")
+        asked = f"“{prompt}”" if prompt else "no prompt"
+        terminal.say(f"{made_of}, {_counted(len(tasks), 'task')}, group {group}, {asked}")
     return tasks, refused
+
+
+def _counted(count: int, noun: str) -> str:
+    """`1 photo`, `2 photos`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def fetch(
@@ -157,7 +183,8 @@ def fetch(
     """Downloads videos of completed tasks from an embedded queue."""
     if bool(item_ids) == (group is not None):
         raise SettingsError("which videos? Give ids of tasks, or --group")
-    count = len(item_ids) if item_ids else None
+    item_ids = list(dict.fromkeys(item_ids or []))  # one that is named twice has one clip
+    count = len(item_ids) or None
     if output is None and count != 1:
         raise SettingsError("--output: give a folder for the videos, such as -o clips/")
     where = Output.of(output or "out.mp4", count)
@@ -168,9 +195,9 @@ def fetch(
             if group is not None:
                 tasks = (await client.of_group(group))[::-1]  # as they were submitted
             else:
-                tasks = [await client.task(item_id) for item_id in item_ids or []]
+                tasks = [await client.task(item_id) for item_id in item_ids]
             if not tasks:
-                raise ItemMissing(f"no tasks in group {group}")
+                raise ItemMissing(f"no task is in a group with the id {group}")
             await collect(client, tasks, where, wait=wait)
 
     process.run(main)
@@ -226,7 +253,7 @@ def tasks(
         elif shown:
             terminal.show_tasks(shown)
         else:
-            terminal.say("No tasks.")
+            terminal.say("No tasks." if group is None else f"No such task is in a group with the id {group}.")
 
     process.run(main)
 
@@ -270,7 +297,7 @@ def _summary(overview: dict[str, Any] | None) -> str:
     if overview["spent_today_usd"]:
         said.append(f"{terminal.usd(overview['spent_today_usd'])} today")
     workers = len(overview["workers"])
-    return f"{', '.join(said)}; {workers or 'no'} worker{'' if workers == 1 else 's'}"
+    return f"{', '.join(said)}; {_counted(workers, 'worker') if workers else 'no workers'}"
 
 
 @contextmanager

@@ -70,6 +70,7 @@ class QueueClient:
     """
 
     def __init__(self, api_url: str, api_key: str | None) -> None:
+        self.api_url = api_url
         base = worker_api_url(api_url).removesuffix("worker/")
         self._client = httpx.AsyncClient(
             base_url=base,
@@ -94,8 +95,8 @@ class QueueClient:
     ) -> list[dict[str, Any]]:
         """Uploads a photo and asks for `count` videos of it; returns the new tasks.
 
-        A request whose answer was lost is sent again, under the same Idempotency-Key. Also raises InvalidPhoto for a
-        file that cannot be read or that the queue refuses, InvalidRequest for text that cannot be sent.
+        A request whose answer was lost is sent again, under the same Idempotency-Key. Also raises InvalidPhoto, which
+        names it, for a file that cannot be read or that the queue refuses, InvalidRequest for text that cannot be sent.
         """
         _require_unicode("prompt", prompt)
         _require_unicode("group", group or "")
@@ -108,6 +109,8 @@ class QueueClient:
                     data = await self._ask("POST", "tasks", data=form, files=files, headers=headers)
             except OSError as error:
                 raise InvalidPhoto(f"{photo}: {(error.strerror or 'cannot be read').lower()}") from None
+            except InvalidPhoto as error:
+                raise InvalidPhoto(f"{photo}: {error}") from None
             except QueueUnavailable as error:
                 if pause_s is None or isinstance(error, QueueUnreached):
                     raise

@@ -2,10 +2,16 @@
 
 import shlex
 
+import anyio.to_thread
+import httpx
 import pytest
 
-from inference.commands.clips import Output, _placed, _progress, later
-from inference.errors import NotWritable, SettingsError
+from inference.commands import clips
+from inference.commands.clips import Output, _placed, _progress, collect, later
+from inference.errors import EngineFailed, NotWritable, SettingsError
+from inference.server.client import QueueClient
+from tests.server.harness import KEY, complete, config, jpeg, running_server
+from tests.support.proxy import Proxy, Record
 
 TASK = {
     "id": "01a224bb-2aad-78f7-b746-7aa16abb865d",
@@ -112,3 +118,78 @@ def test_one_bar_for_all():
         ("render", 0.8),
         ("pending", 0.0),
     ]
+
+
+@pytest.fixture
+def url(tmp_path):
+    """A queue server."""
+    with running_server(config(tmp_path / "server")) as url:
+        yield url
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A photo on disk."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(jpeg())
+    return path
+
+
+@pytest.mark.anyio
+async def test_a_clip_that_is_lost_holds_no_other_back(url, photo, tmp_path, capsys):
+    """Its task is completed, and the storage has no video of it any more."""
+    async with QueueClient(url, KEY) as client:
+        tasks = await client.submit(photo, count=2)
+        for task in tasks:
+            await anyio.to_thread.run_sync(complete, url, task["id"], b"mp4")
+        (tmp_path / "server" / "objects" / "videos" / f"{tasks[0]['id']}.mp4").unlink()
+        with pytest.raises(EngineFailed, match=r"^1 of 2 clips are missing: a\.jpg "):
+            await collect(client, tasks, Output.of("clips/", 2))
+    said = capsys.readouterr()
+    assert f"task {tasks[0]['id']} is completed and has no video" in said.err
+    assert said.out == f"{tmp_path}/clips/a (2).mp4\n"
+
+
+@pytest.mark.anyio
+async def test_a_wait_outlasts_a_question_for_the_time_that_is_left(url, photo):
+    """Nobody answers that one; how the tasks are is another question, and has an answer."""
+    record = Record()
+
+    def fault(exchange):
+        return "drop reply" if "/groups/" in exchange.path else None
+
+    with Proxy(httpx.URL(url).port, "client", record, fault) as proxy:
+        async with QueueClient(proxy.url, KEY) as client:
+            tasks = await client.submit(photo, count=2)
+            for task in tasks:
+                await client.cancel(task["id"])
+            with pytest.raises(EngineFailed, match="2 of 2 clips are missing"):
+                await collect(client, tasks, None)
+    assert [exchange.fault for exchange in record.exchanges if "/groups/" in exchange.path] == ["drop reply"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("has_worker", [False, True])
+async def test_a_queue_without_workers_is_said_once(url, photo, capsys, monkeypatch, has_worker):
+    """Whoever waits there would wait for ever."""
+    monkeypatch.setattr(clips, "NOBODY_S", 0.0)
+    monkeypatch.setattr("inference.server.client.POLL_S", 0.01)
+    async with QueueClient(url, KEY) as client:
+        if has_worker:
+            await client._ask("POST", "worker/next-task", json={"worker_id": "w"})
+        [task] = await client.submit(photo)
+        looks, ask = 0, client.task
+
+        async def task_now(item_id):
+            nonlocal looks
+            looks += 1
+            if looks == 4:
+                await client.cancel(item_id)
+            return await ask(item_id)
+
+        client.task = task_now
+        with pytest.raises(EngineFailed, match="ended cancelled"):
+            await collect(client, [task], None)
+    assert capsys.readouterr().err.count(
+        f"No worker was heard of at this queue in the last 2 min. Start one: i2v work --url {url}\n"
+    ) == (0 if has_worker else 1)

@@ -25,6 +25,7 @@ from inference.commands.browser import open_browser
 from inference.media.video import probe
 from tests.support.disk import small_disk
 from tests.support.processes import I2V, KEY, Process, Site, environment, i2v_here, jpeg, until
+from tests.support.proxy import Proxy, Record
 
 LIMIT_S = 60
 
@@ -332,6 +333,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("submit photo.jpg -n 2 -o out.mp4", {}, "--output takes one video"),
         ("submit photo.jpg broken.jpg pan -o /proc/clips/", {}, "/proc/clips cannot be written"),
         ("submit photo.jpg gone.jpg", {}, "there is no file gone.jpg"),
+        (f"submit gone.jpg {'줌' * 100}", {}, "there is no file gone.jpg"),  # no file can be called so
         ("submit photo.jpg folder.mp4 pan", {}, "folder.mp4 is a folder: give the photos in it"),
         ("submit photo.jpg notes", {}, "notes is a file, and the last word is the prompt: give that with --prompt"),
         ("fetch A B", {}, "give a folder for the videos"),
@@ -443,7 +445,7 @@ def test_many_photos_become_a_folder_of_clips(site, home):
     queue = {"VERCEL_API_URL": site.url, "WORKER_API_KEY": KEY}
     env = home.env(**queue, TERM="xterm", COLUMNS=80)
     main, end = pty.openpty()
-    command = [I2V, "submit", photos[0], "bad.jpg", photos[1], "pan left", "-s", "2", "-o", "내 클립/"]
+    command = [I2V, "submit", photos[0], "bad.jpg", photos[1], "pan left", "-s", "6", "-o", "내 클립/"]
     worker = Process(home.folder, "work", "work", env=home.env(**queue, POLL_INTERVAL=0.1, I2V_GPU_PRICE=3600))
     try:
         with subprocess.Popen(command, cwd=home.folder, env=env, stdout=end, stderr=end) as submit:
@@ -461,7 +463,7 @@ def test_many_photos_become_a_folder_of_clips(site, home):
     assert "ready 1/2" in said
     assert len(set(re.findall(r"(\d+) % ready", said)) - {"0", "50", "100"}) >= 3, said
     assert all(f"{home.folder}/내 클립/{name}\r\n" in said for name in ("photo.mp4", "photo (2).mp4"))
-    assert [probe(path).frames for path in (home.folder / "내 클립").iterdir()] == [49, 49]
+    assert [probe(path).frames for path in (home.folder / "내 클립").iterdir()] == [145, 145]
     [stopped] = worker.events("worker_stopped")
     assert (stopped["done"], stopped["failed"], stopped["handed_back"]) == (2, 0, 0)
     assert stopped["cost_usd"] > 0
@@ -490,6 +492,31 @@ def test_a_wait_that_is_ended_says_how_to_go_on(site, home, here):
     assert (ran.exit_code, len(ran.errors)) == (1, 3)
     assert ran.errors[-1].startswith("i2v: 2 of 2 clips are missing: photo.jpg ")
     assert home.is_tidy()
+
+
+def test_what_was_submitted_before_the_end_is_said(site, home):
+    """With the command that shows it, at the same queue."""
+    photos, is_third, goes_on = [], threading.Event(), threading.Event()
+
+    def hold_third(exchange):
+        photos.append(exchange)
+        if len(photos) < 3:
+            return None
+        is_third.set()
+        goes_on.wait(20)
+        return "drop request"
+
+    with Proxy(httpx.URL(site.url).port, "submit", Record(), hold_third) as proxy:
+        arguments = ["submit", "photo.jpg", "photo.jpg", "photo.jpg", "-p", "pan", "--url", proxy.url]
+        ran = Process(home.folder, "submit", *arguments, env=home.env(WORKER_API_KEY=KEY))
+        assert is_third.wait(20)
+        ran.send(signal.SIGINT)
+        assert ran.wait() == 130
+        goes_on.set()
+    group = site.task(ran.stdout.read_text().split()[1])["group_id"]
+    said = f"2 of 3 photos submitted: i2v tasks --group {group} --url {proxy.url}"
+    assert ran.stderr.read_text().splitlines() == [said]
+    site.ask("DELETE", f"groups/{group}")
 
 
 def test_tasks_are_watched_until_ctrl_c(site, home, here):
