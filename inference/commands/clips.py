@@ -55,18 +55,18 @@ class Output:
         Raises SettingsError, DiskFull, NotWritable.
         """
         path = Path(given)
-        names_folder = given.endswith(os.sep) or path.is_dir()
+        names_folder = given.endswith(os.sep) or os.path.isdir(path)  # noqa: PTH112 - as in `check_mp4`
         if not names_folder and count == 1:
             check_mp4(path)
             return cls(given, path.absolute(), is_folder=False)
         if not names_folder and path.suffix:
             raise SettingsError(f"--output takes one video where it names a file: for more, give a folder, not {given}")
         path = path.absolute()
-        if path.is_file():
+        if os.path.isfile(path):  # noqa: PTH113
             raise SettingsError(f"--output: {path} is a file, and no folder")
         if not path.parent.is_dir():
             raise SettingsError(f"--output: there is no folder {path.parent}")
-        require_writable(path / "clip.mp4" if path.is_dir() else path)
+        require_writable(path / "clip.mp4" if os.path.isdir(path) else path)  # noqa: PTH112
         return cls(given, path, is_folder=True)
 
     def paths(self, tasks: Tasks) -> dict[str, Path]:

@@ -1,5 +1,6 @@
 """What commands share: common arguments, reading settings, configuring logs, and checking outputs early."""
 
+import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -81,7 +82,7 @@ def check_mp4(output: Path) -> None:
     """
     if output.suffix.lower() != ".mp4":
         raise SettingsError(f"--output: {output} has to end in .mp4")
-    if output.is_dir():
+    if os.path.isdir(output):  # noqa: PTH112 - of a name that is too long, Path.is_dir raises
         raise SettingsError(f"--output: {output} is a folder")
     if not output.absolute().parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
@@ -95,6 +96,7 @@ ROOM_BYTES = 1_000_000
 def require_writable(output: Path) -> None:
     """Tries the folder of a file that is to be. Raises DiskFull, NotWritable."""
     try:
+        output.exists()  # raises where its name is too long
         with tempfile.TemporaryFile(dir=output.absolute().parent) as file:
             file.write(bytes(ROOM_BYTES))
     except OSError as error:

@@ -341,6 +341,8 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("tasks", {"I2V_QUEUE": "gmanimato"}, "its tasks are seen in its application"),
         ("up --host 0.0.0.0 --port 0", {}, "WORKER_API_KEY is not set, so this server may not listen on 0.0.0.0"),
         ("demo -o /proc/out.mp4", {}, "/proc/out.mp4 cannot be written: "),
+        (f"render photo.jpg -o {'x' * 300}.mp4", {}, "cannot be written: file name too long"),
+        (f"submit photo.jpg pan -o {'x' * 300}/", {}, "cannot be written: file name too long"),
         ("film photo.jpg -o /proc/out.mp4", {}, "/proc/out.mp4 cannot be written: "),
         ("tasks --delete A --cancel B", {}, "--cancel, --retry and --delete exclude each other"),
         ("tasks --delete=", {}, "the id of the task is empty"),
