@@ -27,14 +27,19 @@ def run(
 ) -> None:
     """Runs a command's program. SIGINT and SIGTERM cancel it, so that it can clean up, unless it handles them itself.
 
-    A program that was stopped exits with `stopped_exit_code` or, as in shells, with 128 plus the signal's number.
+    A program that was stopped exits with `stopped_exit_code` or, as in shells, with 128 plus the signal's number. One
+    that handles signals itself is ended by them at once until it does: nothing is leased yet.
     """
     stopped_by: list[int] = []
+    if not cancel_on_signal:
+        # asyncio's own handler of SIGINT cancels the main task once. That leaves a server open that was just starting.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     async def listening() -> None:
         async with anyio.create_task_group() as tasks:
             if cancel_on_signal:
-                tasks.start_soon(_cancel_on_signal, tasks.cancel_scope, stopped_by)
+                # Before the program, which imports for a second before it first awaits anything.
+                await tasks.start(_cancel_on_signal, tasks.cancel_scope, stopped_by)
             await main()
             tasks.cancel_scope.cancel()
 
@@ -52,8 +57,11 @@ def settle() -> None:
     gc.freeze()
 
 
-async def _cancel_on_signal(scope: anyio.CancelScope, stopped_by: list[int]) -> None:
+async def _cancel_on_signal(
+    scope: anyio.CancelScope, stopped_by: list[int], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
         async for number in signals:
             stopped_by.append(number)
             scope.cancel()

@@ -36,7 +36,9 @@ async def serving(settings: Settings) -> AsyncIterator[Settings]:
 
     async with open_events(settings) as hub, anyio.create_task_group() as tasks:
         try:
-            host, port = await tasks.start(run)
+            # Shielded too: a start that is cancelled waits for its task to end, which `lifetime` would keep it from.
+            with anyio.CancelScope(shield=True):
+                host, port = await tasks.start(run)
             process.settle()
             reachable = EVERYWHERE.get(host) or (f"[{host}]" if ":" in host else host)
             yield settings.model_copy(update={"api_url": f"http://{reachable}:{port}"})

@@ -64,7 +64,7 @@ class QueueAnswer(NamedTuple):
                 f"set {BYPASS_SETTING} to the project's bypass secret, or turn the protection off"
             )
         if self.status == 401:
-            raise QueueAuthError(f"{said}: the queue does not accept the key; set WORKER_API_KEY to the server's")
+            raise QueueAuthError(f"the queue does not accept the key; set WORKER_API_KEY to the server's ({said})")
         if self.has_failed:
             raise QueueFailed(said)
         if self.status == 429 or self.status >= 500:

@@ -189,6 +189,42 @@ def test_demo_can_be_interrupted(home):
     assert demo.logs() == []
 
 
+STOPPED_AT_ITS_START = """
+import os, sys
+from pathlib import Path
+import anyio
+from inference import process
+from inference.commands.serving import serving
+from inference.settings import Settings
+
+number, handles_signals, folder = int(sys.argv[1]), sys.argv[2] == "True", Path(sys.argv[3])
+
+async def main():
+    os.kill(os.getpid(), number)
+    async with serving(Settings.isolated(port=0, data_dir=folder, temp_dir=folder)):
+        await anyio.sleep_forever()
+
+process.run(main, cancel_on_signal=not handles_signals)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("handles_signals", [False, True])
+def test_a_command_is_stopped_before_its_queue_is_open(number, handles_signals, tmp_path):
+    """Ctrl-C in the first second: it ends, where it used to stay for ever, or serve on without a worker."""
+    ran = subprocess.run(
+        [sys.executable, "-c", STOPPED_AT_ITS_START, str(int(number)), str(handles_signals), tmp_path],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert ran.returncode == (-number if handles_signals else 128 + number)
+    assert "Traceback" not in ran.stderr
+
+
 def test_demo_on_its_page(home):
     """A browser is told where; the page takes more tasks, without a key; Ctrl-C leaves the mp4 and nothing else."""
     opened = home.folder / "opened"
