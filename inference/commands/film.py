@@ -15,6 +15,7 @@ import typer
 from inference import process, terminal
 from inference.build.engines import engine_note, load_engine, recipe, refuse
 from inference.build.workers import build_ledger, build_policy
+from inference.commands.photos import photos_and_prompt
 from inference.commands.start import OPTIONS, Verbose, check_mp4, start, temporary_folder
 from inference.engines.turns import EngineTurns
 from inference.errors import InvalidPhoto, InvalidRequest
@@ -34,12 +35,15 @@ STAGES = {"segments": 95.0, "join": 5.0}
 
 
 def film(  # noqa: PLR0917 - as many arguments as it has options
-    photos: Annotated[
-        list[Path],
-        typer.Argument(help="JPEG, PNG, WebP or HEIC files, in the order of the film.", exists=True, dir_okay=False),
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PHOTO",
+            help="JPEG, PNG, WebP or HEIC files in the order of the film, then what happens: “pan left”.",
+        ),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What should happen: once for all photos, or for each.")
+        list[str] | None, typer.Option("--prompt", "-p", help="What should happen, for each photo; once means for all.")
     ] = None,
     seconds: Annotated[
         list[float] | None,
@@ -65,9 +69,10 @@ def film(  # noqa: PLR0917 - as many arguments as it has options
     Finished segments are kept until the film is: interrupted, the same command goes on where it was, and with
     `--engine runway` pays for nothing twice.
     """
+    photos, for_all = photos_and_prompt("film", words, prompted=bool(prompt))
     check_mp4(output)
     settings = start("warning", verbose=verbose, engine=engine, wan_preset=preset)
-    segments = _segments(photos, prompt or [""], seconds or [5.0], fade)
+    segments = _segments(photos, prompt or [for_all], seconds or [5.0], fade)
     with asked_as(OPTIONS):
         longest_s = max(segment.duration_s for segment in segments)
         request = GenerationRequest(negative_prompt=negative, duration_s=longest_s, seed=seed)

@@ -90,7 +90,7 @@ COMMANDS = (
         "Photos, no queue: a segment of each, joined into one film, which has the shape of the first photo.",
         "film",
         "film",
-        'Example: `i2v film a.jpg b.jpg c.jpg -p "slow dolly-in" --fade 0.5 -o film.mp4`',
+        'Example: `i2v film a.jpg b.jpg c.jpg "slow dolly-in" --fade 0.5 -o film.mp4`',
     ),
     Command(
         "health",

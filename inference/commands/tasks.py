@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from inference import process, terminal
 from inference.commands.clips import Output, collect, later
+from inference.commands.photos import photos_and_prompt
 from inference.commands.start import Seconds, Url, Verbose, start
 from inference.errors import (
     EngineFailed,
@@ -27,10 +27,6 @@ from inference.settings import Settings
 
 WATCH_S = 1.0
 """Between two looks of `i2v tasks --watch`."""
-
-
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".hif"}
-"""A word that ends so is meant as the name of a photo."""
 
 
 def submit(
@@ -55,7 +51,8 @@ def submit(
 
     A photo that cannot be used is said, and keeps none of the others back; the command then exits 1.
     """
-    photos, prompt = _photos_and_prompt(words, prompt)
+    photos, given = photos_and_prompt("submit", words, prompted=prompt is not None)
+    prompt = prompt or given
     where = None if output is None else Output.of(output, len(photos) * count)
     settings = _client_settings(url, verbose=verbose)
 
@@ -88,39 +85,6 @@ def submit(
                 raise EngineFailed("\n".join(problems))
 
     process.run(main)
-
-
-def _photos_and_prompt(words: Sequence[str], prompt: str | None) -> tuple[list[Path], str]:
-    """Which words are photos: all but the last, which is the prompt unless it is called like a photo.
-
-    Raises SettingsError for a photo that is not there, and for a last word that may be meant as either.
-    """
-    photos = list(words)
-    if prompt is None and len(photos) > 1 and Path(photos[-1]).suffix.lower() not in PHOTO_SUFFIXES:
-        prompt = photos.pop()
-        if stat.S_ISREG(_mode_of(prompt)):
-            raise SettingsError(f"{prompt} is a file, and the last word is the prompt: give that with --prompt")
-    problems, is_text = [], False
-    for photo in photos:
-        mode = _mode_of(photo)
-        if stat.S_ISDIR(mode):
-            problems.append(f"{photo} is a folder: give the photos in it, as in {shlex.quote(photo.rstrip('/'))}/*.jpg")
-        elif not stat.S_ISREG(mode):
-            problems.append(f"there is no file {photo}")
-            is_text |= Path(photo).suffix.lower() not in PHOTO_SUFFIXES
-    if is_text:
-        problems.append('photos come first, then the prompt in quotes: i2v submit photo.jpg "pan left"')
-    if problems:
-        raise SettingsError("\n".join(problems))
-    return [Path(photo) for photo in photos], prompt or ""
-
-
-def _mode_of(word: str) -> int:
-    """What kind of file a word names, 0 for none. `Path.is_file` raises for a prompt that is too long for a name."""
-    try:
-        return Path(word).stat().st_mode
-    except OSError:
-        return 0
 
 
 async def _submitted(

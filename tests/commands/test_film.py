@@ -49,7 +49,7 @@ def test_photos_become_a_film(i2v, photos):
 
 def test_kept_segments_are_for_the_next_film(i2v, photos):
     """Of other photos, in another order: what was made for one film is not made again."""
-    ran = i2v("film", "a.jpg", "b.png", "-p", "pan", "-s", 0.5, "--keep", "kept")
+    ran = i2v("film", "a.jpg", "b.png", "pan", "-s", 0.5, "--keep", "kept")
     assert ran.returncode == 0, ran.stderr
     assert len(list((photos / "kept").iterdir())) == 2
     ran = i2v("film", "b.png", "c.jpg", "a.jpg", "-p", "pan", "-s", 0.5, "--keep", "kept", "-o", "other.mp4")

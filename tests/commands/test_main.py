@@ -369,6 +369,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("submit photo.jpg -n 2 -o out.mp4", {}, "--output takes one video"),
         ("submit photo.jpg broken.jpg pan -o /proc/clips/", {}, "/proc/clips cannot be written"),
         ("submit photo.jpg gone.jpg", {}, "there is no file gone.jpg"),
+        ("film photo.jpg gone.jpg pan", {}, "there is no file gone.jpg"),
         (f"submit gone.jpg {'줌' * 100}", {}, "there is no file gone.jpg"),  # no file can be called so
         ("submit photo.jpg folder.mp4 pan", {}, "folder.mp4 is a folder: give the photos in it"),
         ("submit photo.jpg notes", {}, "notes is a file, and the last word is the prompt: give that with --prompt"),
