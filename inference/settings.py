@@ -58,6 +58,8 @@ OF_A_TABLE = {"queue", "bucket_url", "bucket_name", "bucket_region"}
 class Settings(LoadableSettings):
     """Every setting, with its unit and default. Build it with `Settings.load`."""
 
+    OPTION_NAMES: ClassVar[Mapping[str, str]] = dict.fromkeys(QUEUE_URL_FIELDS.values(), "--url")
+
     # As the document of the Runway worker has them in its config.yaml.
     FILE_NAMES: ClassVar[Mapping[str, str]] = {
         "worker_token": "api_key",

@@ -48,6 +48,9 @@ class LoadableSettings(BaseSettings):
     FILE_NAMES: ClassVar[Mapping[str, str]] = {}
     """Fields by further names that a file of settings may use for them."""
 
+    OPTION_NAMES: ClassVar[Mapping[str, str]] = {}
+    """Fields by the options of commands that override them, for whose values a mistake is told by that name."""
+
     FILE_EXTRAS: ClassVar[Mapping[str, str]] = {}
     """Names that such a file may have although nothing reads them, with the reason."""
 
@@ -67,10 +70,11 @@ class LoadableSettings(BaseSettings):
     def _load(cls, required: tuple[str, ...], config: Path | None, overrides: Mapping[str, Any]) -> Self:
         given = {name: value for name, value in overrides.items() if value is not None}
         from_file = cls._from_file(config) if config is not None else {}
-        told_as = {names_of(cls.model_fields[name])[0]: f"{config}: {key}" for name, (key, _) in from_file.items()}
+        aliases = {name: names_of(field)[0] for name, field in cls.model_fields.items()}
+        told_as = {aliases[name]: f"{config}: {key}" for name, (key, _) in from_file.items()}
+        told_as |= {aliases[name]: cls.OPTION_NAMES.get(name, aliases[name]) for name in given}
         given = {name: value for name, (_, value) in from_file.items()} | given
         demanding = _requiring(cls, [name for name in required if name not in given])
-        aliases = {name: names_of(field)[0] for name, field in cls.model_fields.items()}
         try:
             return demanding(**{aliases[name]: value for name, value in given.items()})
         except ValidationError as error:

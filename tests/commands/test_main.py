@@ -363,6 +363,8 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         ("work --once --url http://127.0.0.1:1", {"WORKER_API_KEY": KEY}, "no queue at http://127.0.0.1:1"),
         ("work --once --url http://127.0.0.1:99999", {"WORKER_API_KEY": KEY}, "there is no port 99999"),
         ("submit photo.jpg --url http://127.0.0.1:65536", {"WORKER_API_KEY": KEY}, "there is no port 65536"),
+        ("submit photo.jpg --url 127.0.0.1:8000", {"WORKER_API_KEY": KEY}, "--url: has to be a URL such as"),
+        ("submit photo.jpg", {"VERCEL_API_URL": "127.0.0.1:8000"}, "VERCEL_API_URL: has to be a URL such as"),
         ("work --once --url https://app.invalid", {"WORKER_API_KEY": KEY}, "I2V_ENGINE is not set"),
         ("work --once --url http://127.0.0.1:1", {"TEMP_DIR": "/proc/temp"}, "TEMP_DIR"),
         ("submit photo.jpg -v --url http://127.0.0.1:1", {"WORKER_API_KEY": KEY}, "no queue answers at"),
