@@ -65,7 +65,7 @@ class Sign:
 def shown(worker_id: str) -> Iterator[Sign]:
     """The sign of this process's worker for the length of a block; clears away those of workers that are gone.
 
-    Raises OSError where none can be made, or where the folder belongs to another user.
+    Raises OSError where none can be made, where the folder belongs to another user, or has no locks.
     """
     try:
         sign = _made(worker_id)

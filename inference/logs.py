@@ -90,14 +90,19 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
     def claimed(cls, folder: Path, name: str) -> "_PrivateFile":
         """The first of `name.log`, `name.2.log`, … that no other process writes to.
 
-        What is locked is a file beside it: the log itself is another file each time it is turned over.
+        What is locked is a file beside it: the log itself is another file each time it is turned over. Where there are
+        no locks it is the first, whoever else writes to it.
         """
         for number in itertools.count(1):
             path = folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log")
             beside = path.with_name(f"{path.name}.lock")
             private.make_file(beside)
-            lock = private.hold(beside)
-            if lock is not None or sys.platform == "win32":
+            lock, has_locks = None, sys.platform != "win32"
+            try:
+                lock = private.hold(beside)
+            except OSError:
+                has_locks = False
+            if lock is not None or not has_locks:
                 file = cls(path, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8")
                 file._lock = lock
                 return file

@@ -51,14 +51,18 @@ def hold(path: Path, *, shared: bool = False) -> int | None:
     """Locks a file or folder for as long as the returned descriptor is open, so until this process ends at the latest.
 
     None where another process holds the lock, and on Windows, which has no such locks. `shared`: only looks whether
-    somebody holds it, without being in the way of others who look. Raises OSError where the file cannot be opened.
+    somebody holds it, without being in the way of others who look. Raises OSError where the file cannot be opened, and
+    where its file system has no such locks: NFS refuses them for what is opened to be read.
     """
     if sys.platform == "win32":
         return None
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         return None
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor

@@ -1,5 +1,6 @@
 """Signs of life: of real workers that are idle, busy, paused and killed, and what is read from the files."""
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import anyio.lowlevel
 import pytest
 import structlog
 
-from inference import liveness, process
+from inference import liveness, private, process
 from tests.support.disk import small_disk
 from tests.support.processes import Site, i2v_here, until
 
@@ -60,9 +61,10 @@ def test_one_that_does_not_turn_is_named(signs):
 def test_what_killed_workers_left_counts_for_nothing(signs):
     """Not even fresh, and the next worker clears it away; one that is just being made stays."""
     with liveness.shown("w1"):
+        [held] = signs.iterdir()
         left, new = signs / "w2.x.alive", signs / ".w3.x.alive"
         for path in (left, new):
-            path.write_text(json.dumps({"worker_id": "w2", "pid": 1}))
+            path.write_text(held.read_text().replace("w1", "w2"))
         assert names() == ["w1"]
         with liveness.shown("w4"):
             assert not left.exists()
@@ -114,6 +116,18 @@ def test_a_full_disk_hides_no_worker(tmp_path, monkeypatch):
             program = [sys.executable, "-m", "inference.commands.health", "w1"]
             ran = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
             assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_a_place_without_locks_has_no_signs(signs, monkeypatch):
+    """One there would outlive its worker, and `--end` end whatever has its number by then."""
+
+    def refuse(*_arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(private.fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks available"), liveness.shown("w1"):
+        pass
+    assert list(signs.iterdir()) == []
 
 
 def test_a_folder_of_somebody_else_is_not_used(signs, tmp_path):

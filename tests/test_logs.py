@@ -1,17 +1,19 @@
 """Where log lines go, and what must never be in them."""
 
+import errno
 import json
 import logging
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 import structlog
 
-from inference import logs
+from inference import logs, private
 from tests.support.disk import small_disk
 
 
@@ -130,6 +132,19 @@ def test_a_file_that_is_being_turned_over_is_not_free(tmp_path):
     log.close()
     claimed[0].close()
     assert Path(claimed[0].baseFilename).name == "i2v-w1.2.log"
+
+
+def test_a_folder_without_locks_takes_a_log(tmp_path, monkeypatch):
+    """As NFS refuses them. One file is written; nobody looks for a free one for ever."""
+
+    def refuse(*_arguments):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(private.fcntl, "flock", refuse)
+    monkeypatch.setattr(logs, "itertools", SimpleNamespace(count=lambda first: range(first, 5)))
+    logs.configure("info", log_dir=tmp_path, worker_id="w1")
+    structlog.get_logger().info("stopping")
+    assert "stopping" in (tmp_path / "i2v-w1.log").read_text()
 
 
 def test_a_full_disk_is_told_once(capsys, tmp_path):

@@ -42,7 +42,8 @@ def scratch_folder(parent: Path | None = None, *, keep: bool = False) -> Iterato
         # The folder gets its final name only once it is locked, or a sweep could take it for a left-over one.
         new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
         folder = new.with_name(new.name.removeprefix("."))
-        lock = private.hold(new)
+        with suppress(OSError):  # there are no locks, so no sweep removes it
+            lock = private.hold(new)
         new.rename(folder)
     except OSError as error:
         if lock is not None:

@@ -1,10 +1,13 @@
 """Temporary folders: gone with their process, one way or another."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
+from inference import private
 from inference.errors import DiskFull, NotWritable
 from inference.leasing.scratch import scratch_folder, sweep
 
@@ -44,6 +47,19 @@ with scratch_folder(Path({str(tmp_path)!r})) as folder:
     with scratch_folder(tmp_path) as alive:
         assert sweep(tmp_path) == 1
         assert list(tmp_path.iterdir()) == [alive]
+
+
+def test_a_place_without_locks_serves_and_is_not_swept(tmp_path, monkeypatch):
+    """As NFS refuses them: which folders are left over cannot be told there."""
+
+    def refuse(*_arguments):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(private.fcntl, "flock", refuse)
+    with scratch_folder(tmp_path) as folder:
+        assert sweep(tmp_path) == 0
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_folders_are_left_alone(tmp_path):
