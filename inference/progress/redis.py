@@ -36,7 +36,7 @@ WAKE_PREFIX = "i2v:wake:"
 """Keys of streams, and of one stream for each process that follows some, in which it is told to look for new projects.
 A user of Redis with rights of its own (ACL) needs RIGHTS."""
 
-RIGHTS = "~i2v:* +xadd +xread +xrevrange +expire"
+RIGHTS = "~i2v:* +xadd +xread +xrevrange +expire +type"
 """As ACL SETUSER takes them."""
 
 FIELD = "event"
@@ -193,9 +193,8 @@ class _Streams:
         self._reading: Any = _client(address, timeout_s=BLOCK_S + TIMEOUT_S)
         self._wake_key = WAKE_PREFIX + secrets.token_hex(8)
         self._woken_by = START
-        self._no_streams: set[str] = (
-            set()
-        )  # keys of streams that are something else, which one question for all fails on
+        # Keys of streams that are something else: one question for all would fail on them.
+        self._no_streams: set[str] = set()
         self.at_work = threading.Lock()  # one thread at a time writes, so that all of them take one connection
 
     def add(self, entries: Sequence[Entry], *, again: bool) -> None:
@@ -288,6 +287,7 @@ class _Streams:
                 self._writing.expire(PREFIX + project_id, 1)
                 self._writing.xrevrange(PREFIX + project_id, count=1)
                 self._reading.xread({PREFIX + project_id: START, self._wake_key: START}, count=1)
+                self._reading.type(PREFIX + project_id)
             except ResponseError as error:
                 raise type(error)(f"{error}; it has to be Redis 5 or newer, and its user needs {RIGHTS}") from None
         return version

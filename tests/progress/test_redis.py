@@ -19,7 +19,7 @@ from inference.progress import follower
 from inference.progress.events import CompletionEvent, ErrorEvent, ProgressEvent
 from inference.progress.hub import KEPT, START, MemoryHub, Published
 from inference.progress.outbox import MAX_WAITING, Away, Entry, Outbox
-from inference.progress.redis import EXPIRE_S, FIELD, KEPT_IN_REDIS, PREFIX, RedisHub, _Streams, open_hub
+from inference.progress.redis import EXPIRE_S, FIELD, KEPT_IN_REDIS, PREFIX, RIGHTS, RedisHub, _Streams, open_hub
 from tests.support.processes import environment, until
 from tests.support.redis_server import PASSWORD, PASSWORD_IN_URL, RedisServer, redis_server
 
@@ -216,6 +216,7 @@ async def test_a_key_of_another_type_stops_nobody_else(server):
 async def test_a_user_of_redis_with_few_rights(server):
     """The guide says which are enough."""
     rights = re.search(r"`(~i2v:\* .+?)`", (ROOT / "docs" / "progress.md").read_text())[1]
+    assert rights == RIGHTS
     server.client.execute_command("ACL", "SETUSER", "limited", "on", ">word", *rights.split())
     limited = RedisHub(server.url.replace("//:", "//limited:").replace(PASSWORD_IN_URL, "word"), interval_s=0)
     with capture_logs() as logs, hub_of(server) as says:
