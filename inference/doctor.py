@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -301,7 +302,7 @@ def _data(settings: Settings) -> Finding:
         return Finding(
             "data", wrong, f"{text}: less than {ROOM_BYTES / 1e9:g} GB; set I2V_DATA_DIR to a roomier folder"
         )
-    if there == folder and folder.stat().st_uid != os.geteuid():
+    if there == folder and sys.platform != "win32" and folder.stat().st_uid != os.geteuid():
         text += f"; it belongs to {_owner_of(folder)}"
     return Finding("data", "ok", text)
 

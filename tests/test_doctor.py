@@ -286,6 +286,13 @@ async def test_a_data_folder_that_cannot_work(tmp_path, monkeypatch):
     assert (await findings())["data"].verdict == "skip"
 
 
+def test_a_data_folder_where_users_have_no_numbers(tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(os, "geteuid")
+    assert doctor._data(Settings.isolated(data_dir=tmp_path)).verdict == "ok"
+
+
 @pytest.fixture
 def nobody():
     """A folder in which a user without rights may make others, and the name of that user, for the length of a block."""
