@@ -46,13 +46,13 @@ class LoadableSettings(BaseSettings):
     )
 
     FILE_NAMES: ClassVar[Mapping[str, str]] = {}
-    """Fields by further names that a file of settings may use for them."""
-
-    OPTION_NAMES: ClassVar[Mapping[str, str]] = {}
-    """Fields by the options of commands that override them, for whose values a mistake is told by that name."""
+    """Fields, by further names that a file of settings may use for them."""
 
     FILE_EXTRAS: ClassVar[Mapping[str, str]] = {}
     """Names that such a file may have although nothing reads them, with the reason."""
+
+    OPTION_NAMES: ClassVar[Mapping[str, str]] = {}
+    """What mistakes in `overrides` are told as, by field: the option that gave the value. Others by their own names."""
 
     @classmethod
     def load(cls, *required: str, config: Path | None = None, **overrides: Any) -> Self:
@@ -93,7 +93,7 @@ class LoadableSettings(BaseSettings):
         for key, value in config_file.read(path, environment).items():
             field = names.get(key.lower())
             if field is None:
-                if key not in cls.FILE_EXTRAS:
+                if key.lower() not in cls.FILE_EXTRAS:
                     meant = get_close_matches(key.lower(), names, n=1, cutoff=0.8)
                     hint = f": did you mean {meant[0]}?" if meant else ""
                     unknown.append(f"--config: {path}: there is no {key}{hint}")
@@ -192,7 +192,7 @@ def names_of(field: FieldInfo) -> list[str]:
 def _problem(settings: type[LoadableSettings], error: ErrorDetails, told_as: Mapping[str, str]) -> str:
     """One of pydantic's errors in one line, with the setting's name, but without its value, which may be a key.
 
-    `told_as`: what settings of a file are called, by the name that they have in the environment.
+    `told_as`: what those of a file or of options are called there, by the name that they have in the environment.
     """
     location, message, kind = error["loc"], error["msg"], error["type"]
     if not location:

@@ -283,7 +283,7 @@ def test_the_documents_config_file_is_read(monkeypatch, tmp_path, config):
 
 def test_a_config_file_may_use_every_name(config):
     """As in `.env.example`, in small letters or not."""
-    settings = Settings.load(config=config("i2v_engine: wan\nI2V_CONCURRENCY: 3\nredis_url:\n"))
+    settings = Settings.load(config=config("i2v_engine: wan\nI2V_CONCURRENCY: 3\nAPI_TIMEOUT: 30\nredis_url:\n"))
     assert (settings.engine, settings.concurrency, settings.redis_url) == ("wan", 3, None)
     assert {"engine", "concurrency"} <= settings.model_fields_set
     assert Settings.load(config=config("")).model_dump() == Settings.load().model_dump()
