@@ -52,12 +52,13 @@ def test_the_architecture_page_has_every_module():
     rooms = re.search(r"## Rooms.+?```text\n(.+?)```", ARCHITECTURE, re.DOTALL)[1]
     floors = [set(re.findall(r"^(\w+)", floor, re.MULTILINE)) for floor in rooms.split("\n\n")]
     assert floors == [set(floor) for floor in FLOORS]
-    told, room = set(), ""
+    told, room = [], ""
     for indent, name in re.findall(r"^( *)([\w./]+)", rooms, re.MULTILINE):
         room = room if indent else name
-        told.add(f"{room}{name}" if indent else name)
+        told.append(f"{room}{name}" if indent else name)
     modules = {path.relative_to(ROOT / "inference").as_posix() for path in (ROOT / "inference").rglob("*.py")}
     assert {name for name in told if name.endswith(".py")} == {it for it in modules if not it.endswith("__init__.py")}
+    assert len(told) == len(set(told))
 
 
 @pytest.mark.parametrize("command", re.findall(r"^i2v (\w+)", README, re.MULTILINE))

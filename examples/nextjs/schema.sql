@@ -61,14 +61,15 @@ begin
   update video_items set
     crash_count = crash_count + (status = 'processing' and renewed)::int,
     status = 'processing', worker_id = worker, leased_until = now() + make_interval(secs => seconds),
-    renewed = false, stage = null, fraction = 0, updated_at = now()
+    renewed = false, cancel_requested = false, stage = null, fraction = 0, updated_at = now()
   where id = (
     select id from video_items
     where status in ('pending', 'processing') and retry_count < 3
       and (status = 'pending'
            or leased_until <= now() and not cancel_requested and crash_count + renewed::int < 3)
-      and (kind is null or kind = case when coalesce(inference_provider, 'wan_local') = 'wan_local'
-                                       then 'wan' else 'runway' end)
+      and (kind is null or kind = case  -- what is no model of Runway's is Wan's; Runway's workers would refuse it
+             when inference_provider ~ '^(runway_)?(gen3a_turbo|gen4_turbo|gen4\.5(_turbo)?|veo3(\.1(_fast)?)?)$'
+             then 'runway' else 'wan' end)
     order by created_at, id limit 1 for update skip locked
   )
   returning *;

@@ -41,9 +41,9 @@ NO_VIDEO = "Failed to generate video URL"  # a completed report names a video th
 class NextTask(ForeignBody):
     """Asks for work."""
 
-    model_config = example({"worker_id": "worker-1.5f3a", "lease_duration_seconds": 600})
+    model_config = example({"worker_id": OF_A_LEASE["worker_id"], "lease_duration_seconds": 600})
 
-    worker_id: Annotated[ForeignName, Field(description="Unique to this lease", examples=["worker-1.5f3a"])]
+    worker_id: Annotated[ForeignName, Field(description="Unique to this lease")]
     lease_duration_seconds: Seconds = 600
     worker_type: WorkerType | None = None
     item_id: Annotated[Name | None, Field(description="This task and no other; an extension of ours")] = None

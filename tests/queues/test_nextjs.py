@@ -14,6 +14,7 @@ import httpx
 import psycopg
 import pytest
 
+from inference.providers import PROVIDERS, provider_of
 from inference.queues.lifeisshort_wire import SignedDownload
 from inference.task import Task, parse_task
 from tests.server import harness
@@ -164,6 +165,22 @@ def test_a_project_where_all_roles_may_use_new_tables(postgres_server, tmp_path)
             supabase.sql("set role anon; select from video_items")
 
 
+def test_every_hint_means_the_provider_that_it_means_elsewhere(app):
+    """One that is in no table, too: a worker that takes money would refuse such a task, and it would end failed."""
+    address, supabase, _ = app
+    supabase.sign_up("k")
+    item_id = submit(address, "k").json()["id"]
+    kinds = {provider.worker_type for provider in PROVIDERS}
+    for hint in (None, "", "sora", "gen4", "veo3.10", *(hint for provider in PROVIDERS for hint in provider.models)):
+        supabase.sql("update video_items set inference_provider = %s", hint)
+        meant = provider_of(hint).worker_type
+        for kind in kinds - {meant}:
+            assert supabase.sql("select claim_video('w', 600, %s)", kind) == [], hint
+        assert len(supabase.sql("select claim_video('w', 600, %s)", meant)) == 1, hint
+        assert len(supabase.sql("select renew_video(%s, 'w', 1)", item_id)) == 1
+    supabase.sql("truncate video_items")
+
+
 @pytest.mark.parametrize("worker", ["mine", "other"])
 def test_a_clip_that_is_done_late(app, worker):
     """Of a worker that was away when its lease ran out: kept, unless the task has gone to another by then."""
@@ -219,6 +236,20 @@ def test_a_person_has_changed_their_mind(app):
     program = 'console.log((await lib.rpc("cancel_video", { item: process.argv[1] }))?.status)'
     assert in_node(program, supabase, SERVICE_KEY, item_id) == ["cancelled"]
     assert in_node(program, supabase, SERVICE_KEY, item_id) == ["undefined"]
+    supabase.sql("truncate video_items")
+
+
+def test_a_task_that_was_cancelled_is_tried_again(app):
+    """As schema.sql says how. Its worker is not told to stop for what somebody wanted before."""
+    address, supabase, _ = app
+    supabase.sign_up("l")
+    item_id = submit(address, "l").json()["id"]
+    supabase.sql("select claim_video('w1', 600)")
+    supabase.sql("select cancel_video(%s)", item_id)
+    assert supabase.sql("select status from renew_video(%s, 'w1', 1)", item_id) == [("cancelled",)]
+    supabase.sql("update video_items set status = 'pending', retry_count = 0, crash_count = 0")
+    assert supabase.sql("select cancel_requested from claim_video('w2', 600)") == [(False,)]
+    assert supabase.sql("select status from end_video(%s, 'w2', 'completed', 'v')", item_id) == [("completed",)]
     supabase.sql("truncate video_items")
 
 

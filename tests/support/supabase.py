@@ -3,7 +3,7 @@
 Where it was seen: paths and bodies of the storage are those of supabase/storage-js, src/packages/StorageFileApi.ts
 (`createSignedUrl`, `createSignedUploadUrl`, `upload`), and of supabase/storage, src/http/routes/object; it refuses to
 sign what is missing or taken, as measured with the real storage server. PostgREST runs each request as one transaction
-under the role of its token, and answers 204 for a function that returns void (PostgREST/postgrest, issue 2001).
+under the role of its token.
 
 Keys: a secret key (`sb_secret_…`) is no JWT, so the database refuses it as a bearer token; a service role's key of
 earlier projects is one, and without it as a bearer token the request is nobody's ("Known limitations" of
@@ -129,9 +129,6 @@ class Supabase:
         def rpc(name: str, given: dict[str, Any]) -> Response:
             assert all(re.fullmatch(r"\w+", word) for word in (name, *given))
             arguments = ", ".join(f"{each} => %s" for each in given)
-            if self.sql("select 1 from pg_proc where proname = %s and prorettype = 'void'::regtype", name):
-                self.sql(f"select {name}({arguments})", *given.values())
-                return Response(status_code=204)
             # As text, so that each has the type that the function says.
             texts = [None if value is None else str(value) for value in given.values()]
             return JSONResponse(self._rows(f"select * from {name}({arguments})", *texts))
