@@ -18,9 +18,9 @@ from pathlib import Path
 
 from inference.errors import one_line
 
-TRACED = ("presets.py", "speed.py", "tokens.py", "warming.py")
-"""Modules of ours on which it depends what graphs there are: their code, types and shapes. The others are diffusers'
-and torch's, with versions."""
+TRACED = ("presets.py", "speed.py", "tokens.py", "warming.py", "compiled.py", "compiler.py")
+"""Modules of ours on which it depends what graphs there are: their code, types and shapes; and, the last two, whether
+they are found again. What else is traced is diffusers' and torch's, with versions."""
 
 MAX_REASON_CHARS = 300
 
