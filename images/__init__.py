@@ -1,5 +1,7 @@
-"""Container images: one module an image for Modal, one Dockerfile for RunPod, and beside each the versions it installs.
+"""Container images: one module an image for Modal, one Dockerfile an image for RunPod and for any box, and beside each
+the versions it installs.
 
+`fetch.py` and `bake.py` are steps of RunPod's Dockerfile. Modal's steps are in `inference/on_modal/bake.py`.
 pyproject.toml has the ranges; `python -m images.lock` chooses versions from them for `<image>.txt`.
 """
 

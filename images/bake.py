@@ -1,4 +1,4 @@
-"""Steps of building RunPod's image that come after its weights.
+"""Steps of building RunPod's image that come after its weights. Those of Modal's are in `inference/on_modal/bake.py`.
 
 python bake.py build    weights of a preset that are made, not fetched
 python bake.py check    whether the image can work
@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 
 from inference import doctor
-from inference.build.engines import build_weights
+from inference.build.engines import build_weights, compiled_dir
 from inference.build.extras import needing_extra
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
@@ -43,10 +43,11 @@ def check_image() -> None:
     needed = {"settings", "photos", "ffmpeg", "disk", "extra wan"}
     findings = [it for it in anyio.run(examined) if it.name in needed]
     problems = [f"{it.name}: {it.text}" for it in findings if it.verdict != "ok"]
+    problems += [f"{name}: not looked at" for name in sorted(needed - {it.name for it in findings})]
     if not problems:
         settings = Settings.load()
         weights.require(PRESETS[settings.wan_preset], settings.weights_dir)
-        for folder in (Path.home(), settings.weights_dir / "compiled"):  # where compilers keep what they made
+        for folder in (Path.home(), compiled_dir(settings)):  # where compilers keep what they made
             try:
                 with tempfile.TemporaryFile(dir=folder):
                     pass

@@ -252,9 +252,9 @@ def why_eager(settings: Settings) -> str:
         return "I2V_WAN_COMPILE is off"
     preset = PRESETS[settings.wan_preset]
     with needing_extra("wan", "the Wan engine"):
-        from inference.engines.wan import compiled  # noqa: PLC0415 - an extra
-        from inference.engines.wan.engine import default_device, facts_of_compiling  # noqa: PLC0415
-    facts = facts_of_compiling(preset, default_device(), _switches(settings), settings.wan_area_px)
+        from inference.engines.wan import compiled, compiler  # noqa: PLC0415 - an extra
+        from inference.engines.wan.engine import default_device  # noqa: PLC0415
+    facts = compiler.facts_of(preset, default_device(), _switches(settings), settings.wan_area_px)
     return compiled.find(compiled_dir(settings), preset.name, facts).why
 
 

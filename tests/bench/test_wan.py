@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from torch.nn import functional
 from inference.engines.wan import tiny
 from inference.engines.wan.placement import Offload
 from inference.engines.wan.speed import Switches
-from tests.bench import wan_plan
-from tests.bench.wan import Bench, print_compare
+from tests.bench import wan_plan, wan_vae
+from tests.bench.wan import Bench, print_compare, run
 from tests.bench.wan_floors import FORMS, Traffic, Work, _counted, floors, rates_of, touched_bytes, whole
 from tests.bench.wan_measure import Budget, Terms, race
 from tests.bench.wan_models import SHAPES, Parts
@@ -199,6 +200,21 @@ def test_what_was_measured_is_kept_when_the_next_run_ends_the_process():
         race(made, [Case("first", "denoise", Switches())], terms, kept.append)
     assert len(kept[-1]["first"]["runs"]) == 1
     assert kept[-1]["first"]["steps_s"] == [0.5] * made.shape.preset.schedule.steps
+
+
+def test_a_part_that_fails_is_noted_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    """Whatever became of it, there is nothing of it to print."""
+
+    def fails(_rounds):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(wan_vae, "encode", fails)
+    monkeypatch.setattr(wan_vae, "decode", fails)
+    asked = Namespace(part=["encode", "decode"], shape=[], rounds=1, budget_s=60, out=tmp_path / "wan.json")
+    run(Bench(torch.device("cpu"), tmp_path, rates_of("H100"), 1, Budget(60)), asked)
+    skipped = json.loads(asked.out.read_text())["skipped"]
+    assert skipped == ["encode: RuntimeError: no room", "decode: RuntimeError: no room"]
+    assert "not run: encode: RuntimeError: no room" in capsys.readouterr().out
 
 
 SAVING = """

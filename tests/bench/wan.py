@@ -306,16 +306,19 @@ def conditions(device: torch.device) -> dict[str, Any]:
 def host_of(subject: Subject) -> Host:
     """What decides which cases there are: here, or on the GPU that a plan is for."""
     shape, device = subject.shape, subject.device
-    installed = ["native", "_native_cudnn", *(["_flash_3"] if is_flash_attn_3_available() else [])]
     taken = choose_attention("auto", device, dtype_of(shape.preset, "transformer"))
-    return Host(device.type == "cuda", taken, installed, subject.offload)
+    return Host(device.type == "cuda", taken, attentions(), subject.offload)
 
 
 def planned_host() -> Host:
     """One GPU of 80 GB and more, with what is installed here."""
-    flash = is_flash_attn_3_available()
-    installed = ["native", "_native_cudnn", *(["_flash_3"] if flash else [])]
+    installed = attentions()
     return Host(on_gpu=True, attention=installed[-1], attentions=installed, offload=Offload.NONE)
+
+
+def attentions() -> list[str]:
+    """The attention backends that are installed, the fastest on an H100 last."""
+    return ["native", "_native_cudnn", *(["_flash_3"] if is_flash_attn_3_available() else [])]
 
 
 def asked_for(on_gpu: bool) -> argparse.Namespace:
@@ -408,11 +411,9 @@ def run(bench: Bench, asked: argparse.Namespace) -> None:
         for name in TARGETS:
             results.attempt(f"floors {name}", lambda name=name: run_floors(bench, name, results))
     if "encode" in asked.part:
-        results.attempt("encode", lambda: results.content.update(encode=wan_vae.encode(asked.rounds)))
-        wan_vae.print_encode(results.content["encode"])
+        results.attempt("encode", lambda: run_encode(asked.rounds, results))
     if "decode" in asked.part:
-        results.attempt("decode", lambda: results.content.update(decode=wan_vae.decode(asked.rounds)))
-        wan_vae.print_decode(results.content["decode"])
+        results.attempt("decode", lambda: run_decode(asked.rounds, results))
     if set(asked.part) & set(ON_A_GPU):
         run_lines(bench, asked, results)
     for text in bench.budget.skipped:
@@ -425,6 +426,18 @@ def run_floors(bench: Bench, name: str, results: Results) -> None:
     row = floors(known(shape, bench.folder, again=True), shape.preset.schedule.steps, bench.rates)
     results.content["floors"][name] = row
     print_floors(shape, row, bench.rates)
+
+
+def run_encode(rounds: int, results: Results) -> None:
+    """Measures the steady encode."""
+    row = results.content["encode"] = wan_vae.encode(rounds)
+    wan_vae.print_encode(row)
+
+
+def run_decode(rounds: int, results: Results) -> None:
+    """Measures the exact decode."""
+    row = results.content["decode"] = wan_vae.decode(rounds)
+    wan_vae.print_decode(row)
 
 
 def run_lines(bench: Bench, asked: argparse.Namespace, results: Results) -> None:

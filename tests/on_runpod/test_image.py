@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl
 from pydantic.alias_generators import to_camel
 
 from images import BASE, bake, lock, lock_of
+from inference import doctor
 from inference.engines.wan import weights
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError, WeightsError
@@ -269,6 +270,20 @@ def test_an_image_that_could_not_work_is_not_built(in_the_image, tmp_path):
         bake.check_image()
     in_the_image(tiny_weights(), "tiny")
     with pytest.raises(SettingsError, match=r"compiled cannot be written: No such file"):
+        bake.check_image()
+
+
+def test_what_was_not_looked_at_is_no_reason_to_build_an_image(in_the_image, tmp_path, monkeypatch):
+    """A check that the doctor has under another name some day would be missed by nobody else."""
+
+    async def other_names(_load):
+        yield doctor.Finding("packages", "ok", "")
+
+    weights_dir = shutil.copytree(tiny_weights(), tmp_path / "weights")
+    (weights_dir / "compiled").mkdir(exist_ok=True)
+    in_the_image(weights_dir, "tiny")
+    monkeypatch.setattr(doctor, "examine", other_names)
+    with pytest.raises(SettingsError, match="extra wan: not looked at"):
         bake.check_image()
 
 

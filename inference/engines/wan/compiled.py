@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TRACED = ("presets.py", "speed.py", "tokens.py", "warming.py")
-"""Modules of ours on which it depends what graphs there are: their code, types and shapes. The others are diffusers'
-and torch's, with versions."""
+from inference.errors import one_line
+
+TRACED = ("presets.py", "speed.py", "tokens.py", "warming.py", "compiled.py", "compiler.py")
+"""Modules of ours on which it depends what graphs there are: their code, types and shapes; and, the last two, whether
+they are found again. What else is traced is diffusers' and torch's, with versions."""
 
 MAX_REASON_CHARS = 300
 
@@ -91,7 +93,7 @@ def _why_not(folder: Path, preset: str, facts: Mapping[str, str]) -> Found:
     except OSError:
         failed = ""
     if failed:
-        return Found(None, f"compiling it ahead failed: {' '.join(failed.split())[:MAX_REASON_CHARS]}", surprising=True)
+        return Found(None, f"compiling it ahead failed: {one_line(failed, MAX_REASON_CHARS)}", surprising=True)
     others = [other for path in sorted(folder.glob(f"{preset}.*.bin")) if (other := _facts_in(path))]
     if not others:
         return Found(None, f"nothing was compiled ahead in {folder}")

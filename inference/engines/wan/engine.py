@@ -22,10 +22,11 @@ import structlog
 import torch
 
 from inference.engines.base import Job, photo_of, run_in_thread
-from inference.engines.wan import compiled, speed, tokens, vae, warming
+from inference.engines.wan import compiler, tokens, vae, warming
+from inference.engines.wan.compiled import Found
 from inference.engines.wan.faults import MAX_REASON_CHARS, OutOfRoom, gpu_is_lost, mapped
 from inference.engines.wan.frames import stream
-from inference.engines.wan.loading import Models, dtype_of, load
+from inference.engines.wan.loading import Models, load
 from inference.engines.wan.placement import GB, Offload
 from inference.engines.wan.presets import FRAME_STRIDE, Preset
 from inference.engines.wan.schedule import Guide, denoise, make_scheduler
@@ -149,10 +150,10 @@ class WanEngine:
         check: Callable[[], None],
     ) -> Self:
         """Loads; where `switches` say so, compiles, or takes what was compiled from `compiled_dir`."""
-        facts, known = {}, compiled.Found(None)
+        facts, known = {}, Found(None)
         if switches.compile is not None:
-            facts = facts_of_compiling(preset, device, switches, area_px)
-            known = _given_to_the_compiler(compiled.find(compiled_dir, preset.name, facts))
+            facts = compiler.facts_of(preset, device, switches, area_px)
+            known = compiler.take(compiled_dir, preset, facts)
             if known.artifacts is None and switches.only_compiled_ahead:
                 switches = replace(switches, compile=None)
             elif known.artifacts is None:
@@ -161,7 +162,7 @@ class WanEngine:
         if switches.compile is not None:
             new = engine._compile(check, only_ahead=switches.only_compiled_ahead)
             if new is not None and new != known.artifacts:
-                _keep(compiled_dir, preset, facts, new)
+                compiler.keep(compiled_dir, preset, facts, new)
         elif known.why:
             engine._run_eagerly(known.why, surprising=known.surprising, way_out=WAY_OUT)
         return engine
@@ -176,7 +177,7 @@ class WanEngine:
             self._run_eagerly("blocks that come and go cannot be compiled")
             return None
         try:
-            with speed.nothing_new_compiled() if only_ahead else nullcontext():
+            with compiler.nothing_new_compiled() if only_ahead else nullcontext():
                 warming.warm_up(self._models, self.preset, self._area_px, check)
         except I2VError:
             raise
@@ -462,34 +463,3 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 def default_device() -> torch.device:
     """CUDA where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def facts_of_compiling(preset: Preset, device: torch.device, switches: Switches, area_px: int | None) -> dict[str, str]:
-    """What compiled code depends on, for an engine that is loaded with the same arguments."""
-    dtype = dtype_of(preset, "transformer")
-    return speed.facts_of_compiling(preset, device, dtype, switches, area_px or preset.max_area_px)
-
-
-def _given_to_the_compiler(found: compiled.Found) -> compiled.Found:
-    """What was compiled ahead, in the compiler's own cache; nothing where it cannot read it."""
-    if found.artifacts is None:
-        return found
-    try:
-        taken = torch.compiler.load_cache_artifacts(found.artifacts) is not None
-        why = "it is of another kind"
-    except Exception as error:  # noqa: BLE001 - a full disk, or whatever is wrong with somebody's pickle
-        taken, why = False, f"{type(error).__name__}: {error}"
-    if taken:
-        return found
-    told = one_line(f"the compiler cannot read what was compiled ahead: {why}", MAX_REASON_CHARS)
-    return compiled.Found(None, told, surprising=True)
-
-
-def _keep(folder: Path, preset: Preset, facts: Mapping[str, str], artifacts: bytes) -> None:
-    """Keeps what was compiled for the next start, which costs minutes without it and nothing else."""
-    try:
-        path = compiled.keep(folder, preset.name, facts, artifacts)
-    except OSError as error:
-        log.warning("compiled_code_not_kept", path=str(folder), error=error.strerror or str(error))
-    else:
-        log.info("compiled_code_kept", path=str(path), megabytes=round(len(artifacts) / 1e6, 1))

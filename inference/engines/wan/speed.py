@@ -3,22 +3,16 @@
 `python -m tests.bench.wan` measures each; tests/bench/LOG.md has what it found, so far on a CPU only.
 """
 
-import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.utils import is_flash_attn_3_available
 from torch import nn
 from torch.nn.functional import ScalingType
 
-from inference.engines.wan.compiled import traced_code
 from inference.engines.wan.placement import Offload
-from inference.engines.wan.presets import Preset
 from inference.errors import SettingsError
 
 HOPPER = (9, 0)
@@ -133,60 +127,6 @@ def to_fp8(model: WanTransformer3DModel, *, multiply: bool = False) -> None:
 def compile_blocks(model: WanTransformer3DModel, backend: str) -> None:
     """Compiles the block that the model repeats, once for all of them (pytorch.org: regional compilation)."""
     model.compile_repeated_blocks(fullgraph=True, backend=backend)
-
-
-def facts_of_compiling(
-    preset: Preset, device: torch.device, dtype: torch.dtype, switches: Switches, area_px: int
-) -> dict[str, str]:
-    """Everything on which it depends whether the compiler finds its own work again, each fact in words.
-
-    `dtype` is the transformer's, `area_px` width x height of the clips that it was compiled for.
-    """
-    on_gpu = device.type == "cuda"
-    fp8 = "products" if multiplies_in_fp8(device) else "weights"
-    return {
-        "area": str(area_px),
-        "attention": choose_attention(switches.attention, device, dtype),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(device)))
-        if on_gpu
-        else torch.backends.cpu.get_cpu_capability(),
-        "code": traced_code(),
-        "compiler": str(switches.compile),
-        "cuda": str(torch.version.cuda),
-        "diffusers": diffusers.__version__,
-        "fp8": fp8 if switches.fp8 else "no",
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "none",
-        "preset": preset.name,
-        "python": platform.python_version(),
-        "shared timesteps": str(switches.shared_timesteps),
-        "torch": torch.__version__,
-    }
-
-
-@contextmanager
-def nothing_new_compiled() -> Iterator[None]:
-    """In this block the compiler takes what is in its cache, and raises NotCompiledAhead where it would compile.
-
-    Torch has no switch for that. The function that is replaced is where every graph goes that no cache knows. Nor are
-    processes started that would compile kernels side by side. The cache has kernels for a GPU, but no C++ for a CPU:
-    that is built again, half a minute for the tiny presets (tests/bench/LOG.md).
-    """
-    from torch._inductor import compile_fx, config  # noqa: PLC0415 - seconds, for those who compile alone
-
-    def refuse(*_arguments: Any, **_options: Any) -> Any:
-        raise NotCompiledAhead("the compiler does not find in its cache what was compiled ahead")
-
-    before = compile_fx.fx_codegen_and_compile
-    compile_fx.fx_codegen_and_compile = refuse
-    try:
-        with config.patch(compile_threads=1):  # one of the few options that are not in the key of the cache
-            yield
-    finally:
-        compile_fx.fx_codegen_and_compile = before
-
-
-class NotCompiledAhead(Exception):
-    """A graph that no cache knows. The compiler wraps it into errors of its own."""
 
 
 def channels_last(vae: AutoencoderKLWan) -> None:

@@ -16,8 +16,9 @@ from torch.utils._appending_byte_serializer import AppendingByteSerializer
 from inference import doctor
 from inference.build.engines import compile_ahead
 from inference.engines.base import Job
-from inference.engines.wan import compiled, speed
-from inference.engines.wan.engine import WanEngine, facts_of_compiling
+from inference.engines.wan import compiled
+from inference.engines.wan.compiler import facts_of, nothing_new_compiled
+from inference.engines.wan.engine import WanEngine
 from inference.engines.wan.placement import Offload, Placed
 from inference.engines.wan.presets import PRESETS
 from inference.engines.wan.speed import Switches
@@ -55,7 +56,7 @@ def load(folder, switches, name="tiny", check=lambda: None) -> WanEngine:
 
 def keep(folder, switches, artifacts=EMPTY, **other):
     """As a build does that has compiled for this machine, or for one that differs in something."""
-    facts = facts_of_compiling(PRESETS["tiny"], CPU, switches, AREA_PX)
+    facts = facts_of(PRESETS["tiny"], CPU, switches, AREA_PX)
     return compiled.keep(folder, "tiny", facts | other, artifacts)
 
 
@@ -143,13 +144,13 @@ def test_a_build_that_could_not_says_why(tmp_path):
 def test_each_switch_that_changes_the_code_is_a_fact():
     """As are the preset and the size of its clips."""
     usual = Switches(compile="inductor")
-    facts = facts_of_compiling(PRESETS["tiny"], CPU, usual, AREA_PX)
+    facts = facts_of(PRESETS["tiny"], CPU, usual, AREA_PX)
     others = [replace(usual, attention="math"), replace(usual, fp8=True), replace(usual, shared_timesteps=False)]
-    differ = [facts_of_compiling(PRESETS["tiny"], CPU, each, AREA_PX) for each in others]
-    differ += [facts_of_compiling(PRESETS["tiny-a14b"], CPU, usual, AREA_PX)]
-    differ += [facts_of_compiling(PRESETS["tiny"], CPU, usual, None)]
+    differ = [facts_of(PRESETS["tiny"], CPU, each, AREA_PX) for each in others]
+    differ += [facts_of(PRESETS["tiny-a14b"], CPU, usual, AREA_PX)]
+    differ += [facts_of(PRESETS["tiny"], CPU, usual, None)]
     assert all(each != facts for each in differ)
-    assert facts == facts_of_compiling(PRESETS["tiny"], CPU, replace(usual, only_compiled_ahead=True), AREA_PX)
+    assert facts == facts_of(PRESETS["tiny"], CPU, replace(usual, only_compiled_ahead=True), AREA_PX)
     json.dumps(facts)
 
 
@@ -294,7 +295,7 @@ def test_what_is_not_in_the_cache_is_not_compiled(tmp_path, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     plus_one = torch.compile(lambda x: x + 1, backend="inductor")
-    with speed.nothing_new_compiled(), pytest.raises(Exception, match="does not find in its cache"):
+    with nothing_new_compiled(), pytest.raises(Exception, match="does not find in its cache"):
         plus_one(torch.zeros(3))
 
 

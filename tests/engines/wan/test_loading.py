@@ -295,7 +295,7 @@ async def test_two_shapes_warm_up_for_all(shape, weights_dir, photo, folder):
 
         return run
 
-    switches = Switches(compile=compiler, offload=Offload.MODELS)  # nor does it matter that blocks come and go
+    switches = Switches(compile=compiler, offload=Offload.MODELS)  # nor does it matter that experts come and go
     engine = WanEngine.load(PRESETS[shape], weights_dir, device=CPU, switches=switches, area_px=64 * 64)
     runs.clear()
     clip = frames_of(await engine.generate(SMALL, {"photo": photo}, folder, Job())).float()
