@@ -123,13 +123,14 @@ from inference.commands import main as cli
 def commands(command, path):
     yield command, path
     for name, inner in getattr(command, "commands", {}).items():
-        yield from commands(inner, [*path, name])
+        yield from commands(inner if path else cli.command(name), [*path, name])
 
 for command, path in commands(get_command(cli.app), []):
     shown = CliRunner().invoke(cli.app, [*path, "--help"], env={"COLUMNS": sys.argv[1]}).output
     for option in command.params:
         for name in option.opts if option.param_type_name == "option" else ():
             assert name in shown, (path, name, shown)
+            print(*path, name)
 """
 
 
@@ -139,6 +140,7 @@ def test_names_of_options_are_whole_in_help(columns):
     env = environment(COLUMNS=columns)
     ran = subprocess.run([sys.executable, "-c", NAMES_WHOLE, str(columns)], env=env, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr.decode()[-3000:]
+    assert {"--version", "up --wake-port", "push submit --input"} <= set(ran.stdout.decode().splitlines())
 
 
 def test_the_version_is_said(here):
