@@ -138,9 +138,10 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         except QueueUnavailable as error:
             name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
             raise QueueUnavailable(f"no queue at {settings.queue_url}, see {name} or --url: {error}") from None
-        finally:
+        else:
             if once and shift.is_idle:
                 log.info("no_task")
                 terminal.tell("The queue has no task to take.")
+        finally:
             shift.close()
         tasks.cancel_scope.cancel()

@@ -628,6 +628,7 @@ def test_work_once(site, home, here):
     assert (ran.exit_code, len(ran.errors)) == (1, 1)
     assert "key" in ran.errors[0]
     assert "wrong-key-here" not in ran.err
+    assert "no_task" not in ran.err  # it did not say
 
     [item_id] = site.submit()
     ran = home.i2v("work", "--once", "-v", **settings)
