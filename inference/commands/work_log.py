@@ -16,7 +16,7 @@ QUIET_S = 30.0
 """A stage that goes on for longer than this says how far it is."""
 
 
-class Shift:
+class WorkLog:
     """Logs how far each lease is, and counts how they end."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Shift:
         self._cost_usd: float | None = None
 
     @property
-    def is_idle(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether nothing was taken so far."""
         return self._taken == 0
 
