@@ -378,6 +378,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         (f"submit gone.jpg {'줌' * 100}", {}, "there is no file gone.jpg"),  # no file can be called so
         ("submit photo.jpg folder.mp4 pan", {}, "folder.mp4 is a folder: give the photos in it"),
         ("submit photo.jpg notes", {}, "notes is a file, and the last word is the prompt: give that with --prompt"),
+        ("film photo.jpg folder.mp4", {}, "folder.mp4 is a folder, and the last word is the prompt: give that with"),
         ("fetch A B", {}, "give a folder for the videos"),
         ("fetch", {}, "which videos?"),
         ("tasks", {"I2V_QUEUE": "gmanimato"}, "its tasks are seen in its application"),
