@@ -11,6 +11,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import time
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from structlog.typing import EventDict, Processor
 
 from inference import private
 from inference.errors import is_legible, legible
+from inference.progress.events import percent
 from inference.progress.stages import Progress, Sink
 
 log = structlog.get_logger(__name__)
@@ -135,15 +137,24 @@ class _PrivateFile(logging.handlers.RotatingFileHandler):
             self._lock = None
 
 
+QUIET_S = 30.0
+"""A stage that goes on for longer than this says how far it is."""
+
+
 def stages(item_id: str) -> Sink:
-    """A sink that logs a line whenever a lease enters a stage."""
-    last = ""
+    """A sink that logs a line whenever a lease enters a stage, and in a long one now and then."""
+    stage, told_s = "", 0.0
 
     def sink(progress: Progress) -> None:
-        nonlocal last
-        if progress.stage != last:
-            last = progress.stage
-            log.info("stage", item_id=item_id, stage=progress.stage)
+        nonlocal stage, told_s
+        now_s = time.monotonic()
+        if progress.stage != stage:
+            stage, told_s = progress.stage, now_s
+            log.info("stage", item_id=item_id, stage=stage, percent=percent(progress.fraction))
+        elif now_s - told_s >= QUIET_S:
+            told_s = now_s
+            left = {} if progress.eta_s is None else {"left_s": round(progress.eta_s)}
+            log.info("progress", item_id=item_id, stage=stage, percent=percent(progress.fraction), **left)
 
     return sink
 

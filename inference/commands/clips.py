@@ -3,13 +3,11 @@
 import filecmp
 import itertools
 import math
-import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,11 @@ import anyio
 import anyio.to_thread
 
 from inference import terminal
-from inference.commands.start import check_mp4, require_writable, temporary_folder
-from inference.errors import EngineFailed, QueueUnavailable, Refusal, SettingsError, StorageError, write_error
+from inference.commands.outputs import Output, temporary_folder
+from inference.errors import EngineFailed, QueueUnavailable, Refusal, StorageError, write_error
 from inference.progress.stages import Progress
 from inference.server.client import ENDED, QueueClient
-from inference.server.page.names import clip_name, shown_name, unique
+from inference.server.page.names import shown_name
 
 LEFT_S = 3.0
 """Between two questions for how long a whole group will take, for which the server looks at all that waits."""
@@ -38,43 +36,6 @@ NUMBERED = re.compile(r"(.+) \((\d{1,6})\)", re.DOTALL)
 """The name of a file that is not the first of that name."""
 
 Tasks = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where clips go: the file of the only one, or a folder."""
-
-    given: str  # as it was typed
-    path: Path
-    is_folder: bool
-
-    @classmethod
-    def of(cls, given: str, count: int | None) -> "Output":
-        """What `--output` means for so many clips; None for any number. A folder is made with its first clip.
-
-        Raises SettingsError, DiskFull, NotWritable.
-        """
-        path = Path(given)
-        names_folder = given.endswith(os.sep) or os.path.isdir(path)  # noqa: PTH112 - as in `check_mp4`
-        if not names_folder and count == 1:
-            check_mp4(path)
-            return cls(given, path.absolute(), is_folder=False)
-        if not names_folder and path.suffix:
-            raise SettingsError(f"--output takes one video where it names a file: for more, give a folder, not {given}")
-        path = path.absolute()
-        if os.path.isfile(path):  # noqa: PTH113
-            raise SettingsError(f"--output: {path} is a file, and no folder")
-        if not path.parent.is_dir():
-            raise SettingsError(f"--output: there is no folder {path.parent}")
-        require_writable(path / "clip.mp4" if os.path.isdir(path) else path)  # noqa: PTH112
-        return cls(given, path, is_folder=True)
-
-    def paths(self, tasks: Tasks) -> dict[str, Path]:
-        """Where the clip of each task goes, by its id: named after its photo, and no two alike."""
-        if not self.is_folder:
-            return {task["id"]: self.path for task in tasks}
-        names = unique(clip_name(task.get("photo_filename") or task["id"], ".mp4") for task in tasks)
-        return {task["id"]: self.path / name for task, name in zip(tasks, names, strict=True)}
 
 
 def later(tasks: Tasks, output: Output | None, *, group: str | None, url: str | None, wait: bool) -> str:

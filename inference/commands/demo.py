@@ -14,8 +14,9 @@ from inference.build.engines import engine_note, load_engine
 from inference.build.queues import open_queue
 from inference.build.workers import build_worker
 from inference.commands.browser import open_browser
+from inference.commands.outputs import check_mp4, temporary_folder
 from inference.commands.serving import at_home, serving, tell_page
-from inference.commands.start import Seconds, Verbose, check_mp4, temporary_folder
+from inference.commands.start import Seconds, Verbose
 from inference.commands.tasks import open_client
 from inference.errors import EngineFailed
 from inference.server.client import QueueClient

@@ -15,8 +15,9 @@ import typer
 from inference import process, terminal
 from inference.build.engines import engine_note, load_engine, recipe, refuse
 from inference.build.workers import build_ledger, build_policy
+from inference.commands.outputs import check_mp4, temporary_folder
 from inference.commands.photos import photos_and_prompt
-from inference.commands.start import OPTIONS, Verbose, check_mp4, start, temporary_folder
+from inference.commands.start import OPTIONS, Verbose, start
 from inference.engines.turns import EngineTurns
 from inference.errors import InvalidPhoto, InvalidRequest
 from inference.leasing.film import Film, FilmJob, FolderStore

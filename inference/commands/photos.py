@@ -20,8 +20,9 @@ def photos_and_prompt(command: str, words: Sequence[str], *, prompted: bool) -> 
     photos, prompt = list(words), ""
     if not prompted and len(photos) > 1 and Path(photos[-1]).suffix.lower() not in PHOTO_SUFFIXES:
         prompt = photos.pop()
-        if stat.S_ISREG(_mode_of(prompt)):
-            raise SettingsError(f"{prompt} is a file, and the last word is the prompt: give that with --prompt")
+        if mode := _mode_of(prompt):
+            kind = "folder" if stat.S_ISDIR(mode) else "file"
+            raise SettingsError(f"{prompt} is a {kind}, and the last word is the prompt: give that with --prompt")
     problems, is_text = [], False
     for photo in photos:
         mode = _mode_of(photo)

@@ -41,7 +41,6 @@ app = typer.Typer(
     "hands it back, answers 503 and exits 0.",
     invoke_without_command=True,
     rich_markup_mode=MARKUP,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

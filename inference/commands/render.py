@@ -12,7 +12,8 @@ import typer
 from inference import process, terminal
 from inference.build.engines import engine_note, load_engine, refuse
 from inference.build.workers import build_ledger
-from inference.commands.start import OPTIONS, Photo, Prompt, Seconds, Verbose, check_mp4, start, temporary_folder
+from inference.commands.outputs import check_mp4, temporary_folder
+from inference.commands.start import OPTIONS, Photo, Prompt, Seconds, Verbose, start
 from inference.engines.base import Job
 from inference.engines.turns import EngineTurns
 from inference.errors import I2VError, SettingsError

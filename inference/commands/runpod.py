@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from inference import process, terminal
 from inference.commands.layout import MARKUP
-from inference.commands.start import OPTIONS, Prompt, Seconds, Url, Verbose, check_mp4, start, temporary_folder
+from inference.commands.outputs import check_mp4, temporary_folder
+from inference.commands.start import OPTIONS, Prompt, Seconds, Url, Verbose, start
 from inference.engines.wan.presets import PRESETS
 from inference.errors import SettingsError
 from inference.on_runpod import answer as runpod_answer

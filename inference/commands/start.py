@@ -1,7 +1,5 @@
-"""What commands share: common arguments, reading settings, configuring logs, and checking outputs early."""
+"""What commands share: common arguments, reading settings and configuring logs."""
 
-import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from inference import logs
-from inference.errors import NO_ROOM_ERRNOS, SettingsError, write_error
+from inference.errors import SettingsError
 from inference.providers import QueueName
 from inference.settings import QUEUE_URL_FIELDS, Settings
 
@@ -73,46 +71,3 @@ def queue_url_field(queue: QueueName | None, config: Path | None = None) -> str:
         with suppress(SettingsError):
             queue = Settings.load(config=config).queue
     return QUEUE_URL_FIELDS[queue or "lifeisshort"]
-
-
-def check_mp4(output: Path) -> None:
-    """Tries whether a video can be written to `output`, before anything is spent on one; leaves no trace.
-
-    Raises SettingsError, DiskFull, NotWritable.
-    """
-    if output.suffix.lower() != ".mp4":
-        raise SettingsError(f"--output: {output} has to end in .mp4")
-    if os.path.isdir(output):  # noqa: PTH112 - of a name that is too long, Path.is_dir raises
-        raise SettingsError(f"--output: {output} is a folder")
-    if not output.absolute().parent.is_dir():
-        raise SettingsError(f"--output: there is no folder {output.absolute().parent}")
-    require_writable(output)
-
-
-ROOM_BYTES = 1_000_000
-"""Where there is no room for so much, there is none for a clip: a short one of the preview has about as much."""
-
-
-def require_writable(output: Path) -> None:
-    """Tries the folder of a file that is to be. Raises DiskFull, NotWritable."""
-    try:
-        output.exists()  # raises where its name is too long
-        with tempfile.TemporaryFile(dir=output.absolute().parent) as file:
-            file.write(bytes(ROOM_BYTES))
-    except OSError as error:
-        raise write_error(error, f"--output: {output.absolute()} cannot be written: {reason_of(error)}") from None
-
-
-def reason_of(error: OSError) -> str:
-    """In the words of the operating system, but for a full disk."""
-    if error.errno in NO_ROOM_ERRNOS:
-        return "there is no room left on this machine's disk"
-    return (error.strerror or "for no reason that is known").lower()
-
-
-def temporary_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A folder for the length of a block. Raises DiskFull, NotWritable."""
-    try:
-        return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise write_error(error, f"{parent or 'the temporary folder'} cannot be written: {error.strerror}") from None

@@ -11,7 +11,8 @@ import anyio
 import typer
 
 from inference import process, terminal
-from inference.commands.clips import Output, collect, later
+from inference.commands.clips import collect, later
+from inference.commands.outputs import Output
 from inference.commands.photos import photos_and_prompt
 from inference.commands.start import Seconds, Url, Verbose, start
 from inference.errors import (

@@ -12,8 +12,8 @@ from inference.build.queues import open_queue
 from inference.build.workers import build_ledger, build_worker, open_events
 from inference.commands.push import prepare_wake
 from inference.commands.serving import at_home, serving, tell_page
-from inference.commands.shift import Shift
 from inference.commands.start import Config, Host, Port, QueueUrl, Verbose, WakePort, queue_url_field, start
+from inference.commands.work_log import WorkLog
 from inference.errors import QueueFailed, QueueUnavailable
 from inference.leasing.polling import Worker
 from inference.providers import EngineName, QueueName, is_paid
@@ -125,8 +125,8 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         engine = await load_engine(settings)  # before a task is leased, so that no task waits while weights are loaded
         if is_paid(settings.engine):
             await build_ledger(settings).prune()
-        shift = Shift()
-        worker = build_worker(settings, queue, engine, sink=shift.sink, on_outcome=shift.ended, hub=hub)
+        work_log = WorkLog()
+        worker = build_worker(settings, queue, engine, sink=work_log.sink, on_outcome=work_log.ended, hub=hub)
         await tasks.start(process.drain_on_signal, worker, settings.shutdown_grace_s)  # before others hear of it
         log.info("worker_started", queue=settings.queue_url, worker_id=settings.worker_id, engine=engine.name)
         if listen is not None:
@@ -138,9 +138,10 @@ async def _work(settings: Settings, *, once: bool = False) -> None:
         except QueueUnavailable as error:
             name = names_of(Settings.model_fields[QUEUE_URL_FIELDS[settings.queue]])[0]
             raise QueueUnavailable(f"no queue at {settings.queue_url}, see {name} or --url: {error}") from None
-        finally:
-            if once and shift.is_idle:
+        else:
+            if once and work_log.is_empty:
                 log.info("no_task")
                 terminal.tell("The queue has no task to take.")
-            shift.close()
+        finally:
+            work_log.close()
         tasks.cancel_scope.cancel()

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from inference.commands import clips
-from inference.commands.clips import Output, _placed, _progress, collect, later
+from inference.commands.clips import _placed, _progress, collect, later
+from inference.commands.outputs import Output
 from inference.errors import EngineFailed, NotWritable, SettingsError
 from inference.server.client import QueueClient
 from tests.server.harness import KEY, complete, config, jpeg, running_server

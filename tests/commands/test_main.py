@@ -123,13 +123,14 @@ from inference.commands import main as cli
 def commands(command, path):
     yield command, path
     for name, inner in getattr(command, "commands", {}).items():
-        yield from commands(inner, [*path, name])
+        yield from commands(inner if path else cli.command(name), [*path, name])
 
 for command, path in commands(get_command(cli.app), []):
     shown = CliRunner().invoke(cli.app, [*path, "--help"], env={"COLUMNS": sys.argv[1]}).output
     for option in command.params:
         for name in option.opts if option.param_type_name == "option" else ():
             assert name in shown, (path, name, shown)
+            print(*path, name)
 """
 
 
@@ -139,6 +140,7 @@ def test_names_of_options_are_whole_in_help(columns):
     env = environment(COLUMNS=columns)
     ran = subprocess.run([sys.executable, "-c", NAMES_WHOLE, str(columns)], env=env, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr.decode()[-3000:]
+    assert {"--version", "up --wake-port", "push submit --input"} <= set(ran.stdout.decode().splitlines())
 
 
 def test_the_version_is_said(here):
@@ -376,6 +378,7 @@ def test_render_replaces_its_output_whole_or_not_at_all(home, here):
         (f"submit gone.jpg {'줌' * 100}", {}, "there is no file gone.jpg"),  # no file can be called so
         ("submit photo.jpg folder.mp4 pan", {}, "folder.mp4 is a folder: give the photos in it"),
         ("submit photo.jpg notes", {}, "notes is a file, and the last word is the prompt: give that with --prompt"),
+        ("film photo.jpg folder.mp4", {}, "folder.mp4 is a folder, and the last word is the prompt: give that with"),
         ("fetch A B", {}, "give a folder for the videos"),
         ("fetch", {}, "which videos?"),
         ("tasks", {"I2V_QUEUE": "gmanimato"}, "its tasks are seen in its application"),
@@ -626,6 +629,7 @@ def test_work_once(site, home, here):
     assert (ran.exit_code, len(ran.errors)) == (1, 1)
     assert "key" in ran.errors[0]
     assert "wrong-key-here" not in ran.err
+    assert "no_task" not in ran.err  # it did not say
 
     [item_id] = site.submit()
     ran = home.i2v("work", "--once", "-v", **settings)

@@ -67,6 +67,7 @@ def i2v_here(
         for name, value in settings.items():
             patch.setenv(name, str(value))
         patch.setattr(tempfile, "tempdir", None)  # it is looked up again
+        patch.setattr("inference.process.settle", lambda: None)  # this process does not serve from now on
         with pytest.raises(SystemExit) as ended:
             cli.main()
     said = capsys.readouterr()

@@ -5,18 +5,14 @@ from collections import Counter
 
 import structlog
 
-from inference import terminal
-from inference.progress.events import percent
-from inference.progress.stages import Progress, Sink
+from inference import logs, terminal
+from inference.progress.stages import Sink
 from inference.task import Lease, Outcome
 
 log = structlog.get_logger(__name__)
 
-QUIET_S = 30.0
-"""A stage that goes on for longer than this says how far it is."""
 
-
-class Shift:
+class WorkLog:
     """Logs how far each lease is, and counts how they end."""
 
     def __init__(self) -> None:
@@ -26,28 +22,14 @@ class Shift:
         self._cost_usd: float | None = None
 
     @property
-    def is_idle(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether nothing was taken so far."""
         return self._taken == 0
 
     def sink(self, lease: Lease) -> Sink:
-        """Takes the snapshots of one more lease: a line for each stage, and in a long one now and then."""
+        """Takes the snapshots of one more lease, and logs them."""
         self._taken += 1
-        item_id = lease.task.item_id
-        stage, told_s = "", 0.0
-
-        def sink(progress: Progress) -> None:
-            nonlocal stage, told_s
-            now_s = time.monotonic()
-            if progress.stage != stage:
-                stage, told_s = progress.stage, now_s
-                log.info("stage", item_id=item_id, stage=stage, percent=percent(progress.fraction))
-            elif now_s - told_s >= QUIET_S:
-                told_s = now_s
-                left = {} if progress.eta_s is None else {"left_s": round(progress.eta_s)}
-                log.info("progress", item_id=item_id, stage=stage, percent=percent(progress.fraction), **left)
-
-        return sink
+        return logs.stages(lease.task.item_id)
 
     def ended(self, outcome: Outcome) -> None:
         """One lease has ended."""
